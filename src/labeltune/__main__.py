@@ -1,0 +1,6 @@
+"""`python -m labeltune ...`, also for `accelerate launch -m labeltune train ...`."""
+
+from labeltune.cli.main import run
+
+if __name__ == "__main__":
+    run()

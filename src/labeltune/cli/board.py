@@ -1,0 +1,30 @@
+"""`labeltune board`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def board(
+    folder: Annotated[Path, typer.Argument(help="Folder of local SwanLab runs.")] = Path("swanlog"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 5092,
+) -> None:
+    """Open the local SwanLab dashboard (`swanlab watch`) on the runs in a folder."""
+    import importlib.util
+
+    from labeltune.errors import LabeltuneError, MissingExtraError
+
+    if not folder.is_dir():
+        raise LabeltuneError(
+            f"no folder {folder}; train first, or name the folder of the runs: labeltune board FOLDER"
+        )
+    if importlib.util.find_spec("swanboard") is None:
+        raise MissingExtraError("the local dashboard", "dashboard")
+    command = [sys.executable, "-m", "swanlab", "watch", str(folder), "--host", host, "--port", str(port)]
+    raise typer.Exit(subprocess.run(command).returncode)

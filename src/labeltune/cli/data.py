@@ -1,0 +1,182 @@
+"""`labeltune data check | convert | download`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from labeltune.config import RunConfig
+    from labeltune.data.audit import Audit
+    from labeltune.types import Example
+
+app = typer.Typer(help="Check, convert and download data.", no_args_is_help=True)
+
+
+@app.command()
+def check(
+    file: Annotated[
+        str, typer.Argument(help="jsonl, csv or parquet; or a config.yaml, whose data is checked.")
+    ],
+    test: Annotated[
+        str | None, typer.Option(help="Test rows; those that also stand in FILE are errors.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="classification or ner; guessed from the columns when missing.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help="The label set, between commas.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Model or folder whose tokens lengths are counted in.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+    limit: Annotated[int, typer.Option(help="Faults listed of each kind; 0 for all.", min=0)] = 20,
+) -> None:
+    """List every fault with file:line; exit 1 on errors, 0 otherwise."""
+    from labeltune import recipes
+
+    config, train_file, test_file = _check_target(file, test, task, labels)
+    rows = recipes.check_data(config, train_file, test_file, _token_counter(tokenizer, config))
+    audits = [r.audit for r in rows]
+    if as_json:
+        faults = [
+            {"kind": f.kind, "severity": f.severity, "where": f.where, "message": f.message}
+            for a in audits
+            for f in a.faults
+        ]
+        print(
+            json.dumps(
+                {"files": [a.to_dict() for a in audits], "faults": faults}, ensure_ascii=False, indent=2
+            )
+        )
+    else:
+        for audit in audits:
+            _print_audit(audit, limit)
+    if any(audit.errors for audit in audits):
+        raise typer.Exit(1)
+
+
+def _check_target(
+    file: str, test: str | None, task: str | None, labels: str | None
+) -> tuple[RunConfig, str, str | None]:
+    from labeltune.config import load_config
+    from labeltune.data.schemas import parse_candidates
+    from labeltune.data.sources import resolve_data
+
+    if Path(file).suffix in (".yaml", ".yml"):
+        config = load_config(file, [f"task={task}"] if task else [])
+        return config, config.data.train, test or config.data.test
+    overrides = [f"task={task or guess_task(resolve_data(file))}"]
+    if labels:
+        overrides.append(
+            f"data.labels={json.dumps([x for x in parse_candidates(labels) if x], ensure_ascii=False)}"
+        )
+    return load_config(None, overrides), file, test
+
+
+def guess_task(path: Path) -> str:
+    """`ner` when the first readable rows have entities, else `classification`."""
+    from itertools import islice
+
+    from labeltune.data.sources import iter_records
+
+    records = [record for record in islice(iter_records(path), 100) if record.values is not None]
+    return "ner" if any("entities" in (record.values or {}) for record in records) else "classification"
+
+
+def _token_counter(tokenizer: str | None, config: RunConfig) -> Callable[[list[str]], list[int]] | None:
+    if tokenizer is None:
+        return None
+    from labeltune.cli.quiet import quiet_libraries
+
+    quiet_libraries()
+    from labeltune.modeling.hub import load_tokenizer, resolve_model
+
+    folder = Path(tokenizer)
+    loaded = load_tokenizer(folder if folder.is_dir() else resolve_model(tokenizer, config.hub).folder)
+
+    def count(texts: list[str]) -> list[int]:
+        output: Any = loaded(texts, add_special_tokens=False, verbose=False)
+        return [len(ids) for ids in output.input_ids]
+
+    return count
+
+
+def _print_audit(audit: Audit, limit: int) -> None:
+    shown: dict[str, int] = {}
+    for fault in audit.faults:
+        shown[fault.kind] = shown.get(fault.kind, 0) + 1
+        if not limit or shown[fault.kind] <= limit:
+            print(fault)
+    for kind, count in shown.items():
+        if limit and count > limit:
+            print(f"... {count - limit} more of {kind} (--limit 0 lists all)")
+    print(
+        f"\n{audit.path}: {audit.rows} rows, {audit.usable} usable, {audit.errors} errors, {audit.warnings} warnings"
+    )
+    for kind, count in audit.counts.most_common():
+        print(f"  {count:8d}  {kind}")
+    if audit.task == "ner":
+        print(
+            f"  rows without entities: {audit.without_entities}; rows that repeat a (text, label) pair: {audit.repeated_mentions}"
+        )
+    total = sum(audit.labels.values())
+    print(f"  labels ({len(audit.labels)}):")
+    for label, count in audit.labels.most_common(50):
+        print(f"  {count:8d}  {count / total:6.1%}  {label}")
+    percentiles = ", ".join(f"{name} {value}" for name, value in audit.length_percentiles().items())
+    print(f"  text length in {audit.length_unit}: {percentiles or 'no usable row'}\n")
+
+
+@app.command()
+def convert(
+    file: Annotated[str, typer.Argument(help="Rows in the classification or NER schema.")],
+    output: Annotated[Path, typer.Argument(help="jsonl to write.")],
+    task: Annotated[str | None, typer.Option(help="classification or ner; guessed when missing.")] = None,
+    labels: Annotated[str | None, typer.Option(help="The label set, between commas.")] = None,
+    on_error: Annotated[str, typer.Option(help="Faulty rows: stop or skip.")] = "stop",
+) -> None:
+    """Write the original recipe's instruction/input/output jsonl."""
+    from labeltune.data.convert import convert_file
+    from labeltune.tasks import make_task
+
+    config, source, _ = _check_target(file, None, task, labels)
+    maker = make_task(config.task, config.data.labels or _labels_of(source, config), config.prompt)
+
+    def render(example: Example) -> dict[str, str]:
+        conversation = maker.conversation(example)
+        return {
+            "instruction": conversation.system,
+            "input": conversation.user,
+            "output": maker.target(example),
+        }
+
+    written, skipped = convert_file(source, output, config, render, skip=on_error == "skip")
+    print(f"{output}: {written} rows written, {skipped} skipped", file=sys.stderr)
+
+
+def _labels_of(source: str, config: RunConfig) -> tuple[str, ...]:
+    from labeltune.data.audit import audit_file
+    from labeltune.data.sources import resolve_data
+
+    return audit_file(resolve_data(source, config.hub), config.task, config.data).label_set()
+
+
+@app.command()
+def download(
+    name: Annotated[
+        str, typer.Argument(help="fudan (swift/zh_cls_fudan-news) or ccfbdci (qgyd2021/chinese_ner_sft).")
+    ],
+    folder: Annotated[
+        Path, typer.Argument(help="Where to put train.jsonl and test.jsonl, or ccfbdci.jsonl.")
+    ] = Path(),
+) -> None:
+    """Fetch the original recipe's data with the hub's own client."""
+    from labeltune.data.download import download_original
+
+    for path in download_original(name, folder):
+        print(path)

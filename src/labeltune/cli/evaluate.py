@@ -1,0 +1,65 @@
+"""`labeltune evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(help="Run folder, checkpoint, or config.yaml (its untuned model).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes when RUN is a config file.", metavar="[KEY=VALUE]...")
+    ] = None,
+    data: Annotated[
+        str, typer.Option("--data", "-d", help="Labelled rows: jsonl, csv, parquet, ms: or hf:")
+    ] = "test.jsonl",
+    base: Annotated[
+        bool, typer.Option("--base", help="Switch the adapter off: measure the untuned model.")
+    ] = False,
+    on_error: Annotated[str, typer.Option(help="Faulty rows: stop or skip.")] = "stop",
+    max_rows: Annotated[int | None, typer.Option(help="Only the first rows.", min=1)] = None,
+    train_data: Annotated[
+        str | None, typer.Option(help="Training rows, for the dictionary baseline (NER).")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for metrics.json and predictions.jsonl.")
+    ] = None,
+) -> None:
+    """Measure a run on labelled rows; JSON on standard output."""
+    from labeltune.cli.quiet import quiet_libraries
+    from labeltune.errors import ConfigError
+
+    if on_error not in ("stop", "skip"):
+        raise ConfigError(f"--on-error must be stop or skip, not {on_error!r}")
+    quiet_libraries()
+    from labeltune import recipes
+
+    metrics = recipes.evaluate(
+        run,
+        data,
+        base=base,
+        on_error=on_error,
+        max_rows=max_rows,
+        output=output,
+        overrides=overrides or [],
+        train_data=train_data,
+    )
+    print_summary(metrics)
+    print(json.dumps(metrics, ensure_ascii=False, indent=2))
+
+
+def print_summary(metrics: dict[str, Any]) -> None:
+    """Headline figures on standard error, for people."""
+    import sys
+
+    keys = ("accuracy", "macro_f1") if metrics["task"] == "classification" else ("span_f1",)
+    for key in keys:
+        m = metrics[key]
+        print(f"{key}: {m['value']:.3f}  (95 % interval {m['low']:.3f} to {m['high']:.3f})", file=sys.stderr)
+    for name, m in metrics.get("baselines", {}).items():
+        print(f"baseline {name}: {m['value']:.3f}", file=sys.stderr)
+    print(f"unparsable answers: {metrics['unparsable']:.1%} of {metrics['rows']} rows", file=sys.stderr)

@@ -1,0 +1,31 @@
+"""`labeltune init`."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def init(
+    task: Annotated[str, typer.Argument(help="classification or ner")],
+    folder: Annotated[Path, typer.Argument(help="Where to write.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+) -> None:
+    """Write a commented config and a sample of rows into the working folder."""
+    from labeltune.errors import ConfigError, OutputError
+    from labeltune.run_folder import write_text
+
+    if task not in ("classification", "ner"):
+        raise ConfigError(f"unknown task {task!r}; it is classification or ner")
+    source = resources.files("labeltune.starter")
+    names = [f"{task}.yaml", f"{task}.jsonl"]
+    existing = [name for name in names if (folder / name).exists()]
+    if existing and not force:
+        raise OutputError(f"{folder / existing[0]} exists already; --force replaces it")
+    for name in names:
+        write_text(folder / name, source.joinpath(name).read_text(encoding="utf-8"))
+        print(folder / name)
+    print(f"\nnext: labeltune data check {task}.jsonl\n      labeltune train {task}.yaml")

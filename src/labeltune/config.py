@@ -1,0 +1,337 @@
+"""The whole configuration of a run: frozen, typed, small. Unknown keys fail with a suggestion; secrets have no key."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from labeltune.errors import ConfigError
+
+TaskName = Literal["classification", "ner"]
+
+CLASSIFICATION_SYSTEM = (
+    "你是一个文本分类领域的专家，你会接收到一段文本和几个潜在的分类选项，请输出文本内容的正确类型"
+)
+CLASSIFICATION_USER = "文本:{text},类型选型:{category}"
+NER_SYSTEM = (
+    "你是命名实体识别方面的专家。请找出用户所给文本中的全部实体，实体类型只有：{labels}。"
+    '每个实体单独占一行，写成一个合法的JSON对象，形如 {"entity_text": "实体原文", "entity_label": "实体类型"}，'
+    "按照在文本中出现的先后顺序输出。如果文本中一个实体也没有，只输出“{no_entities}”。"
+)
+NER_USER = "文本:{text}"
+NER_LABELS = ("地点", "人名", "地理实体", "组织")
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and strict about key names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class HubConfig(Section):
+    """How models and data sets are fetched."""
+
+    revision: str | None = Field(None, description="branch, tag or commit of the model repository")
+    cache_dir: str | None = Field(None, description="folder for downloads; the hub's own default when empty")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the model; off unless you trust it"
+    )
+    accept_license: str | None = Field(
+        None, description="accept a model's terms by name, e.g. `gemma` for `pocket-zh`"
+    )
+
+
+class ColumnsConfig(Section):
+    """Names of the columns in your files, where they differ from the standard ones."""
+
+    id: str = Field("id", description="column of the row id (optional in the file)")
+    text: str = Field("text", description="column of the document")
+    category: str = Field("category", description="column of the candidate labels (classification)")
+    output: str = Field("output", description="column of the right label (classification)")
+    entities: str = Field("entities", description="column of the entities (NER)")
+
+
+class DataConfig(Section):
+    """Where the rows come from."""
+
+    train: str = Field("train.jsonl", description="jsonl, csv or parquet file, or `ms:`/`hf:` data set")
+    validation: str | None = Field(
+        None, description="validation file; when empty, a part of `train` is held out"
+    )
+    validation_fraction: float = Field(
+        0.1,
+        ge=0.0,
+        lt=1.0,
+        description="share of `train` held out, stratified by label; 0 trains on all rows",
+    )
+    test: str | None = Field(None, description="test file; checked against `train` for shared rows")
+    labels: tuple[str, ...] | None = Field(
+        None, description="the label set; when empty, the labels seen in the training rows"
+    )
+    columns: ColumnsConfig = Field(default_factory=lambda: ColumnsConfig(), description="column names")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="what training does with faulty rows: stop, or skip them and say how many"
+    )
+    max_rows: int | None = Field(None, ge=1, description="use only the first rows of `train`")
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> DataConfig:
+        if self.labels is not None:
+            if not self.labels:
+                raise ValueError("data.labels is empty; leave it out to use the labels of the training rows")
+            if len(set(self.labels)) != len(self.labels) or not all(label.strip() for label in self.labels):
+                raise ValueError("data.labels holds an empty or repeated label")
+        return self
+
+
+class PromptConfig(Section):
+    """What the model reads. `{text}`, `{category}`, `{labels}` and `{no_entities}` are filled in."""
+
+    system: str = Field(CLASSIFICATION_SYSTEM, description="system message; empty for none (default by task)")
+    user: str = Field(CLASSIFICATION_USER, description="user message, with `{text}` in it (default by task)")
+    no_entities: str = Field(
+        "没有找到任何实体", min_length=1, description="the answer when a text holds no entity (NER)"
+    )
+    max_length: int = Field(
+        384, ge=8, description="tokens of prompt and answer together; only the text is shortened to fit"
+    )
+    truncation: Literal["head", "tail", "head_tail"] = Field(
+        "head", description="which part of a long text is kept: its head, its tail, or half of each"
+    )
+
+    @model_validator(mode="after")
+    def _text_has_a_place(self) -> PromptConfig:
+        if self.user.count("{text}") != 1:
+            raise ValueError("prompt.user must contain {text} exactly once")
+        if "{text}" in self.system:
+            raise ValueError("prompt.system cannot contain {text}; put it into prompt.user")
+        return self
+
+
+class LoraConfig(Section):
+    """The adapter (peft). Defaults are the original recipe's."""
+
+    r: int = Field(8, ge=1, description="rank")
+    alpha: int = Field(32, ge=1, description="scaling: alpha / r, or alpha / sqrt(r) with rslora")
+    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout before the adapter's first matrix")
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="layers that get an adapter")
+    rslora: bool = Field(False, description="rank-stabilized scaling (arXiv:2312.03732)")
+    dora: bool = Field(False, description="weight-decomposed adapter (arXiv:2402.09353)")
+
+
+class TrainingConfig(Section):
+    """The optimization. Defaults are the original recipe's."""
+
+    method: Literal["lora", "qlora", "full"] = Field(
+        "lora", description="adapter, adapter on a 4-bit base model, or all weights"
+    )
+    epochs: float = Field(2, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(
+        None, ge=1, description="stop after this many optimizer steps, whatever `epochs` says"
+    )
+    batch_size: int = Field(16, ge=1, description="examples per optimizer step, over all processes")
+    micro_batch_size: int = Field(
+        4, ge=1, description="examples pushed through the model at once; memory, never the result"
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    scheduler: str = Field("linear", description="learning rate schedule, by its transformers name")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    logging_steps: int = Field(10, ge=1, description="steps between two log lines")
+    save_steps: int = Field(100, ge=1, description="steps between two checkpoints; validation runs at each")
+    save_total_limit: int = Field(3, ge=1, description="checkpoints kept; the best one is always among them")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 on GPUs that have it, else fp16 with a loss scaler, fp32 on CPU"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations: less memory, a second forward pass"
+    )
+    group_by_length: bool = Field(
+        False, description="batch rows of like length; less padding, less shuffling"
+    )
+    seed: int = Field(42, ge=0, description="seed of the split, the order, the adapter and dropout")
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> TrainingConfig:
+        if self.batch_size % min(self.micro_batch_size, self.batch_size):
+            raise ValueError(
+                f"training.batch_size={self.batch_size} is no multiple of training.micro_batch_size={self.micro_batch_size}"
+            )
+        return self
+
+
+class SwanlabConfig(Section):
+    """The tracker. Log in by `swanlab login` or SWANLAB_API_KEY; there is no key for a secret here."""
+
+    project: str = Field("labeltune", description="project name (default by task)")
+    experiment: str | None = Field(None, description="experiment name; made up by SwanLab when empty")
+    mode: Literal["auto", "online", "local", "offline"] = Field(
+        "auto", description="auto: online when logged in and reachable, else local"
+    )
+    log_dir: str = Field("swanlog", description="folder of local runs, read by `labeltune board`")
+    prediction_rows: int = Field(8, ge=0, description="validation rows shown as `Prediction` texts")
+
+
+class GenerationConfig(Section):
+    """Free generation, for evaluation and prediction."""
+
+    batch_size: int = Field(16, ge=1, description="rows generated at once")
+    max_new_tokens: int = Field(
+        256, ge=1, description="longest NER answer in tokens; label answers are bounded by the labels"
+    )
+
+
+class RunConfig(Section):
+    """One run: a task, a model, data, and how to train. `output_dir` and project follow the original by task."""
+
+    task: TaskName = Field("classification", description="`classification` or `ner`")
+    model: str = Field(
+        "ms:qwen/Qwen2-1.5B-Instruct",
+        min_length=1,
+        description="local folder, `ms:org/name` (ModelScope), `hf:org/name` (Hugging Face), `pocket` or `pocket-zh`",
+    )
+    output_dir: str = Field("./output/Qwen2", description="folder of the checkpoints (default by task)")
+    tracking: Literal["none", "swanlab", "tensorboard", "wandb"] = Field(
+        "swanlab", description="where the run is shown"
+    )
+    hub: HubConfig = Field(default_factory=lambda: HubConfig(), description="downloads")
+    data: DataConfig = Field(default_factory=lambda: DataConfig(), description="rows")
+    prompt: PromptConfig = Field(default_factory=lambda: PromptConfig(), description="prompt")
+    lora: LoraConfig = Field(default_factory=lambda: LoraConfig(), description="adapter")
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(), description="optimization")
+    generation: GenerationConfig = Field(default_factory=lambda: GenerationConfig(), description="prediction")
+    swanlab: SwanlabConfig = Field(default_factory=lambda: SwanlabConfig(), description="tracker")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_by_task(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if values.get("task", "classification") == "ner":
+            values.setdefault("output_dir", "./output/Qwen2-NER")
+            _set_default(values, "prompt", system=NER_SYSTEM, user=NER_USER)
+            _set_default(values, "swanlab", project="Qwen2-NER-fintune")
+        else:
+            _set_default(values, "swanlab", project="Qwen2-fintune")
+        return values
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        if self.task == "classification" and "{category}" not in self.prompt.user + self.prompt.system:
+            raise ValueError(
+                "prompt.user must contain {category}, or the model never sees the candidate labels"
+            )
+        if self.training.method == "full" and (self.lora.dora or self.lora.rslora):
+            raise ValueError("lora.dora and lora.rslora need training.method lora or qlora")
+        return self
+
+
+def _set_default(values: dict[str, Any], section: str, **defaults: str) -> None:
+    given = values.get(section)
+    if given is None:
+        values[section] = defaults
+    elif isinstance(given, dict):
+        values[section] = {**defaults, **given}
+
+
+def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file (or start from the defaults) and apply `key=value` overrides.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, a key is unknown (with a suggestion), or a value is wrong.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise ConfigError(
+                f"config file {path} does not exist; `labeltune init classification` writes one"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {path} cannot be read: {error}") from None
+        try:
+            loaded = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(
+                f"config file {path} must hold `key: value` lines, not a {type(loaded).__name__}"
+            )
+        values = loaded or {}
+    for override in overrides:
+        _apply_override(values, override)
+    return build_config(values, where=str(path) if path is not None else "command line")
+
+
+def build_config(values: dict[str, Any], where: str = "config") -> RunConfig:
+    """Validate a plain mapping.
+
+    Raises:
+        ConfigError: every wrong key and value at once, each with its dotted name.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+
+
+def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Every leaf key as (dotted name, type, default, description), in the order of the sections."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from config_keys(annotation, f"{prefix}{name}.")
+        else:
+            shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+            yield f"{prefix}{name}", shown.replace("typing.", ""), field.default, field.description or ""
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    key = key.strip()
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} must look like key=value, e.g. training.epochs=3")
+    try:
+        value = yaml.safe_load(text) if text.strip() else None
+    except yaml.YAMLError:
+        value = text
+    *parents, leaf = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _describe(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_suggestion(key)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {problem['input']!r})" if key else message
+
+
+def _suggestion(key: str) -> str:
+    known = [name for name, *_ in config_keys()]
+    sections = sorted({name.rpartition(".")[0] for name in known if "." in name})
+    close = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.75)
+    if not close:
+        leaf = key.rpartition(".")[2]
+        leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
+        found = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.7)
+        close = [leaves[found[0]]] if found else []
+    return f"; did you mean {close[0]!r}?" if close else "; see the table of keys in README.md"

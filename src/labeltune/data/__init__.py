@@ -1,0 +1,1 @@
+"""Rows: reading files, finding their faults, and converting them."""

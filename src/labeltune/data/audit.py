@@ -1,0 +1,230 @@
+"""Every fault of the data, gathered in one streaming pass and reported once with its place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from labeltune.config import ColumnsConfig, DataConfig, TaskName
+from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record
+from labeltune.data.sources import iter_records
+from labeltune.types import Example
+
+#: Fault messages kept; beyond it they are counted only.
+MAX_LISTED = 100_000
+_BATCH = 1000
+
+
+@dataclass
+class Audit:
+    """What one pass over a file found.
+
+    Per usable row it holds 24 bytes: two 64-bit hashes, a 32-bit label number and a 32-bit length.
+
+    Attributes:
+        rows: records in the file, usable or not.
+        usable: rows that became examples.
+        without_entities: usable NER rows with no entity.
+        repeated_mentions: usable NER rows that hold the same (text, label) pair more than once.
+    """
+
+    path: Path
+    task: TaskName
+    rows: int = 0
+    usable: int = 0
+    without_entities: int = 0
+    repeated_mentions: int = 0
+    faults: list[Fault] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    candidates: set[str] = field(default_factory=set)
+    without_candidates: int = 0
+    text_hashes: array[int] = field(default_factory=lambda: array("Q"))
+    answer_hashes: array[int] = field(default_factory=lambda: array("Q"))
+    lengths: array[int] = field(default_factory=lambda: array("I"))
+    length_unit: str = "characters"
+
+    def add_fault(self, fault: Fault) -> None:
+        """Count a fault, and list it unless there are far too many."""
+        self.counts[fault.kind] += 1
+        if len(self.faults) < MAX_LISTED:
+            self.faults.append(fault)
+
+    @property
+    def errors(self) -> int:
+        """Number of faults that are errors."""
+        return sum(count for kind, count in self.counts.items() if FAULT_KINDS[kind][0] == "error")
+
+    @property
+    def warnings(self) -> int:
+        """Number of faults that are warnings."""
+        return sum(self.counts.values()) - self.errors
+
+    def label_set(self) -> tuple[str, ...]:
+        """The labels of the file, sorted: right answers, and candidates where rows name them."""
+        return tuple(sorted(set(self.labels) | self.candidates))
+
+    def length_percentiles(self) -> dict[str, int]:
+        """Text lengths at p10, p50, p90, p99 and the maximum, in `length_unit`."""
+        if not self.lengths:
+            return {}
+        lengths = numpy.frombuffer(self.lengths, dtype=numpy.uint32)
+        values = {f"p{q}": int(numpy.percentile(lengths, q)) for q in (10, 50, 90, 99)}
+        return {**values, "max": int(lengths.max())}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready summary, without the single faults."""
+        return {
+            "file": str(self.path),
+            "rows": self.rows,
+            "usable": self.usable,
+            "errors": self.errors,
+            "warnings": self.warnings,
+            "faults": dict(self.counts.most_common()),
+            "labels": dict(self.labels.most_common()),
+            "rows_without_entities": self.without_entities if self.task == "ner" else None,
+            "rows_with_repeated_mentions": self.repeated_mentions if self.task == "ner" else None,
+            "length_unit": self.length_unit,
+            "length": self.length_percentiles(),
+        }
+
+
+def audit_file(
+    path: Path,
+    task: TaskName,
+    data: DataConfig | None = None,
+    *,
+    token_counts: Callable[[list[str]], list[int]] | None = None,
+    write: Callable[[Example], None] | None = None,
+    max_rows: int | None = None,
+) -> Audit:
+    """Read a file once, checking every row.
+
+    Args:
+        token_counts: texts -> their lengths in tokens; characters are counted when None.
+        write: called with every usable example, in order.
+        max_rows: stop after this many records.
+    """
+    columns: ColumnsConfig = data.columns if data is not None else ColumnsConfig()
+    labels = data.labels if data is not None else None
+    audit = Audit(path, task, length_unit="tokens" if token_counts else "characters")
+    pending: list[str] = []
+    first_without = ""
+
+    def flush() -> None:
+        audit.lengths.extend(token_counts(pending) if token_counts else map(len, pending))
+        pending.clear()
+
+    for number, record in enumerate(iter_records(path)):
+        if max_rows is not None and number >= max_rows:
+            break
+        audit.rows += 1
+        example, faults = parse_record(record, number, task, columns, labels)
+        for fault in faults:
+            audit.add_fault(fault)
+        if example is None:
+            continue
+        audit.usable += 1
+        audit.text_hashes.append(text_hash(example.text))
+        audit.answer_hashes.append(_answer_hash(example))
+        _count_labels(audit, example)
+        if task == "classification" and not example.candidates:
+            audit.without_candidates += 1
+            first_without = first_without or record.where
+        pending.append(example.text)
+        if len(pending) >= _BATCH:
+            flush()
+        if write is not None:
+            write(example)
+    flush()
+    if 0 < audit.without_candidates < audit.usable and labels is None:
+        audit.add_fault(
+            Fault(
+                "missing_field",
+                first_without,
+                f"{audit.without_candidates} of {audit.usable} rows (this is the first) have no candidates in "
+                f"{columns.category!r} while others have; add them, or set data.labels",
+            )
+        )
+    return audit
+
+
+def text_hash(text: str) -> int:
+    """64-bit hash of a text; equal texts have equal hashes on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+def _answer_hash(example: Example) -> int:
+    entities = None if example.entities is None else [(e.start, e.end, e.label) for e in example.entities]
+    return text_hash(json.dumps([example.label, entities], ensure_ascii=False))
+
+
+def _count_labels(audit: Audit, example: Example) -> None:
+    audit.candidates.update(example.candidates)
+    if example.entities is None:
+        audit.labels[example.label or ""] += 1
+        return
+    audit.labels.update(entity.label for entity in example.entities)
+    audit.without_entities += not example.entities
+    pairs = {(entity.text, entity.label) for entity in example.entities}
+    audit.repeated_mentions += len(pairs) < len(example.entities)
+
+
+def add_duplicates(audit: Audit, where: Callable[[int], str]) -> numpy.ndarray[Any, Any]:
+    """Add the warnings about rows that stand again.
+
+    Args:
+        where: number of a usable row -> its `file:line`.
+
+    Returns:
+        Numbers of the usable rows that repeat an earlier row exactly.
+    """
+    texts = numpy.frombuffer(audit.text_hashes, dtype=numpy.uint64)
+    order = numpy.argsort(texts, kind="stable")
+    repeats: list[int] = []
+    for group in _equal_runs(texts, order):
+        first = int(group[0])
+        for row in map(int, group[1:]):
+            if audit.answer_hashes[row] == audit.answer_hashes[first]:
+                repeats.append(row)
+                audit.add_fault(Fault("exact_duplicate", where(row), f"the same row as {where(first)}"))
+            else:
+                audit.add_fault(
+                    Fault(
+                        "conflicting_duplicate",
+                        where(row),
+                        f"the same text as {where(first)}, with another answer",
+                    )
+                )
+    return numpy.array(sorted(repeats), dtype=numpy.int64)
+
+
+def _equal_runs(values: Any, order: Any) -> Iterator[Any]:
+    if len(order) < 2:
+        return
+    ordered = values[order]
+    starts = numpy.flatnonzero(numpy.concatenate(([True], ordered[1:] != ordered[:-1])))
+    ends = numpy.concatenate((starts[1:], [len(ordered)]))
+    for start, end in zip(starts, ends, strict=True):
+        if end - start > 1:
+            yield order[start:end]
+
+
+def add_shared(train: Audit, other: Audit, where: Callable[[int], str]) -> list[int]:
+    """Add to `other` an error for each of its rows whose text stands in `train`; returns their numbers."""
+    mask = numpy.isin(
+        numpy.frombuffer(other.text_hashes, dtype=numpy.uint64),
+        numpy.frombuffer(train.text_hashes, dtype=numpy.uint64),
+    )
+    rows = [int(row) for row in numpy.flatnonzero(mask)]
+    for row in rows:
+        other.add_fault(Fault("shared_with_train", where(row), f"this text also stands in {train.path}"))
+    return rows

@@ -1,0 +1,63 @@
+"""The instruction/input/output jsonl of the original recipe, as other fine-tuning tools read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from labeltune.config import RunConfig
+from labeltune.data.schemas import parse_record
+from labeltune.data.sources import iter_records, resolve_data
+from labeltune.errors import DataError, OutputError
+from labeltune.types import Example
+
+
+def convert_file(
+    spec: str,
+    output: Path,
+    config: RunConfig,
+    render: Callable[[Example], dict[str, str]],
+    skip: bool = False,
+) -> tuple[int, int]:
+    """Stream a labelled file into jsonl; the output appears whole or not at all.
+
+    Args:
+        render: example -> the row to write.
+        skip: leave faulty rows out; else the first one stops the conversion.
+
+    Returns:
+        Rows written and rows skipped.
+
+    Raises:
+        DataError: a row has a fault and `skip` is off.
+        OutputError: the output cannot be written.
+    """
+    path = resolve_data(spec, config.hub)
+    written = skipped = 0
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error}") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            for number, record in enumerate(iter_records(path)):
+                example, faults = parse_record(
+                    record, number, config.task, config.data.columns, config.data.labels
+                )
+                if example is None:
+                    if not skip:
+                        raise DataError(f"{faults[0]}; repair it, or skip faulty rows with --on-error skip")
+                    skipped += 1
+                    continue
+                file.write(json.dumps(render(example), ensure_ascii=False) + "\n")
+                written += 1
+        Path(name).replace(output)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error}") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return written, skipped

@@ -1,0 +1,245 @@
+"""Files -> Arrow data sets of checked examples, memory-mapped: texts stay on disk, whatever their number."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from labeltune.config import ColumnsConfig, DataConfig, HubConfig, TaskName
+from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file
+from labeltune.data.schemas import Fault, parse_record
+from labeltune.data.sources import iter_records, resolve_data
+from labeltune.errors import DataError
+from labeltune.types import Example
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SHOWN_FAULTS = 10
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Checked rows of one file: an Arrow data set in the columns of `Example.to_row`, and what the check found."""
+
+    dataset: Dataset
+    audit: Audit
+
+    def where(self, row: int) -> str:
+        """`file:line` of a usable row."""
+        return str(self.dataset[row]["source"])
+
+    def example(self, row: int) -> Example:
+        """The example with this number."""
+        return Example.from_row(self.dataset[row])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and validation rows, with what was left out on the way."""
+
+    train: Dataset
+    validation: Dataset | None
+    labels: tuple[str, ...]
+    skipped: dict[str, int]
+
+
+def features() -> Any:
+    """Arrow types of the columns of `Example.to_row`."""
+    from datasets import Features, List, Value
+
+    entity = {
+        "text": Value("string"),
+        "label": Value("string"),
+        "start": Value("int64"),
+        "end": Value("int64"),
+    }
+    return Features(
+        {
+            "id": Value("string"),
+            "text": Value("string"),
+            "candidates": List(Value("string")),
+            "label": Value("string"),
+            "entities": List(entity),
+            "source": Value("string"),
+        }
+    )
+
+
+def load_rows(
+    spec: str,
+    task: TaskName,
+    data: DataConfig | None = None,
+    hub: HubConfig | None = None,
+    *,
+    max_rows: int | None = None,
+    token_counts: Callable[[list[str]], list[int]] | None = None,
+    folder: Path | None = None,
+) -> Rows:
+    """Read and check a file or hub data set; usable rows go to an Arrow file that is memory-mapped.
+
+    Args:
+        folder: where the Arrow file is kept; a temporary folder that ends with the process when None.
+
+    Raises:
+        DataError: the file does not exist or cannot be opened. Faults of rows are in the audit, not raised.
+    """
+    from datasets import Dataset
+    from datasets.arrow_writer import ArrowWriter
+
+    path = resolve_data(spec, hub)
+    folder = folder or _temporary_folder()
+    target = (
+        folder
+        / f"{hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()}-{task}-{os.getpid()}.arrow"
+    )
+    schema = features()
+    try:
+        with ArrowWriter(path=str(target), features=schema, writer_batch_size=1000) as writer:
+            audit = audit_file(
+                path,
+                task,
+                data,
+                token_counts=token_counts,
+                write=lambda example: writer.write(example.to_row()),
+                max_rows=max_rows,
+            )
+            writer.finalize()
+    except OSError as error:
+        raise DataError(f"data file {path} cannot be read: {error}") from None
+    dataset = (
+        Dataset.from_file(str(target))
+        if audit.usable
+        else Dataset.from_dict({k: [] for k in schema}, features=schema)
+    )
+    return Rows(dataset, audit)
+
+
+_temporary: list[Path] = []
+
+
+def _temporary_folder() -> Path:
+    """One folder a process, removed when it ends."""
+    if not _temporary:
+        import atexit
+
+        folder = Path(tempfile.mkdtemp(prefix="labeltune-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _temporary.append(folder)
+    return _temporary[0]
+
+
+def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: int) -> Splits:
+    """The training and validation rows of a config, checked as `labeltune data check` does.
+
+    Rows with errors stop the run, or are left out with `data.on_error: skip`. Exact duplicates are kept in training,
+    but a text never stands on both sides of the split.
+
+    Raises:
+        DataError: there are errors and `data.on_error` is `stop`, or no usable row is left.
+    """
+    rows = load_rows(data.train, task, data, hub, max_rows=data.max_rows)
+    add_duplicates(rows.audit, rows.where)
+    audits = [rows.audit]
+    validation: Dataset | None = None
+    if data.validation is not None:
+        other = load_rows(data.validation, task, data, hub)
+        shared = add_shared(rows.audit, other.audit, other.where)
+        audits.append(other.audit)
+        validation = _without(other.dataset, shared)
+    _stop_on_errors(audits, data)
+    if not rows.audit.usable:
+        raise DataError(
+            f"{rows.audit.path} holds no usable row; see: labeltune data check {rows.audit.path} --task {task}"
+        )
+    skipped: dict[str, int] = {}
+    for audit in audits:
+        for kind, count in audit.counts.items():
+            if any(fault.kind == kind and fault.severity == "error" for fault in audit.faults):
+                skipped[kind] = skipped.get(kind, 0) + count
+    train = rows.dataset
+    if validation is None and data.validation_fraction > 0:
+        held_out = stratified_split(rows, data.validation_fraction, seed)
+        if len(held_out):
+            validation = train.select(held_out)
+            train = _without(train, held_out)
+    if validation is not None and not len(validation):
+        validation = None
+    return Splits(train, validation, data.labels or rows.audit.label_set(), skipped)
+
+
+def _without(dataset: Dataset, rows: Sequence[int] | numpy.ndarray[Any, Any]) -> Dataset:
+    if not len(rows):
+        return dataset
+    keep = numpy.ones(len(dataset), dtype=bool)
+    keep[numpy.asarray(rows, dtype=numpy.int64)] = False
+    return dataset.select(numpy.flatnonzero(keep))
+
+
+def _stop_on_errors(audits: list[Audit], data: DataConfig) -> None:
+    errors = sum(audit.errors for audit in audits)
+    if not errors or data.on_error == "skip":
+        return
+    faults: list[Fault] = [f for audit in audits for f in audit.faults if f.severity == "error"]
+    shown = "\n  ".join(str(fault) for fault in faults[:_SHOWN_FAULTS])
+    more = f"\n  ... and {errors - _SHOWN_FAULTS} more" if errors > _SHOWN_FAULTS else ""
+    raise DataError(
+        f"the data holds {errors} errors:\n  {shown}{more}\n"
+        "Repair them, or leave faulty rows out with data.on_error=skip; `labeltune data check` lists all of them"
+    )
+
+
+def stratified_split(rows: Rows, fraction: float, seed: int) -> numpy.ndarray[Any, Any]:
+    """Numbers of the rows to hold out, sorted: about `fraction` of every stratum, equal texts on one side.
+
+    A stratum is a label (classification) or the set of a row's entity types (NER). A stratum of one text stays in
+    training.
+    """
+    strata: dict[str, dict[int, list[int]]] = {}
+    hashes = rows.audit.text_hashes
+    columns = rows.dataset.select_columns(["label", "entities"])
+    for number, row in enumerate(columns):
+        entities = row["entities"]
+        name = row["label"] if entities is None else "+".join(sorted({e["label"] for e in entities}))
+        strata.setdefault(name or "", {}).setdefault(hashes[number], []).append(number)
+    generator = numpy.random.default_rng(seed)
+    held_out: list[int] = []
+    taken: set[int] = set()
+    carry = 0.0
+    for name in sorted(strata):
+        groups = strata[name]
+        keys = sorted(groups, key=lambda key: groups[key][0])
+        want = fraction * len(keys) + carry
+        count = min(round(want), len(keys) - 1)
+        carry = want - count if len(keys) > 1 else 0.0
+        chosen = generator.permutation(len(keys))[:count]
+        taken.update(keys[index] for index in chosen)
+    for number, key in enumerate(hashes):
+        if key in taken:
+            held_out.append(number)
+    return numpy.array(held_out, dtype=numpy.int64)
+
+
+def iter_examples(
+    path: Path, task: TaskName, columns: ColumnsConfig, labels: Sequence[str] | None = None
+) -> Iterator[Example]:
+    """Stream a file's rows for prediction (right answers may be missing), stopping at the first fault.
+
+    Raises:
+        DataError: a row has an error; the message names its place.
+    """
+    for number, record in enumerate(iter_records(path)):
+        example, faults = parse_record(record, number, task, columns, labels, answers_required=False)
+        if example is None:
+            raise DataError(
+                f"{next(f for f in faults if f.severity == 'error')}; all faults: labeltune data check {path} --task {task}"
+            )
+        yield example

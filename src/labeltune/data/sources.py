@@ -1,0 +1,237 @@
+"""Files and hub data sets -> raw records, one at a time, each with its place in the file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labeltune.config import HubConfig
+from labeltune.errors import DataError, HubError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_PARQUET_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Record:
+    """A raw row, or the reason why there is none.
+
+    Attributes:
+        where: `file:line` (`file:row N` for parquet), 1-based.
+        values: column -> value, None when the line could not be read.
+        kind: the fault's kind when `values` is None.
+        problem: the fault's message when `values` is None.
+    """
+
+    where: str
+    values: dict[str, Any] | None
+    kind: str = ""
+    problem: str = ""
+
+
+def resolve_data(spec: str, hub: HubConfig | None = None) -> Path:
+    """A data spec -> a local file.
+
+    `spec` is a path, or `ms:org/name[/file]` (ModelScope) or `hf:org/name[/file]` (Hugging Face); a hub data set is
+    downloaded by the hub's own client, and no code of it is run.
+
+    Raises:
+        DataError: the file does not exist, has an unknown suffix, or the data set holds several candidates.
+        HubError: the hub cannot be reached.
+    """
+    if spec.startswith(("ms:", "hf:")):
+        path = _download(spec, hub or HubConfig())
+    else:
+        path = Path(spec).expanduser()
+        if not path.exists():
+            raise DataError(
+                f"data file {spec} does not exist (looked in {Path.cwd()}). Give another path, "
+                "or fetch the original data with: labeltune data download fudan|ccfbdci"
+            )
+    if path.suffix.lower() not in SUFFIXES or not path.is_file():
+        raise DataError(f"data file {spec} must end in {', '.join(SUFFIXES)}")
+    return path
+
+
+def _download(spec: str, hub: HubConfig) -> Path:
+    parts = spec[3:].split("/")
+    if len(parts) < 2 or not all(parts[:2]):
+        raise DataError(
+            f"data set {spec!r} must look like {spec[:3]}org/name or {spec[:3]}org/name/file.jsonl"
+        )
+    folder = download_dataset(spec[:2], "/".join(parts[:2]), hub)
+    if len(parts) > 2:
+        path = (folder / "/".join(parts[2:])).resolve()
+        if folder.resolve() not in path.parents or not path.is_file():
+            raise DataError(f"data set {spec!r}: no file {'/'.join(parts[2:])} in it")
+        return path
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    train = [p for p in files if p.stem == "train"]
+    found = train if len(train) == 1 else files
+    if len(found) != 1:
+        names = ", ".join(str(p.relative_to(folder)) for p in files) or "none"
+        raise DataError(f"data set {spec!r}: name one of its files, as in {spec}/FILE; it holds: {names}")
+    return found[0]
+
+
+def download_dataset(hub_name: str, repo: str, hub: HubConfig, local_dir: str | None = None) -> Path:
+    """Fetch a data set repository with its hub's own client.
+
+    Args:
+        hub_name: `ms` or `hf`.
+        repo: `org/name`.
+        local_dir: where to put the files; the hub's cache when None.
+
+    Raises:
+        HubError: the hub cannot be reached or has no such repository.
+    """
+    try:
+        if hub_name == "ms":
+            from modelscope import snapshot_download as ms_download
+
+            return Path(ms_download(repo, repo_type="dataset", cache_dir=hub.cache_dir, local_dir=local_dir))
+        from huggingface_hub import snapshot_download as hf_download
+
+        return Path(hf_download(repo, repo_type="dataset", cache_dir=hub.cache_dir, local_dir=local_dir))
+    except Exception as error:
+        raise HubError(
+            f"data set {repo} could not be fetched from {'ModelScope' if hub_name == 'ms' else 'Hugging Face'} "
+            f"({type(error).__name__}: {_first_line(error)}). Check the name and the network, "
+            "or download the file by hand and give its path as data.train"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def iter_records(path: Path) -> Iterator[Record]:
+    """Stream a file; faults of single lines are yielded, in place, as records without values."""
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        yield from _iter_csv(path)
+    elif suffix == ".parquet":
+        yield from _iter_parquet(path)
+    else:
+        yield from _iter_jsonl(path)
+
+
+def _iter_lines(path: Path) -> Iterator[tuple[int, str | Record]]:
+    """Decoded lines with their number; a line that is not UTF-8 becomes a record and ends the file."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                yield number, _encoding_fault(path, number, 0, "the file is UTF-16")
+                return
+            if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
+                raw, offset = raw[3:], 3
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                yield number, _encoding_fault(path, number, offset + error.start, "not valid UTF-8")
+                return
+            yield number, text
+            offset += len(raw)
+
+
+def _encoding_fault(path: Path, line: int, offset: int, what: str) -> Record:
+    fix = f"convert it with: iconv -f GB18030 -t UTF-8 {path.name} (or from whatever encoding it has)"
+    return Record(
+        f"{path}:{line}", None, "encoding", f"{what} at byte {offset}; {fix}; the rest was not read"
+    )
+
+
+def _iter_jsonl(path: Path) -> Iterator[Record]:
+    lines = _iter_lines(path)
+    first = True
+    for number, line in lines:
+        where = f"{path}:{number}"
+        if isinstance(line, Record):
+            yield line
+            return
+        if not line.strip():
+            continue
+        if first and path.suffix.lower() == ".json" and line.lstrip().startswith("["):
+            yield Record(
+                where, None, "unparsable_line", "a JSON array; write one JSON object a line (jsonl) instead"
+            )
+            return
+        first = False
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield Record(where, None, "unparsable_line", f"not valid JSON: {error}")
+            continue
+        if isinstance(values, dict):
+            yield Record(where, values)
+        else:
+            yield Record(
+                where, None, "unparsable_line", f"a JSON object is expected, not a {type(values).__name__}"
+            )
+
+
+class _DecodedLines:
+    """Feeds csv with checked lines, and remembers the encoding fault that ended them."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = _iter_lines(path)
+        self.fault: Record | None = None
+
+    def __iter__(self) -> _DecodedLines:
+        return self
+
+    def __next__(self) -> str:
+        _, line = next(self._lines)
+        if isinstance(line, Record):
+            self.fault = line
+            raise StopIteration
+        return line
+
+
+def _iter_csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(1 << 30)
+    lines = _DecodedLines(path)
+    reader = csv.DictReader(lines, strict=True)
+    while True:
+        start = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            yield Record(
+                f"{path}:{start}", None, "unparsable_line", f"not valid CSV: {error}; the rest was not read"
+            )
+            return
+        where = f"{path}:{max(start, 2)}"
+        if None in row or None in row.values():
+            yield Record(
+                where,
+                None,
+                "unparsable_line",
+                f"the header names {len(reader.fieldnames or ())} columns, this row has another number",
+            )
+            continue
+        yield Record(where, dict(row))
+    if lines.fault is not None:
+        yield lines.fault
+
+
+def _iter_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+                for values in batch.to_pylist():
+                    row += 1
+                    yield Record(f"{path}:row {row}", values)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield Record(f"{path}:row {row + 1}", None, "unparsable_line", f"not readable parquet: {error}")

@@ -1,0 +1,55 @@
+"""What can go wrong, by name. Every message says what, where, and how to fix it."""
+
+from __future__ import annotations
+
+
+class LabeltuneError(Exception):
+    """Base of every error a user can cause or repair.
+
+    The command line prints the message without a traceback and exits with `exit_code`.
+    """
+
+    exit_code = 2
+
+
+class ConfigError(LabeltuneError):
+    """A config file, an override or a combination of keys is wrong."""
+
+
+class DataError(LabeltuneError):
+    """A data file cannot be used as it is."""
+
+
+class PromptError(LabeltuneError):
+    """A prompt cannot be rendered, or does not fit the length budget."""
+
+
+class ModelError(LabeltuneError):
+    """A model, tokenizer, adapter or checkpoint cannot be found or used."""
+
+
+class HubError(ModelError):
+    """A model hub or data hub could not be reached, or has no such repository."""
+
+
+class LicenseError(ModelError):
+    """Weights stand under terms that have to be accepted first."""
+
+
+class MissingExtraError(LabeltuneError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs an extra package. Install it with: pip install 'labeltune[{extra}]'"
+        )
+
+
+class OutputError(LabeltuneError):
+    """An output file or folder cannot be written, or is not what the command expects."""
+
+
+class Interrupted(LabeltuneError):
+    """The user pressed Ctrl-C; the message says what was saved and how to go on."""
+
+    exit_code = 130

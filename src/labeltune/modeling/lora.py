@@ -1,0 +1,60 @@
+"""Adapters: attach one to a base model, load one from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from labeltune.config import LoraConfig
+from labeltune.errors import ModelError
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def attach_adapter(
+    model: Any, lora: LoraConfig, *, quantized: bool = False, gradient_checkpointing: bool = False
+) -> Any:
+    """Wrap a causal language model in a fresh LoRA adapter (arXiv:2106.09685); only the adapter is trained.
+
+    Adapter weights are fp32 whatever the base model's type is, so that small updates are not lost.
+
+    Raises:
+        ModelError: `lora.target_modules` names no layer of this model.
+    """
+    import peft
+
+    if quantized:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        bias="none",
+    )
+    try:
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise ModelError(
+            f"lora.target_modules={lora.target_modules!r} does not fit this model: {error}"
+        ) from error
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Wrap a base model in the adapter of a checkpoint folder.
+
+    Raises:
+        ModelError: the adapter is missing, damaged, or made for another model.
+    """
+    import peft
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder} holds no adapter_model.safetensors; the checkpoint is incomplete")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except Exception as error:
+        raise ModelError(f"the adapter in {folder} does not fit its base model: {error}") from error

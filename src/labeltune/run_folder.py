@@ -1,0 +1,169 @@
+"""Run and checkpoint folders: what `labeltune.json` says, and which checkpoint is meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from labeltune.config import GenerationConfig, HubConfig, PromptConfig, RunConfig, TaskName
+from labeltune.errors import ModelError, OutputError
+
+RUN_FILE = "labeltune.json"
+_FORMAT = 1
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Everything prediction needs beside the weights; saved in every checkpoint.
+
+    Attributes:
+        model: the `model:` string of the base model.
+        chat_template: the template the run was trained with.
+        adapter: True when the folder holds an adapter, False when it holds a whole model.
+    """
+
+    task: TaskName
+    model: str
+    hub: HubConfig
+    labels: tuple[str, ...]
+    prompt: PromptConfig
+    generation: GenerationConfig
+    chat_template: str
+    adapter: bool = True
+
+    @staticmethod
+    def of(config: RunConfig, labels: tuple[str, ...], chat_template: str) -> RunInfo:
+        """For a run that is about to be trained."""
+        return RunInfo(
+            config.task,
+            config.model,
+            config.hub,
+            labels,
+            config.prompt,
+            config.generation,
+            chat_template,
+            config.training.method != "full",
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write `labeltune.json`; it comes last, so a checkpoint that has it is complete."""
+        write_json(
+            folder / RUN_FILE,
+            {
+                "format": _FORMAT,
+                "task": self.task,
+                "model": self.model,
+                "hub": self.hub.model_dump(),
+                "labels": list(self.labels),
+                "prompt": self.prompt.model_dump(),
+                "generation": self.generation.model_dump(),
+                "chat_template": self.chat_template,
+                "adapter": self.adapter,
+            },
+        )
+
+    @staticmethod
+    def load(folder: Path) -> RunInfo:
+        """Read `labeltune.json`.
+
+        Raises:
+            ModelError: it is missing, damaged, or written by a newer version.
+        """
+        path = folder / RUN_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["format"] > _FORMAT:
+                raise ModelError(
+                    f"{path} was written by a newer labeltune; upgrade with: pip install -U labeltune"
+                )
+            return RunInfo(
+                values["task"],
+                values["model"],
+                HubConfig.model_validate(values["hub"]),
+                tuple(values["labels"]),
+                PromptConfig.model_validate(values["prompt"]),
+                GenerationConfig.model_validate(values["generation"]),
+                values["chat_template"],
+                values["adapter"],
+            )
+        except FileNotFoundError:
+            raise ModelError(f"{folder} holds no {RUN_FILE}; it is no labeltune checkpoint") from None
+        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            raise ModelError(f"{path} is damaged: {error}") from error
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints of an output folder, by step."""
+    found = []
+    if output_dir.is_dir():
+        for path in output_dir.iterdir():
+            match = _CHECKPOINT.match(path.name)
+            if match and (path / RUN_FILE).is_file():
+                found.append((int(match.group(1)), path))
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(run: str | os.PathLike[str], prefer_newest: bool = False) -> Path:
+    """The checkpoint that `run` means: itself, or the `best` (else the newest) one in it.
+
+    Args:
+        prefer_newest: take the newest checkpoint of a run folder, not the best.
+
+    Raises:
+        ModelError: there is none.
+    """
+    folder = Path(run).expanduser()
+    if (folder / RUN_FILE).is_file():
+        return folder
+    if not prefer_newest and (folder / "best" / RUN_FILE).is_file():
+        return folder / "best"
+    found = checkpoints(folder)
+    if found:
+        return found[-1]
+    if not folder.exists():
+        raise ModelError(
+            f"run folder {folder} does not exist; train first, e.g. labeltune train configs/fudan_news.yaml"
+        )
+    raise ModelError(f"{folder} holds no complete checkpoint (checkpoint-N with {RUN_FILE}); train first")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: a reader sees the old one or the new one, never a part.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o666 & ~_umask())
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, UTF-8, indented."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

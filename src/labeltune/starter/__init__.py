@@ -1,0 +1,1 @@
+"""Files that `labeltune init` writes."""

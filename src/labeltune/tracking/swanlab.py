@@ -1,0 +1,177 @@
+"""SwanLab: the only module that imports swanlab.
+
+A tracker must never cost a training run: it does not ask for a login, and when it fails it says so once and is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from labeltune.config import SwanlabConfig
+
+
+def pick_mode(wanted: str) -> str:
+    """`online`, `local` or `offline`; `auto` is online when logged in and reachable, else local.
+
+    `SWANLAB_MODE` in the environment decides when `wanted` is `auto`.
+    """
+    if wanted != "auto":
+        return wanted
+    from_environment = os.environ.get("SWANLAB_MODE", "")
+    if from_environment in {"online", "local", "offline", "disabled"}:
+        return from_environment
+    return "online" if logged_in() == "yes" else "local"
+
+
+def logged_in() -> str:
+    """`yes`, or why not; asks the server when there is a key, never the user."""
+    import swanlab
+
+    try:
+        if not swanlab.Settings().api_key and not _stored_key():
+            return "no key found; log in with `swanlab login` or set SWANLAB_API_KEY"
+        swanlab.login(timeout=5)
+    except Exception as error:
+        return f"the login failed ({type(error).__name__}); check the key and the network"
+    return "yes"
+
+
+def _stored_key() -> str | None:
+    from swanlab.sdk.internal.settings import create_settings
+
+    key: str | None = create_settings().api_key
+    return key
+
+
+class SwanlabTracker:
+    """One run in SwanLab.
+
+    Args:
+        settings: project, mode, folder.
+        run_config: everything about the run; shown in its config.
+    """
+
+    def __init__(self, settings: SwanlabConfig, run_config: dict[str, Any]) -> None:
+        self.settings = settings
+        self.run_config = run_config
+        self.mode = pick_mode(settings.mode)
+        self.failed = False
+        self.started = False
+
+    def guard(self, action: Callable[[], Any]) -> Any:
+        """Run an action of swanlab; the first failure is reported, and nothing is tried after it."""
+        if self.failed:
+            return None
+        try:
+            return action()
+        except Exception as error:
+            self.failed = True
+            print(
+                f"labeltune: warning: SwanLab failed ({type(error).__name__}: {error}); training goes on without it",
+                file=sys.stderr,
+                flush=True,
+            )
+            return None
+
+    def start(self) -> None:
+        """Open the run (main process only)."""
+        self.guard(self._start)
+
+    def _start(self) -> None:
+        import swanlab
+
+        Path(self.settings.log_dir).mkdir(parents=True, exist_ok=True)
+        swanlab.init(
+            project=self.settings.project,
+            name=self.settings.experiment,
+            mode=self.mode,
+            log_dir=self.settings.log_dir,
+            config=self.run_config,
+            settings=swanlab.Settings(interactive=False),
+            reinit=True,
+        )
+        self.started = True
+
+    def callback(self) -> Any:
+        """SwanLab's own Trainer callback, guarded."""
+        return GuardedCallback(self)
+
+    def log_predictions(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Show (text, caption) pairs under `Prediction`."""
+        if self.started and texts:
+            self.guard(lambda: self._log_predictions(step, texts))
+
+    def _log_predictions(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        import swanlab
+
+        swanlab.log(
+            {"Prediction": [swanlab.Text(text, caption=caption) for text, caption in texts]}, step=step
+        )
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Log numbers."""
+        if self.started:
+
+            def action() -> None:
+                import swanlab
+
+                swanlab.log(values, step=step)
+
+            self.guard(action)
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Close the run; with an error it is shown as crashed."""
+        if not self.started:
+            return
+        self.started = False
+
+        def action() -> None:
+            import swanlab
+
+            if swanlab.has_run():
+                if error is None:
+                    swanlab.finish()
+                else:
+                    swanlab.finish(state="crashed", error=type(error).__name__)
+
+        self.guard(action)
+
+
+class GuardedCallback(TrainerCallback):  # type: ignore[misc]
+    """Hands every event to `swanlab.integration.transformers.SwanLabCallback` until it fails once."""
+
+    def __init__(self, tracker: SwanlabTracker) -> None:
+        self.tracker = tracker
+        self._inner: Any = tracker.guard(self._make)
+
+    @staticmethod
+    def _make() -> Any:
+        from swanlab.integration.transformers import SwanLabCallback
+
+        return SwanLabCallback()
+
+    def _pass_on(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._inner is not None and self.tracker.started:
+            self.tracker.guard(lambda: getattr(self._inner, event)(args, state, control, **kwargs))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Passed on."""
+        self._pass_on("on_train_begin", args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Passed on."""
+        self._pass_on("on_log", args, state, control, **kwargs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Passed on."""
+        self._pass_on("on_evaluate", args, state, control, **kwargs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Passed on."""
+        self._pass_on("on_save", args, state, control, **kwargs)

@@ -1,0 +1,194 @@
+"""What happens around the steps: progress, checkpoints that can be used, Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from labeltune.run_folder import RunInfo
+
+
+class SaveRunInfo(TrainerCallback):  # type: ignore[misc]
+    """Completes every checkpoint with `labeltune.json`, last of all files."""
+
+    def __init__(self, info: RunInfo) -> None:
+        self.info = info
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Trainer calls this when the checkpoint's other files are written."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            self.info.save(folder)
+
+
+class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
+    """The first Ctrl-C finishes the step, saves and stops; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: Any = None
+        self._installed = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Takes over SIGINT and SIGTERM, where this is the main thread."""
+        try:
+            self._previous = (
+                signal.signal(signal.SIGINT, self._handle),
+                signal.signal(signal.SIGTERM, self._handle),
+            )
+            self._installed = True
+        except ValueError:
+            self._installed = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            self.restore()
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print(
+            "\nlabeltune: stopping after this step and saving; press Ctrl-C again to stop at once",
+            file=sys.stderr,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Asks the Trainer for a checkpoint and the end."""
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Gives the signals back to whoever had them."""
+        if self._installed:
+            signal.signal(signal.SIGINT, self._previous[0])
+            signal.signal(signal.SIGTERM, self._previous[1])
+            self._installed = False
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """A bar with loss, examples/s and time left; plain lines where there is no terminal."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._bar: Any = None
+        self._task: Any = None
+        self._started = 0.0
+        self._first_step = 0
+        self._loss = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Starts the clock, and the bar on a terminal."""
+        if not state.is_world_process_zero:
+            return
+        self._started = time.monotonic()
+        self._first_step = state.global_step
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (
+                TextColumn("[bold]train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=console)
+            self._bar.start()
+            self._task = self._bar.add_task(
+                "train", total=state.max_steps, completed=state.global_step, info=""
+            )
+
+    def _rate(self, state: Any) -> float:
+        rows = (state.global_step - self._first_step) * self.batch_size
+        return float(rows / max(time.monotonic() - self._started, 1e-9))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            info = f"{self._rate(state):.1f} examples/s{self._loss}"
+            self._bar.update(self._task, completed=state.global_step, info=info)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Adds examples/s to what is logged (trackers read the same mapping), and prints a plain line."""
+        if not logs or not state.is_world_process_zero or "loss" not in logs:
+            return
+        rate = self._rate(state)
+        logs["examples_per_second"] = round(rate, 3)
+        self._loss = f"  loss {logs['loss']:.4f}"
+        if self._bar is None:
+            left = (state.max_steps - state.global_step) * self.batch_size / max(rate, 1e-9)
+            print(
+                f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}{self._loss}  "
+                f"lr {logs.get('learning_rate', 0):.2e}  {rate:.2f} examples/s  {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Prints the validation loss."""
+        if state.is_world_process_zero and metrics and "eval_loss" in metrics:
+            self.say(f"step {state.global_step}: validation loss {metrics['eval_loss']:.4f}")
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Takes the bar down."""
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bar down, also after an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class ShowPredictions(TrainerCallback):  # type: ignore[misc]
+    """Calls `show(step, when)` before training, at every epoch and at the end, on the main process."""
+
+    def __init__(self, show: Callable[[int, str], None]) -> None:
+        self.show = show
+        self._last_step = -1
+
+    def _show(self, state: Any, when: str) -> None:
+        if state.is_world_process_zero and self._last_step != state.global_step:
+            self._last_step = state.global_step
+            self.show(state.global_step, when)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The untuned model; a resumed run has shown it already."""
+        if state.global_step == 0:
+            self._show(state, "before training")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After each pass over the rows."""
+        self._show(state, f"epoch {state.epoch or 0:.0f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The last weights."""
+        self._show(state, "end")

@@ -1,0 +1,109 @@
+"""The three values that travel through the package: what comes in, what is in it, what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A named entity: `text` stands at `example.text[start:end]` (characters, end exclusive).
+
+    `start` and `end` are None for a predicted entity whose text does not occur in the document.
+    """
+
+    text: str
+    label: str
+    start: int | None = None
+    end: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a prediction row; the names are those of the input schema."""
+        return {
+            "start_idx": self.start,
+            "end_idx": self.end,
+            "entity_text": self.text,
+            "entity_label": self.label,
+        }
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of data.
+
+    Attributes:
+        id: the row's own `id`, else its number in the file as text.
+        text: the document, never changed.
+        candidates: the labels this row chooses from; empty means the task's label set.
+        label: the right label (classification), None when unknown.
+        entities: the right entities in order of appearance (NER), None when unknown.
+        source: `file:line`, for messages.
+    """
+
+    id: str
+    text: str
+    candidates: tuple[str, ...] = ()
+    label: str | None = None
+    entities: tuple[Entity, ...] | None = None
+    source: str = ""
+
+    def to_row(self) -> dict[str, Any]:
+        """Flat form for Arrow files."""
+        entities = self.entities
+        return {
+            "id": self.id,
+            "text": self.text,
+            "candidates": list(self.candidates),
+            "label": self.label,
+            "entities": None
+            if entities is None
+            else [{"text": e.text, "label": e.label, "start": e.start, "end": e.end} for e in entities],
+            "source": self.source,
+        }
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> Example:
+        """Inverse of `to_row`."""
+        entities = row["entities"]
+        return Example(
+            id=row["id"],
+            text=row["text"],
+            candidates=tuple(row["candidates"] or ()),
+            label=row["label"],
+            entities=None
+            if entities is None
+            else tuple(Entity(e["text"], e["label"], e["start"], e["end"]) for e in entities),
+            source=row["source"],
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer.
+
+    Attributes:
+        id: the id of the row it answers.
+        answer: what the model wrote, without the end of turn.
+        label: the predicted label, None when the answer is not one of the candidates (classification).
+        entities: the predicted entities (NER), None for classification.
+        parsed: False when the answer, or a part of it, did not have the form the prompt asks for.
+    """
+
+    id: str
+    answer: str
+    label: str | None = None
+    entities: tuple[Entity, ...] | None = None
+    parsed: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready row: `id`, then `label` or `entities`, `answer`, `parsed`."""
+        row: dict[str, Any] = {"id": self.id}
+        if self.entities is None:
+            row["label"] = self.label
+        else:
+            row["entities"] = [entity.to_dict() for entity in self.entities]
+        row["answer"] = self.answer
+        row["parsed"] = self.parsed
+        return row
