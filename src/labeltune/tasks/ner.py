@@ -53,7 +53,7 @@ class NerTask:
         if answer.strip() == self.prompt.no_entities:
             return Prediction(example.id, answer, entities=())
         found: list[tuple[str, str]] = []
-        lines = [line for line in answer.splitlines() if line.strip()]
+        lines = [line for line in answer.split("\n") if line.strip()]
         parsed = bool(lines)
         for line in lines:
             pair = self._parse_line(line)

@@ -126,21 +126,21 @@ class SwanlabTracker:
             self.guard(action)
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Close the run; with an error it is shown as crashed."""
+        """Close the run, also one that has failed; with an error it is shown as crashed."""
         if not self.started:
             return
         self.started = False
+        self.failed = False
+        self.guard(lambda: self._finish(error))
 
-        def action() -> None:
-            import swanlab
+    def _finish(self, error: BaseException | None) -> None:
+        import swanlab
 
-            if swanlab.has_run():
-                if error is None:
-                    swanlab.finish()
-                else:
-                    swanlab.finish(state="crashed", error=type(error).__name__)
-
-        self.guard(action)
+        if swanlab.has_run():
+            if error is None:
+                swanlab.finish()
+            else:
+                swanlab.finish(state="crashed", error=type(error).__name__)
 
 
 class GuardedCallback(TrainerCallback):  # type: ignore[misc]

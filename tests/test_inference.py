@@ -1,0 +1,275 @@
+"""Prediction: the original page's code on our checkpoints, order and ids, escapes, and the plain twins of batching."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import labeltune
+from conftest import LABELS, classification_rows, make_model, ner_rows, write_jsonl
+from labeltune import recipes
+from labeltune.config import NER_LABELS, PromptConfig, RunConfig, build_config
+from labeltune.errors import DataError, ModelError
+from labeltune.inference.generation import generate_answers
+from labeltune.tasks import make_task
+from labeltune.types import Entity, Example
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> RunConfig:
+    """A short run on learnable rows; ./output/Qwen2 in its own working folder."""
+    folder = tmp_path_factory.mktemp("run")
+    data = write_jsonl(folder / "train.jsonl", classification_rows(48))
+    config = build_config(
+        {
+            "model": str(model_folder),
+            "output_dir": str(folder / "output" / "Qwen2"),
+            "tracking": "none",
+            "data": {"train": str(data)},
+            "training": {"epochs": 2, "learning_rate": 1e-2, "batch_size": 8},
+        }
+    )
+    recipes.train(config)
+    return config
+
+
+def test_the_original_prediction_code_runs_unchanged(trained: RunConfig, model_folder: Path) -> None:
+    """Line for line what the original page does, but for its paths and the device."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkpoint = next(Path(trained.output_dir).glob("checkpoint-*"))
+    device = "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(str(model_folder), use_fast=False, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(model_folder), device_map=None, torch_dtype=torch.float32
+    )
+    model = PeftModel.from_pretrained(model, model_id=str(checkpoint))
+    test_texts = {
+        "instruction": "你是一个文本分类领域的专家，你会接收到一段文本和几个潜在的分类选项，请输出文本内容的正确类型",
+        "input": f"文本:rocket number 7 rocket,类型选型:{LABELS}",
+    }
+    messages = [
+        {"role": "system", "content": test_texts["instruction"]},
+        {"role": "user", "content": test_texts["input"]},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    model_inputs = tokenizer([text], return_tensors="pt").to(device)
+    generated_ids = model.generate(model_inputs.input_ids, max_new_tokens=8, do_sample=False)
+    generated_ids = [
+        output_ids[len(input_ids) :]
+        for input_ids, output_ids in zip(model_inputs.input_ids, generated_ids, strict=True)
+    ]
+    response = tokenizer.batch_decode(generated_ids, skip_special_tokens=True)[0]
+    with labeltune.load_predictor(checkpoint) as predictor:
+        predictor.generation = predictor.generation.model_copy(update={"batch_size": 1})
+        ours = predictor.predict([Example("0", "rocket number 7 rocket", tuple(LABELS))])[0]
+    assert ours.answer and response.startswith(ours.answer)
+
+
+def test_batched_generation_equals_one_row_at_a_time(tokenizer: Any) -> None:
+    model = make_model(len(tokenizer)).eval()
+    prompts = [list(range(3, 3 + n)) for n in (4, 19, 7, 11, 2)]
+    options = {"stop_ids": [2], "max_new_tokens": 6}
+    batched = generate_answers(model, tokenizer, prompts, batch_size=4, **options)
+    single = [generate_answers(model, tokenizer, [p], batch_size=1, **options)[0] for p in prompts]
+    assert batched == single
+
+
+def test_generation_stops_at_any_stop_id(tokenizer: Any) -> None:
+    model = make_model(len(tokenizer)).eval()
+    whole = generate_answers(model, tokenizer, [[5, 6, 7]], stop_ids=[2], max_new_tokens=6, batch_size=1)[0]
+    cut = generate_answers(
+        model, tokenizer, [[5, 6, 7]], stop_ids=[whole[2]], max_new_tokens=6, batch_size=1
+    )[0]
+    assert cut == whole[: whole.index(whole[2])]
+
+
+def test_predict_file_keeps_ids_and_order(trained: RunConfig, in_folder: Path) -> None:
+    rows = [{"id": f"r{9 - i}", "text": f"rocket {'x' * (7 * i % 30)}", "category": LABELS} for i in range(9)]
+    write_jsonl(in_folder / "in.jsonl", rows)
+    command = [
+        sys.executable,
+        "-m",
+        "labeltune",
+        "predict",
+        trained.output_dir,
+        "in.jsonl",
+        "-o",
+        "out.jsonl",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in (in_folder / "out.jsonl").read_text("utf-8").splitlines()]
+    assert [row["id"] for row in found] == [row["id"] for row in rows]
+    assert set(found[0]) == {"id", "label", "answer", "parsed"}
+
+
+def test_predict_text_and_stdin(trained: RunConfig, in_folder: Path) -> None:
+    command = [sys.executable, "-m", "labeltune", "predict", trained.output_dir]
+    by_text = subprocess.run([*command, "--text", "rocket one"], capture_output=True, text=True)
+    by_stdin = subprocess.run(
+        command, input='rocket one\n{"id": "b", "text": "match"}\n', capture_output=True, text=True
+    )
+    assert by_text.returncode == by_stdin.returncode == 0, by_stdin.stderr
+    assert json.loads(by_text.stdout) == json.loads(by_stdin.stdout.splitlines()[0])
+    assert json.loads(by_stdin.stdout.splitlines()[1])["id"] == "b"
+
+
+def test_predict_errors_are_short(trained: RunConfig, in_folder: Path) -> None:
+    write_jsonl(in_folder / "bad.jsonl", [{"text": "x"}, {"text": 7}])
+    for arguments, message in (
+        ([trained.output_dir, "bad.jsonl"], "bad.jsonl:2"),
+        (["no-such-run", "--text", "x"], "does not exist"),
+        ([trained.output_dir, "missing.jsonl"], "missing.jsonl"),
+        ([trained.output_dir, "--text", " "], "empty"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "labeltune", "predict", *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_rows_without_candidates_use_the_label_set_of_the_adapter(trained: RunConfig) -> None:
+    with labeltune.load_predictor(trained.output_dir) as predictor:
+        assert predictor.task.labels == ("Art", "Space", "Sports")
+        prompt = predictor.template.tokenizer.decode(predictor.builder.prompt(Example("0", "x")).ids)
+        assert "['Art', 'Space', 'Sports']" in prompt
+        assert "['a', 'b']" in predictor.template.tokenizer.decode(
+            predictor.builder.prompt(Example("0", "x", ("a", "b"))).ids
+        )
+
+
+def test_evaluate_untuned_model_of_a_config(trained: RunConfig, in_folder: Path) -> None:
+    write_jsonl(in_folder / "test.jsonl", classification_rows(6))
+    (in_folder / "run.yaml").write_text(json.dumps(trained.model_dump(mode="json")), encoding="utf-8")
+    before = recipes.evaluate("run.yaml", "test.jsonl", progress=False)
+    base = recipes.evaluate(trained.output_dir, "test.jsonl", base=True, progress=False)
+    assert before["rows"] == 6 and before["accuracy"] == base["accuracy"]
+    assert before["baselines"]["uniform_guess"]["value"] == pytest.approx(1 / 3)
+
+
+def test_evaluate_stops_on_faults_or_skips_them(trained: RunConfig, in_folder: Path) -> None:
+    write_jsonl(in_folder / "test.jsonl", [*classification_rows(3), {"text": "", "output": "Art"}])
+    with pytest.raises(DataError, match=r"test\.jsonl:4"):
+        recipes.evaluate(trained.output_dir, "test.jsonl", progress=False)
+    metrics = recipes.evaluate(trained.output_dir, "test.jsonl", on_error="skip", progress=False)
+    assert metrics["rows"] == 3 and metrics["skipped"] == {"empty_field": 1}
+
+
+def test_original_scripts(trained: RunConfig, in_folder: Path) -> None:
+    """predict_qwen2.py finds the newest checkpoint in ./output/Qwen2 and reads its own document."""
+    root = Path(__file__).resolve().parents[1]
+    here = Path(trained.output_dir).parents[1]
+    done = subprocess.run(
+        [sys.executable, root / "predict_qwen2.py"], cwd=here, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    done = subprocess.run(
+        [sys.executable, root / "predict_qwen2.py"], cwd=in_folder, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "train first" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "file", "rows"),
+    [
+        ("train_qwen2.py", "train.jsonl", classification_rows(30)),
+        ("train_qwen2_ner.py", "ccfbdci.jsonl", ner_rows(30)),
+    ],
+)
+def test_original_training_scripts(
+    script: str, file: str, rows: list[Any], in_folder: Path, model_folder: Path
+) -> None:
+    root = Path(__file__).resolve().parents[1]
+    write_jsonl(in_folder / file, rows)
+    command = [
+        sys.executable,
+        root / script,
+        "--model",
+        str(model_folder),
+        "training.max_steps=1",
+        "prompt.max_length=600",
+    ]
+    done = subprocess.run(
+        [*command, "generation.max_new_tokens=4"], cwd=in_folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    output = "Qwen2" if "ner" not in script else "Qwen2-NER"
+    assert (in_folder / "output" / output / "checkpoint-1" / "labeltune.json").is_file()
+    assert "27 training rows, 3 validation rows" in done.stderr
+    assert (in_folder / "swanlog").is_dir()
+
+
+def test_a_folder_without_checkpoints_is_an_error(in_folder: Path) -> None:
+    with pytest.raises(ModelError, match="train first"):
+        labeltune.load_predictor(in_folder)
+
+
+_characters = st.text(st.sampled_from(list('ab"\\\n\t{}:,\u2028\x00é南🚀／１')), min_size=1, max_size=6)
+
+
+@given(st.lists(_characters, min_size=1, max_size=4), st.data())
+@settings(max_examples=200, deadline=None)
+def test_ner_escape_round_trip(pieces: list[str], data: st.DataObject) -> None:
+    text, entities = "", []
+    for index, piece in enumerate(pieces):
+        text += f"<{index}>"
+        label = data.draw(st.sampled_from(NER_LABELS))
+        entities.append(Entity(piece, label, len(text), len(text) + len(piece)))
+        text += piece
+    task = make_task("ner", NER_LABELS, PromptConfig())
+    target = task.target(Example("0", text, entities=tuple(entities)))
+    assert len(target.split("\n")) == len(pieces), "one line an entity"
+    prediction = task.parse(Example("0", text), target)
+    assert prediction.parsed
+    assert [(e.text, e.label) for e in prediction.entities or ()] == [(e.text, e.label) for e in entities]
+    for entity in prediction.entities or ():
+        assert entity.start is not None and text[entity.start : entity.end] == entity.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "count", "parsed"),
+    [
+        ("没有找到任何实体", 0, True),
+        ('{"entity_text": "南京", "entity_label": "地点"}', 1, True),
+        ('{"entity_text": "南京", "entity_label": "地点"}\n{"entity_text": "南', 1, False),
+        ('{"entity_text": "南京", "entity_label": "城市"}', 0, False),
+        ('{"entity_text": "", "entity_label": "地点"}', 0, False),
+        ('{"entity_text": ["南京"], "entity_label": "地点"}', 0, False),
+        ('{"entity_text": "南京", "entity_label": ["地点"]}', 0, False),
+        ("[" * 5000, 0, False),
+        ("", 0, False),
+        ("南京", 0, False),
+    ],
+)
+def test_ner_answers_that_are_not_well_formed(answer: str, count: int, parsed: bool) -> None:
+    prediction = make_task("ner", NER_LABELS, PromptConfig()).parse(Example("0", "南京"), answer)
+    assert (len(prediction.entities or ()), prediction.parsed) == (count, parsed)
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("Space", "Space"),
+        (" space.", "Space"),
+        ("'Space'", "Space"),
+        ("Spaceship", None),
+        ("", None),
+        ("类型:Space", None),
+    ],
+)
+def test_classification_answers(answer: str, label: str | None) -> None:
+    task = make_task("classification", LABELS, PromptConfig())
+    prediction = task.parse(Example("0", "x"), answer)
+    assert prediction.label == label and prediction.parsed == (label is not None)

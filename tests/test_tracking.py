@@ -1,0 +1,168 @@
+"""SwanLab: local runs that the dashboard can read, no secrets, and failures that cost nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import classification_rows, write_jsonl
+from labeltune import recipes
+from labeltune.config import RunConfig, build_config
+from labeltune.tracking import swanlab as tracking
+
+
+def tracked_config(folder: Path, model: Path, **values: Any) -> RunConfig:
+    data = write_jsonl(folder / "train.jsonl", classification_rows(24))
+    return build_config(
+        {
+            "model": str(model),
+            "output_dir": str(folder / "out"),
+            "data": {"train": str(data), "validation_fraction": 0.25},
+            "training": {"epochs": 2, "batch_size": 8, "logging_steps": 1},
+            "swanlab": {"log_dir": str(folder / "swanlog"), "prediction_rows": 3, **values},
+        }
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def fetch(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return json.loads(answer.read())
+
+
+def test_the_dashboard_reads_a_run(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One real run: loss and predictions reach the board; a planted key reaches nothing."""
+    planted = secrets.token_hex(16)
+    monkeypatch.setenv("HF_TOKEN", planted)
+    config = tracked_config(in_folder, model_folder, mode="local")
+    path = in_folder / "run.yaml"
+    path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "labeltune", "train", str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SWANLAB_API_KEY": planted},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "labeltune board" in done.stderr
+    for folder in ("swanlog", "out"):
+        for file in (in_folder / folder).rglob("*"):
+            if file.is_file():
+                assert planted.encode() not in file.read_bytes(), file
+    assert planted not in done.stderr + done.stdout
+
+    port = free_port()
+    board = subprocess.Popen(
+        [sys.executable, "-m", "labeltune", "board", str(in_folder / "swanlog"), "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        base = f"http://127.0.0.1:{port}/api/v1"
+        for _ in range(150):
+            try:
+                project = fetch(f"{base}/project")["data"]
+                break
+            except OSError:
+                time.sleep(0.2)
+        else:
+            pytest.fail("the dashboard did not come up")
+        experiment = project["experiments"][0]
+        number = experiment["id"]
+        charts = json.dumps(fetch(f"{base}/experiment/{number}/chart")["data"])
+        assert "train/loss" in charts and "eval/loss" in charts and "Prediction" in charts
+        loss = fetch(f"{base}/experiment/{number}/tag/train%2Floss")["data"]
+        assert len(loss["list"]) >= 4
+        text = json.dumps(fetch(f"{base}/experiment/{number}/tag/Prediction")["data"])
+        assert text
+        shown = json.dumps(experiment)
+        assert "labeltune" in shown and "learning_rate" in shown
+    finally:
+        os.killpg(board.pid, 15)
+        board.wait(timeout=20)
+
+
+def test_predictions_are_shown_before_at_each_epoch_and_at_the_end(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, list[tuple[str, str]]]] = []
+    monkeypatch.setattr(tracking.SwanlabTracker, "_start", lambda self: setattr(self, "started", True))
+    monkeypatch.setattr(
+        tracking.SwanlabTracker, "_log_predictions", lambda self, step, texts: seen.append((step, texts))
+    )
+    monkeypatch.setattr(tracking.GuardedCallback, "_make", staticmethod(lambda: None))
+    recipes.train(tracked_config(in_folder, model_folder, mode="local"))
+    assert [step for step, _ in seen] == [0, 3, 6]
+    assert all(len(texts) == 3 for _, texts in seen)
+    first = [text.split("Prediction:")[0] for text, _ in seen[0][1]]
+    last = [text.split("Prediction:")[0] for text, _ in seen[-1][1]]
+    assert first == last, "the same rows every time"
+    assert "Document:" in seen[0][1][0][0] and "Ground truth:" in seen[0][1][0][0]
+
+
+def test_auto_is_local_without_a_login(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SWANLAB_MODE", raising=False)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for a login"))
+    assert tracking.pick_mode("auto") == "local"
+    monkeypatch.setattr(tracking, "logged_in", lambda: "yes")
+    assert tracking.pick_mode("auto") == "online"
+    assert tracking.pick_mode("offline") == "offline"
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    assert tracking.pick_mode("auto") == "offline"
+
+
+def test_auto_with_a_key_but_no_network_is_local(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import swanlab
+
+    def unreachable(**_: Any) -> bool:
+        raise ConnectionError("no route")
+
+    monkeypatch.setenv("SWANLAB_API_KEY", secrets.token_hex(16))
+    monkeypatch.delenv("SWANLAB_MODE", raising=False)
+    monkeypatch.setattr(swanlab, "login", unreachable)
+    assert tracking.pick_mode("auto") == "local"
+
+
+def test_a_tracker_that_fails_mid_run_is_named_once(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from swanlab.integration.transformers import SwanLabCallback
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("disk of the tracker is full")
+
+    monkeypatch.setattr(SwanLabCallback, "on_log", broken)
+    result = recipes.train(tracked_config(in_folder, model_folder, mode="local"))
+    assert (result.last / "adapter_model.safetensors").is_file()
+    assert capsys.readouterr().err.count("SwanLab failed (OSError: disk of the tracker is full)") == 1
+
+
+def test_a_tracker_that_cannot_start_does_not_stop_training(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking.SwanlabTracker, "_start", lambda self: 1 / 0)
+    result = recipes.train(tracked_config(in_folder, model_folder, mode="local"))
+    assert result.steps == 6
+
+
+def test_offline_runs_are_kept_for_sync(in_folder: Path, model_folder: Path) -> None:
+    recipes.train(tracked_config(in_folder, model_folder, mode="offline"))
+    assert any((in_folder / "swanlog").glob("*run*"))

@@ -1,0 +1,272 @@
+"""Training on two-layer models: exact labels, exact resume, checkpoints that others can read."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import classification_rows, make_model, make_tokenizer, ner_rows, write_jsonl
+from labeltune import recipes
+from labeltune.config import RunConfig, build_config
+from labeltune.errors import ConfigError, DataError, ModelError, OutputError
+from labeltune.run_folder import RunInfo, checkpoints, find_checkpoint
+from labeltune.training.dataset import PaddingCollator
+from labeltune.training.loss import answer_loss
+
+
+def config_for(folder: Path, model: Path, task: str = "classification", **training: Any) -> RunConfig:
+    rows = classification_rows(48) if task == "classification" else ner_rows(48)
+    data: dict[str, Any] = {"train": str(write_jsonl(folder / f"{task}.jsonl", rows))}
+    if task == "ner":
+        data["labels"] = ["地点", "人名", "地理实体", "组织"]
+    options = {
+        "epochs": 1,
+        "batch_size": 8,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        **training,
+    }
+    return build_config(
+        {
+            "task": task,
+            "model": str(model),
+            "output_dir": str(folder / "out"),
+            "tracking": "none",
+            "data": data,
+            "prompt": {"max_length": 512},
+            "lora": {"dropout": 0.1},
+            "training": options,
+            "generation": {"max_new_tokens": 48},
+        }
+    )
+
+
+def adapter_weights(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_checkpoints_are_peft_folders_with_everything_prediction_needs(
+    in_folder: Path, model_folder: Path
+) -> None:
+    config = config_for(in_folder, model_folder)
+    result = recipes.train(config)
+    folders = checkpoints(Path(config.output_dir))
+    assert folders[-1] == result.last
+    assert result.best.resolve() in [folder.resolve() for folder in folders]
+    info = RunInfo.load(result.last)
+    assert info.labels == ("Art", "Space", "Sports")
+    assert info.model == str(model_folder)
+    assert "<|im_start|>" in info.chat_template
+    for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "optimizer.pt"):
+        assert (result.last / name).is_file()
+    assert find_checkpoint(config.output_dir).resolve() == result.best.resolve()
+
+
+def test_resume_gives_the_weights_of_an_uninterrupted_run(in_folder: Path, model_folder: Path) -> None:
+    torch.set_num_threads(1)
+    config = config_for(in_folder, model_folder, epochs=2, save_total_limit=20)
+    whole = recipes.train(config)
+    expected = adapter_weights(whole.last)
+    # The same run, cut off after its third checkpoint: later ones are removed, as if they had never been written.
+    for folder in checkpoints(Path(config.output_dir))[3:]:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    (Path(config.output_dir) / "best").unlink()
+    resumed = recipes.train(config, resume=True)
+    found = adapter_weights(resumed.last)
+    assert resumed.last == whole.last
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_ctrl_c_saves_and_resume_equals_uninterrupted(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder, epochs=40, save_steps=1000)
+    path = in_folder / "run.yaml"
+    path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "labeltune", "train", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 5/"):
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, rest
+    assert "--resume continues it" in rest and "Traceback" not in rest
+    saved = checkpoints(Path(config.output_dir))
+    assert len(saved) == 1
+    assert int(saved[0].name.split("-")[1]) < 220
+    assert subprocess.run([*command, "--resume"], env=environment, capture_output=True).returncode == 0
+    found = adapter_weights(checkpoints(Path(config.output_dir))[-1])
+    assert subprocess.run([*command, "--overwrite"], env=environment, capture_output=True).returncode == 0
+    for name, tensor in adapter_weights(checkpoints(Path(config.output_dir))[-1]).items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_the_end_of_turn_is_learnt_when_it_is_also_the_pad_token(in_folder: Path) -> None:
+    folder = in_folder / "pad-is-eos"
+    tokenizer = make_tokenizer(pad="<|im_end|>")
+    make_model(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = config_for(in_folder, folder, epochs=30, learning_rate=5e-3, method="full", save_steps=1000)
+    result = recipes.train(config)
+    from labeltune import load_predictor
+
+    with load_predictor(result.last) as predictor:
+        predictions = predictor.predict(
+            ["rocket number 90 rocket", "match number 91 match", "paint number 92 paint"]
+        )
+    assert [p.label for p in predictions] == ["Space", "Sports", "Art"]
+    assert all(p.answer == p.label for p in predictions), "the answer stops at the end of turn"
+
+
+def test_ner_trains_and_extracts(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder, "ner", epochs=40, learning_rate=1e-2, save_steps=1000)
+    result = recipes.train(config)
+    test = write_jsonl(in_folder / "test.jsonl", ner_rows(9))
+    metrics = recipes.evaluate(result.best, str(test), output=in_folder / "eval", progress=False)
+    assert metrics["span_f1"]["value"] == 1.0
+    rows = [
+        json.loads(line)
+        for line in (in_folder / "eval" / "predictions.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert rows[0]["entities"] == [
+        {"start_idx": 2, "end_idx": 4, "entity_text": "南京", "entity_label": "地理实体"}
+    ]
+    base = recipes.evaluate(result.best, str(test), base=True, progress=False)
+    assert base["span_f1"]["value"] < 1.0
+
+
+def test_answer_loss_equals_the_plain_loss_over_all_logits(tokenizer: Any) -> None:
+    """The twin: full logits, row by row, without padding."""
+    model = make_model(len(tokenizer)).eval()
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length, answer in ((9, 2), (14, 5), (5, 4)):
+        ids = torch.randint(3, 500, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "answer_start": length - answer, "answer_end": length - 1})
+    batch = PaddingCollator(0)(rows)
+    labels = batch.pop("labels")
+    loss = answer_loss(model(**batch), labels, num_items_in_batch=torch.tensor(8))
+    total = torch.tensor(0.0)
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        logits = model(ids).logits[0]
+        for position in range(row["answer_start"], row["answer_end"]):
+            total = total + torch.nn.functional.cross_entropy(
+                logits[position - 1 : position], ids[0, position : position + 1]
+            )
+    torch.testing.assert_close(loss, total / 8, rtol=1e-5, atol=1e-6)
+
+
+def test_micro_batch_size_does_not_change_the_result(in_folder: Path, model_folder: Path) -> None:
+    weights = []
+    for micro in (2, 8):
+        config = config_for(in_folder, model_folder, micro_batch_size=micro, max_steps=3, save_steps=1000)
+        config = config.model_copy(update={"lora": config.lora.model_copy(update={"dropout": 0.0})})
+        weights.append(adapter_weights(recipes.train(config, overwrite=True).last))
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=2e-5)
+
+
+def test_an_earlier_run_is_not_overwritten_by_accident(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder, max_steps=1)
+    recipes.train(config)
+    with pytest.raises(OutputError, match="--resume"):
+        recipes.train(config)
+    recipes.train(config, overwrite=True)
+
+
+def test_nothing_to_resume(in_folder: Path, model_folder: Path) -> None:
+    with pytest.raises(ModelError, match="nothing to resume"):
+        recipes.train(config_for(in_folder, model_folder), resume=True)
+
+
+def test_an_incomplete_checkpoint_is_not_picked(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder, max_steps=2)
+    result = recipes.train(config)
+    (Path(config.output_dir) / "checkpoint-999").mkdir()
+    assert find_checkpoint(config.output_dir, prefer_newest=True) == result.last
+
+
+def test_faulty_rows_stop_before_weights_are_loaded(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, in_folder / "no-model")
+    rows = [*classification_rows(6), {"text": "", "category": ["a"], "output": "a"}]
+    write_jsonl(in_folder / "classification.jsonl", rows)
+    with pytest.raises(DataError, match=r"classification\.jsonl:7.*empty_field"):
+        recipes.train(config)
+
+
+def test_skipped_rows_are_counted(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder, max_steps=1)
+    rows = [*classification_rows(12), {"text": "x", "category": ["a"], "output": "b"}]
+    write_jsonl(in_folder / "classification.jsonl", rows)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"on_error": "skip"})})
+    said: list[str] = []
+    recipes.train(config, say=said.append)
+    assert any("output_not_in_candidates 1" in line for line in said)
+
+
+def test_uneven_processes_are_refused(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from labeltune.modeling.precision import pick_precision
+    from labeltune.training.trainer import training_arguments
+
+    config = config_for(in_folder, model_folder, batch_size=8, micro_batch_size=4)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="3 processes"):
+        training_arguments(config, pick_precision("fp32"), False)
+
+
+@pytest.mark.parametrize("lora", [{"rslora": True}, {"dora": True}, {"target_modules": ["q_proj"]}])
+def test_adapter_variants_train(in_folder: Path, model_folder: Path, lora: dict[str, Any]) -> None:
+    config = config_for(in_folder, model_folder, max_steps=1)
+    config = config.model_copy(update={"lora": config.lora.model_copy(update=lora)})
+    assert (recipes.train(config).last / "adapter_model.safetensors").is_file()
+
+
+def test_two_processes_train_like_one(in_folder: Path, model_folder: Path) -> None:
+    weights = []
+    for processes in (1, 2):
+        config = config_for(in_folder, model_folder, micro_batch_size=4, max_steps=3, save_steps=1000)
+        config = config.model_copy(
+            update={
+                "lora": config.lora.model_copy(update={"dropout": 0.0}),
+                "output_dir": str(in_folder / f"out{processes}"),
+            }
+        )
+        path = in_folder / f"run{processes}.yaml"
+        path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={processes}",
+            "--standalone",
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, "-m", "labeltune", "train", str(path)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count("done in ") == 1, "only the main process speaks"
+        weights.append(adapter_weights(Path(config.output_dir) / "checkpoint-3"))
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=2e-5)
