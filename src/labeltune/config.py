@@ -214,7 +214,9 @@ class RunConfig(Section):
     def _defaults_by_task(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        values = dict(values)
+        # `training:` with all its keys commented out reads as null; it means the defaults.
+        sections = {name for name, field in cls.model_fields.items() if field.default_factory is not None}
+        values = {key: value for key, value in values.items() if value is not None or key not in sections}
         if values.get("task", "classification") == "ner":
             values.setdefault("output_dir", "./output/Qwen2-NER")
             _set_default(values, "prompt", system=NER_SYSTEM, user=NER_USER)

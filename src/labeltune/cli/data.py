@@ -142,8 +142,11 @@ def convert(
 ) -> None:
     """Write the original recipe's instruction/input/output jsonl."""
     from labeltune.data.convert import convert_file
+    from labeltune.errors import ConfigError
     from labeltune.tasks import make_task
 
+    if on_error not in ("stop", "skip"):
+        raise ConfigError(f"--on-error must be stop or skip, not {on_error!r}")
     config, source, _ = _check_target(file, None, task, labels)
     maker = make_task(config.task, config.data.labels or _labels_of(source, config), config.prompt)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,11 +38,12 @@ def convert_file(
     written = skipped = 0
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
+        partial = output.parent / f".{output.name}-{os.getpid()}.part"
+        file = partial.open("w", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error}") from error
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with file:
             for number, record in enumerate(iter_records(path)):
                 example, faults = parse_record(
                     record, number, config.task, config.data.columns, config.data.labels
@@ -55,9 +55,9 @@ def convert_file(
                     continue
                 file.write(json.dumps(render(example), ensure_ascii=False) + "\n")
                 written += 1
-        Path(name).replace(output)
+        partial.replace(output)
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error}") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return written, skipped

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -97,13 +96,12 @@ def load_rows(
 
     path = resolve_data(spec, hub)
     folder = folder or _temporary_folder()
-    target = (
-        folder
-        / f"{hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()}-{task}-{os.getpid()}.arrow"
-    )
+    # A name of its own: rows loaded earlier are still mapped from theirs.
+    handle, target = tempfile.mkstemp(dir=folder, prefix=f"{task}-", suffix=".arrow")
+    os.close(handle)
     schema = features()
     try:
-        with ArrowWriter(path=str(target), features=schema, writer_batch_size=1000) as writer:
+        with ArrowWriter(path=target, features=schema, writer_batch_size=1000) as writer:
             audit = audit_file(
                 path,
                 task,
@@ -116,7 +114,7 @@ def load_rows(
     except OSError as error:
         raise DataError(f"data file {path} cannot be read: {error}") from None
     dataset = (
-        Dataset.from_file(str(target))
+        Dataset.from_file(target)
         if audit.usable
         else Dataset.from_dict({k: [] for k in schema}, features=schema)
     )
@@ -217,9 +215,11 @@ def stratified_split(rows: Rows, fraction: float, seed: int) -> numpy.ndarray[An
     for name in sorted(strata):
         groups = strata[name]
         keys = sorted(groups, key=lambda key: groups[key][0])
+        if len(keys) == 1:
+            continue
         want = fraction * len(keys) + carry
         count = min(round(want), len(keys) - 1)
-        carry = want - count if len(keys) > 1 else 0.0
+        carry = min(want - count, 0.5)
         chosen = generator.permutation(len(keys))[:count]
         taken.update(keys[index] for index in chosen)
     for number, key in enumerate(hashes):

@@ -92,7 +92,7 @@ def parse_record(
 
     text = check(lambda: _text(values, columns.text))
     row_id = values.get(columns.id)
-    example_id = str(row_id) if row_id not in (None, "") else str(number)
+    example_id = check(lambda: _encodable(str(number if row_id in (None, "") else row_id), columns.id))
     candidates: tuple[str, ...] = ()
     label: str | None = None
     entities: tuple[Entity, ...] | None = None
@@ -278,7 +278,7 @@ def _offset(raw: dict[str, Any], key: str, name: str) -> int:
 def _entity_label(raw: dict[str, Any], code: str, name: str, labels: Sequence[str] | None) -> str:
     """The configured name of an entity's type: its code, or the first of its `entity_names` in the label set."""
     if labels is None or code in labels:
-        return code
+        return _encodable(code, f"{name}.entity_label")
     names = raw.get("entity_names")
     if isinstance(names, list):
         for candidate in names:

@@ -65,10 +65,11 @@ def _download(spec: str, hub: HubConfig) -> Path:
         )
     folder = download_dataset(spec[:2], "/".join(parts[:2]), hub)
     if len(parts) > 2:
-        path = (folder / "/".join(parts[2:])).resolve()
-        if folder.resolve() not in path.parents or not path.is_file():
+        # Not resolved: in the Hugging Face cache a file is a link to a blob outside the snapshot's folder.
+        inside = Path(*parts[2:]) if all(parts[2:]) else Path("..")
+        if inside.is_absolute() or ".." in inside.parts or not (folder / inside).is_file():
             raise DataError(f"data set {spec!r}: no file {'/'.join(parts[2:])} in it")
-        return path
+        return folder / inside
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     train = [p for p in files if p.stem == "train"]
     found = train if len(train) == 1 else files
@@ -126,7 +127,7 @@ def _iter_lines(path: Path) -> Iterator[tuple[int, str | Record]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                yield number, _encoding_fault(path, number, 0, "the file is UTF-16")
+                yield number, _encoding_fault(path, number, 0, "the file is UTF-16", "UTF-16")
                 return
             if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
                 raw, offset = raw[3:], 3
@@ -139,8 +140,8 @@ def _iter_lines(path: Path) -> Iterator[tuple[int, str | Record]]:
             offset += len(raw)
 
 
-def _encoding_fault(path: Path, line: int, offset: int, what: str) -> Record:
-    fix = f"convert it with: iconv -f GB18030 -t UTF-8 {path.name} (or from whatever encoding it has)"
+def _encoding_fault(path: Path, line: int, offset: int, what: str, encoding: str = "GB18030") -> Record:
+    fix = f"convert it with: iconv -f {encoding} -t UTF-8 {path.name} (or from whatever encoding it has)"
     return Record(
         f"{path}:{line}", None, "encoding", f"{what} at byte {offset}; {fix}; the rest was not read"
     )
@@ -196,28 +197,32 @@ class _DecodedLines:
 def _iter_csv(path: Path) -> Iterator[Record]:
     csv.field_size_limit(1 << 30)
     lines = _DecodedLines(path)
-    reader = csv.DictReader(lines, strict=True)
+    reader = csv.reader(lines, strict=True)
+    header: list[str] | None = None
     while True:
-        start = reader.line_num + 1
+        where = f"{path}:{reader.line_num + 1}"
         try:
             row = next(reader)
         except StopIteration:
             break
         except csv.Error as error:
-            yield Record(
-                f"{path}:{start}", None, "unparsable_line", f"not valid CSV: {error}; the rest was not read"
-            )
+            if lines.fault is not None:
+                break
+            yield Record(where, None, "unparsable_line", f"not valid CSV: {error}; the rest was not read")
             return
-        where = f"{path}:{max(start, 2)}"
-        if None in row or None in row.values():
+        if not row:
+            continue
+        if header is None:
+            header = row
+        elif len(row) != len(header):
             yield Record(
                 where,
                 None,
                 "unparsable_line",
-                f"the header names {len(reader.fieldnames or ())} columns, this row has another number",
+                f"the header names {len(header)} columns, this row has {len(row)}",
             )
-            continue
-        yield Record(where, dict(row))
+        else:
+            yield Record(where, dict(zip(header, row, strict=True)))
     if lines.fault is not None:
         yield lines.fault
 

@@ -131,12 +131,12 @@ def uniform_baseline(examples: Sequence[Example], labels: Sequence[str] = ()) ->
 Span = tuple[int, int, str]
 
 
-def spans(entities: Sequence[Entity] | None) -> set[Span | tuple[int, str]]:
+def spans(entities: Sequence[Entity] | None) -> set[Span | tuple[object]]:
     """(start, end, label) of each entity; one without a place is a span of its own that matches nothing."""
-    found: set[Span | tuple[int, str]] = set()
-    for index, entity in enumerate(entities or ()):
+    found: set[Span | tuple[object]] = set()
+    for entity in entities or ():
         if entity.start is None or entity.end is None:
-            found.add((index, f"\0{entity.text}"))
+            found.add((object(),))
         else:
             found.add((entity.start, entity.end, entity.label))
     return found

@@ -1,0 +1,55 @@
+"""The table of config keys in README.md and README.zh-CN.md, made from the config models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from labeltune.config import (
+    CLASSIFICATION_SYSTEM,
+    CLASSIFICATION_USER,
+    RunConfig,
+    config_keys,
+)
+
+BEGIN = "<!-- config table: begin (made by python -m labeltune.config_table) -->"
+END = "<!-- config table: end -->"
+_BY_TASK = {CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, "./output/Qwen2", "labeltune"}
+
+
+def config_table() -> str:
+    """GitHub Markdown, a row a key."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for key, _, default, description in config_keys(RunConfig):
+        lines.append(f"| `{key}` | {_shown(default)} | {description} |")
+    return "\n".join(lines)
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return ""
+    if isinstance(default, str) and default in _BY_TASK:
+        return "by task"
+    return f"`{json.dumps(default, ensure_ascii=False) if not isinstance(default, str) else default}`"
+
+
+def replace_table(text: str) -> str:
+    """A page with its table made anew.
+
+    Raises:
+        ValueError: the page has no place for it.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page lacks {BEGIN!r} or {END!r}")
+    return f"{before}{BEGIN}\n\n{config_table()}\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    for name in sys.argv[1:]:
+        page = Path(name)
+        page.write_text(replace_table(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,108 @@
+"""Imports point down the layers of the design; files stay short enough to read."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "labeltune"
+
+#: From low to high; a module may import from its own layer and the ones below it.
+LAYERS = (
+    ("types", "errors"),
+    ("config",),
+    ("progress", "run_folder"),
+    ("prompts", "data"),
+    ("modeling", "tasks"),
+    ("evaluation", "training", "inference", "tracking"),
+    ("recipes",),
+    ("cli",),
+)
+HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+#: The package itself (lazy names), its `python -m`, and the starter files stand outside.
+OUTSIDE = {"__init__", "__main__", "starter"}
+STRANGERS = {
+    "training": {"tracking", "inference"},
+    "inference": {"training", "tracking"},
+    "tracking": {"training", "inference"},
+    "tasks.classification": {"tasks.ner"},
+    "tasks.ner": {"tasks.classification"},
+}
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(source: str, package: str) -> Iterator[str]:
+    """Every module imported anywhere in a file, also for types only, with what is taken from it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = ".".join(parents[: len(parents) - node.level + 1]) + "." if node.level else ""
+            found = (base + (node.module or "")).rstrip(".")
+            yield found
+            yield from (f"{found}.{alias.name}" for alias in node.names)
+
+
+def own_imports(path: Path) -> set[str]:
+    package = ".".join(("labeltune", *path.relative_to(SOURCE).parent.parts))
+    found = imports(path.read_text(encoding="utf-8"), package)
+    return {name.removeprefix("labeltune.") for name in found if name.startswith("labeltune.")}
+
+
+def test_the_reader_of_imports_sees_every_kind() -> None:
+    source = "import a.b\nfrom c import d\ndef f():\n    from . import e\n    from ..g import h\n"
+    assert set(imports(source, "p.q")) == {"a.b", "c", "c.d", "p.q", "p.q.e", "p.g", "p.g.h"}
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {module_name(path).split(".")[0] for path in MODULES} == set(HEIGHT) | OUTSIDE
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_point_down(path: Path) -> None:
+    name = module_name(path)
+    top = name.split(".")[0]
+    if top in OUTSIDE:
+        return
+    for imported in own_imports(path):
+        other = imported.split(".")[0]
+        if other in HEIGHT:
+            assert HEIGHT[other] <= HEIGHT[top], f"{name} imports {imported}"
+        else:
+            assert other == "__version__", f"{name} imports {imported}"
+        for part, strangers in STRANGERS.items():
+            if name == part or name.startswith(f"{part}."):
+                for stranger in strangers:
+                    assert not f"{imported}.".startswith(f"{stranger}."), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_one_module_knows_swanlab(path: Path) -> None:
+    found = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"), "labeltune")}
+    assert ("swanlab" in found) == (module_name(path) == "tracking.swanlab")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_files_stay_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 400
+
+
+def test_the_lazy_names_are_the_only_imports_of_the_package() -> None:
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    loaded = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert {name for node in loaded for name in imports(ast.unparse(node), "labeltune")} <= {
+        "__future__",
+        "__future__.annotations",
+        "importlib",
+        "typing",
+        "typing.TYPE_CHECKING",
+        "typing.Any",
+    }

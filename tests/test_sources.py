@@ -1,0 +1,277 @@
+"""Reading files: the right place for every fault, and hub data sets through the hubs' own clients."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import write_jsonl
+from labeltune.config import HubConfig
+from labeltune.data.download import ORIGINALS, download_original
+from labeltune.data.sources import Record, iter_records, resolve_data
+from labeltune.errors import DataError, HubError, OutputError
+
+HUBS = {"ms": "modelscope", "hf": "huggingface_hub"}
+
+
+@functools.cache
+def real_signature(hub: str) -> inspect.Signature:
+    """Of the installed client, read before anything is replaced."""
+    return inspect.signature(importlib.import_module(HUBS[hub]).snapshot_download)
+
+
+def fake_hub(
+    monkeypatch: pytest.MonkeyPatch, hub: str, answer: Callable[[dict[str, Any]], str]
+) -> list[dict[str, Any]]:
+    """Replace a hub's `snapshot_download`; a call its real signature does not allow is a TypeError."""
+    calls: list[dict[str, Any]] = []
+    signature = real_signature(hub)
+
+    def snapshot_download(*args: Any, **kwargs: Any) -> str:
+        calls.append(dict(signature.bind(*args, **kwargs).arguments))
+        return answer(calls[-1])
+
+    monkeypatch.setattr(importlib.import_module(HUBS[hub]), "snapshot_download", snapshot_download)
+    return calls
+
+
+def records(path: Path, content: str | bytes) -> list[Record]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return list(iter_records(path))
+
+
+def places(found: list[Record], path: Path) -> list[str]:
+    return [record.where.removeprefix(f"{path}:") for record in found]
+
+
+def test_jsonl_says_where_and_skips_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    found = records(path, '{"text": "一"}\n\n   \n{"text": "two"}')
+    assert places(found, path) == ["1", "4"]
+    assert [record.values for record in found] == [{"text": "一"}, {"text": "two"}]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_byte_order_mark_is_not_part_of_the_first_name(tmp_path: Path, name: str) -> None:
+    content = '{"text": "a"}\n' if name.endswith("jsonl") else "text\na\n"
+    found = records(tmp_path / name, b"\xef\xbb\xbf" + content.encode())
+    assert found[0].values == {"text": "a"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_utf_16_is_named(tmp_path: Path, name: str, encoding: str) -> None:
+    content = '\ufeff{"text": "a"}\n' if encoding.endswith("be") else '{"text": "a"}\n'
+    found = records(tmp_path / name, content.encode(encoding))
+    assert [record.kind for record in found] == ["encoding"]
+    assert "UTF-16" in found[0].problem and "iconv -f UTF-16" in found[0].problem
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_the_byte_that_is_not_utf_8_is_named(tmp_path: Path, mark: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    first = mark + '{"text": "一"}\n'.encode()
+    second = b'{"text": "' + "中".encode("gb18030") + b'"}\n'
+    found = records(path, first + second + b'{"text": "never read"}\n')
+    assert places(found, path) == ["1", "2"]
+    offset = len(first) + len(b'{"text": "')
+    assert (first + second)[offset] > 0x7F
+    assert found[1].kind == "encoding" and f"at byte {offset};" in found[1].problem
+
+
+@pytest.mark.parametrize("quote", [b"", b'"'])
+def test_csv_names_the_wrong_byte_too(tmp_path: Path, quote: bytes) -> None:
+    path = tmp_path / "rows.csv"
+    before = b"text,output\na,b\n" + quote + b"c\n"
+    found = records(path, before + b"d" + b"\xff" + quote + b",e\n")
+    assert found[0].values == {"text": "a", "output": "b"}
+    assert found[-1].kind == "encoding" and f"at byte {len(before) + 1};" in found[-1].problem
+    assert found[-1].where == f"{path}:4"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{text: 1}", "[1, 2]", '"text"', "3", '{"text": "cut', '{"a":' * 50_000, '{"n": ' + "9" * 5000 + "}"],
+)
+def test_a_bad_json_line_does_not_stop_the_reading(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    found = records(path, f'{line}\n{{"text": "fine"}}\n')
+    assert (
+        found[0].kind == "unparsable_line" and found[0].where == f"{path}:1" and len(found[0].problem) < 300
+    )
+    assert found[1].values == {"text": "fine"}
+
+
+def test_a_json_array_is_refused_with_the_repair(tmp_path: Path) -> None:
+    found = records(tmp_path / "rows.json", '[\n  {"text": "a"},\n  {"text": "b"}\n]\n')
+    assert [record.kind for record in found] == ["unparsable_line"]
+    assert "array" in found[0].problem and "jsonl" in found[0].problem
+    assert records(tmp_path / "lines.json", '{"text": "a"}\n')[0].values == {"text": "a"}
+
+
+def test_csv_rows_stand_where_they_begin(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    content = 'text,output\r\n"two\nlines",a\r\n\r\nshort\r\n"say ""hi"", now",b\r\none,two,three\r\n,\r\n'
+    found = records(path, content)
+    assert places(found, path) == ["2", "5", "6", "7", "8"]
+    assert found[0].values == {"text": "two\nlines", "output": "a"}
+    assert [record.kind for record in found] == ["", "unparsable_line", "", "unparsable_line", ""]
+    assert "names 2 columns, this row has 1" in found[1].problem
+    assert found[2].values == {"text": 'say "hi", now', "output": "b"}
+    assert found[4].values == {"text": "", "output": ""}
+
+
+def test_a_quote_that_never_closes_is_one_fault(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    found = records(path, 'text,output\na,b\n"open,c\nd,e\n')
+    assert places(found, path) == ["2", "3"]
+    assert found[1].kind == "unparsable_line"
+
+
+def test_empty_files_hold_no_records(tmp_path: Path) -> None:
+    assert [records(tmp_path / f"rows.{suffix}", "") for suffix in ("jsonl", "json", "csv")] == [[], [], []]
+
+
+def test_parquet_rows_are_numbered(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    rows = [{"text": f"t{i}", "category": ["a", "b"], "output": "a"} for i in range(2500)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = list(iter_records(path))
+    assert [record.values for record in found] == rows
+    assert found[-1].where == f"{path}:row 2500"
+    bad = tmp_path / "bad.parquet"
+    assert [record.kind for record in records(bad, b"PAR1 no parquet")] == ["unparsable_line"]
+
+
+def test_local_specs(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.JSONL", [{"text": "a"}])
+    assert resolve_data(str(path)) == path
+    with pytest.raises(DataError, match="does not exist") as raised:
+        resolve_data(str(tmp_path / "none.jsonl"))
+    assert "labeltune data download" in str(raised.value)
+    (tmp_path / "rows.txt").write_text("a")
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("rows.txt", "folder.csv"):
+        with pytest.raises(DataError, match=r"\.jsonl"):
+            resolve_data(str(tmp_path / name))
+
+
+def hub_cache(folder: Path, files: dict[str, str]) -> Path:
+    """A snapshot as huggingface_hub keeps it: links into a folder of blobs."""
+    snapshot = folder / "snapshots" / "main"
+    for index, (name, content) in enumerate(files.items()):
+        blob = folder / "blobs" / str(index)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_text(content)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blob)
+    return snapshot
+
+
+@pytest.mark.parametrize("hub", ["ms", "hf"])
+def test_hub_data_sets(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "data/train.jsonl": '{"text": "a"}\n',
+        "data/test.jsonl": "",
+        "README.md": "",
+        "secret.jsonl": "",
+    }
+    snapshot = hub_cache(tmp_path, files)
+    (snapshot.parent / "outside.jsonl").write_text("")
+    calls = fake_hub(monkeypatch, hub, lambda _: str(snapshot))
+    config = HubConfig.model_validate({"cache_dir": "somewhere"})
+    path = resolve_data(f"{hub}:org/name/data/train.jsonl", config)
+    assert [record.values for record in iter_records(path)] == [{"text": "a"}]
+    (call,) = calls
+    assert call.pop("model_id" if hub == "ms" else "repo_id") == "org/name"
+    assert call == {"repo_type": "dataset", "cache_dir": "somewhere", "local_dir": None}
+    assert resolve_data(f"{hub}:org/name") == path  # the only file named train
+    for name in (
+        "../outside.jsonl",
+        "data/../../outside.jsonl",
+        "data",
+        "none.jsonl",
+        f"/{tmp_path}/blobs/0",
+    ):
+        with pytest.raises(DataError, match="no file"):
+            resolve_data(f"{hub}:org/name/{name}")
+
+
+def test_a_hub_data_set_of_several_files_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_hub(monkeypatch, "ms", lambda _: str(tmp_path))
+    with pytest.raises(DataError, match="it holds: none"):
+        resolve_data("ms:org/name")
+    for name in ("b.csv", "a.parquet"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"ms:org/name/FILE; it holds: a\.parquet, b\.csv"):
+        resolve_data("ms:org/name")
+    with pytest.raises(DataError, match="must look like ms:org/name"):
+        resolve_data("ms:name")
+
+
+@pytest.mark.parametrize(("hub", "shown"), [("ms", "ModelScope"), ("hf", "Hugging Face")])
+def test_an_unreachable_hub_is_one_clear_message(
+    hub: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(_: dict[str, Any]) -> str:
+        raise ConnectionError("Failed to resolve host\nand a page more")
+
+    fake_hub(monkeypatch, hub, unreachable)
+    with pytest.raises(HubError) as raised:
+        resolve_data(f"{hub}:org/name")
+    message = str(raised.value)
+    assert "\n" not in message and shown in message and "Failed to resolve host" in message
+    assert "org/name" in message and "by hand" in message and "data.train" in message
+
+
+@pytest.mark.parametrize("name", list(ORIGINALS))
+def test_the_original_data_lands_under_its_old_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, repo, files = ORIGINALS[name]
+
+    def answer(call: dict[str, Any]) -> str:
+        for file in files:
+            target = Path(call["local_dir"]) / "deep" / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps({"text": file}) + "\n")
+        return str(call["local_dir"])
+
+    calls = fake_hub(monkeypatch, hub, answer)
+    folder = tmp_path / "here"
+    written = download_original(name, folder)
+    assert (
+        sorted(p.name for p in folder.iterdir()) == sorted(files.values()) == sorted(p.name for p in written)
+    )
+    assert calls[0]["model_id" if hub == "ms" else "repo_id"] == repo
+    written[0].write_text("mine")
+    download_original(name, folder)
+    assert len(calls) == 1 and written[0].read_text() == "mine"
+
+
+def test_download_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="fudan, ccfbdci"):
+        download_original("imdb", tmp_path)
+    fake_hub(monkeypatch, "ms", lambda call: str(call["local_dir"]))
+    with pytest.raises(HubError, match=r"no train\.jsonl any more"):
+        download_original("fudan", tmp_path)
+
+    def answer(call: dict[str, Any]) -> str:
+        for name in ("train.jsonl", "test.jsonl"):
+            (Path(call["local_dir"]) / name).touch()
+        return str(call["local_dir"])
+
+    fake_hub(monkeypatch, "ms", answer)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        download_original("fudan", tmp_path / "file")
