@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "labeltune"
 LAYERS = (
     ("types", "errors"),
     ("config",),
-    ("progress", "run_folder"),
+    ("progress", "run_folder", "config_table"),
     ("prompts", "data"),
     ("modeling", "tasks"),
     ("evaluation", "training", "inference", "tracking"),

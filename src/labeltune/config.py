@@ -31,7 +31,9 @@ NER_LABELS = ("地点", "人名", "地理实体", "组织")
 class Section(BaseModel):
     """Base of every section: immutable, and strict about key names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=()
+    )
 
 
 class HubConfig(Section):
@@ -327,12 +329,19 @@ def _describe(problem: Any) -> str:
     return f"{key}: {message} (got {problem['input']!r})" if key else message
 
 
+#: What other tools call a key, where it is spelled too differently to be found.
+_OTHER_NAMES = {"lr": "training.learning_rate", "rank": "lora.r"}
+
+
 def _suggestion(key: str) -> str:
     known = [name for name, *_ in config_keys()]
     sections = sorted({name.rpartition(".")[0] for name in known if "." in name})
-    close = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.75)
+    leaf = key.rpartition(".")[2]
+    if leaf in _OTHER_NAMES:
+        close = [_OTHER_NAMES[leaf]]
+    else:
+        close = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.75)
     if not close:
-        leaf = key.rpartition(".")[2]
         leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
         found = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.7)
         close = [leaves[found[0]]] if found else []

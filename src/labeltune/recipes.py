@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from labeltune.config import DataConfig, RunConfig, load_config
 from labeltune.data.loading import Rows, Splits, load_rows, load_splits
-from labeltune.errors import DataError
+from labeltune.errors import DataError, MissingExtraError
 from labeltune.evaluation.metrics import classification_metrics, entity_dictionary, ner_metrics
-from labeltune.run_folder import write_json, write_text
+from labeltune.run_folder import check_output, remove_checkpoints, write_json, write_text
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
 from labeltune.types import Example, Prediction
@@ -39,12 +40,17 @@ def train(
 
     Args:
         resume: go on from the last complete checkpoint.
-        overwrite: delete the checkpoints of an earlier run first.
+        overwrite: delete the checkpoints of an earlier run, once data and model are known to be usable.
 
     Raises:
         LabeltuneError: any of its kinds; config, data and output folder are checked before weights are loaded.
         Interrupted: Ctrl-C; the message names the checkpoint that was saved.
     """
+    _check_tracker(config)
+    resume_from = check_output(config, resume, overwrite)
+    splits = load_splits(config.task, config.data, config.hub, config.training.seed)
+    _report_splits(splits, say)
+
     from transformers import set_seed
 
     from labeltune.inference.predictor import Predictor
@@ -55,16 +61,10 @@ def train(
     from labeltune.run_folder import RunInfo
     from labeltune.training.callbacks import ShowPredictions
     from labeltune.training.dataset import tokenize_rows
-    from labeltune.training.trainer import check_output, remove_checkpoints, run_training
+    from labeltune.training.trainer import run_training
 
     full = config.training.method == "full"
     main_process = os.environ.get("RANK", "0") == "0"
-    if overwrite and not resume and main_process:
-        remove_checkpoints(config.output_dir)
-    resume_from = check_output(config, resume)
-    splits = load_splits(config.task, config.data, config.hub, config.training.seed)
-    _report_splits(splits, say)
-
     local = resolve_model(config.model, config.hub)
     trust = config.hub.trust_remote_code
     tokenizer = load_tokenizer(local.folder, trust)
@@ -122,6 +122,8 @@ def train(
             )
 
         callbacks.append(ShowPredictions(show))
+    if overwrite and not resume and main_process:
+        remove_checkpoints(config.output_dir)
     try:
         result = run_training(
             model, tokenizer, config, precision, info, train_tokens, validation_tokens, callbacks, resume_from
@@ -136,12 +138,17 @@ def train(
     return result
 
 
+def _check_tracker(config: RunConfig) -> None:
+    if config.tracking in ("wandb", "tensorboard") and importlib.util.find_spec(config.tracking) is None:
+        raise MissingExtraError(f"tracking={config.tracking}", config.tracking)
+
+
 def _report_splits(splits: Splits, say: Say) -> None:
     held_out = 0 if splits.validation is None else len(splits.validation)
     say(f"data: {len(splits.train)} training rows, {held_out} validation rows, {len(splits.labels)} labels")
     if splits.skipped:
         reasons = ", ".join(f"{kind} {count}" for kind, count in sorted(splits.skipped.items()))
-        say(f"data: faulty rows were skipped (data.on_error=skip); faults: {reasons}")
+        say(f"data: {splits.skipped_rows} faulty rows were skipped (data.on_error=skip): {reasons}")
 
 
 def _count_parameters(model: Any) -> tuple[int, int]:

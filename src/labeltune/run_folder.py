@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,50 @@ def find_checkpoint(run: str | os.PathLike[str], prefer_newest: bool = False) ->
             f"run folder {folder} does not exist; train first, e.g. labeltune train configs/fudan_news.yaml"
         )
     raise ModelError(f"{folder} holds no complete checkpoint (checkpoint-N with {RUN_FILE}); train first")
+
+
+def check_output(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path | None:
+    """The checkpoint to resume from (None for a fresh start), or why the output folder cannot be used.
+
+    Args:
+        resume: continue the last complete checkpoint.
+        overwrite: an earlier run may be there; it is removed when training starts, not here.
+
+    Raises:
+        OutputError: a fresh run would mix with an earlier one, or the folder cannot be written.
+        ModelError: there is nothing to resume.
+    """
+    folder = Path(config.output_dir)
+    found = checkpoints(folder)
+    if resume:
+        if not found:
+            raise ModelError(
+                f"nothing to resume: {folder} holds no complete checkpoint; start without --resume"
+            )
+        return found[-1]
+    if found and not overwrite:
+        raise OutputError(
+            f"{folder} already holds {found[-1].name}. Continue it with --resume, start over with --overwrite, "
+            "or choose another output_dir"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"output_dir {folder} cannot be written: {error}") from error
+    return None
+
+
+def remove_checkpoints(output_dir: str) -> None:
+    """Delete an earlier run's checkpoints and its `best`; nothing else in the folder."""
+    folder = Path(output_dir)
+    best = folder / "best"
+    if best.is_symlink():
+        best.unlink()
+    elif best.is_dir():
+        shutil.rmtree(best)
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir() and path.name.rpartition("-")[2].isdigit():
+            shutil.rmtree(path)
 
 
 def write_text(path: Path, text: str) -> None:

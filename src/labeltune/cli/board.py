@@ -18,13 +18,15 @@ def board(
     """Open the local SwanLab dashboard (`swanlab watch`) on the runs in a folder."""
     import importlib.util
 
-    from labeltune.errors import LabeltuneError, MissingExtraError
+    from labeltune.errors import LabeltuneError
 
     if not folder.is_dir():
         raise LabeltuneError(
             f"no folder {folder}; train first, or name the folder of the runs: labeltune board FOLDER"
         )
     if importlib.util.find_spec("swanboard") is None:
-        raise MissingExtraError("the local dashboard", "dashboard")
+        raise LabeltuneError(
+            "the local dashboard is not installed; install it with: pip install 'swanlab[dashboard]'"
+        )
     command = [sys.executable, "-m", "swanlab", "watch", str(folder), "--host", host, "--port", str(port)]
     raise typer.Exit(subprocess.run(command).returncode)

@@ -27,7 +27,7 @@ _BATCH = 1000
 class Audit:
     """What one pass over a file found.
 
-    Per usable row it holds 24 bytes: two 64-bit hashes, a 32-bit label number and a 32-bit length.
+    Per usable row it holds 20 bytes: two 64-bit hashes and a 32-bit length.
 
     Attributes:
         rows: records in the file, usable or not.

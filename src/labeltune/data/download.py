@@ -32,7 +32,9 @@ def download_original(name: str, folder: Path, hub: HubConfig | None = None) -> 
     if all(target.exists() for target in targets):
         return targets
     with tempfile.TemporaryDirectory() as temporary:
-        fetched = download_dataset(hub_name, repo, hub or HubConfig(), local_dir=temporary)
+        fetched = download_dataset(
+            hub_name, repo, hub or HubConfig(), local_dir=temporary, files=[f"*{f}" for f in files]
+        )
         for source_name, target_name in files.items():
             found = sorted(fetched.rglob(source_name), key=lambda path: len(path.parts))
             if not found:

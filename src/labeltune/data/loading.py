@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy
 
 from labeltune.config import ColumnsConfig, DataConfig, HubConfig, TaskName
 from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file
-from labeltune.data.schemas import Fault, parse_record
+from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record
 from labeltune.data.sources import iter_records, resolve_data
 from labeltune.errors import DataError
 from labeltune.types import Example
@@ -43,11 +44,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and validation rows, with what was left out on the way."""
+    """Training and validation rows, with what was left out on the way.
+
+    Attributes:
+        skipped_rows: rows left out because of their faults.
+        skipped: kind of fault -> how often; a row may have several.
+    """
 
     train: Dataset
     validation: Dataset | None
     labels: tuple[str, ...]
+    skipped_rows: int
     skipped: dict[str, int]
 
 
@@ -148,6 +155,7 @@ def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: i
     add_duplicates(rows.audit, rows.where)
     audits = [rows.audit]
     validation: Dataset | None = None
+    shared: list[int] = []
     if data.validation is not None:
         other = load_rows(data.validation, task, data, hub)
         shared = add_shared(rows.audit, other.audit, other.where)
@@ -158,11 +166,10 @@ def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: i
         raise DataError(
             f"{rows.audit.path} holds no usable row; see: labeltune data check {rows.audit.path} --task {task}"
         )
-    skipped: dict[str, int] = {}
+    skipped: Counter[str] = Counter()
     for audit in audits:
-        for kind, count in audit.counts.items():
-            if any(fault.kind == kind and fault.severity == "error" for fault in audit.faults):
-                skipped[kind] = skipped.get(kind, 0) + count
+        skipped.update({kind: n for kind, n in audit.counts.items() if FAULT_KINDS[kind][0] == "error"})
+    skipped_rows = sum(audit.rows - audit.usable for audit in audits) + len(shared)
     train = rows.dataset
     if validation is None and data.validation_fraction > 0:
         held_out = stratified_split(rows, data.validation_fraction, seed)
@@ -171,7 +178,7 @@ def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: i
             train = _without(train, held_out)
     if validation is not None and not len(validation):
         validation = None
-    return Splits(train, validation, data.labels or rows.audit.label_set(), skipped)
+    return Splits(train, validation, data.labels or rows.audit.label_set(), skipped_rows, dict(skipped))
 
 
 def _without(dataset: Dataset, rows: Sequence[int] | numpy.ndarray[Any, Any]) -> Dataset:

@@ -79,13 +79,16 @@ def _download(spec: str, hub: HubConfig) -> Path:
     return found[0]
 
 
-def download_dataset(hub_name: str, repo: str, hub: HubConfig, local_dir: str | None = None) -> Path:
+def download_dataset(
+    hub_name: str, repo: str, hub: HubConfig, local_dir: str | None = None, files: list[str] | None = None
+) -> Path:
     """Fetch a data set repository with its hub's own client.
 
     Args:
         hub_name: `ms` or `hf`.
         repo: `org/name`.
         local_dir: where to put the files; the hub's cache when None.
+        files: patterns of the files wanted; all when None.
 
     Raises:
         HubError: the hub cannot be reached or has no such repository.
@@ -94,10 +97,22 @@ def download_dataset(hub_name: str, repo: str, hub: HubConfig, local_dir: str | 
         if hub_name == "ms":
             from modelscope import snapshot_download as ms_download
 
-            return Path(ms_download(repo, repo_type="dataset", cache_dir=hub.cache_dir, local_dir=local_dir))
+            return Path(
+                ms_download(
+                    repo,
+                    repo_type="dataset",
+                    cache_dir=hub.cache_dir,
+                    local_dir=local_dir,
+                    allow_patterns=files,
+                )
+            )
         from huggingface_hub import snapshot_download as hf_download
 
-        return Path(hf_download(repo, repo_type="dataset", cache_dir=hub.cache_dir, local_dir=local_dir))
+        return Path(
+            hf_download(
+                repo, repo_type="dataset", cache_dir=hub.cache_dir, local_dir=local_dir, allow_patterns=files
+            )
+        )
     except Exception as error:
         raise HubError(
             f"data set {repo} could not be fetched from {'ModelScope' if hub_name == 'ms' else 'Hugging Face'} "

@@ -136,7 +136,9 @@ def load_model(
         ModelError: the files are damaged, or no causal language model.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if trust_remote_code:
         print(f"labeltune: trust_remote_code is on; Python code of {folder} will be run", file=sys.stderr)
     options: dict[str, Any] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
@@ -77,18 +76,30 @@ class NerTask:
 
 
 def locate(text: str, found: list[tuple[str, str]]) -> tuple[Entity, ...]:
-    """Give each (entity text, label) its place: the n-th mention of a text is its n-th occurrence, left to right.
+    """Give each (entity text, label) its place, by order of occurrence.
 
-    An entity that occurs less often than it is given has no place; its `start` and `end` are None.
+    Answers stand in order of appearance, so each text is looked for behind the entity before it; one that is not there
+    takes its first occurrence that no earlier answer has taken. An entity that occurs less often than it is given has
+    no place; its `start` and `end` are None.
     """
-    searched: Counter[str] = Counter()
+    taken: set[tuple[int, int]] = set()
+    cursor = 0
     entities = []
     for entity_text, label in found:
-        start = text.find(entity_text, searched[entity_text])
+        start = text.find(entity_text, cursor)
+        if start < 0:
+            start = _first_free(text, entity_text, taken)
         if start < 0:
             entities.append(Entity(entity_text, label))
             continue
-        end = start + len(entity_text)
-        searched[entity_text] = end
-        entities.append(Entity(entity_text, label, start, end))
+        cursor = start + len(entity_text)
+        taken.add((start, cursor))
+        entities.append(Entity(entity_text, label, start, cursor))
     return tuple(entities)
+
+
+def _first_free(text: str, entity_text: str, taken: set[tuple[int, int]]) -> int:
+    start = text.find(entity_text)
+    while start >= 0 and any(start < end and begin < start + len(entity_text) for begin, end in taken):
+        start = text.find(entity_text, start + 1)
+    return start

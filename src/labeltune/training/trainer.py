@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
-from labeltune.errors import ConfigError, Interrupted, ModelError, OutputError
+from labeltune.errors import ConfigError, Interrupted
 from labeltune.modeling.precision import Precision
-from labeltune.run_folder import RunInfo, checkpoints
+from labeltune.run_folder import RunInfo
 from labeltune.training.dataset import PaddingCollator
 from labeltune.training.loss import answer_loss
 
@@ -100,46 +100,6 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
         )
     except ValueError as error:
         raise ConfigError(f"training: {error}") from error
-
-
-def check_output(config: RunConfig, resume: bool) -> Path | None:
-    """The checkpoint to resume from (None for a fresh start), or why the output folder cannot be used.
-
-    Raises:
-        OutputError: a fresh run would mix with an earlier one, or the folder cannot be written.
-        ModelError: there is nothing to resume.
-    """
-    folder = Path(config.output_dir)
-    found = checkpoints(folder)
-    if resume:
-        if not found:
-            raise ModelError(
-                f"nothing to resume: {folder} holds no complete checkpoint; start without --resume"
-            )
-        return found[-1]
-    if found:
-        raise OutputError(
-            f"{folder} already holds {found[-1].name}. Continue it with --resume, start over with --overwrite, "
-            "or choose another output_dir"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"output_dir {folder} cannot be written: {error}") from error
-    return None
-
-
-def remove_checkpoints(output_dir: str) -> None:
-    """Delete an earlier run's checkpoints and its `best`; nothing else in the folder."""
-    folder = Path(output_dir)
-    best = folder / "best"
-    if best.is_symlink():
-        best.unlink()
-    elif best.is_dir():
-        shutil.rmtree(best)
-    for path in folder.glob("checkpoint-*"):
-        if path.is_dir() and path.name.rpartition("-")[2].isdigit():
-            shutil.rmtree(path)
 
 
 def run_training(

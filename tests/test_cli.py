@@ -1,0 +1,283 @@
+"""The command line: exit codes, one-line errors, and a help that is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import classification_rows, ner_rows, write_jsonl
+from labeltune.cli import main, original
+from labeltune.config import load_config
+from labeltune.data.sources import iter_records
+from test_sources import fake_hub
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "transformers", "datasets", "peft", "swanlab", "modelscope", "sklearn", "pyarrow", "rich")
+
+
+def process(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8", "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=120
+    )
+
+
+class Result:
+    """What a command printed, and its exit code."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def labeltune(in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command in this process, in an empty folder."""
+
+    def call(*args: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["labeltune", *args])
+        capsys.readouterr()
+        try:
+            main.run()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return call
+
+
+COMMANDS = (
+    "",
+    "init",
+    "doctor",
+    "data",
+    "data check",
+    "data convert",
+    "train",
+    "evaluate",
+    "predict",
+    "board",
+)
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = f"""
+import contextlib, io, sys
+sys.argv = ["labeltune"]
+from labeltune.cli.main import app
+for command in {COMMANDS!r}:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        app([*command.split(), "--help"], prog_name="labeltune")
+    assert "Usage: labeltune" in out.getvalue(), command
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = process(tmp_path, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_python_m_labeltune(tmp_path: Path) -> None:
+    done = process(tmp_path, "-m", "labeltune", "--help")
+    assert done.returncode == 0
+    for command in ("init", "doctor", "data", "train", "evaluate", "predict", "board"):
+        assert f"\n  {command} " in done.stdout
+    write_jsonl(tmp_path / "rows.jsonl", [*classification_rows(6), {"text": ""}])
+    done = process(tmp_path, "-m", "labeltune", "data", "check", "rows.jsonl")
+    assert done.returncode == 1 and done.stderr == ""
+    assert "rows.jsonl:7: error: empty_field: text is empty" in done.stdout
+    done = process(tmp_path, "-m", "labeltune", "data", "check", "none.jsonl")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr.startswith("error: data file none.jsonl does not exist") and done.stderr.count("\n") == 1
+    )
+
+
+def test_check_of_good_rows(labeltune: Any, in_folder: Path) -> None:
+    write_jsonl(in_folder / "rows.jsonl", classification_rows(9))
+    found = labeltune("data", "check", "rows.jsonl")
+    assert found.code == 0
+    assert "rows.jsonl: 9 rows, 9 usable, 0 errors, 0 warnings" in found.out
+    assert "33.3%  Space" in found.out and "text length in characters: p10" in found.out
+    assert labeltune("--version").out.startswith("labeltune 0.")
+
+
+def test_check_lists_faults_and_counts_the_rest(labeltune: Any, in_folder: Path) -> None:
+    write_jsonl(
+        in_folder / "rows.jsonl", [*classification_rows(3), *classification_rows(3), *[{"text": ""}] * 5]
+    )
+    found = labeltune("data", "check", "rows.jsonl", "--limit", "2")
+    assert found.code == 1
+    assert found.out.count(": error: empty_field: ") == 2 and "... 3 more of empty_field" in found.out
+    assert found.out.count(": warning: exact_duplicate: ") == 2
+    assert "11 rows, 6 usable, 10 errors, 3 warnings" in found.out
+    found = labeltune("data", "check", "rows.jsonl", "--limit", "0")
+    assert found.out.count(": error: empty_field: ") == 5
+
+
+def test_warnings_alone_are_no_failure(labeltune: Any, in_folder: Path) -> None:
+    write_jsonl(in_folder / "rows.jsonl", classification_rows(3) * 2)
+    assert labeltune("data", "check", "rows.jsonl").code == 0
+
+
+def test_check_against_a_test_file(labeltune: Any, in_folder: Path) -> None:
+    write_jsonl(in_folder / "train.jsonl", classification_rows(6))
+    write_jsonl(in_folder / "test.jsonl", classification_rows(1))
+    found = labeltune("data", "check", "train.jsonl", "--test", "test.jsonl")
+    assert found.code == 1
+    assert "test.jsonl:1: error: shared_with_train: this text also stands in train.jsonl" in found.out
+    (in_folder / "run.yaml").write_text("data: {train: train.jsonl, test: test.jsonl}\n")
+    assert labeltune("data", "check", "run.yaml").out == found.out
+
+
+def test_check_as_json(labeltune: Any, in_folder: Path) -> None:
+    write_jsonl(in_folder / "rows.jsonl", [*ner_rows(6), {"text": "南京"}])
+    found = labeltune("data", "check", "rows.jsonl", "--json", "--labels", "地理实体，人名")
+    assert found.code == 1
+    report = json.loads(found.out)
+    (file,) = report["files"]
+    assert (file["rows"], file["usable"], file["errors"]) == (7, 6, 1)
+    assert file["labels"] == {"地理实体": 4} and file["rows_without_entities"] == 2
+    (fault,) = report["faults"]
+    assert (
+        fault["kind"] == "missing_field" and fault["where"] == "rows.jsonl:7" and fault["severity"] == "error"
+    )
+
+
+def test_convert_writes_the_originals_rows(labeltune: Any, in_folder: Path) -> None:
+    write_jsonl(in_folder / "rows.jsonl", classification_rows(3))
+    found = labeltune("data", "convert", "rows.jsonl", "out/converted.jsonl")
+    assert (found.code, found.out) == (0, "") and "3 rows written, 0 skipped" in found.err
+    path = in_folder / "out" / "converted.jsonl"
+    rows = [record.values for record in iter_records(path)]
+    assert rows[1] == {
+        "instruction": "你是一个文本分类领域的专家，你会接收到一段文本和几个潜在的分类选项，请输出文本内容的正确类型",
+        "input": "文本:rocket number 1 rocket,类型选型:['Sports', 'Space', 'Art']",
+        "output": "Space",
+    }
+    assert [p.name for p in path.parent.iterdir()] == ["converted.jsonl"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+def test_convert_of_entities(labeltune: Any, in_folder: Path) -> None:
+    write_jsonl(in_folder / "rows.jsonl", ner_rows(3))
+    assert labeltune("data", "convert", "rows.jsonl", "out.jsonl", "--labels", "地理实体").code == 0
+    rows = [record.values or {} for record in iter_records(in_folder / "out.jsonl")]
+    assert json.loads(rows[0]["output"]) == {"entity_text": "南京", "entity_label": "地理实体"}
+    assert rows[2]["output"] == "没有找到任何实体" and "地理实体" in rows[0]["instruction"]
+
+
+def test_convert_stops_or_skips(labeltune: Any, in_folder: Path) -> None:
+    write_jsonl(in_folder / "rows.jsonl", [*classification_rows(2), {"text": ""}])
+    found = labeltune("data", "convert", "rows.jsonl", "out.jsonl")
+    assert found.code == 2 and "rows.jsonl:3" in found.err and "--on-error skip" in found.err
+    assert [p.name for p in in_folder.iterdir()] == ["rows.jsonl"]
+    found = labeltune("data", "convert", "rows.jsonl", "out.jsonl", "--on-error", "skip")
+    assert found.code == 0 and "2 rows written, 1 skipped" in found.err
+    assert labeltune("data", "convert", "rows.jsonl", "out.jsonl", "--on-error", "ignore").code == 2
+
+
+@pytest.mark.parametrize("task", ["classification", "ner"])
+def test_init_writes_a_config_that_loads(labeltune: Any, in_folder: Path, task: str) -> None:
+    found = labeltune("init", task, "new")
+    assert found.code == 0, found.err
+    config = load_config(in_folder / "new" / f"{task}.yaml")
+    assert config.task == task and (in_folder / "new" / config.data.train).is_file()
+    (in_folder / "new" / f"{task}.yaml").write_text("task: ner\n")
+    found = labeltune("init", task, "new")
+    assert found.code == 2 and "exists already; --force replaces it" in found.err
+    assert (in_folder / "new" / f"{task}.yaml").read_text() == "task: ner\n"
+    assert labeltune("init", task, "new", "--force").code == 0
+    assert load_config(in_folder / "new" / f"{task}.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (("train", "run.yaml", "training.epoch=3"), "did you mean 'training.epochs'?"),
+        (("train", "run.yaml", "training.batch_size=6"), "no multiple of"),
+        (("train", "none.yaml"), "labeltune init classification"),
+        (("evaluate", "run", "--on-error", "maybe"), "--on-error must be stop or skip"),
+        (("init", "summary"), "classification or ner"),
+        (("data", "download", "imdb"), "fudan, ccfbdci"),
+        (("data", "check", "run.yaml", "--task", "nre"), "'ner'"),
+        (("data", "check", "ms:name"), "ms:org/name"),
+        (("board", "nowhere"), "no folder nowhere"),
+        (("predict", "run", "a.jsonl", "--text", "b"), "not both"),
+        (("predict", "run", "--text", " "), "the text is empty"),
+    ],
+)
+def test_errors_are_one_line(labeltune: Any, in_folder: Path, args: tuple[str, ...], part: str) -> None:
+    (in_folder / "run.yaml").write_text("model: pocket\n")
+    found = labeltune(*args)
+    assert (found.code, found.out) == (2, "")
+    assert found.err.startswith("error: ") and found.err.count("\n") == 1
+    assert part in found.err and "Traceback" not in found.err
+
+
+def test_download(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(call: dict[str, Any]) -> str:
+        write_jsonl(Path(call["local_dir"]) / "train.jsonl", classification_rows(3))
+        write_jsonl(Path(call["local_dir"]) / "test.jsonl", classification_rows(1))
+        return str(call["local_dir"])
+
+    fake_hub(monkeypatch, "ms", answer)
+    found = labeltune("data", "download", "fudan")
+    assert found.code == 0 and found.out.split() == ["train.jsonl", "test.jsonl"]
+    assert labeltune("data", "check", "train.jsonl").code == 0
+
+    def unreachable(_: dict[str, Any]) -> str:
+        raise ConnectionError("no route to host")
+
+    fake_hub(monkeypatch, "hf", unreachable)
+    found = labeltune("data", "download", "ccfbdci")
+    assert (found.code, found.out) == (2, "") and found.err.count("\n") == 1
+    assert "Hugging Face" in found.err and "by hand" in found.err
+
+
+def test_doctor_asks_nobody_when_offline(labeltune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("a connection was made"))
+    found = labeltune("doctor", "--offline")
+    assert found.code == 0 and found.out.endswith("\nready\n")
+    for part in ("Python 3.", "torch ", "swanlab ", "of memory free", "of disk free for the cache"):
+        assert part in found.out
+
+
+@pytest.mark.parametrize("script", ["train_qwen2.py", "train_qwen2_ner.py", "predict_qwen2.py"])
+def test_the_original_scripts_have_a_quick_help(script: str, tmp_path: Path) -> None:
+    code = (
+        f"import runpy, sys; sys.argv = [{script!r}, '--help']\n"
+        f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+        f"finally: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = process(tmp_path, "-c", code)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+    assert f"Usage: {script}" in done.stdout
+
+
+def test_the_original_settings() -> None:
+    for task, train, folder in (
+        ("classification", "train.jsonl", "./output/Qwen2"),
+        ("ner", "ccfbdci.jsonl", "./output/Qwen2-NER"),
+    ):
+        config = original.original_config(task, ["training.seed=7"])  # type: ignore[arg-type]
+        assert (config.task, config.data.train, config.output_dir) == (task, train, folder)
+        assert (config.data.on_error, config.data.validation_fraction, config.training.seed) == (
+            "skip",
+            0.1,
+            7,
+        )
+    assert config.data.labels == ("地点", "人名", "地理实体", "组织")
+    assert original.original_config("ner", ["data.labels=[PER]"]).data.labels == ("PER",)
