@@ -61,7 +61,7 @@ def make_tokenizer(template: str | None = CHATML, pad: str = "<|endoftext|>") ->
 def make_model(vocabulary: int, kind: str = "qwen2", seed: int = 0) -> Any:
     """Two layers, random weights."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+    import transformers
 
     shape = {
         "vocab_size": vocabulary,
@@ -72,12 +72,23 @@ def make_model(vocabulary: int, kind: str = "qwen2", seed: int = 0) -> Any:
         "num_key_value_heads": 2,
         "max_position_embeddings": 8192,
         "eos_token_id": 2,
+        "pad_token_id": 0,
         "bos_token_id": None,
     }
-    classes = {"qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}
-    extra = {"head_dim": 8} if kind == "qwen3" else {}
+    name, extra = MODEL_KINDS[kind]
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(classes[kind](**shape, **extra), dtype=torch.float32)
+    config = getattr(transformers, name)(**shape, **extra)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+#: kind -> (config class of transformers, what it needs beside the common shape)
+MODEL_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "llama": ("LlamaConfig", {}),
+    "glm4": ("Glm4Config", {"head_dim": 8}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8}),
+}
 
 
 @pytest.fixture(scope="session")

@@ -113,6 +113,22 @@ def test_predict_file_keeps_ids_and_order(trained: RunConfig, in_folder: Path) -
     assert set(found[0]) == {"id", "label", "answer", "parsed"}
 
 
+def test_a_runs_column_names_are_remembered(in_folder: Path, model_folder: Path) -> None:
+    rows = [{"content": row["text"], "label": row["output"]} for row in classification_rows(12)]
+    write_jsonl(in_folder / "rows.jsonl", rows)
+    config = build_config(
+        {
+            "model": str(model_folder),
+            "output_dir": "out",
+            "tracking": "none",
+            "data": {"train": "rows.jsonl", "columns": {"text": "content", "output": "label"}},
+            "training": {"max_steps": 1},
+        }
+    )
+    recipes.train(config)
+    assert recipes.evaluate("out", "rows.jsonl", progress=False)["rows"] == 12
+
+
 def test_predict_text_and_stdin(trained: RunConfig, in_folder: Path) -> None:
     command = [sys.executable, "-m", "labeltune", "predict", trained.output_dir]
     by_text = subprocess.run([*command, "--text", "rocket one"], capture_output=True, text=True)

@@ -194,7 +194,12 @@ def test_hub_data_sets(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [record.values for record in iter_records(path)] == [{"text": "a"}]
     (call,) = calls
     assert call.pop("model_id" if hub == "ms" else "repo_id") == "org/name"
-    assert call == {"repo_type": "dataset", "cache_dir": "somewhere", "local_dir": None}
+    assert call == {
+        "repo_type": "dataset",
+        "cache_dir": "somewhere",
+        "local_dir": None,
+        "allow_patterns": None,
+    }
     assert resolve_data(f"{hub}:org/name") == path  # the only file named train
     for name in (
         "../outside.jsonl",

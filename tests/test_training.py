@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import classification_rows, make_model, make_tokenizer, ner_rows, write_jsonl
+from conftest import MODEL_KINDS, classification_rows, make_model, make_tokenizer, ner_rows, write_jsonl
 from labeltune import recipes
 from labeltune.config import RunConfig, build_config
 from labeltune.errors import ConfigError, DataError, ModelError, OutputError
@@ -240,6 +241,23 @@ def test_adapter_variants_train(in_folder: Path, model_folder: Path, lora: dict[
     config = config_for(in_folder, model_folder, max_steps=1)
     config = config.model_copy(update={"lora": config.lora.model_copy(update=lora)})
     assert (recipes.train(config).last / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_every_kind_of_model_trains_and_predicts(kind: str, in_folder: Path) -> None:
+    from labeltune import load_predictor
+
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer), kind).save_pretrained(in_folder / kind)
+    tokenizer.save_pretrained(in_folder / kind)
+    result = recipes.train(
+        config_for(in_folder, in_folder / kind, epochs=4, learning_rate=2e-2, save_steps=1000)
+    )
+    assert result.validation_loss is not None and result.validation_loss < math.log(len(tokenizer)), (
+        "below that of a uniform guess"
+    )
+    with load_predictor(result.last) as predictor:
+        assert len(predictor.predict(["rocket", "a longer match report"])) == 2
 
 
 def test_two_processes_train_like_one(in_folder: Path, model_folder: Path) -> None:

@@ -72,7 +72,9 @@ class DataConfig(Section):
         lt=1.0,
         description="share of `train` held out, stratified by label; 0 trains on all rows",
     )
-    test: str | None = Field(None, description="test file; checked against `train` for shared rows")
+    test: str | None = Field(
+        None, description="test file; `labeltune data check CONFIG` looks for rows it shares with `train`"
+    )
     labels: tuple[str, ...] | None = Field(
         None, description="the label set; when empty, the labels seen in the training rows"
     )

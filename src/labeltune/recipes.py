@@ -89,7 +89,6 @@ def train(
     precision = pick_precision(config.training.precision, full=full)
     quantized = config.training.method == "qlora"
     model = load_model(local.folder, precision.weights, trust_remote_code=trust, four_bit=quantized)
-    model.config.use_cache = True
     if not full:
         model = attach_adapter(
             model,
@@ -186,7 +185,8 @@ def _fixed_handful(splits: Splits, count: int) -> list[Example]:
 
 
 def _prediction_text(example: Example, prediction: Prediction, target: str) -> str:
-    return f"Document:\n{example.text}\n\nPrediction:\n{prediction.answer}\n\nGround truth:\n{target}"
+    # The board shows the beginning of a text in its table: what was predicted, not the document.
+    return f"Prediction:\n{prediction.answer}\n\nGround truth:\n{target}\n\nDocument:\n{example.text}"
 
 
 def evaluate(
@@ -266,7 +266,7 @@ def _predictor_of(run: str | os.PathLike[str], overrides: Sequence[str]) -> tupl
         return base_predictor(config, labels), config.data, config.hub
     predictor = load_predictor(run)
     labels = predictor.task.labels if predictor.task.name == "ner" else None
-    return predictor, DataConfig(labels=labels), None
+    return predictor, DataConfig(labels=labels, columns=predictor.columns), None
 
 
 def _evaluated_row(example: Example, prediction: Prediction) -> dict[str, Any]:

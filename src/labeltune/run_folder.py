@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from labeltune.config import GenerationConfig, HubConfig, PromptConfig, RunConfig, TaskName
+from labeltune.config import ColumnsConfig, GenerationConfig, HubConfig, PromptConfig, RunConfig, TaskName
 from labeltune.errors import ModelError, OutputError
 
 RUN_FILE = "labeltune.json"
@@ -27,6 +27,7 @@ class RunInfo:
 
     Attributes:
         model: the `model:` string of the base model.
+        columns: names of the columns in the run's data files.
         chat_template: the template the run was trained with.
         adapter: True when the folder holds an adapter, False when it holds a whole model.
     """
@@ -37,6 +38,7 @@ class RunInfo:
     labels: tuple[str, ...]
     prompt: PromptConfig
     generation: GenerationConfig
+    columns: ColumnsConfig
     chat_template: str
     adapter: bool = True
 
@@ -50,6 +52,7 @@ class RunInfo:
             labels,
             config.prompt,
             config.generation,
+            config.data.columns,
             chat_template,
             config.training.method != "full",
         )
@@ -66,6 +69,7 @@ class RunInfo:
                 "labels": list(self.labels),
                 "prompt": self.prompt.model_dump(),
                 "generation": self.generation.model_dump(),
+                "columns": self.columns.model_dump(),
                 "chat_template": self.chat_template,
                 "adapter": self.adapter,
             },
@@ -92,6 +96,7 @@ class RunInfo:
                 tuple(values["labels"]),
                 PromptConfig.model_validate(values["prompt"]),
                 GenerationConfig.model_validate(values["generation"]),
+                ColumnsConfig.model_validate(values["columns"]),
                 values["chat_template"],
                 values["adapter"],
             )

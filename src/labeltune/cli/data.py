@@ -40,7 +40,8 @@ def check(
     from labeltune import recipes
 
     config, train_file, test_file = _check_target(file, test, task, labels)
-    rows = recipes.check_data(config, train_file, test_file, _token_counter(tokenizer, config))
+    counter = _token_counter(tokenizer, config if Path(file).suffix in (".yaml", ".yml") else None)
+    rows = recipes.check_data(config, train_file, test_file, counter)
     audits = [r.audit for r in rows]
     if as_json:
         faults = [
@@ -88,16 +89,25 @@ def guess_task(path: Path) -> str:
     return "ner" if any("entities" in (record.values or {}) for record in records) else "classification"
 
 
-def _token_counter(tokenizer: str | None, config: RunConfig) -> Callable[[list[str]], list[int]] | None:
+def _token_counter(
+    tokenizer: str | None, config: RunConfig | None
+) -> Callable[[list[str]], list[int]] | None:
+    """Counts tokens with the named tokenizer, else with the config's model where that needs no download."""
+    from labeltune.config import HubConfig
+    from labeltune.modeling.hub import load_tokenizer, resolve_model
+    from labeltune.modeling.pocket import POCKET_MODELS, is_cached
+
+    if tokenizer is None and config is not None:
+        at_hand = is_cached(config.model) if config.model in POCKET_MODELS else Path(config.model).is_dir()
+        tokenizer = config.model if at_hand else None
     if tokenizer is None:
         return None
     from labeltune.cli.quiet import quiet_libraries
 
     quiet_libraries()
-    from labeltune.modeling.hub import load_tokenizer, resolve_model
-
     folder = Path(tokenizer)
-    loaded = load_tokenizer(folder if folder.is_dir() else resolve_model(tokenizer, config.hub).folder)
+    hub = config.hub if config is not None else HubConfig()
+    loaded = load_tokenizer(folder if folder.is_dir() else resolve_model(tokenizer, hub).folder)
 
     def count(texts: list[str]) -> list[int]:
         output: Any = loaded(texts, add_special_tokens=False, verbose=False)

@@ -53,9 +53,13 @@ def run() -> None:
 
 def run_app(command: typer.Typer, name: str | None = None) -> None:
     """Errors a user can repair become one message and an exit code, without a traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream, errors in (
+        (sys.stdin, "strict"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors=errors)
     try:
         command(prog_name=name)
     except LabeltuneError as error:

@@ -29,7 +29,6 @@ def predict(
 ) -> None:
     """Predict; one JSON line a row, with its id, in the order of the input. On stdin every line is a document."""
     from labeltune.cli.quiet import quiet_libraries
-    from labeltune.config import ColumnsConfig
     from labeltune.data.loading import iter_examples
     from labeltune.data.schemas import parse_candidates
     from labeltune.data.sources import resolve_data
@@ -43,7 +42,10 @@ def predict(
             raise DataError("give --text or a file, not both")
         rows = [Example(str(i), t, labels) for i, t in enumerate(text)]
     elif file is None or file == "-":
-        rows = [_stdin_row(i, line, labels) for i, line in enumerate(sys.stdin) if line.strip()]
+        try:
+            rows = [_stdin_row(i, line, labels) for i, line in enumerate(sys.stdin) if line.strip()]
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input is not UTF-8: {error}") from None
     else:
         path = resolve_data(file)
     for row in rows or ():
@@ -58,7 +60,7 @@ def predict(
         task = predictor.task
         if path is not None:
             known = task.labels if task.name == "ner" else None
-            rows = list(iter_examples(path, task.name, ColumnsConfig(), known))
+            rows = list(iter_examples(path, task.name, predictor.columns, known))
         rows = [
             row if row.candidates or not labels else Example(row.id, row.text, labels) for row in rows or []
         ]

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from labeltune.config import GenerationConfig, RunConfig
+from labeltune.config import ColumnsConfig, GenerationConfig, RunConfig
 from labeltune.errors import ModelError
 from labeltune.inference.generation import generate_answers
 from labeltune.modeling.hub import load_model, load_tokenizer, resolve_model
@@ -29,15 +29,23 @@ class Predictor:
         model: a causal language model, with or without an adapter.
         task: the prompt builder and parser.
         template: the tokenizer and its chat template.
+        generation: batch size and length of answers.
+        columns: names of the columns in the run's data files.
     """
 
     def __init__(
-        self, model: Any, task: Task, template: ChatTemplate, generation: GenerationConfig | None = None
+        self,
+        model: Any,
+        task: Task,
+        template: ChatTemplate,
+        generation: GenerationConfig | None = None,
+        columns: ColumnsConfig | None = None,
     ) -> None:
         self.model = model
         self.task = task
         self.template = template
         self.generation = generation or GenerationConfig()
+        self.columns = columns or ColumnsConfig()
         self.builder = PromptBuilder(task, template)
 
     def predict(
@@ -153,9 +161,8 @@ def load_predictor(
     model.eval()
     tokenizer = load_tokenizer(folder, trust)
     tokenizer.chat_template = info.chat_template
-    return Predictor(
-        model, make_task(info.task, info.labels, info.prompt), ChatTemplate(tokenizer), info.generation
-    )
+    task = make_task(info.task, info.labels, info.prompt)
+    return Predictor(model, task, ChatTemplate(tokenizer), info.generation, info.columns)
 
 
 def base_predictor(config: RunConfig, labels: Sequence[str]) -> Predictor:
@@ -166,4 +173,5 @@ def base_predictor(config: RunConfig, labels: Sequence[str]) -> Predictor:
     model = load_model(local.folder, picked.weights, device=picked.device, trust_remote_code=trust)
     model.eval()
     template = ChatTemplate(load_tokenizer(local.folder, trust))
-    return Predictor(model, make_task(config.task, labels, config.prompt), template, config.generation)
+    task = make_task(config.task, labels, config.prompt)
+    return Predictor(model, task, template, config.generation, config.data.columns)

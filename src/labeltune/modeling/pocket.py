@@ -92,6 +92,15 @@ def cache_folder() -> Path:
     return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("labeltune"))
 
 
+def _target(spec: str) -> Path:
+    return cache_folder() / f"{spec}-{_FORMAT}"
+
+
+def is_cached(spec: str) -> bool:
+    """Whether a pocket model has been fetched and converted already."""
+    return (_target(spec) / "model.safetensors").exists()
+
+
 def pocket_folder(spec: str, accept_license: str | None = None) -> Path:
     """The folder of a pocket model in safetensors, made at first use.
 
@@ -103,8 +112,8 @@ def pocket_folder(spec: str, accept_license: str | None = None) -> Path:
         ModelError: a file is not the pinned one.
     """
     model = POCKET_MODELS[spec]
-    target = cache_folder() / f"{spec}-{_FORMAT}"
-    if (target / "model.safetensors").exists():
+    target = _target(spec)
+    if is_cached(spec):
         return target
     if model.must_accept and accept_license != model.must_accept:
         raise LicenseError(
@@ -114,7 +123,7 @@ def pocket_folder(spec: str, accept_license: str | None = None) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if not (target / "model.safetensors").exists():
+            if not is_cached(spec):
                 _make(model, target)
     except OSError as error:
         raise ModelError(

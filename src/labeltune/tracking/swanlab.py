@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from labeltune.config import SwanlabConfig
+from labeltune.errors import Interrupted
 
 
 def pick_mode(wanted: str) -> str:
@@ -126,7 +127,7 @@ class SwanlabTracker:
             self.guard(action)
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Close the run, also one that has failed; with an error it is shown as crashed."""
+        """Close the run, also one that has failed; an error shows it as crashed, Ctrl-C as aborted."""
         if not self.started:
             return
         self.started = False
@@ -140,7 +141,8 @@ class SwanlabTracker:
             if error is None:
                 swanlab.finish()
             else:
-                swanlab.finish(state="crashed", error=type(error).__name__)
+                state = "aborted" if isinstance(error, Interrupted | KeyboardInterrupt) else "crashed"
+                swanlab.finish(state=state, error=type(error).__name__)
 
 
 class GuardedCallback(TrainerCallback):  # type: ignore[misc]

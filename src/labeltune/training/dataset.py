@@ -120,4 +120,5 @@ class PaddingCollator:
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
             "labels": labels[:, width - keep :],
             "logits_to_keep": keep,
+            "use_cache": False,
         }
