@@ -16,9 +16,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 
-# The whole job on two CPU cores. DEMO=zh runs the Chinese rows on pocket-zh (Gemma terms; it asks first).
+# The whole job on two CPU cores. DEMO=zh runs the Chinese rows on pocket-zh, after you accept the Gemma terms:
+# it asks, or takes ACCEPT_LICENSE=gemma for an answer.
 demo: $(READY)
-	$(BIN)/python examples/demo.py $(DEMO)
+	$(BIN)/python examples/demo.py $(DEMO) $(if $(ACCEPT_LICENSE),--accept-license=$(ACCEPT_LICENSE))
 
 lint: $(READY)
 	$(BIN)/ruff check .
