@@ -41,7 +41,7 @@ def accept_license(language: str) -> str | None:
         return "gemma"
     if not sys.stdin.isatty():
         raise LabeltuneError(
-            "nobody is here to accept the terms; run: python examples/demo.py zh --accept-license=gemma"
+            "nobody is here to accept the terms; run: make demo DEMO=zh ACCEPT_LICENSE=gemma"
         )
     return (
         "gemma"
