@@ -205,7 +205,7 @@ def test_init_writes_a_config_that_loads(labeltune: Any, in_folder: Path, task: 
     ("args", "part"),
     [
         (("train", "run.yaml", "training.epoch=3"), "did you mean 'training.epochs'?"),
-        (("train", "run.yaml", "training.batch_size=6"), "no multiple of"),
+        (("train", "run.yaml", "training.max_tokens_per_pack=0"), "at least 1, or auto"),
         (("train", "none.yaml"), "labeltune init classification"),
         (("evaluate", "run", "--on-error", "maybe"), "--on-error must be stop or skip"),
         (("init", "summary"), "classification or ner"),

@@ -45,7 +45,6 @@ def test_defaults_are_the_originals(task: str) -> None:
         "training.learning_rate": 1e-4,
         "training.epochs": 2,
         "training.batch_size": 16,
-        "training.micro_batch_size": 4,
         "training.logging_steps": 10,
         "training.save_steps": 100,
         "training.scheduler": "linear",
@@ -205,7 +204,7 @@ def test_missing_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["training.batch_size=6"], "training.batch_size=6 is no multiple of training.micro_batch_size=4"),
+        (["training.max_tokens_per_pack=0"], "max_tokens_per_pack must be at least 1, or auto"),
         (["prompt.user=no place"], "prompt.user must contain {text} exactly once"),
         (["prompt.user={text} {text} {category}"], "exactly once"),
         (["prompt.system='{text}'"], "prompt.system cannot contain {text}"),

@@ -102,6 +102,10 @@ class PromptConfig(Section):
     no_entities: str = Field(
         "没有找到任何实体", min_length=1, description="the answer when a text holds no entity (NER)"
     )
+    layout: Literal["original", "labels_first"] = Field(
+        "original",
+        description="labels_first puts what stands behind the text, such as the candidates, before it; see the notes below",
+    )
     max_length: int = Field(
         384, ge=8, description="tokens of prompt and answer together; only the text is shortened to fit"
     )
@@ -140,8 +144,12 @@ class TrainingConfig(Section):
         None, ge=1, description="stop after this many optimizer steps, whatever `epochs` says"
     )
     batch_size: int = Field(16, ge=1, description="examples per optimizer step, over all processes")
-    micro_batch_size: int = Field(
-        4, ge=1, description="examples pushed through the model at once; memory, never the result"
+    packing: Literal["shared_prefix", "packed", "padded"] = Field(
+        "shared_prefix",
+        description="how examples go through the model: common beginnings once, end to end, or padded; never the result",
+    )
+    max_tokens_per_pack: int | Literal["auto"] = Field(
+        "auto", description="tokens pushed through the model at once; memory, never the result"
     )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     scheduler: str = Field("linear", description="learning rate schedule, by its transformers name")
@@ -154,20 +162,19 @@ class TrainingConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto: bf16 on GPUs that have it, else fp16 with a loss scaler, fp32 on CPU"
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations: less memory, a second forward pass"
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="recompute activations: less memory, a second forward pass; auto: only when memory needs it",
     )
-    group_by_length: bool = Field(
-        False, description="batch rows of like length; less padding, less shuffling"
+    compile: bool = Field(
+        False, description="torch.compile the layers: minutes at the start, then faster steps on a GPU"
     )
     seed: int = Field(42, ge=0, description="seed of the split, the order, the adapter and dropout")
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> TrainingConfig:
-        if self.batch_size % min(self.micro_batch_size, self.batch_size):
-            raise ValueError(
-                f"training.batch_size={self.batch_size} is no multiple of training.micro_batch_size={self.micro_batch_size}"
-            )
+    def _packs_hold_something(self) -> TrainingConfig:
+        if isinstance(self.max_tokens_per_pack, int) and self.max_tokens_per_pack < 1:
+            raise ValueError("training.max_tokens_per_pack must be at least 1, or auto")
         return self
 
 

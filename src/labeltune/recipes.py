@@ -90,14 +90,7 @@ def train(
     quantized = config.training.method == "qlora"
     model = load_model(local.folder, precision.weights, trust_remote_code=trust, four_bit=quantized)
     if not full:
-        model = attach_adapter(
-            model,
-            config.lora,
-            quantized=quantized,
-            gradient_checkpointing=config.training.gradient_checkpointing,
-        )
-        if config.training.gradient_checkpointing:
-            model.enable_input_require_grads()
+        model = attach_adapter(model, config.lora, quantized=quantized)
     trained, total = _count_parameters(model)
     say(
         f"model: {config.model}, {total:,} weights, {trained:,} trained ({precision.name} on {precision.device})"
@@ -125,7 +118,16 @@ def train(
         remove_checkpoints(config.output_dir)
     try:
         result = run_training(
-            model, tokenizer, config, precision, info, train_tokens, validation_tokens, callbacks, resume_from
+            model,
+            tokenizer,
+            config,
+            precision,
+            info,
+            train_tokens,
+            validation_tokens,
+            callbacks,
+            resume_from,
+            say,
         )
     except BaseException as error:
         if tracker is not None:

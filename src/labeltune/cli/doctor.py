@@ -71,7 +71,7 @@ def _accelerator() -> Iterator[Finding]:
             yield (
                 NOTE,
                 "less than 10 GiB of GPU memory",
-                "Qwen2-1.5B may need training.method=qlora or micro_batch_size=1",
+                "Qwen2-1.5B may need training.method=qlora",
             )
         if properties.major >= 8:
             yield OK, "bf16", ""

@@ -11,9 +11,7 @@ from labeltune.errors import ModelError
 ADAPTER_FILE = "adapter_config.json"
 
 
-def attach_adapter(
-    model: Any, lora: LoraConfig, *, quantized: bool = False, gradient_checkpointing: bool = False
-) -> Any:
+def attach_adapter(model: Any, lora: LoraConfig, *, quantized: bool = False) -> Any:
     """Wrap a causal language model in a fresh LoRA adapter (arXiv:2106.09685); only the adapter is trained.
 
     Adapter weights are fp32 whatever the base model's type is, so that small updates are not lost.
@@ -24,7 +22,7 @@ def attach_adapter(
     import peft
 
     if quantized:
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",

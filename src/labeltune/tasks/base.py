@@ -43,6 +43,8 @@ class Task(Protocol):
         """Read an answer; never raises, whatever the model wrote."""
 
 
+#: Between the text and what follows it in a prompt; dropped where that moves to the front.
+_SEPARATORS = " \t\r\n,，;；、"
 _PLACEHOLDER = re.compile(r"\{(text|category|labels|no_entities)\}")
 
 
@@ -54,4 +56,6 @@ def fill(pattern: str, values: Mapping[str, str]) -> str:
 def build_conversation(prompt: PromptConfig, text: str, values: Mapping[str, str]) -> Conversation:
     """Fill a prompt; `text` is kept apart from what stands around it."""
     before, _, after = prompt.user.partition("{text}")
+    if prompt.layout == "labels_first" and after.strip(_SEPARATORS):
+        before, after = f"{after.strip(_SEPARATORS)}\n{before}", ""
     return Conversation(fill(prompt.system, values), fill(before, values), text, fill(after, values))

@@ -1,16 +1,27 @@
-"""Checked rows -> token ids on disk, and batches of them."""
+"""Checked rows -> token ids on disk, once for the same rows, prompt and tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labeltune.modeling.pocket import cache_folder
 from labeltune.tasks.builder import PromptBuilder
 from labeltune.types import Example
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+#: Part of the cache key; raised when the same rows are tokenized differently.
+VERSION = 1
+#: Token files that no run has used for this long are removed.
+KEPT_SECONDS = 30 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,10 @@ class TokenAccount:
 
 
 def tokenize_rows(dataset: Dataset, builder: PromptBuilder) -> tuple[Dataset, TokenAccount]:
-    """Token ids and answer positions of every row, in an Arrow file.
+    """Token ids and answer positions of every row, in an Arrow file of the cache folder.
+
+    The file is named by everything the tokens follow from: rows, task, prompt and tokenizer. A second run with the same
+    ones reads it; processes of one run wait for the first to write it.
 
     Columns of the result: `input_ids` list of int32, `answer_start` and `answer_end` int32 (end exclusive), `length`.
 
@@ -66,12 +80,26 @@ def tokenize_rows(dataset: Dataset, builder: PromptBuilder) -> tuple[Dataset, To
             "cut_entities": integer,
         }
     )
+    from filelock import FileLock
+
+    folder = cache_folder() / "tokens"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = content_key(dataset, builder)
+    file = folder / f"{name}.arrow"
     was_enabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        tokens = dataset.map(
-            encode, remove_columns=dataset.column_names, features=columns, load_from_cache_file=False
-        )
+        # `map` writes a temporary file and renames it, so a file that is there is whole.
+        with FileLock(folder / f"{name}.lock"):
+            _remove_unused(folder)
+            tokens = dataset.map(
+                encode,
+                remove_columns=dataset.column_names,
+                features=columns,
+                cache_file_name=str(file),
+                new_fingerprint=name,
+            )
+            os.utime(file)
     finally:
         if not was_enabled:
             datasets.enable_progress_bars()
@@ -86,39 +114,27 @@ def tokenize_rows(dataset: Dataset, builder: PromptBuilder) -> tuple[Dataset, To
     return tokens.remove_columns(["shortened", "cut_entities"]), account
 
 
-class PaddingCollator:
-    """Rows of `tokenize_rows` -> padded tensors; padding stands on the left, so all answers are in the last columns.
+def content_key(dataset: Dataset, builder: PromptBuilder) -> str:
+    """A hash of everything that the tokens of a data set follow from; 40 hexadecimal digits."""
+    import pyarrow as pa
 
-    The result holds `input_ids`, `attention_mask` and `position_ids` of shape [rows, longest], and for the last
-    `logits_to_keep` columns `labels` of shape [rows, logits_to_keep]. Labels are the answer span by position, -100
-    elsewhere, so a pad token that equals the end of turn is never mistaken for it.
-    """
+    tokenizer = builder.template.tokenizer
+    task = builder.task
+    digest = hashlib.sha256()
+    prompt = {"task": task.name, "labels": task.labels, "prompt": task.prompt.model_dump(mode="json")}
+    digest.update(json.dumps([VERSION, prompt, tokenizer.chat_template], sort_keys=True).encode())
+    digest.update(json.dumps(sorted(map(str, tokenizer.all_special_tokens))).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        # Written out and read nowhere: the stream holds the values alone, however the rows lie in their files.
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
+            writer.write_table(table.replace_schema_metadata(None).combine_chunks())
+        digest.update(sink.getvalue())
+    return digest.hexdigest()[:40]
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        import torch
-
-        width = max(len(row["input_ids"]) for row in rows)
-        # One column before the longest answer: its logits predict the answer's first token.
-        keep = max(len(row["input_ids"]) - int(row["answer_start"]) for row in rows) + 1
-        keep = min(keep, width)
-        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        labels = torch.full_like(ids, -100)
-        for index, row in enumerate(rows):
-            tokens = torch.as_tensor(row["input_ids"], dtype=torch.long)
-            start, end = int(row["answer_start"]), int(row["answer_end"])
-            left = width - len(tokens)
-            ids[index, left:] = tokens
-            mask[index, left:] = 1
-            labels[index, left + start : left + end] = tokens[start:end]
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-            "labels": labels[:, width - keep :],
-            "logits_to_keep": keep,
-            "use_cache": False,
-        }
+def _remove_unused(folder: Path) -> None:
+    for file in folder.iterdir():
+        if file.is_file() and time.time() - file.stat().st_mtime > KEPT_SECONDS:
+            file.unlink(missing_ok=True)

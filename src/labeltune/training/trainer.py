@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,17 @@ from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.modeling.precision import Precision
 from labeltune.run_folder import RunInfo
-from labeltune.training.dataset import PaddingCollator
-from labeltune.training.loss import answer_loss
+from labeltune.training.planner import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from labeltune.training.stepping import StepPlan
+
+Say = Callable[[str], None]
+
+#: Steps looked at to choose the size of packs.
+SAMPLED_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -41,24 +48,16 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
     """The TrainingArguments of a config.
 
     Raises:
-        ConfigError: `batch_size` cannot be cut evenly over the processes, or a value is refused by transformers.
+        ConfigError: a value is refused by transformers.
     """
     from transformers import TrainingArguments
 
     options = config.training
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = min(options.micro_batch_size, options.batch_size)
-    if options.batch_size % (micro * processes):
-        raise ConfigError(
-            f"training.batch_size={options.batch_size} is no multiple of micro_batch_size={micro} x {processes} processes; "
-            "change one of them, so that a step has the same examples on any machine"
-        )
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=config.output_dir,
-            per_device_train_batch_size=micro,
-            per_device_eval_batch_size=micro,
-            gradient_accumulation_steps=options.batch_size // (micro * processes),
+            per_device_train_batch_size=options.batch_size,
             num_train_epochs=options.epochs,
             max_steps=options.max_steps or -1,
             learning_rate=options.learning_rate,
@@ -79,13 +78,6 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
             bf16=precision.name == "bf16",
             fp16=precision.name == "fp16",
             use_cpu=precision.device == "cpu",
-            gradient_checkpointing=options.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-            if options.gradient_checkpointing
-            else None,
-            train_sampling_strategy="group_by_length" if options.group_by_length else "random",
-            length_column_name="length",
-            dataloader_pin_memory=precision.device == "cuda",
             remove_unused_columns=False,
             ddp_find_unused_parameters=False if processes > 1 else None,
             seed=options.seed,
@@ -100,6 +92,10 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
         )
     except ValueError as error:
         raise ConfigError(f"training: {error}") from error
+    # Several visible GPUs in one process would be wrapped in DataParallel, which cuts batches; one process uses one GPU.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def run_training(
@@ -112,26 +108,33 @@ def run_training(
     validation: Dataset | None,
     callbacks: list[Any],
     resume_from: Path | None,
+    say: Say,
 ) -> TrainResult:
     """Train, saving checkpoints as PEFT folders with tokenizer and `labeltune.json`.
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint has been saved.
+        ModelError: one example alone does not fit into the device's memory.
     """
-    from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
 
     from labeltune.training.callbacks import Progress, SaveRunInfo, StopOnInterrupt
+    from labeltune.training.stepping import PackTrainer
 
+    arguments = training_arguments(config, precision, validation is not None)
+    model.to(arguments.device)
+    plan = prepare_steps(model, tokenizer, config, precision, train, arguments.device, say)
     stopper, progress = StopOnInterrupt(), Progress(config.training.batch_size)
-    trainer = Trainer(
+    trainer = PackTrainer(
+        plan,
+        config.training.batch_size,
+        config.training.seed,
+        say,
         model=model,
-        args=training_arguments(config, precision, validation is not None),
-        data_collator=PaddingCollator(tokenizer.pad_token_id),
+        args=arguments,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        compute_loss_func=answer_loss,
         callbacks=[progress, SaveRunInfo(info), stopper, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
@@ -156,6 +159,80 @@ def run_training(
         validation_loss=trainer.state.best_metric,
         seconds=float(output.metrics["train_runtime"]),
     )
+
+
+def prepare_steps(
+    model: Any, tokenizer: Any, config: RunConfig, precision: Precision, train: Dataset, device: Any, say: Say
+) -> StepPlan:
+    """Decide how steps are computed: check the fast way on real rows, measure memory, compile.
+
+    Leaves the random state as it was.
+    """
+    from labeltune.training.loss import chunkable_head
+    from labeltune.training.memory import activation_bytes, enable_checkpointing, plan_memory
+    from labeltune.training.planner import plan_step, step_order
+    from labeltune.training.self_check import choose_packing, sample_rows
+    from labeltune.training.stepping import StepPlan, random_state_kept, smallest_everywhere, to_rows
+
+    options = config.training
+    steps = [
+        to_rows([train[i] for i in numbers])
+        for _, numbers in zip(
+            range(SAMPLED_STEPS), step_order(len(train), options.batch_size, options.seed, 0), strict=False
+        )
+    ]
+    sample = sample_rows(steps[0])
+    pad_id, processes = tokenizer.pad_token_id, int(os.environ.get("WORLD_SIZE", "1"))
+    with random_state_kept():
+        head = chunkable_head(model, torch_ids(sample[0], device))
+        packing = choose_packing(model, sample, options.packing, precision, pad_id, head, say)
+        memory = plan_memory(
+            None if options.max_tokens_per_pack == "auto" else options.max_tokens_per_pack,
+            None if options.gradient_checkpointing == "auto" else options.gradient_checkpointing,
+            steps,
+            packing,
+            processes,
+            smallest_everywhere(activation_bytes(model, sample, packing, pad_id, head), device),
+            model.config.get_text_config().vocab_size,
+            device,
+            lambda value: smallest_everywhere(value, device),
+        )
+        if memory.checkpointing:
+            enable_checkpointing(model)
+        if options.compile:
+            compile_layers(model)
+            packing = choose_packing(model, sample, packing, precision, pad_id, head, say)
+    given = sum(len(row.ids) for step in steps for row in step)
+    computed = sum(
+        pack.tokens(step, packing)
+        for step in steps
+        for pack in plan_step(step, memory.max_tokens, packing)[0]
+    )
+    say(
+        f"steps: packing={packing}, packs of at most {memory.max_tokens} tokens; {computed / sum(map(len, steps)):.0f} tokens "
+        f"are computed for an example of {given / sum(map(len, steps)):.0f}; checkpointing {'on' if memory.checkpointing else 'off'} "
+        f"({memory.bytes_per_token / 1e3:.0f} kB of activations a token, {memory.free / 1e9:.1f} GB free)"
+    )
+    return StepPlan(packing, memory.max_tokens, pad_id, head)
+
+
+def torch_ids(row: Row, device: Any) -> Any:
+    """A row's tokens as a batch of one."""
+    import torch
+
+    return torch.tensor([row.ids], device=device)
+
+
+def compile_layers(model: Any) -> None:
+    """torch.compile the decoder layers one by one, in place, for packs of any length.
+
+    They are what the model calls most, and compiling them alone keeps parameter names and gradient checkpointing as they are.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
 
 
 def point_best(output_dir: Path, checkpoint: Path) -> None:

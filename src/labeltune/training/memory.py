@@ -1,0 +1,154 @@
+"""How many tokens fit into one pack: measured on the model at hand, not looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labeltune.training.loss import CHUNK, answer_loss
+from labeltune.training.packs import attention_for, make_batch
+from labeltune.training.planner import Packing, Row, plan_step
+
+#: Share of the free memory that activations may take.
+SHARE = 0.5
+#: Packs of this many tokens keep the device busy; more tokens bring no speed.
+ENOUGH = {"cuda": 8192, "mps": 2048, "cpu": 512}
+#: How many more tokens a step may have than in one piece, for smaller packs.
+SLACK = 1.1
+#: Part of a layer's activations that checkpointing keeps (its input), seen from above.
+KEPT_BY_CHECKPOINTING = 0.15
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How much goes through the model at once.
+
+    Attributes:
+        max_tokens: tokens of a pack.
+        checkpointing: recompute activations in the backward pass.
+        bytes_per_token: activations of one token, measured without checkpointing.
+        free: bytes that were free.
+    """
+
+    max_tokens: int
+    checkpointing: bool
+    bytes_per_token: int
+    free: int
+
+
+def free_memory(device: Any) -> int:
+    """Bytes that can still be taken on a device; on the CPU within the limit of the control group."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue  # no such control group, or no limit ("max")
+    return max(free, 0)
+
+
+def activation_bytes(model: Any, rows: Sequence[Row], packing: Packing, pad_id: int, head: Any) -> int:
+    """Bytes that the backward pass of one token keeps, from one forward pass over `rows` in training mode.
+
+    Weights are not counted, shared storages once. The random state moves; call it where that is put back.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, tuple[Any, int]] = {}
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            # The storage is held on to, so that its address is not given to another one meanwhile.
+            sizes[storage.data_ptr()] = (storage, storage.nbytes())
+        return tensor
+
+    pack = plan_step(rows, sum(len(row.ids) for row in rows), packing)[0][0]
+    batch = make_batch(rows, pack, packing, pad_id).to(device)
+    with (
+        attention_for(model, packing),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        answer_loss(model, head, batch.inputs, batch.index, batch.targets)
+    return max(1, sum(size for _, size in sizes.values()) // batch.tokens)
+
+
+def plan_memory(
+    wanted_tokens: int | None,
+    wanted_checkpointing: bool | None,
+    steps: Sequence[Sequence[Row]],
+    packing: Packing,
+    processes: int,
+    bytes_per_token: int,
+    vocabulary: int,
+    device: Any,
+    agree: Callable[[int], int],
+) -> MemoryPlan:
+    """Tokens a pack and checkpointing, where the config leaves them open (None).
+
+    The longest example must fit; beyond that a pack is no larger than what keeps the device busy and shares nearly all
+    that can be shared.
+
+    Args:
+        steps: the first steps of the run, to see what sharing brings.
+        vocabulary: columns of the output layer, for the logits of one chunk.
+        agree: makes processes agree on the smallest of their numbers.
+    """
+    free = agree(free_memory(device))
+    # Logits of a chunk, their softmax and the copy in the compute type.
+    room = max(0, int(SHARE * free) - 3 * 4 * CHUNK * vocabulary)
+    longest = max(len(row.ids) for step in steps for row in step)
+    useful = wanted_tokens or max(longest, useful_tokens(steps, packing, processes, ENOUGH[device.type]))
+    checkpointing = bool(wanted_checkpointing)
+    if wanted_checkpointing is None:
+        # Worth it only when even a modest pack does not fit: it costs a second forward pass.
+        modest = wanted_tokens or max(longest, min(useful, ENOUGH[device.type] // 2))
+        checkpointing = room < modest * bytes_per_token
+    each = int(bytes_per_token * (KEPT_BY_CHECKPOINTING if checkpointing else 1.0)) or 1
+    tokens = wanted_tokens or min(useful, max(longest, room // each))
+    return MemoryPlan(tokens, checkpointing, bytes_per_token, free)
+
+
+def useful_tokens(steps: Sequence[Sequence[Row]], packing: Packing, processes: int, enough: int) -> int:
+    """The smallest pack size with nearly the fewest tokens to compute that also keeps the device busy."""
+
+    def computed(size: int) -> int:
+        return sum(
+            pack.tokens(step, packing)
+            for step in steps
+            for share in plan_step(step, size, packing, processes)
+            for pack in share
+            if pack.counted
+        )
+
+    whole = max(sum(len(row.ids) for row in step) for step in steps)
+    if packing != "shared_prefix":
+        return min(enough, whole)
+    best = computed(whole)
+    size = enough
+    while size < whole and computed(size) > SLACK * best:
+        size = size * 5 // 4
+    return min(size, whole)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute the layers' activations in the backward pass; frozen input embeddings still get no gradient.
+
+    transformers makes the embeddings' output require a gradient, which reentrant checkpointing needs; ours is the other
+    kind, and everything below the lowest adapter stays out of the backward pass.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()

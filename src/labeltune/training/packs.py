@@ -1,0 +1,107 @@
+"""A pack of rows -> the tensors that go through the model, in each of the three ways."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labeltune.modeling.shared_prefix import make_layout, shared_prefix_attention_on
+from labeltune.training.planner import Pack, Packing, Row
+
+
+@dataclass(frozen=True)
+class PackBatch:
+    """One call of the model.
+
+    Attributes:
+        inputs: keyword arguments of the model; `input_ids` of shape [1, tokens], padded: [rows, longest].
+        index: positions whose next token is predicted, over the flattened batch and row; shape [answer tokens].
+        targets: these tokens, shape [answer tokens].
+        tokens: size of `input_ids`.
+    """
+
+    inputs: dict[str, Any]
+    index: Any
+    targets: Any
+    tokens: int
+
+    def to(self, device: Any) -> PackBatch:
+        """The same on another device."""
+        moved = {
+            key: value.to(device) if hasattr(value, "to") else value for key, value in self.inputs.items()
+        }
+        return PackBatch(moved, self.index.to(device), self.targets.to(device), self.tokens)
+
+
+def make_batch(rows: Sequence[Row], pack: Pack, packing: Packing, pad_id: int) -> PackBatch:
+    """Tensors of one pack of a step's rows."""
+    if packing == "padded":
+        return _padded([rows[i] for i in pack.rows], pad_id)
+    if packing == "packed":
+        return _one_row([(0, [rows[i]]) for i in pack.rows], with_layout=False)
+    return _one_row([(g.prefix, [rows[i] for i in g.rows]) for g in pack.groups], with_layout=True)
+
+
+def attention_for(model: Any, packing: Packing) -> contextlib.AbstractContextManager[None]:
+    """What must be on while a batch of this kind runs forward and backward."""
+    return shared_prefix_attention_on(model) if packing == "shared_prefix" else contextlib.nullcontext()
+
+
+def _one_row(groups: Sequence[tuple[int, Sequence[Row]]], with_layout: bool) -> PackBatch:
+    """Groups one behind the other; without prefixes that is plain packing, which transformers knows by the position ids
+    that start again at 0."""
+    import torch
+
+    ids: list[int] = []
+    positions: list[int] = []
+    index: list[int] = []
+    targets: list[int] = []
+    for prefix, rows in groups:
+        start = len(ids)
+        ids += rows[0].ids[:prefix]
+        positions += range(prefix)
+        for row in rows:
+            # Where position i of the example stands: in the shared prefix, or in its own part.
+            shift = len(ids) - prefix
+            ids += row.ids[prefix:]
+            positions += range(prefix, len(row.ids))
+            first = row.answer_start - 1
+            index += [(start if at < prefix else shift) + at for at in range(first, first + len(row.answer))]
+            targets += row.answer
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "use_cache": False,
+    }
+    if with_layout:
+        inputs["prefix_layout"] = make_layout(
+            [(prefix, [len(row.ids) - prefix for row in rows]) for prefix, rows in groups]
+        )
+    return PackBatch(inputs, torch.tensor(index), torch.tensor(targets), len(ids))
+
+
+def _padded(rows: Sequence[Row], pad_id: int) -> PackBatch:
+    """Padding stands on the left, so that all answers are in the last columns."""
+    import torch
+
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    index: list[int] = []
+    targets: list[int] = []
+    for number, row in enumerate(rows):
+        left = width - len(row.ids)
+        ids[number, left:] = torch.tensor(row.ids)
+        mask[number, left:] = 1
+        first = number * width + left + row.answer_start - 1
+        index += range(first, first + len(row.answer))
+        targets += row.answer
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "use_cache": False,
+    }
+    return PackBatch(inputs, torch.tensor(index), torch.tensor(targets), ids.numel())

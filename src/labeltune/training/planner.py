@@ -1,0 +1,212 @@
+"""Examples -> optimizer steps -> packs, in whole numbers only: no tensors, no chance beyond the seed.
+
+A *group* is a set of examples and the tokens they all begin with; these are computed once. A *pack* is what goes through
+the model in one piece. How a step is cut into groups and packs decides time and memory, never the result.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Packing = Literal["shared_prefix", "packed", "padded"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenized example.
+
+    Attributes:
+        ids: the tokens that are read: everything before the answer's last token, which is only ever predicted.
+        answer: the tokens that are predicted. Token `i` of them is predicted at position `answer_start - 1 + i`.
+        answer_start: position of the answer's first token; `len(ids) == answer_start + len(answer) - 1`.
+    """
+
+    ids: tuple[int, ...]
+    answer: tuple[int, ...]
+    answer_start: int
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before the answer; only these are ever shared."""
+        return self.ids[: self.answer_start]
+
+    @classmethod
+    def of(cls, ids: Sequence[int], answer_start: int, answer_end: int) -> Row:
+        """From all tokens of an example and the place of its answer.
+
+        Raises:
+            ValueError: the answer is empty, or nothing stands before it.
+        """
+        if not 0 < answer_start < answer_end <= len(ids):
+            raise ValueError(
+                f"an answer at {answer_start}:{answer_end} of {len(ids)} tokens cannot be trained"
+            )
+        return cls(tuple(ids[: answer_end - 1]), tuple(ids[answer_start:answer_end]), answer_start)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Examples that share their first `prefix` tokens.
+
+    Attributes:
+        prefix: shared tokens; no answer begins before their end.
+        rows: indices into the step's rows.
+    """
+
+    prefix: int
+    rows: tuple[int, ...]
+
+    def tokens(self, rows: Sequence[Row]) -> int:
+        """Tokens that the model computes for this group."""
+        return self.prefix + sum(len(rows[i].ids) - self.prefix for i in self.rows)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What goes through the model in one piece.
+
+    Attributes:
+        groups: in the order of their tokens.
+        counted: False for a copy that only keeps a process busy; its loss is multiplied by zero.
+    """
+
+    groups: tuple[Group, ...]
+    counted: bool = True
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Indices of all examples."""
+        return tuple(i for group in self.groups for i in group.rows)
+
+    def tokens(self, rows: Sequence[Row], packing: Packing = "shared_prefix") -> int:
+        """Tokens that the model computes, padding included."""
+        if packing == "padded":
+            return len(self.rows) * max(len(rows[i].ids) for i in self.rows)
+        return sum(group.tokens(rows) for group in self.groups)
+
+
+def step_order(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """The rows of every step of an epoch: a shuffle that only seed and epoch decide, `batch_size` rows a step.
+
+    The last step of an epoch holds what is left.
+    """
+    order = list(range(count))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    for start in range(0, count, batch_size):
+        yield order[start : start + batch_size]
+
+
+def plan_step(
+    rows: Sequence[Row], max_tokens: int, packing: Packing = "shared_prefix", processes: int = 1
+) -> list[list[Pack]]:
+    """Cut one step into packs of at most `max_tokens` tokens (an example longer than that has a pack of its own).
+
+    Args:
+        rows: all examples of the step, the same list on every process.
+        processes: number of processes that share the step.
+
+    Returns:
+        For every process its packs: the same number each, of similar size.
+    """
+    if not rows:
+        raise ValueError("a step without rows")
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].prompt, rows[i].answer, i))
+    if packing == "shared_prefix":
+        packs = _fill(_share(rows, order, max_tokens), rows, max_tokens)
+    else:
+        order.sort(key=lambda i: -len(rows[i].ids))
+        packs = _fill([Group(0, (i,)) for i in order], rows, max_tokens, packing)
+    while len(packs) % processes:
+        packs.sort(key=lambda pack: (-len(pack.rows), pack.rows))
+        first = packs[0]
+        if len(first.rows) > 1:
+            packs[:1] = _halves(first)
+        else:
+            smallest = min(packs, key=lambda pack: (pack.tokens(rows), pack.rows))
+            packs.append(Pack(smallest.groups, counted=False))
+    packs.sort(key=lambda pack: (-pack.tokens(rows, packing), pack.rows, pack.counted))
+    shares: list[list[Pack]] = [[] for _ in range(processes)]
+    # Largest first, each round to the processes in turn and back, so that their sums stay close.
+    for at, pack in enumerate(packs):
+        turn, place = divmod(at, processes)
+        shares[place if turn % 2 == 0 else processes - 1 - place].append(pack)
+    return shares
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    if a == b:
+        return len(a)
+    differing = (i for i, (left, right) in enumerate(zip(a, b, strict=False)) if left != right)
+    return next(differing, min(len(a), len(b)))
+
+
+def _share(rows: Sequence[Row], order: list[int], max_tokens: int) -> list[Group]:
+    """Ranges of the sorted rows with the fewest tokens in all, each within `max_tokens`; of equals, the fewest and then
+    the most even ranges.
+
+    Prompts in the order of their tokens have their longest common prefixes with their neighbours. The best cut is found
+    by dynamic programming over where the last range begins.
+    """
+    count = len(order)
+    common = [0] + [_common(rows[a].prompt, rows[b].prompt) for a, b in itertools.pairwise(order)]
+    # best[end] = (tokens, groups, tokens of the largest group, where the last group begins, its prefix)
+    best: list[tuple[int, int, int, int, int]] = [(0, 0, 0, 0, 0)]
+    for end in range(1, count + 1):
+        found: tuple[int, int, int, int, int] | None = None
+        shared, total = len(rows[order[end - 1]].ids), 0
+        for start in range(end - 1, -1, -1):
+            row = rows[order[start]]
+            total += len(row.ids)
+            size = end - start
+            shared = min(shared, row.answer_start, common[start + 1] if size > 1 else row.answer_start)
+            prefix = shared if size > 1 else 0
+            tokens = total - (size - 1) * prefix
+            if size > 1 and tokens > max_tokens:
+                break
+            before = best[start]
+            candidate = (before[0] + tokens, before[1] + 1, max(before[2], tokens), start, prefix)
+            if found is None or candidate < found:
+                found = candidate
+        assert found is not None
+        best.append(found)
+    groups = []
+    end = count
+    while end:
+        _, _, _, start, prefix = best[end]
+        groups.append(Group(prefix, tuple(order[start:end])))
+        end = start
+    return groups[::-1]
+
+
+def _fill(
+    groups: list[Group], rows: Sequence[Row], max_tokens: int, packing: Packing = "shared_prefix"
+) -> list[Pack]:
+    """Groups into packs. Neighbours stay together, as they are alike; a group is never cut here."""
+    packs: list[Pack] = []
+    for group in groups:
+        if packs:
+            wider = Pack((*packs[-1].groups, group))
+            if wider.tokens(rows, packing) <= max_tokens:
+                packs[-1] = wider
+                continue
+        packs.append(Pack((group,)))
+    return packs
+
+
+def _halves(pack: Pack) -> list[Pack]:
+    """The same examples in two packs; a group that is cut keeps its prefix in both."""
+    left: list[Group] = []
+    right: list[Group] = []
+    wanted = len(pack.rows) // 2
+    for group in pack.groups:
+        room = max(0, wanted - sum(len(g.rows) for g in left))
+        if group.rows[:room]:
+            left.append(Group(group.prefix, group.rows[:room]))
+        if group.rows[room:]:
+            right.append(Group(group.prefix, group.rows[room:]))
+    return [Pack(tuple(left)), Pack(tuple(right))]

@@ -1,0 +1,220 @@
+"""Is the fast way of computing a step right for this model, on this machine, today? Computed both ways and compared.
+
+A model may ignore the layout (its attention is written out, its forward drops unknown arguments), cap its attention, or
+keep a state across positions. Every run therefore begins with a few real rows, each by itself through the plain model,
+against the same rows in one pack: loss, and the gradient of every trained weight, with dropout off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labeltune.modeling.precision import Precision
+from labeltune.training.loss import answer_loss
+from labeltune.training.packs import attention_for, make_batch
+from labeltune.training.planner import Group, Pack, Packing, Row, plan_step
+
+#: Largest relative difference of loss and gradients in fp32.
+TOLERANCE = 1e-4
+#: The same in bf16 and fp16 where the model does not fit into memory in fp32 for comparison.
+LOOSE_TOLERANCE = 5e-2
+ROWS = 3
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """A loss, and the gradients of the trained weights by name, in fp32."""
+
+    loss: float
+    weights: dict[str, Any]
+
+    def error(self, exact: Gradients) -> float:
+        """The larger of two relative differences: of the losses, and of all gradients taken as one vector (2-norm)."""
+        differences = sum(float((g - exact.weights[n]).square().sum()) for n, g in self.weights.items())
+        size = sum(float(g.square().sum()) for g in exact.weights.values())
+        of_loss = abs(self.loss - exact.loss) / max(abs(exact.loss), 1e-12)
+        of_weights = (differences / max(size, 1e-30)) ** 0.5
+        # A NaN on either side is an error, whatever `max` makes of it.
+        return max(of_loss, of_weights) if of_loss == of_loss and of_weights == of_weights else float("inf")
+
+
+def sample_rows(rows: Sequence[Row], count: int = ROWS) -> list[Row]:
+    """A few different rows: the shortest ones, so that checking costs little."""
+    return sorted(dict.fromkeys(rows), key=lambda row: (len(row.ids), row.ids))[:count]
+
+
+def choose_packing(
+    model: Any, rows: Sequence[Row], wanted: Packing, precision: Precision, pad_id: int, head: Any, say: Say
+) -> Packing:
+    """The wanted way, or the next plainer one that agrees with rows computed one by one; a change is said once.
+
+    The random state is as before, gradients are none.
+    """
+    if wanted == "padded":
+        return wanted
+    with _undisturbed(model):
+        exact = _reference(model, rows, precision, pad_id, head)
+        plain = _gradients(model, rows, _one_by_one(rows), "padded", precision, pad_id, head)
+        if exact is None:
+            limit, exact = LOOSE_TOLERANCE, plain
+        elif precision.name == "fp32":
+            limit = TOLERANCE
+        else:
+            limit = max(2 * plain.error(exact), TOLERANCE)
+        tried: tuple[Packing, ...] = ("shared_prefix", "packed") if wanted == "shared_prefix" else ("packed",)
+        reasons = []
+        chosen: Packing = "padded"
+        for packing in tried:
+            reason = _disagreement(model, rows, packing, precision, pad_id, head, exact, limit)
+            agreed = _everywhere(reason is None, precision.device)
+            if agreed:
+                chosen = packing
+                break
+            reasons.append(f"{packing}: {reason or 'another process disagrees'}")
+    if chosen != wanted:
+        say(
+            f"warning: training.packing={wanted} does not compute what this model computes row by row "
+            f"({'; '.join(reasons)}); training goes on with packing={chosen}, slower and exact"
+        )
+    return chosen
+
+
+def _disagreement(
+    model: Any,
+    rows: Sequence[Row],
+    packing: Packing,
+    precision: Precision,
+    pad_id: int,
+    head: Any,
+    exact: Gradients,
+    limit: float,
+) -> str | None:
+    """Why this way cannot be used, or None."""
+    import torch
+
+    packs = plan_step(rows, sum(len(row.ids) for row in rows), packing)[0]
+    try:
+        found = _gradients(model, rows, packs, packing, precision, pad_id, head)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a foreign model does with a layout it does not know
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+    difference = found.error(exact)
+    return None if difference <= limit else f"relative difference {difference:.1e}, allowed {limit:.1e}"
+
+
+def _one_by_one(rows: Sequence[Row]) -> list[Pack]:
+    return [Pack((Group(0, (i,)),)) for i in range(len(rows))]
+
+
+def _gradients(
+    model: Any,
+    rows: Sequence[Row],
+    packs: Sequence[Pack],
+    packing: Packing,
+    precision: Precision,
+    pad_id: int,
+    head: Any,
+    autocast: bool = True,
+) -> Gradients:
+    import torch
+
+    model.zero_grad(set_to_none=True)
+    device = next(model.parameters()).device
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.name)
+    mixed = torch.autocast(device.type, dtype=dtype) if dtype and autocast else contextlib.nullcontext()
+    count = sum(len(row.answer) for row in rows)
+    total = 0.0
+    with attention_for(model, packing):
+        for pack in packs:
+            batch = make_batch(rows, pack, packing, pad_id).to(device)
+            with mixed:
+                loss = answer_loss(model, head, batch.inputs, batch.index, batch.targets) / count
+            loss.backward()
+            total += float(loss.detach())
+    found = {
+        name: p.grad.detach().float().clone()
+        if p.grad is not None
+        else torch.zeros_like(p, dtype=torch.float32)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    model.zero_grad(set_to_none=True)
+    return Gradients(total, found)
+
+
+def _reference(
+    model: Any, rows: Sequence[Row], precision: Precision, pad_id: int, head: Any
+) -> Gradients | None:
+    """Rows one by one in fp32; None where the weights are quantized or an fp32 copy does not fit into memory."""
+    import torch
+
+    if precision.name == "fp32":
+        return _gradients(model, rows, _one_by_one(rows), "padded", precision, pad_id, head)
+    from labeltune.training.memory import free_memory
+
+    parameters = list(model.parameters())
+    needed = 4 * sum(p.numel() for p in parameters if p.dtype != torch.float32)
+    quantized = any(not p.is_floating_point() for p in parameters)
+    if not _everywhere(not quantized and needed < 0.8 * free_memory(parameters[0].device), precision.device):
+        return None
+    kept = [(t, t.data) for t in [*parameters, *model.buffers()] if t.is_floating_point()]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.float()
+        return _gradients(model, rows, _one_by_one(rows), "padded", precision, pad_id, head, autocast=False)
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
+def _everywhere(verdict: bool, device: str) -> bool:
+    """Whether all processes say so; they must take the same way."""
+    import torch
+
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return verdict
+    flag = torch.tensor(int(verdict), device=torch.device("cuda") if device == "cuda" else "cpu")
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+@contextlib.contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Training mode with every dropout off; random state, modes and gradients are put back."""
+    import numpy as np
+    import torch
+
+    states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    modes = [(module, module.training) for module in model.modules()]
+    rates = [
+        (module, module.attention_dropout)
+        for module in model.modules()
+        if isinstance(getattr(module, "attention_dropout", None), float)
+    ]
+    try:
+        model.train()
+        for module, _ in modes:
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+                module.eval()
+        for module, _ in rates:
+            module.attention_dropout = 0.0
+        yield
+    finally:
+        for module, rate in rates:
+            module.attention_dropout = rate
+        for module, mode in modes:
+            module.training = mode
+        model.zero_grad(set_to_none=True)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_cuda:
+            torch.cuda.set_rng_state_all(on_cuda)

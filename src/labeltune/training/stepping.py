@@ -1,0 +1,223 @@
+"""transformers' Trainer with packed steps: one batch of the data loader is one optimizer step, on every process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from labeltune.errors import ModelError
+from labeltune.training.loss import answer_loss
+from labeltune.training.packs import attention_for, make_batch
+from labeltune.training.planner import Packing, Row, plan_step, step_order
+
+#: Rows of one planning unit in validation; sorted rows are alike, so many share much.
+EVALUATION_ROWS = 64
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class StepPlan:
+    """How steps are computed. `max_tokens` shrinks when the device runs out of memory.
+
+    Attributes:
+        head: output layer that is run in chunks, or None (see `answer_loss`).
+    """
+
+    packing: Packing
+    max_tokens: int
+    pad_id: int
+    head: Any
+
+
+class StepBatches:
+    """Batch sampler: the row numbers of every step of the current epoch, the same on every process."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Trainer calls this at the beginning of an epoch."""
+        self.epoch = epoch
+
+    @property
+    def batch_sampler(self) -> StepBatches:
+        """Trainer looks for `set_epoch` one level down, where it expects accelerate's wrapper (which a resumed epoch has)."""
+        return self
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return step_order(self.count, self.batch_size, self.seed, self.epoch)
+
+
+def to_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
+    """Rows of a tokenized data set -> rows of the planner."""
+    return [Row.of(r["input_ids"], int(r["answer_start"]), int(r["answer_end"])) for r in records]
+
+
+class PackTrainer(Trainer):  # type: ignore[misc]
+    """Computes a step as the sum over its packs.
+
+    The loss is the sum over answer tokens divided by the answer tokens of the whole step on all processes, so neither the
+    cut into packs nor the number of processes changes it. Gradients are added up over processes once, after the last pack.
+    """
+
+    def __init__(self, plan: StepPlan, batch_size: int, seed: int, say: Say, **options: Any) -> None:
+        super().__init__(data_collator=to_rows, **options)
+        self.plan, self.batch_size, self.seed, self.say = plan, batch_size, seed, say
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Every process reads every step and takes its own packs from it."""
+        batches: Any = StepBatches(len(self.train_dataset), self.batch_size, self.seed)
+        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=to_rows)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Rows in the order of their tokens, so that those read together share as much as they can."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        columns = dataset["input_ids"][:]
+        order = sorted(range(len(dataset)), key=lambda i: columns[i])
+        units = [order[at : at + EVALUATION_ROWS] for at in range(0, len(order), EVALUATION_ROWS)]
+        batches: Any = units
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=to_rows)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """`batch_size` counts the examples of all processes."""
+        return self.batch_size
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: Trainer's formula counts every token of every row."""
+        return 0
+
+    def training_step(self, model: Any, inputs: list[Row], num_items_in_batch: Any = None) -> Any:
+        """Forward and backward of this process's packs; a step that runs out of memory is repeated in smaller ones."""
+        model.train()
+        while True:
+            before = torch.get_rng_state()
+            try:
+                total = self._sum_over_packs(model, inputs, train=True)
+                full = False
+            except torch.OutOfMemoryError:
+                full = True
+            # All processes repeat the step, or none does.
+            if not self._any_process(full):
+                break
+            self._shrink(model, max(len(row.ids) for row in inputs))
+            torch.set_rng_state(before)
+        self._add_up_gradients(model)
+        # Trainer logs the mean over processes.
+        return total.detach() * self.accelerator.num_processes
+
+    def _sum_over_packs(self, model: Any, rows: list[Row], train: bool) -> Any:
+        """This process's share of the loss of `rows`, with gradients when training."""
+        plan, processes = self.plan, self.accelerator.num_processes
+        answers = sum(len(row.answer) for row in rows)
+        total = torch.zeros((), device=self.args.device)
+        packs = plan_step(rows, plan.max_tokens, plan.packing, processes)[self.accelerator.process_index]
+        with attention_for(self.model, plan.packing), self.accelerator.no_sync(model):
+            for pack in packs:
+                batch = make_batch(rows, pack, plan.packing, plan.pad_id).to(self.args.device)
+                with self.compute_loss_context_manager():
+                    loss = answer_loss(model, plan.head, batch.inputs, batch.index, batch.targets)
+                loss = loss * (float(pack.counted) / answers)
+                if train:
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+        return total
+
+    def _shrink(self, model: Any, longest: int) -> None:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if self.plan.max_tokens <= longest:
+            raise ModelError(
+                f"an example of {longest} tokens does not fit into the device's memory; lower prompt.max_length, set "
+                "training.gradient_checkpointing=true, or use training.method=qlora"
+            )
+        self.plan.max_tokens = max(longest, self.plan.max_tokens // 2)
+        self.say(
+            f"warning: out of memory; the step is repeated with packs of {self.plan.max_tokens} tokens, and so are the "
+            f"ones after it (training.max_tokens_per_pack={self.plan.max_tokens} starts that way)"
+        )
+
+    def _any_process(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        found = torch.tensor(int(flag), device=self.args.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return bool(found.item())
+
+    def _add_up_gradients(self, model: Any) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.nn.utils.parameters_to_vector([p.grad for p in trained])
+        torch.distributed.all_reduce(flat)
+        at = 0
+        for p in trained:
+            p.grad.copy_(flat[at : at + p.numel()].view_as(p))
+            at += p.numel()
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean cross-entropy over all answer tokens of the rows."""
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        total = torch.zeros((), device=self.args.device, dtype=torch.float64)
+        answers = count = 0
+        with torch.no_grad():
+            for rows in dataloader:
+                found = sum(len(row.answer) for row in rows)
+                total += self._evaluated(model, rows) * found
+                answers += found
+                count += len(rows)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(total)
+        model.train(was_training)
+        metrics = {f"{metric_key_prefix}_loss": float(total / answers)}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
+
+    def _evaluated(self, model: Any, rows: list[Row]) -> Any:
+        while True:
+            full = False
+            try:
+                total = self._sum_over_packs(model, rows, train=False)
+            except torch.OutOfMemoryError:
+                full = True
+            if not self._any_process(full):
+                return total
+            self._shrink(model, max(len(row.ids) for row in rows))
+
+
+def smallest_everywhere(value: int, device: Any) -> int:
+    """The smallest of the processes' numbers."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return value
+    found = torch.tensor(value, device=device, dtype=torch.int64)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
+    return int(found.item())
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put torch's random state back, so that what is measured before a run does not change the run."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -1,0 +1,281 @@
+"""The shared-prefix step against its plain twin: every row by itself, full logits, torch's own cross-entropy."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import MODEL_KINDS, make_model
+from labeltune.modeling.precision import Precision
+from labeltune.modeling.shared_prefix import NAME, make_layout, shared_prefix_attention_on
+from labeltune.training.loss import answer_loss, chunkable_head, chunked_cross_entropy
+from labeltune.training.memory import enable_checkpointing
+from labeltune.training.packs import attention_for, make_batch
+from labeltune.training.planner import Group, Pack, Row, plan_step
+
+FP32 = Precision("fp32", torch.float32, "cpu")
+VOCABULARY = 300
+KINDS = list(MODEL_KINDS)
+
+
+def lora_model(kind: str = "qwen2", **options: Any) -> Any:
+    """Two layers with a LoRA adapter that is not zero, so that every matrix has a gradient; no dropout."""
+    import peft
+
+    model = make_model(VOCABULARY, kind)
+    for key, value in options.items():
+        setattr(model.config, key, value)
+    torch.manual_seed(1)
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+    ).train()
+
+
+def random_rows(
+    seed: int = 0, prefixes: tuple[int, ...] = (20, 9), each: int = 4, **limits: int
+) -> list[Row]:
+    """`each` rows behind each of several prefixes; texts of any length including none, answers of 1 to 6 tokens."""
+    generator = random.Random(seed)
+
+    def tokens(count: int) -> list[int]:
+        return [generator.randrange(3, VOCABULARY) for _ in range(count)]
+
+    rows = []
+    for length in prefixes:
+        prefix = tokens(length)
+        for _ in range(each):
+            prompt = prefix + tokens(generator.randrange(0, limits.get("text", 12)))
+            answer = tokens(generator.choice([1, 1, 3, limits.get("answer", 6)]))
+            rows.append(Row.of([*prompt, *answer, 2], len(prompt), len(prompt) + len(answer)))
+    return rows
+
+
+def gradients(model: Any) -> dict[str, Any]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def plain(model: Any, rows: list[Row]) -> tuple[float, dict[str, Any]]:
+    """The twin: nothing of labeltune but the row."""
+    total = torch.zeros(())
+    for row in rows:
+        ids = torch.tensor([[*row.ids, row.answer[-1]]])
+        labels = torch.full_like(ids, -100)
+        labels[0, row.answer_start :] = ids[0, row.answer_start :]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
+    loss = total / sum(len(row.answer) for row in rows)
+    loss.backward()
+    return float(loss.detach()), gradients(model)
+
+
+def packed(
+    model: Any, rows: list[Row], packs: list[Pack], packing: Any, head: Any
+) -> tuple[float, dict[str, Any]]:
+    count = sum(len(row.answer) for row in rows)
+    total = 0.0
+    with attention_for(model, packing):
+        for pack in packs:
+            batch = make_batch(rows, pack, packing, pad_id=0)
+            loss = answer_loss(model, head, batch.inputs, batch.index, batch.targets) / count
+            loss.backward()
+            total += float(loss.detach())
+    return total, gradients(model)
+
+
+def assert_equal(
+    found: tuple[float, dict[str, Any]], right: tuple[float, dict[str, Any]], rtol: float = 1e-5
+) -> None:
+    assert found[0] == pytest.approx(right[0], rel=rtol)
+    assert set(found[1]) == set(right[1]) and right[1]
+    for name, gradient in right[1].items():
+        size = gradient.norm()
+        assert size > 0, f"{name} has a gradient to compare"
+        assert (found[1][name] - gradient).norm() <= rtol * size, name
+
+
+@pytest.mark.parametrize("packing", ["shared_prefix", "packed", "padded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_every_lora_gradient_are_those_of_single_rows(kind: str, packing: Any) -> None:
+    model, rows = lora_model(kind), random_rows()
+    right = plain(model, rows)
+    head = chunkable_head(model, torch.tensor([rows[0].ids]))
+    assert head is not None
+    for budget in (25, 60, 10_000):
+        packs = plan_step(rows, budget, packing)[0]
+        assert_equal(packed(model, rows, packs, packing, head), right)
+        assert_equal(packed(model, rows, packs, packing, None), right)
+
+
+def test_prefixes_of_different_lengths_stand_in_one_pack() -> None:
+    model, rows = lora_model(), random_rows(prefixes=(20, 9, 14), text=30)
+    (pack,) = plan_step(rows, 10_000)[0]
+    assert len({group.prefix for group in pack.groups}) >= 3
+    assert_equal(packed(model, rows, [pack], "shared_prefix", None), plain(model, rows))
+
+
+def test_packs_of_one_and_of_all_agree() -> None:
+    model, rows = lora_model(), random_rows(prefixes=(20,), each=8)
+    ones = [Pack((Group(0, (i,)),)) for i in range(len(rows))]
+    with_prefix = [Pack((Group(20, (i,)),)) for i in range(len(rows))]
+    together = plan_step(rows, 10_000)[0]
+    assert len(together) == 1
+    right = packed(model, rows, ones, "shared_prefix", None)
+    assert_equal(packed(model, rows, with_prefix, "shared_prefix", None), right)
+    assert_equal(packed(model, rows, together, "shared_prefix", None), right)
+
+
+def test_a_prefix_that_is_the_whole_prompt_and_answers_of_one_token() -> None:
+    model = lora_model()
+    prompt = [5, 6, 7, 8, 9]
+    answers = ([10], [11], [10, 12], [13])
+    rows = [Row.of([*prompt, *answer], len(prompt), len(prompt) + len(answer)) for answer in answers]
+    (pack,) = plan_step(rows, 10_000)[0]
+    assert [group.prefix for group in pack.groups] == [5]
+    assert pack.tokens(rows) == 6
+    assert_equal(packed(model, rows, [pack], "shared_prefix", None), plain(model, rows))
+
+
+def test_hidden_states_do_not_depend_on_neighbours() -> None:
+    """Example k keeps its hidden states, to the last bit, when the examples around it change."""
+    model = make_model(VOCABULARY).eval()
+    prefix = list(range(3, 15))
+    mine = [*prefix, 40, 41, 42, 43]
+
+    def hidden(others: list[list[int]]) -> Any:
+        rows = [
+            Row.of([*prefix, *other, 7], len(prefix) + len(other), len(prefix) + len(other) + 1)
+            for other in others
+        ]
+        rows.insert(1, Row.of([*mine, 7], len(mine), len(mine) + 1))
+        batch = make_batch(rows, Pack((Group(len(prefix), tuple(range(len(rows)))),)), "shared_prefix", 0)
+        with torch.no_grad(), shared_prefix_attention_on(model):
+            states = model.model(**batch.inputs).last_hidden_state[0]
+        start = len(prefix) + len(others[0])
+        assert batch.inputs["input_ids"][0, start : start + 4].tolist() == mine[-4:]
+        return states[start : start + 4]
+
+    first = hidden([[50, 51, 52], [60, 61]])
+    assert torch.equal(first, hidden([[90, 91, 92], [5, 6]]))
+    with torch.no_grad():
+        alone = model.model(torch.tensor([mine]), use_cache=False).last_hidden_state[0, -4:]
+    torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
+    model, rows = lora_model(kind), random_rows()
+    packs = plan_step(rows, 10_000)[0]
+    right = packed(model, rows, packs, "shared_prefix", None)
+    enable_checkpointing(model)
+    assert_equal(packed(model, rows, packs, "shared_prefix", None), right, rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [4, 7, 16, 64])
+def test_sliding_windows_are_exact(window: int) -> None:
+    """Windows shorter than the prefix, than a text, and longer than everything."""
+    from transformers import Gemma3TextConfig
+
+    shape = make_model(VOCABULARY, "gemma3").config.to_dict()
+    shape.update(sliding_window=window, layer_types=["sliding_attention", "full_attention"])
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**shape), dtype=torch.float32)
+    model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+    ).train()
+    rows = random_rows(text=25)
+    assert_equal(packed(model, rows, plan_step(rows, 10_000)[0], "shared_prefix", None), plain(model, rows))
+
+
+def test_frozen_embeddings_get_no_gradient() -> None:
+    """Nothing is propagated below the lowest layer with an adapter, checkpointed or not."""
+    import peft
+
+    for checkpointing in (False, True):
+        model = peft.get_peft_model(
+            make_model(VOCABULARY),
+            peft.LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[1], task_type="CAUSAL_LM"),
+        ).train()
+        if checkpointing:
+            enable_checkpointing(model)
+        below: list[bool] = []
+
+        def note(module: Any, inputs: Any, output: Any, seen: list[bool] = below) -> None:
+            seen.append(output.requires_grad)
+
+        for module in (model.get_input_embeddings(), model.get_base_model().model.layers[0]):
+            module.register_forward_hook(note)
+        rows = random_rows()
+        packed(model, rows, plan_step(rows, 10_000)[0], "shared_prefix", None)
+        assert len(below) == 2 and not any(below)
+
+
+def test_the_attention_function_is_on_only_while_asked_for() -> None:
+    model = make_model(VOCABULARY)
+    before = model.config._attn_implementation
+    with shared_prefix_attention_on(model):
+        assert model.config._attn_implementation == NAME
+        with pytest.raises(ValueError, match="prefix_layout"):
+            model(torch.tensor([[1, 2]]), use_cache=False)
+    assert model.config._attn_implementation == before
+    with pytest.raises(RuntimeError, match="stop"), shared_prefix_attention_on(model):
+        raise RuntimeError("stop")
+    assert model.config._attn_implementation == before
+
+
+def test_a_layout_covers_its_row() -> None:
+    layout = make_layout([(3, [2, 0, 4]), (0, [1]), (5, [0, 0])])
+    assert [(g.start, g.prefix, g.tokens) for g in layout.groups] == [(0, 3, 9), (9, 0, 1), (10, 5, 5)]
+    assert layout.groups[0].gather.tolist() == [[0, 1, 0, 0], [2, 3, 4, 5]]
+    assert layout.groups[0].scatter.tolist() == [0, 1, 4, 5, 6, 7]
+    assert layout.groups[2].gather is None
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("trained", [False, True])
+def test_chunked_cross_entropy_equals_the_plain_one(chunk: int, trained: bool) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50).requires_grad_(trained)
+    hidden, targets = torch.randn(7, 8, requires_grad=True), torch.randint(50, (7,))
+    right = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+    right.backward()
+    expected = [hidden.grad.clone(), *(p.grad.clone() for p in head.parameters() if trained)]
+    hidden.grad = None
+    head.zero_grad()
+    found = chunked_cross_entropy(head, hidden, targets, chunk)
+    (found * 3).backward()
+    torch.testing.assert_close(found, right)
+    got = [hidden.grad, *(p.grad for p in head.parameters() if trained)]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b * 3, rtol=1e-5, atol=1e-6)
+
+
+def test_very_unlikely_answers_have_a_finite_loss() -> None:
+    head = torch.nn.Linear(2, 3, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    hidden = torch.tensor([[500.0, 0.0]], requires_grad=True)
+    loss = chunked_cross_entropy(head, hidden, torch.tensor([1]))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(500.0)
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_a_capped_output_layer_stays_inside_the_model() -> None:
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    shape = make_model(VOCABULARY, "gemma3").config.to_dict()
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = Gemma2Config(
+        **{key: shape[key] for key in keys}, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert chunkable_head(model, torch.tensor([[5, 6, 7]])) is None
