@@ -232,7 +232,8 @@ def trl(model: Any, tokenizer: Any, options: dict[str, Any], meter: Meter) -> An
     examples = setting.pop("examples_in_a_pack", None)
     longest = max(len(row["input_ids"]) for row in options["rows"])
     mean = sum(len(row["input_ids"]) for row in options["rows"]) / len(options["rows"])
-    setting["max_length"] = max(longest, round(mean * examples)) if examples else longest
+    # Nothing is longer than the budget already; padding-free refuses a limit.
+    setting["max_length"] = max(longest, round(mean * examples)) if examples else None
     setting.setdefault("gradient_checkpointing", False)
     arguments = SFTConfig(**setting, **common_arguments(options))
     return SFTTrainer(

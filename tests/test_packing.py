@@ -10,7 +10,14 @@ import torch
 
 from conftest import MODEL_KINDS, make_model
 from labeltune.modeling.precision import Precision
-from labeltune.modeling.shared_prefix import NAME, make_layout, shared_prefix_attention_on
+from labeltune.modeling.shared_prefix import (
+    NAME,
+    Attend,
+    _one_by_one,
+    _side_by_side,
+    make_layout,
+    shared_prefix_attention_on,
+)
 from labeltune.training.loss import answer_loss, chunkable_head, chunked_cross_entropy
 from labeltune.training.memory import enable_checkpointing
 from labeltune.training.packs import attention_for, make_batch
@@ -235,9 +242,30 @@ def test_the_attention_function_is_on_only_while_asked_for() -> None:
 def test_a_layout_covers_its_row() -> None:
     layout = make_layout([(3, [2, 0, 4]), (0, [1]), (5, [0, 0])])
     assert [(g.start, g.prefix, g.tokens) for g in layout.groups] == [(0, 3, 9), (9, 0, 1), (10, 5, 5)]
+    assert [g.rests for g in layout.groups] == [(2, 4), (1,), ()]
     assert layout.groups[0].gather.tolist() == [[0, 1, 0, 0], [2, 3, 4, 5]]
     assert layout.groups[0].scatter.tolist() == [0, 1, 4, 5, 6, 7]
-    assert layout.groups[2].gather is None
+    assert layout.groups[2].gather.numel() == layout.groups[2].scatter.numel() == 0
+
+
+@pytest.mark.parametrize("window", [None, 3, 6])
+def test_examples_side_by_side_equal_one_by_one(window: int | None) -> None:
+    """What a GPU and compiled code run, against what the CPU runs: outputs and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    for prefix, rests in ((5, [3, 0, 7, 1]), (0, [4, 2]), (6, []), (1, [1])):
+        layout = make_layout([(prefix, rests)]).groups[0]
+        shapes = (4, 2, 2)
+        first = [torch.randn(1, h, layout.tokens, 8, generator=generator, requires_grad=True) for h in shapes]
+        second = [x.detach().clone().requires_grad_() for x in first]
+        attend = Attend(0.0, 0.5, window)
+        right = torch.cat(list(_one_by_one(*first, layout, attend)), dim=2)
+        found = torch.cat(list(_side_by_side(*second, layout, attend)), dim=2)
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
+        direction = torch.randn(right.shape, generator=generator)
+        (right * direction).sum().backward()
+        (found * direction).sum().backward()
+        for a, b in zip(second, first, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])

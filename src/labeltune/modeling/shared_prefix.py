@@ -30,17 +30,21 @@ class GroupLayout:
     Attributes:
         start: its first position in the row.
         prefix: number of shared tokens.
-        tokens: number of all tokens.
-        gather: shape [examples, longest rest], positions behind the prefix; 0 where a rest is shorter. None when no
-            example has tokens of its own.
-        scatter: shape [tokens - prefix], where each of these tokens stands in the flattened gather.
+        rests: number of tokens behind the prefix of every example that has any.
+        gather: shape [examples, longest rest], positions behind the prefix; 0 where a rest is shorter.
+        scatter: shape [sum of rests], where each of these tokens stands in the flattened gather.
     """
 
     start: int
     prefix: int
-    tokens: int
+    rests: tuple[int, ...]
     gather: Any
     scatter: Any
+
+    @property
+    def tokens(self) -> int:
+        """Number of all tokens."""
+        return self.prefix + sum(self.rests)
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,7 @@ class PrefixLayout:
         """The same layout with its index tensors on another device."""
         return PrefixLayout(
             tuple(
-                GroupLayout(
-                    g.start,
-                    g.prefix,
-                    g.tokens,
-                    None if g.gather is None else g.gather.to(device),
-                    None if g.scatter is None else g.scatter.to(device),
-                )
+                GroupLayout(g.start, g.prefix, g.rests, g.gather.to(device), g.scatter.to(device))
                 for g in self.groups
             )
         )
@@ -73,20 +71,18 @@ def make_layout(groups: Sequence[tuple[int, Sequence[int]]]) -> PrefixLayout:
     import torch
 
     made, start = [], 0
-    for prefix, rests in groups:
-        lengths = [length for length in rests if length]
-        gather = scatter = None
-        if lengths:
-            widest = max(lengths)
-            gather = torch.zeros(len(lengths), widest, dtype=torch.long)
-            scatter = torch.empty(sum(lengths), dtype=torch.long)
-            at = 0
-            for k, length in enumerate(lengths):
-                own = torch.arange(length)
-                gather[k, :length] = at + own
-                scatter[at : at + length] = k * widest + own
-                at += length
-        made.append(GroupLayout(start, prefix, prefix + sum(lengths), gather, scatter))
+    for prefix, lengths in groups:
+        rests = tuple(length for length in lengths if length)
+        widest = max(rests, default=0)
+        gather = torch.zeros(len(rests), widest, dtype=torch.long)
+        scatter = torch.empty(sum(rests), dtype=torch.long)
+        at = 0
+        for k, length in enumerate(rests):
+            own = torch.arange(length)
+            gather[k, :length] = at + own
+            scatter[at : at + length] = k * widest + own
+            at += length
+        made.append(GroupLayout(start, prefix, rests, gather, scatter))
         start += made[-1].tokens
     return PrefixLayout(tuple(made))
 
@@ -123,70 +119,95 @@ def shared_prefix_attention(
     asked = [name for name in UNSUPPORTED if options.get(name) is not None]
     if asked or not getattr(module, "is_causal", True) or query.shape[0] != 1:
         raise ValueError(f"shared-prefix attention does not know {asked or 'batches and non-causal layers'}")
-    outputs = []
-    for group in prefix_layout.groups:
-        end = group.start + group.tokens
-        q, k, v = (x[:, :, group.start : end] for x in (query, key, value))
-        outputs.append(_group_attention(q, k, v, group, dropout, scaling, sliding_window))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return output, None
+    # On the CPU many small calls cost less than padding; elsewhere, and in compiled code, it is the other way round.
+    one_by_one = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    attend = _one_by_one if one_by_one else _side_by_side
+    sizes = [group.tokens for group in prefix_layout.groups]
+    parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [
+        output
+        for (q, k, v), group in zip(parts, prefix_layout.groups, strict=True)
+        for output in attend(q, k, v, group, Attend(dropout, scaling, sliding_window))
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _group_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    group: GroupLayout,
-    dropout: float,
-    scaling: float | None,
-    window: int | None,
-) -> Any:
-    """Attention of one group; tensors of shape [1, heads, tokens, head size] -> [1, tokens, heads, head size]."""
-    import torch
+@dataclass(frozen=True)
+class Attend:
+    """Causal attention whose last query stands at the last key.
 
-    prefix = group.prefix
-    parts = []
-    if prefix:
-        q, k, v = (x[:, :, :prefix] for x in (query, key, value))
-        parts.append(_attend(q, k, v, dropout, scaling, window).transpose(1, 2))
-    if group.gather is not None:
-        # [1, heads, tokens, size] -> [examples, heads, longest rest, size]
-        q, k, v = (
-            x[0, :, prefix:].transpose(0, 1)[group.gather].transpose(1, 2) for x in (query, key, value)
+    What pads a query's rest stands on the right, behind every key that a token of the example may see, so that one mask
+    serves all examples of a batch.
+    """
+
+    dropout: float
+    scaling: float | None
+    window: int | None
+
+    def __call__(self, query: Any, key: Any, value: Any) -> Any:
+        """Tensors of shape [batch, heads, tokens, head size]."""
+        import torch
+
+        queries, keys = query.shape[2], key.shape[2]
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and query.device.type != "cpu":
+            # The kernels that take a mask do not take fewer key heads.
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        whole = queries == keys and (self.window is None or self.window >= keys)
+        return torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if whole else self._mask(queries, keys, query.device),
+            is_causal=whole,
+            dropout_p=self.dropout,
+            scale=self.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-        if prefix:
-            examples = q.shape[0]
-            k, v = (
-                torch.cat([shared[:, :, :prefix].expand(examples, -1, -1, -1), own], dim=2)
-                for shared, own in ((key, k), (value, v))
-            )
-        rest = _attend(q, k, v, dropout, scaling, window)
-        heads, size = rest.shape[1], rest.shape[3]
-        parts.append(rest.transpose(1, 2).reshape(-1, heads, size)[group.scatter].unsqueeze(0))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _mask(self, queries: int, keys: int, device: Any) -> Any:
+        import torch
+
+        at_query = torch.arange(keys - queries, keys, device=device)[:, None]
+        at_key = torch.arange(keys, device=device)[None, :]
+        mask = at_key <= at_query
+        return mask if self.window is None else mask & (at_query - at_key < self.window)
 
 
-def _attend(
-    query: Any, key: Any, value: Any, dropout: float, scaling: float | None, window: int | None
-) -> Any:
-    """Causal attention whose last query stands at the last key (a query's rest is padded on the right, behind every key
-    that a token of the example may see, so that one mask serves all examples)."""
+def _one_by_one(query: Any, key: Any, value: Any, group: GroupLayout, attend: Attend) -> Iterator[Any]:
+    """The prefix, then every example by itself: nothing is padded. Splitting along the tokens costs the backward pass one
+    concatenation."""
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
 
-    queries, keys = query.shape[2], key.shape[2]
-    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
-    if query.shape[1] != key.shape[1]:
-        options["enable_gqa"] = True
-    if queries == keys and (window is None or window >= keys):
-        return scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    behind = keys - queries
-    at_query = torch.arange(behind, keys, device=query.device)[:, None]
-    at_key = torch.arange(keys, device=query.device)[None, :]
-    mask = at_key <= at_query
-    if window is not None:
-        mask = mask & (at_query - at_key < window)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    sizes = [group.prefix, *group.rests]
+    (q, *queries), (k, *keys), (v, *values) = (x.split(sizes, dim=2) for x in (query, key, value))
+    if group.prefix:
+        yield attend(q, k, v)
+    for own_q, own_k, own_v in zip(queries, keys, values, strict=True):
+        if group.prefix:
+            own_k, own_v = torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)
+        yield attend(own_q, own_k, own_v)
+
+
+def _side_by_side(query: Any, key: Any, value: Any, group: GroupLayout, attend: Attend) -> Iterator[Any]:
+    """The prefix, then all examples as one padded batch."""
+    import torch
+
+    sizes = [group.prefix, sum(group.rests)]
+    (q, own_q), (k, own_k), (v, own_v) = (x.split(sizes, dim=2) for x in (query, key, value))
+    if group.prefix:
+        yield attend(q, k, v)
+    if group.rests:
+        # [1, heads, tokens, size] -> [examples, heads, longest rest, size]
+        own_q, own_k, own_v = (
+            x[0].transpose(0, 1)[group.gather].transpose(1, 2) for x in (own_q, own_k, own_v)
+        )
+        if group.prefix:
+            examples = len(group.rests)
+            own_k = torch.cat([k.expand(examples, -1, -1, -1), own_k], dim=2)
+            own_v = torch.cat([v.expand(examples, -1, -1, -1), own_v], dim=2)
+        output = attend(own_q, own_k, own_v).transpose(1, 2).flatten(0, 1)
+        yield output[group.scatter].transpose(0, 1).unsqueeze(0)
 
 
 @contextlib.contextmanager

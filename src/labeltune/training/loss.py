@@ -77,6 +77,22 @@ def chunked_cross_entropy(head: Any, hidden: Any, targets: Any, chunk: int = CHU
     return total
 
 
+_WORKSPACE: dict[tuple[int, str], Any] = {}
+
+
+def _workspace(rows: int, columns: int, device: Any) -> Any:
+    """An fp32 buffer of at least this many rows. On the CPU it is kept: touching fresh memory costs as much as computing
+    in it."""
+    import torch
+
+    if device.type != "cpu":
+        return torch.empty(rows, columns, device=device)
+    key = columns, str(device)
+    if key not in _WORKSPACE or len(_WORKSPACE[key]) < rows:
+        _WORKSPACE[key] = torch.empty(rows, columns)
+    return _WORKSPACE[key]
+
+
 _FROZEN: Any = None
 
 
@@ -94,9 +110,7 @@ def _frozen_function() -> Any:
         def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, chunk: int) -> Any:
             gradient = torch.empty_like(hidden)
             total = hidden.new_zeros((), dtype=torch.float32)
-            # One buffer for all chunks: on the CPU, touching fresh memory costs as much as computing in it.
-            shape = min(chunk, len(targets)), weight.shape[0]
-            buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+            buffer = _workspace(min(chunk, len(targets)), weight.shape[0], hidden.device)
             for start in range(0, len(targets), chunk):
                 right = targets[start : start + chunk, None]
                 states = hidden[start : start + chunk].to(weight.dtype)
