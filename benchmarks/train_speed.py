@@ -73,7 +73,8 @@ def measure(variant: str, options: dict[str, Any], folder: Path) -> dict[str, An
     file.write_text(
         json.dumps({**options, "variant": variant, "folder": str(folder / "run")}), encoding="utf-8"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options["threads"]), "PYTHONPATH": str(HERE)}
+    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options["threads"]), "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, str(HERE / "speed_worker.py"), str(file)],
         capture_output=True,
