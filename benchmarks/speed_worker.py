@@ -294,6 +294,30 @@ def matmul_rate(options: dict[str, Any]) -> dict[str, Any]:
     return {"matmul_rate": 2 * x.shape[0] * x.shape[1] * w.shape[0] / sorted(times)[len(times) // 2]}
 
 
+def profile(trainer: Any, meter: Meter) -> dict[str, float]:
+    """Trains, and gives each operation's share of the time spent in operations behind the first step; 1 % and more."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    plain_step = trainer.training_step
+    on_cuda = meter.device == "cuda"
+    recorder = record(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])])
+
+    def step(*given: Any, **named: Any) -> Any:
+        if meter.step == 1 and recorder.profiler is None:
+            recorder.__enter__()
+        return plain_step(*given, **named)
+
+    trainer.training_step = step
+    trainer.train()
+    recorder.__exit__(None, None, None)
+    column = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    times = {event.key: getattr(event, column) for event in recorder.key_averages()}
+    whole = sum(times.values())
+    shares = {name: round(time / whole, 3) for name, time in times.items() if time >= 0.01 * whole}
+    return dict(sorted(shares.items(), key=lambda pair: -pair[1]))
+
+
 def main() -> None:
     """Reads the options from a file, prints the result as the last line."""
     options = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
@@ -325,7 +349,10 @@ def main() -> None:
         return plain_step(model, inputs, *rest, **named)
 
     trainer.training_step = step
-    trainer.train()
+    if options["profile"]:
+        options["notes"] = {"profile": profile(trainer, meter)}
+    else:
+        trainer.train()
     print(
         json.dumps(
             {

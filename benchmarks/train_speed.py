@@ -62,6 +62,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--compile", action="store_true", help="training.compile for labeltune's variants")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="note each operation's share of the time; the recording slows steps down",
+    )
     parser.add_argument("--variants", help="only these, with commas between")
     parser.add_argument("--json", help="write the result here")
     return parser.parse_args()
@@ -198,7 +203,7 @@ def main() -> None:
         if unknown:
             raise SystemExit(f"unknown variants {unknown}; there are {variants}")
         variants = [variant for variant in variants if variant in wanted]
-    keys = ("tokenizer", "shape", "layers", "device", "dropout", "threads", "compile")
+    keys = ("tokenizer", "shape", "layers", "device", "dropout", "threads", "compile", "profile")
     options = {key: getattr(given, key) for key in keys}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -214,6 +219,9 @@ def main() -> None:
     )
     print(table(records))
     print(f"\nfastest TRL setting: {best_trl(found)}")
+    for record in records:
+        for name, share in record.get("notes", {}).get("profile", {}).items():
+            print(f"{record['variant']}  {100 * share:5.1f} %  {name}")
     if given.json:
         Path(given.json).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 

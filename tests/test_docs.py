@@ -90,7 +90,7 @@ def test_the_table_of_keys_is_current(page: str) -> None:
     assert replace_table(text) == text, f"run: python -m labeltune.config_table {page}"
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/design.md", "docs/original.md", "docs/measurements.md"])
+@pytest.mark.parametrize("page", [*PAGES, *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):

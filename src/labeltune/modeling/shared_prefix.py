@@ -119,9 +119,8 @@ def shared_prefix_attention(
     asked = [name for name in UNSUPPORTED if options.get(name) is not None]
     if asked or not getattr(module, "is_causal", True) or query.shape[0] != 1:
         raise ValueError(f"shared-prefix attention does not know {asked or 'batches and non-causal layers'}")
-    # On the CPU many small calls cost less than padding; elsewhere, and in compiled code, it is the other way round.
-    one_by_one = query.device.type == "cpu" and not torch.compiler.is_compiling()
-    attend = _one_by_one if one_by_one else _side_by_side
+    # On the CPU many small calls cost less than padding; elsewhere it is the other way round.
+    attend = _one_by_one if query.device.type == "cpu" else _side_by_side
     sizes = [group.tokens for group in prefix_layout.groups]
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     outputs = [
@@ -210,21 +209,27 @@ def _side_by_side(query: Any, key: Any, value: Any, group: GroupLayout, attend: 
         yield output[group.scatter].transpose(0, 1).unsqueeze(0)
 
 
-@contextlib.contextmanager
-def shared_prefix_attention_on(model: Any) -> Iterator[None]:
-    """Have a model use the function, for forward and backward (checkpointed layers run again there), then no longer.
+def shared_prefix_attention_on(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Have a model use the function, for forward and backward (checkpointed layers run again there), then no longer."""
+    return attention_on(model, NAME, shared_prefix_attention)
 
-    Only inside does a model need a layout: prediction between two steps uses the model's own attention.
+
+@contextlib.contextmanager
+def attention_on(model: Any, name: str, function: Any) -> Iterator[None]:
+    """Have a model use an attention function inside the `with`: only there does it need what the function asks for.
+
+    Compiled layers call it as it is: compiling it would start anew for every layout.
     """
+    import torch
     from transformers import AttentionInterface, PreTrainedConfig
 
-    AttentionInterface.register(NAME, shared_prefix_attention)
+    AttentionInterface.register(name, torch.compiler.disable(function))
     found = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     before = {at: config._attn_implementation for at, config in configs.items()}
     try:
         for config in configs.values():
-            config._attn_implementation = NAME
+            config._attn_implementation = name
         yield
     finally:
         for at, config in configs.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labeltune.errors import OutputError
 from labeltune.modeling.pocket import cache_folder
 from labeltune.tasks.builder import PromptBuilder
 from labeltune.types import Example
@@ -53,6 +54,7 @@ def tokenize_rows(dataset: Dataset, builder: PromptBuilder) -> tuple[Dataset, To
 
     Raises:
         PromptError: a row's instruction, candidates and answer do not fit the budget.
+        OutputError: the cache folder cannot be written.
     """
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
@@ -82,8 +84,7 @@ def tokenize_rows(dataset: Dataset, builder: PromptBuilder) -> tuple[Dataset, To
     )
     from filelock import FileLock
 
-    folder = cache_folder() / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _token_folder()
     name = content_key(dataset, builder)
     file = folder / f"{name}.arrow"
     was_enabled = datasets.are_progress_bars_disabled()
@@ -132,6 +133,21 @@ def content_key(dataset: Dataset, builder: PromptBuilder) -> str:
             writer.write_table(table.replace_schema_metadata(None).combine_chunks())
         digest.update(sink.getvalue())
     return digest.hexdigest()[:40]
+
+
+def _token_folder() -> Path:
+    folder = cache_folder() / "tokens"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+        reason = "no permission to write"
+    except OSError as error:
+        writable, reason = False, error.strerror or str(error)
+    if not writable:
+        raise OutputError(
+            f"token files cannot be kept in {folder}: {reason}; set LABELTUNE_CACHE to a folder that can be written"
+        )
+    return folder
 
 
 def _remove_unused(folder: Path) -> None:

@@ -115,7 +115,7 @@ def plan_memory(
     checkpointing = bool(wanted_checkpointing)
     if wanted_checkpointing is None:
         # Worth it only when even a modest pack does not fit: it costs a second forward pass.
-        modest = wanted_tokens or max(longest, min(useful, ENOUGH[device.type] // 2))
+        modest = max(longest, wanted_tokens or min(useful, ENOUGH[device.type] // 2))
         checkpointing = room < modest * bytes_per_token
     each = int(bytes_per_token * (KEPT_BY_CHECKPOINTING if checkpointing else 1.0)) or 1
     tokens = wanted_tokens or min(useful, max(longest, room // each))

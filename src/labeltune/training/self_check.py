@@ -23,6 +23,8 @@ TOLERANCE = 1e-4
 #: The same in bf16 and fp16 where the model does not fit into memory in fp32 for comparison.
 LOOSE_TOLERANCE = 5e-2
 ROWS = 3
+#: From the fastest way to the one that asks least of a model.
+PLAINER: tuple[Packing, ...] = ("shared_prefix", "packed", "padded")
 
 Say = Callable[[str], None]
 
@@ -44,6 +46,18 @@ class Gradients:
         return max(of_loss, of_weights) if of_loss == of_loss and of_weights == of_weights else float("inf")
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A way of computing that agrees with rows computed one by one.
+
+    Attributes:
+        one_by_one: not even a batch is exact with this model; every example must be a pack of its own.
+    """
+
+    packing: Packing
+    one_by_one: bool = False
+
+
 def sample_rows(rows: Sequence[Row], count: int = ROWS) -> list[Row]:
     """A few different rows: the shortest ones, so that checking costs little."""
     return sorted(dict.fromkeys(rows), key=lambda row: (len(row.ids), row.ids))[:count]
@@ -51,13 +65,11 @@ def sample_rows(rows: Sequence[Row], count: int = ROWS) -> list[Row]:
 
 def choose_packing(
     model: Any, rows: Sequence[Row], wanted: Packing, precision: Precision, pad_id: int, head: Any, say: Say
-) -> Packing:
+) -> Choice:
     """The wanted way, or the next plainer one that agrees with rows computed one by one; a change is said once.
 
     The random state is as before, gradients are none.
     """
-    if wanted == "padded":
-        return wanted
     with _undisturbed(model):
         exact = _reference(model, rows, precision, pad_id, head)
         plain = _gradients(model, rows, _one_by_one(rows), "padded", precision, pad_id, head)
@@ -67,20 +79,20 @@ def choose_packing(
             limit = TOLERANCE
         else:
             limit = max(2 * plain.error(exact), TOLERANCE)
-        tried: tuple[Packing, ...] = ("shared_prefix", "packed") if wanted == "shared_prefix" else ("packed",)
         reasons = []
-        chosen: Packing = "padded"
-        for packing in tried:
+        for packing in PLAINER[PLAINER.index(wanted) :]:
             reason = _disagreement(model, rows, packing, precision, pad_id, head, exact, limit)
-            agreed = _everywhere(reason is None, precision.device)
-            if agreed:
-                chosen = packing
+            if _everywhere(reason is None, precision.device):
+                chosen = Choice(packing)
                 break
             reasons.append(f"{packing}: {reason or 'another process disagrees'}")
-    if chosen != wanted:
+        else:
+            chosen = Choice("padded", one_by_one=True)
+    if reasons:
+        then = "one example at a time" if chosen.one_by_one else f"packing={chosen.packing}"
         say(
             f"warning: training.packing={wanted} does not compute what this model computes row by row "
-            f"({'; '.join(reasons)}); training goes on with packing={chosen}, slower and exact"
+            f"({'; '.join(reasons)}); training goes on with {then}, slower and exact"
         )
     return chosen
 

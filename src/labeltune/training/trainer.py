@@ -18,6 +18,7 @@ from labeltune.training.planner import Row
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from labeltune.training.memory import MemoryPlan
     from labeltune.training.stepping import StepPlan
 
 Say = Callable[[str], None]
@@ -170,7 +171,7 @@ def prepare_steps(
     """
     from labeltune.training.loss import chunkable_head
     from labeltune.training.memory import activation_bytes, enable_checkpointing, plan_memory
-    from labeltune.training.planner import plan_step, step_order
+    from labeltune.training.planner import step_order
     from labeltune.training.self_check import choose_packing, sample_rows
     from labeltune.training.stepping import StepPlan, random_state_kept, smallest_everywhere, to_rows
 
@@ -185,14 +186,14 @@ def prepare_steps(
     pad_id, processes = tokenizer.pad_token_id, int(os.environ.get("WORLD_SIZE", "1"))
     with random_state_kept():
         head = chunkable_head(model, torch_ids(sample[0], device))
-        packing = choose_packing(model, sample, options.packing, precision, pad_id, head, say)
+        choice = choose_packing(model, sample, options.packing, precision, pad_id, head, say)
         memory = plan_memory(
             None if options.max_tokens_per_pack == "auto" else options.max_tokens_per_pack,
             None if options.gradient_checkpointing == "auto" else options.gradient_checkpointing,
             steps,
-            packing,
+            choice.packing,
             processes,
-            smallest_everywhere(activation_bytes(model, sample, packing, pad_id, head), device),
+            smallest_everywhere(activation_bytes(model, sample, choice.packing, pad_id, head), device),
             model.config.get_text_config().vocab_size,
             device,
             lambda value: smallest_everywhere(value, device),
@@ -201,19 +202,28 @@ def prepare_steps(
             enable_checkpointing(model)
         if options.compile:
             compile_layers(model)
-            packing = choose_packing(model, sample, packing, precision, pad_id, head, say)
+            choice = choose_packing(model, sample, choice.packing, precision, pad_id, head, say)
+    plan = StepPlan(choice.packing, 1 if choice.one_by_one else memory.max_tokens, pad_id, head)
+    say(describe(plan, memory, steps))
+    return plan
+
+
+def describe(plan: StepPlan, memory: MemoryPlan, steps: list[list[Row]]) -> str:
+    """One line on how steps are computed."""
+    from labeltune.training.planner import plan_step
+
+    examples = sum(map(len, steps))
     given = sum(len(row.ids) for step in steps for row in step)
     computed = sum(
-        pack.tokens(step, packing)
+        pack.tokens(step, plan.packing)
         for step in steps
-        for pack in plan_step(step, memory.max_tokens, packing)[0]
+        for pack in plan_step(step, plan.max_tokens, plan.packing)[0]
     )
-    say(
-        f"steps: packing={packing}, packs of at most {memory.max_tokens} tokens; {computed / sum(map(len, steps)):.0f} tokens "
-        f"are computed for an example of {given / sum(map(len, steps)):.0f}; checkpointing {'on' if memory.checkpointing else 'off'} "
+    return (
+        f"steps: packing={plan.packing}, packs of at most {plan.max_tokens} tokens; {computed / examples:.0f} tokens are "
+        f"computed for an example of {given / examples:.0f}; checkpointing {'on' if memory.checkpointing else 'off'} "
         f"({memory.bytes_per_token / 1e3:.0f} kB of activations a token, {memory.free / 1e9:.1f} GB free)"
     )
-    return StepPlan(packing, memory.max_tokens, pad_id, head)
 
 
 def torch_ids(row: Row, device: Any) -> Any:

@@ -1,0 +1,224 @@
+"""The check at the start of a run: what ignores the layout is caught, and training goes on another way."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_model, make_tokenizer
+from labeltune import recipes
+from labeltune.modeling import shared_prefix
+from labeltune.modeling.precision import Precision
+from labeltune.training import self_check
+from labeltune.training.self_check import Choice, choose_packing, sample_rows
+from labeltune.training.trainer import compile_layers
+from test_packing import FP32, VOCABULARY, assert_equal, lora_model, packed, plain, plan_step, random_rows
+from test_training import adapter_weights, config_for, without_dropout
+
+BF16 = Precision("bf16", torch.bfloat16, "cpu")
+
+
+def ignores_layout(
+    module: Any, query: Any, key: Any, value: Any, *_: Any, **options: Any
+) -> tuple[Any, None]:
+    """A backend that takes any keyword argument and looks at none: causal over the whole row."""
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=options.get("scaling"), enable_gqa=True
+    )
+    return found.transpose(1, 2), None
+
+
+def use_everywhere(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own attention ignores masks and positions too, so that not even a padded batch is right."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("ignores_everything", ignores_layout)
+    model.config._attn_implementation = "ignores_everything"
+    monkeypatch.setattr(shared_prefix, "shared_prefix_attention", ignores_layout)
+
+
+def choose(
+    model: Any, wanted: Any = "shared_prefix", precision: Precision = FP32
+) -> tuple[Choice, list[str]]:
+    said: list[str] = []
+    rows = sample_rows(random_rows(prefixes=(12,)))
+    return choose_packing(model, rows, wanted, precision, 0, None, said.append), said
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16])
+@pytest.mark.parametrize("wanted", ["shared_prefix", "packed", "padded"])
+def test_a_sound_model_gets_what_was_asked_for(wanted: Any, precision: Precision) -> None:
+    model = lora_model()
+    if precision is BF16:
+        model.to(torch.bfloat16)
+    assert choose(model, wanted, precision) == (Choice(wanted), [])
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16])
+def test_a_backend_that_ignores_the_layout_is_caught(
+    precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_prefix, "shared_prefix_attention", ignores_layout)
+    model = lora_model()
+    if precision is BF16:
+        model.to(torch.bfloat16)
+    choice, (warning,) = choose(model, precision=precision)
+    assert choice == Choice("packed")
+    assert "shared_prefix: relative difference" in warning and "packing=packed" in warning
+
+
+def test_a_model_that_drops_the_layout_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward takes unknown arguments and hands them to nobody."""
+    model = lora_model()
+    inner = model.get_base_model().model
+    plain_forward = inner.forward
+
+    def forward(*args: Any, prefix_layout: Any = None, **options: Any) -> Any:
+        return plain_forward(*args, **options)
+
+    monkeypatch.setattr(inner, "forward", forward)
+    choice, (warning,) = choose(model)
+    assert choice == Choice("packed")
+    assert "needs prefix_layout" in warning
+
+
+def test_a_model_for_which_no_batch_is_exact_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model()
+    use_everywhere(model, monkeypatch)
+    choice, (warning,) = choose(model)
+    assert choice == Choice("padded", one_by_one=True)
+    assert "one example at a time" in warning
+
+
+def test_capped_attention_falls_back() -> None:
+    import peft
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    shape = make_model(VOCABULARY, "gemma3").config.to_dict()
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = Gemma2Config(
+        **{key: shape[key] for key in keys},
+        num_key_value_heads=2,
+        head_dim=8,
+        attn_implementation="eager",
+        attn_logit_softcapping=2.0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    choice, (warning,) = choose(model)
+    assert choice.packing != "shared_prefix"
+    assert "softcap" in warning
+
+
+def test_a_state_that_runs_along_the_row_falls_back() -> None:
+    """A state-space model knows neither layout nor restarting positions."""
+    import peft
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["in_proj"], task_type="CAUSAL_LM")
+    )
+    choice, (warning,) = choose(model)
+    assert choice.packing == "padded"
+    assert "shared_prefix" in warning and "packed" in warning
+
+
+def test_nothing_is_left_behind() -> None:
+    """Random states, modes, dropout rates, gradients and the model's own attention are as before."""
+    model = lora_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    attention = model.get_base_model().model.layers[0].self_attn
+    attention.attention_dropout = 0.25
+    model.get_base_model().model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    implementation = model.config._attn_implementation
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = (random.random(), float(np.random.rand()), float(torch.rand(())))
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    choose(model)
+    assert (random.random(), float(np.random.rand()), float(torch.rand(()))) == expected
+    assert [module.training for module in model.modules()] == modes
+    assert attention.attention_dropout == 0.25
+    assert model.config._attn_implementation == implementation
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_reference_in_bf16_is_the_model_in_fp32_and_leaves_the_weights_alone() -> None:
+    model = lora_model().to(torch.bfloat16)
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    rows = random_rows(prefixes=(12,))
+    exact = self_check._reference(model, rows, BF16, 0, None)
+    assert exact is not None
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    right = plain(model.float(), rows)
+    assert_equal((exact.loss, exact.weights), right)
+
+
+def test_without_memory_for_fp32_the_bf16_rows_are_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from labeltune.training import memory
+
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    assert choose(lora_model().to(torch.bfloat16), precision=BF16) == (Choice("shared_prefix"), [])
+
+
+def test_compiled_layers_agree_and_are_checked() -> None:
+    model, rows = lora_model(), random_rows()
+    right = plain(model, rows)
+    compile_layers(model)
+    assert choose(model) == (Choice("shared_prefix"), [])
+    for budget in (40, 10_000):
+        found = packed(model, rows, plan_step(rows, budget)[0], "shared_prefix", None)
+        assert_equal(found, right)
+
+
+def test_a_run_falls_back_with_one_warning_and_the_same_result(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = without_dropout(config_for(in_folder, model_folder, max_steps=3, save_steps=1000))
+    right = adapter_weights(recipes.train(config).last)
+    monkeypatch.setattr(shared_prefix, "shared_prefix_attention", ignores_layout)
+    said: list[str] = []
+    found = adapter_weights(recipes.train(config, overwrite=True, say=said.append).last)
+    assert sum("warning: training.packing" in line for line in said) == 1
+    assert any("steps: packing=packed" in line for line in said)
+    for name, tensor in right.items():
+        torch.testing.assert_close(tensor, found[name], rtol=1e-3, atol=2e-5)
+
+
+def test_a_run_that_can_only_go_row_by_row_does(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("ignores_everything", ignores_layout)
+    monkeypatch.setattr(shared_prefix, "shared_prefix_attention", ignores_layout)
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    model.save_pretrained(in_folder / "model")
+    tokenizer.save_pretrained(in_folder / "model")
+    said: list[str] = []
+    config = config_for(in_folder, in_folder / "model", max_steps=1)
+
+    from labeltune.training import trainer
+
+    prepare = trainer.prepare_steps
+
+    def with_bad_attention(given: Any, *rest: Any) -> Any:
+        given.config._attn_implementation = "ignores_everything"
+        return prepare(given, *rest)
+
+    monkeypatch.setattr(trainer, "prepare_steps", with_bad_attention)
+    recipes.train(config, say=said.append)
+    assert any("packing=padded, packs of at most 1 tokens" in line for line in said)

@@ -1,0 +1,244 @@
+"""Steps of the trainer: what they hold, what they cost in memory, and that the cut into packs is nobody's business."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import classification_rows, make_tokenizer, write_jsonl
+from labeltune import recipes
+from labeltune.config import build_config
+from labeltune.data.loading import load_splits
+from labeltune.errors import ModelError, OutputError
+from labeltune.prompts.template import ChatTemplate
+from labeltune.tasks import make_task
+from labeltune.tasks.builder import PromptBuilder
+from labeltune.training import memory, stepping
+from labeltune.training.dataset import content_key, tokenize_rows
+from labeltune.training.memory import activation_bytes, plan_memory, useful_tokens
+from labeltune.training.planner import Row, plan_step
+from labeltune.training.stepping import StepBatches
+from labeltune.types import Example
+from test_packing import lora_model, random_rows
+from test_training import adapter_weights, config_for, without_dropout
+
+CPU = torch.device("cpu")
+
+
+def log(result: Any, key: str = "loss") -> list[float]:
+    state = json.loads((result.last / "trainer_state.json").read_text(encoding="utf-8"))
+    return [line[key] for line in state["log_history"] if key in line]
+
+
+def test_the_three_packings_give_the_same_curve(in_folder: Path, model_folder: Path) -> None:
+    curves, losses = [], []
+    for packing in ("shared_prefix", "packed", "padded"):
+        config = without_dropout(config_for(in_folder, model_folder, packing=packing, save_steps=1000))
+        result = recipes.train(config, overwrite=True)
+        curves.append(log(result) + log(result, "grad_norm"))
+        losses.append(result.validation_loss)
+    assert len(curves[0]) > 8
+    for curve, loss in zip(curves[1:], losses[1:], strict=True):
+        assert curve == pytest.approx(curves[0], rel=1e-3)
+        assert loss == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_out_of_memory_halves_the_packs_and_repeats_the_step(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(in_folder, model_folder, max_steps=3, save_steps=1000, max_tokens_per_pack=400)
+    config = without_dropout(config)
+    right = recipes.train(config)
+    expected, curve = adapter_weights(right.last), log(right)
+    plain, refused = stepping.answer_loss, []
+
+    def small_device(model: Any, head: Any, inputs: Any, index: Any, targets: Any) -> Any:
+        loss = plain(model, head, inputs, index, targets)
+        if inputs["input_ids"].numel() > 250:
+            refused.append(inputs["input_ids"].numel())
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+    monkeypatch.setattr(stepping, "answer_loss", small_device)
+    said: list[str] = []
+    found = recipes.train(config, overwrite=True, say=said.append)
+    assert refused
+    warnings = [line for line in said if "out of memory" in line]
+    assert "packs of 200 tokens" in warnings[0] and len(warnings) == 1
+    assert log(found) == pytest.approx(curve, rel=1e-4)
+    for name, tensor in adapter_weights(found.last).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
+
+
+def test_one_example_that_does_not_fit_stops_with_the_way_out(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(stepping, "answer_loss", full)
+    with pytest.raises(ModelError, match=r"an example of \d+ tokens does not fit.*gradient_checkpointing"):
+        recipes.train(config_for(in_folder, model_folder, max_steps=1))
+
+
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
+    batches = StepBatches(10, 4, seed=3)
+    epochs = []
+    for epoch in (0, 1, 0):
+        batches.set_epoch(epoch)
+        epochs.append(list(batches))
+        assert sorted(i for step in epochs[-1] for i in step) == list(range(10))
+    assert [len(step) for step in epochs[0]] == [4, 4, 2] and len(batches) == 3
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert list(StepBatches(10, 4, seed=4)) != epochs[0]
+
+
+def test_the_validation_loss_is_the_mean_over_answer_tokens(in_folder: Path, model_folder: Path) -> None:
+    """Against the saved adapter in plain transformers and peft, row by row."""
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = config_for(in_folder, model_folder, save_steps=1000)
+    result = recipes.train(config)
+    splits = load_splits(config.task, config.data, config.hub, config.training.seed)
+    assert splits.validation is not None and len(splits.validation) > 1
+    builder = PromptBuilder(
+        make_task(config.task, splits.labels, config.prompt),
+        ChatTemplate(AutoTokenizer.from_pretrained(model_folder)),
+    )
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), result.last
+    ).eval()
+    total, count = 0.0, 0
+    for row in splits.validation:
+        encoded = builder.training(Example.from_row(row))
+        start, end = encoded.answer_span
+        ids = torch.tensor([encoded.ids])
+        with torch.no_grad():
+            logits = model(ids).logits[0, start - 1 : end - 1]
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, start:end], reduction="sum"))
+        count += end - start
+    assert result.validation_loss == pytest.approx(total / count, rel=1e-5)
+
+
+# --- tokens are made once ---
+
+
+def rows_and_builder(folder: Path, **prompt: Any) -> tuple[Any, PromptBuilder]:
+    file = write_jsonl(folder / "rows.jsonl", classification_rows(12))
+    options = {"max_length": 512, **prompt}
+    data = {"train": str(file), "validation_fraction": 0}
+    config = build_config({"task": "classification", "data": data, "prompt": options})
+    splits = load_splits(config.task, config.data, config.hub, 0)
+    task = make_task(config.task, splits.labels, config.prompt)
+    return splits.train, PromptBuilder(task, ChatTemplate(make_tokenizer()))
+
+
+def test_a_second_run_reads_the_tokens_of_the_first(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABELTUNE_CACHE", str(in_folder / "cache"))
+    rows, builder = rows_and_builder(in_folder)
+    first, account = tokenize_rows(rows, builder)
+    assert len(list((in_folder / "cache" / "tokens").glob("*.arrow"))) == 1
+
+    def must_not_run(*_: Any) -> Any:
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(PromptBuilder, "training", must_not_run)
+    second, again = tokenize_rows(rows, builder)
+    assert second[:] == first[:] and again == account
+
+
+def test_tokens_are_made_anew_when_anything_they_follow_from_changes(in_folder: Path) -> None:
+    rows, builder = rows_and_builder(in_folder)
+    key = content_key(rows, builder)
+    assert content_key(*rows_and_builder(in_folder)) == key
+    others = [
+        content_key(rows.select(range(11)), builder),
+        content_key(rows.map(lambda row: {**row, "text": row["text"] + "."}), builder),
+        *(
+            content_key(*rows_and_builder(in_folder, **p))
+            for p in ({"max_length": 256}, {"layout": "labels_first"})
+        ),
+    ]
+    other_tokenizer = PromptBuilder(builder.task, ChatTemplate(make_tokenizer(pad="<|im_end|>")))
+    others.append(content_key(rows, other_tokenizer))
+    assert len({key, *others}) == 6
+
+
+def test_a_cache_that_cannot_be_written_is_named(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (in_folder / "file").write_text("")
+    monkeypatch.setenv("LABELTUNE_CACHE", str(in_folder / "file"))
+    with pytest.raises(OutputError, match="LABELTUNE_CACHE"):
+        tokenize_rows(*rows_and_builder(in_folder))
+
+
+# --- what labels_first is for ---
+
+
+def test_a_shared_candidate_list_in_front_joins_the_prefix(in_folder: Path) -> None:
+    prefixes = {}
+    for layout in ("original", "labels_first"):
+        rows, builder = rows_and_builder(in_folder, layout=layout)
+        encoded = [builder.training(Example.from_row(row)) for row in rows]
+        tokens = [Row.of(e.ids, *e.answer_span) for e in encoded]
+        (pack,) = plan_step(tokens, 100_000)[0]
+        prefixes[layout] = min(group.prefix for group in pack.groups)
+        text = builder.template.tokenizer.decode(encoded[0].ids)
+        assert (text.index("Sports") < text.index("number 0")) == (layout == "labels_first")
+    assert prefixes["labels_first"] > prefixes["original"] + 5
+
+
+# --- memory ---
+
+
+def plan(
+    model: Any, free: int, monkeypatch: pytest.MonkeyPatch, tokens: int | None = None, **given: Any
+) -> Any:
+    steps = [random_rows(prefixes=(40,), each=16)]
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    each = activation_bytes(model, steps[0][:3], "shared_prefix", 0, None)
+    checkpointing = given.get("checkpointing")
+    return steps, plan_memory(tokens, checkpointing, steps, "shared_prefix", 1, each, 300, CPU, lambda v: v)
+
+
+def test_activations_are_measured_without_the_weights() -> None:
+    model = lora_model()
+    small = activation_bytes(model, random_rows(each=1), "packed", 0, None)
+    large = activation_bytes(model, random_rows(each=8, text=40), "packed", 0, None)
+    # Two layers of 32 with their adapters: some kilobytes a token, whatever the number of tokens.
+    assert 2_000 < large < 20_000 and abs(small - large) < 0.5 * large
+
+
+def test_much_memory_means_no_checkpointing_and_a_full_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, found = plan(lora_model(), 10**10, monkeypatch)
+    assert not found.checkpointing
+    assert len(plan_step(steps[0], found.max_tokens)[0]) == 1
+
+
+def test_little_memory_means_smaller_packs_and_then_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model()
+    logits = 3 * 4 * 128 * 300
+    longest = max(len(row.ids) for row in random_rows(prefixes=(40,), each=16))
+    _, found = plan(model, 0, monkeypatch)
+    assert found.checkpointing and found.max_tokens == longest
+    each = found.bytes_per_token
+    _, some = plan(model, 2 * (logits + 300 * each), monkeypatch)
+    assert not some.checkpointing and longest < some.max_tokens <= 300
+    _, less = plan(model, 2 * (logits + 150 * each), monkeypatch)
+    assert less.checkpointing, "a second forward pass costs less than packs of a few rows"
+    _, told = plan(model, 0, monkeypatch, tokens=77, checkpointing=False)
+    assert (told.max_tokens, told.checkpointing) == (77, False)
+
+
+def test_packs_are_no_larger_than_sharing_asks_for() -> None:
+    rows = random_rows(prefixes=(100,), each=64, text=4, answer=2)
+    whole = sum(len(row.ids) for row in rows)
+    found = useful_tokens([rows], "shared_prefix", 1, enough=50)
+    cost = sum(pack.tokens(rows) for pack in plan_step(rows, found)[0])
+    least = sum(pack.tokens(rows) for pack in plan_step(rows, whole)[0])
+    assert found < whole / 2 and least <= cost <= 1.1 * least
+    assert useful_tokens([rows], "packed", 1, enough=50) == 50
