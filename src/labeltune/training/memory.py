@@ -14,9 +14,9 @@ from labeltune.training.planner import Packing, Row, plan_step
 #: Share of the free memory that activations may take.
 SHARE = 0.5
 #: Packs of this many tokens keep the device busy; more tokens bring no speed.
-ENOUGH = {"cuda": 8192, "mps": 2048, "cpu": 512}
+ENOUGH = {"cuda": 8192, "mps": 2048, "cpu": 2048}
 #: How many more tokens a step may have than in one piece, for smaller packs.
-SLACK = 1.1
+SLACK = 1.05
 #: Part of a layer's activations that checkpointing keeps (its input), seen from above.
 KEPT_BY_CHECKPOINTING = 0.15
 
@@ -115,7 +115,7 @@ def plan_memory(
     checkpointing = bool(wanted_checkpointing)
     if wanted_checkpointing is None:
         # Worth it only when even a modest pack does not fit: it costs a second forward pass.
-        modest = max(longest, wanted_tokens or min(useful, ENOUGH[device.type] // 2))
+        modest = max(longest, wanted_tokens or min(useful, ENOUGH[device.type] // 4))
         checkpointing = room < modest * bytes_per_token
     each = int(bytes_per_token * (KEPT_BY_CHECKPOINTING if checkpointing else 1.0)) or 1
     tokens = wanted_tokens or min(useful, max(longest, room // each))
