@@ -226,9 +226,9 @@ def test_little_memory_means_smaller_packs_and_then_checkpointing(monkeypatch: p
     _, found = plan(model, 0, monkeypatch)
     assert found.checkpointing and found.max_tokens == longest
     each = found.bytes_per_token
-    _, some = plan(model, 2 * (logits + 600 * each), monkeypatch)
+    _, some = plan(model, int((logits + 600 * each) / memory.SHARE["cpu"]), monkeypatch)
     assert not some.checkpointing and longest < some.max_tokens <= 600
-    _, less = plan(model, 2 * (logits + 150 * each), monkeypatch)
+    _, less = plan(model, int((logits + 150 * each) / memory.SHARE["cpu"]), monkeypatch)
     assert less.checkpointing, "a second forward pass costs less than packs of a few rows"
     _, told = plan(model, 0, monkeypatch, tokens=77, checkpointing=False)
     assert (told.max_tokens, told.checkpointing) == (77, False)

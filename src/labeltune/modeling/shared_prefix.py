@@ -223,7 +223,7 @@ def attention_on(model: Any, name: str, function: Any) -> Iterator[None]:
     import torch
     from transformers import AttentionInterface, PreTrainedConfig
 
-    AttentionInterface.register(name, torch.compiler.disable(function))
+    AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
     found = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     before = {at: config._attn_implementation for at, config in configs.items()}
