@@ -10,7 +10,9 @@ import pytest
 
 from conftest import classification_rows, ner_rows, write_jsonl
 from labeltune.config import ColumnsConfig, DataConfig
-from labeltune.data.loading import Splits, iter_examples, load_rows, load_splits, stratified_split
+from labeltune.data.loading import Splits, load_rows, load_splits, stratified_split
+from labeltune.data.schemas import parse_record
+from labeltune.data.sources import iter_records
 from labeltune.errors import DataError
 from labeltune.types import Entity, Example
 
@@ -46,7 +48,11 @@ def test_examples_come_back_as_they_went_in(tmp_path: Path) -> None:
 
 
 def iter_rows(path: Path) -> list[Example]:
-    return list(iter_examples(path, "classification", ColumnsConfig()))
+    parsed = [
+        parse_record(record, number, "classification", ColumnsConfig())
+        for number, record in enumerate(iter_records(path))
+    ]
+    return [example for example, _ in parsed if example is not None]
 
 
 def test_entities_come_back_too(tmp_path: Path) -> None:
@@ -188,12 +194,3 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
         DataError, match=r"no column 'text'; the row has \['content', .* \(see data\.columns\)"
     ):
         split(path)
-
-
-def test_prediction_stops_at_the_first_fault(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "fine"}, {"text": ""}, {"text": "later"}])
-    rows = iter_examples(path, "classification", ColumnsConfig())
-    assert next(rows).text == "fine"
-    with pytest.raises(DataError) as raised:
-        next(rows)
-    assert f"{path}:2: error: empty_field" in str(raised.value)

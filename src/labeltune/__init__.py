@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from labeltune.config import RunConfig as RunConfig
     from labeltune.config import load_config as load_config
     from labeltune.errors import LabeltuneError as LabeltuneError
+    from labeltune.inference.load import load_predictor as load_predictor
     from labeltune.inference.predictor import Predictor as Predictor
-    from labeltune.inference.predictor import load_predictor as load_predictor
     from labeltune.recipes import evaluate as evaluate
     from labeltune.recipes import predict as predict
     from labeltune.recipes import train as train
@@ -32,7 +32,7 @@ _HOMES = {
     "RunConfig": "config",
     "evaluate": "recipes",
     "load_config": "config",
-    "load_predictor": "inference.predictor",
+    "load_predictor": "inference.load",
     "predict": "recipes",
     "train": "recipes",
 }

@@ -191,11 +191,35 @@ class SwanlabConfig(Section):
 
 
 class GenerationConfig(Section):
-    """Free generation, for evaluation and prediction."""
+    """How answers are found, for evaluation and prediction."""
 
-    batch_size: int = Field(16, ge=1, description="rows generated at once")
+    decoding: Literal["exact", "free"] = Field(
+        "exact",
+        description="exact: labels are scored, entities are parts of the text; free: plain generation, parsed",
+    )
+    batch_size: int = Field(16, ge=1, description="rows decoded at once")
     max_new_tokens: int = Field(
         256, ge=1, description="longest NER answer in tokens; label answers are bounded by the labels"
+    )
+    long_text: Literal["truncate", "window"] = Field(
+        "truncate",
+        description="texts that do not fit: shortened as in training, or read in overlapping windows that are put together",
+    )
+    length_norm: Literal["none", "tokens"] = Field(
+        "none",
+        description="tokens: compare labels by log-probability a token, for labels of very different length",
+    )
+
+
+class CalibrateConfig(Section):
+    """How sure a label is."""
+
+    temperature: bool = Field(
+        True, description="fit a temperature on the validation rows after training, saved with the checkpoint"
+    )
+    prior: Literal["none", "batch"] = Field(
+        "none",
+        description="batch: divide by each label's mean probability over the rows predicted together (arXiv:2309.17249)",
     )
 
 
@@ -218,6 +242,7 @@ class RunConfig(Section):
     lora: LoraConfig = Field(default_factory=lambda: LoraConfig(), description="adapter")
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(), description="optimization")
     generation: GenerationConfig = Field(default_factory=lambda: GenerationConfig(), description="prediction")
+    calibrate: CalibrateConfig = Field(default_factory=lambda: CalibrateConfig(), description="confidence")
     swanlab: SwanlabConfig = Field(default_factory=lambda: SwanlabConfig(), description="tracker")
 
     @model_validator(mode="before")

@@ -22,10 +22,15 @@ from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
     from labeltune.inference.predictor import Predictor
+    from labeltune.prompts.template import ChatTemplate
+    from labeltune.tasks.base import Task
     from labeltune.tracking.swanlab import SwanlabTracker
     from labeltune.training.trainer import TrainResult
 
 Say = Callable[[str], None]
+
+#: Validation rows that a temperature is fitted on, at most.
+CALIBRATION_ROWS = 2000
 
 
 def _say(line: str) -> None:
@@ -101,9 +106,10 @@ def train(
     callbacks: list[Any] = [tracker.callback()] if tracker is not None else []
     shown = _fixed_handful(splits, config.swanlab.prediction_rows)
     if tracker is not None and shown:
-        predictor = Predictor(model, task, template, config.generation)
+        predictor = Predictor(model, task, template, config.generation, calibrate=config.calibrate)
 
         def show(step: int, when: str) -> None:
+            predictor.engine.forget()
             predictions = predictor.predict(shown)
             tracker.log_predictions(
                 step,
@@ -133,10 +139,35 @@ def train(
         if tracker is not None:
             tracker.finish(error)
         raise
+    if main_process and config.calibrate.temperature and config.task == "classification":
+        from labeltune.inference.calibrate import calibration_figures
+
+        report = _calibrate(model, result.best, task, template, config, splits, say)
+        if tracker is not None and report is not None:
+            tracker.log(calibration_figures(report), result.steps)
     if tracker is not None:
         tracker.finish()
     say(f"done in {result.seconds:.0f} s: {result.best} -> {result.best.resolve().name}")
     return result
+
+
+def _calibrate(
+    model: Any, best: Path, task: Task, template: ChatTemplate, config: RunConfig, splits: Splits, say: Say
+) -> dict[str, Any] | None:
+    """Fit a temperature on validation rows with the best checkpoint's weights, and save it there."""
+    from labeltune.inference.calibrate import calibrate
+    from labeltune.inference.load import load_predictor
+    from labeltune.inference.predictor import Predictor
+    from labeltune.modeling.lora import restore_adapter
+
+    if splits.validation is None:
+        return None
+    if config.training.method == "full":
+        predictor = load_predictor(best)
+    else:
+        restore_adapter(model, best)
+        predictor = Predictor(model, task, template, config.generation)
+    return calibrate(predictor, _fixed_handful(splits, CALIBRATION_ROWS), best.resolve(), say)
 
 
 def _check_tracker(config: RunConfig) -> None:
@@ -202,6 +233,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     train_data: str | None = None,
     progress: bool = True,
+    decoding: str | None = None,
 ) -> dict[str, Any]:
     """Measure a run on labelled rows.
 
@@ -213,6 +245,7 @@ def evaluate(
         output: folder for `metrics.json` and `predictions.jsonl`.
         overrides: `key=value` changes when `run` is a config file.
         train_data: training rows for the dictionary baseline of NER.
+        decoding: `exact` or `free`; the run's own when None.
 
     Raises:
         DataError: the rows have faults (with `on_error="stop"`), or none is usable.
@@ -220,6 +253,8 @@ def evaluate(
     """
     predictor, data_config, hub = _predictor_of(run, overrides)
     with predictor:
+        if decoding is not None:
+            predictor.change(decoding=decoding)
         task = predictor.task
         rows = load_rows(data, task.name, data_config, hub, max_rows=max_rows)
         if rows.audit.errors and on_error != "skip":
@@ -243,7 +278,14 @@ def evaluate(
             known = load_rows(train_data, task.name, data_config, hub)
             dictionary = entity_dictionary([known.example(i) for i in range(len(known.dataset))])
         metrics = ner_metrics(examples, predictions, dictionary)
-    metrics = {"run": str(run), "base": base, "data": data, "task": task.name, **metrics}
+    metrics = {
+        "run": str(run),
+        "base": base,
+        "decoding": predictor.generation.decoding,
+        "data": data,
+        "task": task.name,
+        **metrics,
+    }
     if rows.audit.errors:
         metrics["skipped"] = dict(rows.audit.counts)
     if output is not None:
@@ -258,7 +300,7 @@ def evaluate(
 
 def _predictor_of(run: str | os.PathLike[str], overrides: Sequence[str]) -> tuple[Predictor, DataConfig, Any]:
     """The predictor of a run, or of the untuned model of a config file, with how its data is read."""
-    from labeltune.inference.predictor import base_predictor, load_predictor
+    from labeltune.inference.load import base_predictor, load_predictor
 
     if Path(run).suffix in {".yaml", ".yml"}:
         config = load_config(run, overrides)
@@ -294,7 +336,7 @@ def predict(
     progress: bool = False,
 ) -> list[Prediction]:
     """Load a run, answer some texts in order, and let go of the model. For more than one call use `load_predictor`."""
-    from labeltune.inference.predictor import load_predictor
+    from labeltune.inference.load import load_predictor
 
     rows = list(texts)
     with load_predictor(run) as predictor, _bar(len(rows), progress) as advance:

@@ -7,13 +7,21 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from labeltune.config import ColumnsConfig, GenerationConfig, HubConfig, PromptConfig, RunConfig, TaskName
+from labeltune.config import (
+    CalibrateConfig,
+    ColumnsConfig,
+    GenerationConfig,
+    HubConfig,
+    PromptConfig,
+    RunConfig,
+    TaskName,
+)
 from labeltune.errors import ModelError, OutputError
 
 RUN_FILE = "labeltune.json"
@@ -41,6 +49,7 @@ class RunInfo:
     columns: ColumnsConfig
     chat_template: str
     adapter: bool = True
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
 
     @staticmethod
     def of(config: RunConfig, labels: tuple[str, ...], chat_template: str) -> RunInfo:
@@ -55,6 +64,7 @@ class RunInfo:
             config.data.columns,
             chat_template,
             config.training.method != "full",
+            config.calibrate,
         )
 
     def save(self, folder: Path) -> None:
@@ -72,6 +82,7 @@ class RunInfo:
                 "columns": self.columns.model_dump(),
                 "chat_template": self.chat_template,
                 "adapter": self.adapter,
+                "calibrate": self.calibrate.model_dump(),
             },
         )
 
@@ -99,6 +110,7 @@ class RunInfo:
                 ColumnsConfig.model_validate(values["columns"]),
                 values["chat_template"],
                 values["adapter"],
+                CalibrateConfig.model_validate(values.get("calibrate", {})),
             )
         except FileNotFoundError:
             raise ModelError(f"{folder} holds no {RUN_FILE}; it is no labeltune checkpoint") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -11,22 +11,25 @@ from typing import Any
 class Entity:
     """A named entity: `text` stands at `example.text[start:end]` (characters, end exclusive).
 
-    `start` and `end` are None for a predicted entity whose text does not occur in the document.
+    `start` and `end` are None for a predicted entity whose text does not occur in the document. `score` is the mean
+    log-probability of the tokens with which a model chose it, None where there is none.
     """
 
     text: str
     label: str
     start: int | None = None
     end: int | None = None
+    score: float | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a prediction row; the names are those of the input schema."""
-        return {
+        row: dict[str, Any] = {
             "start_idx": self.start,
             "end_idx": self.end,
             "entity_text": self.text,
             "entity_label": self.label,
         }
+        return row if self.score is None else {**row, "score": round(self.score, 6)}
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class Prediction:
         label: the predicted label, None when the answer is not one of the candidates (classification).
         entities: the predicted entities (NER), None for classification.
         parsed: False when the answer, or a part of it, did not have the form the prompt asks for.
+        ranking: all candidates with their probabilities, the most probable first (classification by scoring).
+        truncated: the answer was longer than its limit, and entities may be missing.
     """
 
     id: str
@@ -96,14 +101,32 @@ class Prediction:
     label: str | None = None
     entities: tuple[Entity, ...] | None = None
     parsed: bool = True
+    ranking: tuple[tuple[str, float], ...] = ()
+    truncated: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready row: `id`, then `label` or `entities`, `answer`, `parsed`."""
+    @property
+    def confidence(self) -> float | None:
+        """Probability of the most probable candidate, None without scores."""
+        return self.ranking[0][1] if self.ranking else None
+
+    def to_dict(self, top_k: int | None = None) -> dict[str, Any]:
+        """A JSON-ready row: `id`, `label` with `confidence` and `ranking` or `entities`, then `answer`, `parsed`.
+
+        Args:
+            top_k: candidates of the ranking to show; all when None.
+        """
         row: dict[str, Any] = {"id": self.id}
         if self.entities is None:
             row["label"] = self.label
+            if self.ranking:
+                row["confidence"] = round(self.ranking[0][1], 6)
+                row["ranking"] = [
+                    {"label": label, "probability": round(p, 6)} for label, p in self.ranking[:top_k]
+                ]
         else:
             row["entities"] = [entity.to_dict() for entity in self.entities]
         row["answer"] = self.answer
         row["parsed"] = self.parsed
+        if self.truncated:
+            row["truncated"] = True
         return row

@@ -25,6 +25,7 @@ def evaluate(
     train_data: Annotated[
         str | None, typer.Option(help="Training rows, for the dictionary baseline (NER).")
     ] = None,
+    decoding: Annotated[str | None, typer.Option(help="exact or free; the run's own when missing.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for metrics.json and predictions.jsonl.")
     ] = None,
@@ -47,6 +48,7 @@ def evaluate(
         output=output,
         overrides=overrides or [],
         train_data=train_data,
+        decoding=decoding,
     )
     print_summary(metrics)
     print(json.dumps(metrics, ensure_ascii=False, indent=2))

@@ -82,7 +82,7 @@ def predict_main() -> None:
         folder = find_checkpoint(checkpoint or "./output/Qwen2", prefer_newest=True)
         labels = [label for label in parse_candidates(category) if label] if category else None
         quiet_libraries()
-        from labeltune.inference.predictor import load_predictor
+        from labeltune.inference.load import load_predictor
 
         with load_predictor(folder) as predictor:
             prediction = predictor.predict([text], labels)[0]

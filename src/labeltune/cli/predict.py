@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from labeltune.run_folder import write_text
 from labeltune.types import Example
 
 
@@ -26,51 +27,88 @@ def predict(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="jsonl to write; standard output when missing.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an output that was left unfinished.")
+    ] = False,
+    min_confidence: Annotated[
+        float | None, typer.Option(help="Below this probability the label is null.", min=0.0, max=1.0)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Candidates shown a row; all when missing.", min=1)
+    ] = None,
+    decoding: Annotated[str | None, typer.Option(help="exact or free; the run's own when missing.")] = None,
+    long_text: Annotated[
+        str | None, typer.Option(help="truncate or window; the run's own when missing.")
+    ] = None,
 ) -> None:
-    """Predict; one JSON line a row, with its id, in the order of the input. On stdin every line is a document."""
+    """Predict; one JSON line a row, with its id, in the order of the input. On stdin every line is a document.
+
+    A row of a file that cannot be read gets an `error` in its place, and the exit code is 1 at the end.
+    """
     from labeltune.cli.quiet import quiet_libraries
-    from labeltune.data.loading import iter_examples
     from labeltune.data.schemas import parse_candidates
     from labeltune.data.sources import resolve_data
-    from labeltune.errors import DataError
+    from labeltune.errors import ConfigError, DataError
 
     labels = tuple(label for label in parse_candidates(category) if label) if category else ()
-    rows: list[Example] | None = None
+    given: list[Example] = []
     path: Path | None = None
     if text:
         if file is not None:
             raise DataError("give --text or a file, not both")
-        rows = [Example(str(i), t, labels) for i, t in enumerate(text)]
+        given = [Example(str(i), t, labels) for i, t in enumerate(text)]
     elif file is None or file == "-":
         try:
-            rows = [_stdin_row(i, line, labels) for i, line in enumerate(sys.stdin) if line.strip()]
+            given = [_stdin_row(i, line, labels) for i, line in enumerate(sys.stdin) if line.strip()]
         except UnicodeDecodeError as error:
             raise DataError(f"standard input is not UTF-8: {error}") from None
     else:
         path = resolve_data(file)
-    for row in rows or ():
+    for row in given:
         if not row.text.strip():
             raise DataError(f"row {row.id}: the text is empty")
+    if resume and (path is None or output is None):
+        raise ConfigError("--resume needs an input file and --output")
     quiet_libraries()
-    from labeltune.inference.predictor import load_predictor
+    from labeltune.inference.load import load_predictor
+    from labeltune.inference.stream import BadRow, count_rows, predict_file, predict_rows, read_rows, to_line
     from labeltune.progress import row_progress
-    from labeltune.run_folder import write_text
 
+    changes = {"decoding": decoding, "long_text": long_text}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    bad = 0
     with load_predictor(run) as predictor:
-        task = predictor.task
-        if path is not None:
-            known = task.labels if task.name == "ner" else None
-            rows = list(iter_examples(path, task.name, predictor.columns, known))
-        rows = [
-            row if row.candidates or not labels else Example(row.id, row.text, labels) for row in rows or []
-        ]
-        with row_progress(len(rows), "predict", shown=len(rows) > predictor.generation.batch_size) as advance:
-            predictions = predictor.predict(rows, on_batch=advance)
-    lines = "".join(json.dumps(p.to_dict(), ensure_ascii=False) + "\n" for p in predictions)
-    if output is None:
-        sys.stdout.write(lines)
-    else:
-        write_text(output, lines)
+        predictor.change(**changes)
+        total = len(given) if path is None else count_rows(path)
+        shown = total is None or total > predictor.generation.batch_size
+        with row_progress(total, "predict", shown=shown) as advance:
+            if path is not None and output is not None:
+                bad = predict_file(
+                    predictor,
+                    path,
+                    output,
+                    labels=labels,
+                    resume=resume,
+                    min_confidence=min_confidence,
+                    top_k=top_k,
+                    progress=advance,
+                )
+            else:
+                source = read_rows(path, predictor, labels) if path is not None else given
+                written = []
+                for chunk in predict_rows(predictor, source, min_confidence=min_confidence, on_rows=advance):
+                    bad += sum(isinstance(row, BadRow) for row in chunk)
+                    lines = "".join(to_line(row, top_k) for row in chunk)
+                    if output is None:
+                        sys.stdout.write(lines)
+                        sys.stdout.flush()
+                    else:
+                        written.append(lines)
+                if output is not None:
+                    write_text(output, "".join(written))
+    if bad:
+        print(f"{bad} rows could not be predicted; their lines hold an error", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _stdin_row(number: int, line: str, labels: tuple[str, ...]) -> Example:

@@ -6,17 +6,17 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from labeltune.config import ColumnsConfig, DataConfig, HubConfig, TaskName
+from labeltune.config import DataConfig, HubConfig, TaskName
 from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file
-from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record
-from labeltune.data.sources import iter_records, resolve_data
+from labeltune.data.schemas import FAULT_KINDS, Fault
+from labeltune.data.sources import resolve_data
 from labeltune.errors import DataError
 from labeltune.types import Example
 
@@ -233,20 +233,3 @@ def stratified_split(rows: Rows, fraction: float, seed: int) -> numpy.ndarray[An
         if key in taken:
             held_out.append(number)
     return numpy.array(held_out, dtype=numpy.int64)
-
-
-def iter_examples(
-    path: Path, task: TaskName, columns: ColumnsConfig, labels: Sequence[str] | None = None
-) -> Iterator[Example]:
-    """Stream a file's rows for prediction (right answers may be missing), stopping at the first fault.
-
-    Raises:
-        DataError: a row has an error; the message names its place.
-    """
-    for number, record in enumerate(iter_records(path)):
-        example, faults = parse_record(record, number, task, columns, labels, answers_required=False)
-        if example is None:
-            raise DataError(
-                f"{next(f for f in faults if f.severity == 'error')}; all faults: labeltune data check {path} --task {task}"
-            )
-        yield example

@@ -1,36 +1,53 @@
-"""A loaded checkpoint that answers."""
+"""A model that answers texts."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
-from labeltune.config import ColumnsConfig, GenerationConfig, RunConfig
-from labeltune.errors import ModelError
+from pydantic import ValidationError
+
+from labeltune.config import CalibrateConfig, ColumnsConfig, GenerationConfig
+from labeltune.errors import ConfigError, DataError, ModelError
+from labeltune.inference.answers import (
+    Calibration,
+    LabelScores,
+    mean_scores,
+    merge_entities,
+    ranked,
+    remove_prior,
+)
+from labeltune.inference.constrained import Grammars
+from labeltune.inference.engine import Engine
 from labeltune.inference.generation import generate_answers
-from labeltune.modeling.hub import load_model, load_tokenizer, resolve_model
-from labeltune.modeling.lora import load_adapter
-from labeltune.modeling.precision import pick_precision
+from labeltune.inference.scoring import Question
+from labeltune.inference.trie import LabelTrie
 from labeltune.prompts.template import ChatTemplate
-from labeltune.run_folder import RunInfo, find_checkpoint
-from labeltune.tasks import make_task
 from labeltune.tasks.base import Task
 from labeltune.tasks.builder import PromptBuilder
-from labeltune.types import Example, Prediction
+from labeltune.tasks.classification import ClassificationTask
+from labeltune.tasks.ner import NerTask, locate
+from labeltune.types import Entity, Example, Prediction
+
+#: Label sets whose tries are kept; most files have one.
+KEPT_TRIES = 1000
 
 
 class Predictor:
-    """Answers texts with the prompt, labels and template of a run.
+    """Answers texts with the prompt, labels and template of a run. May be used from several threads.
 
     Args:
         model: a causal language model, with or without an adapter.
         task: the prompt builder and parser.
         template: the tokenizer and its chat template.
-        generation: batch size and length of answers.
+        generation: how answers are found, and their bounds.
         columns: names of the columns in the run's data files.
+        calibrate: prior correction.
+        calibration: what was fitted on validation rows.
+        source: names the weights, e.g. the path and hash of an adapter file.
     """
 
     def __init__(
@@ -40,40 +57,184 @@ class Predictor:
         template: ChatTemplate,
         generation: GenerationConfig | None = None,
         columns: ColumnsConfig | None = None,
+        calibrate: CalibrateConfig | None = None,
+        calibration: Calibration | None = None,
+        source: str = "",
     ) -> None:
         self.model = model
         self.task = task
         self.template = template
         self.generation = generation or GenerationConfig()
         self.columns = columns or ColumnsConfig()
+        self.calibrate = calibrate or CalibrateConfig()
+        self.calibration = calibration or Calibration()
+        self.source = source
         self.builder = PromptBuilder(task, template)
+        self.engine = Engine(model)
+        self._grammars: Grammars | None = None
+        self._tries: dict[tuple[str, ...], LabelTrie] = {}
 
     def predict(
         self,
         texts: str | Iterable[str | Example],
         labels: Sequence[str] | None = None,
         on_batch: Callable[[int], None] | None = None,
+        min_confidence: float | None = None,
     ) -> list[Prediction]:
         """One prediction a text, in order.
 
         Args:
             texts: documents, or examples (their candidates are used; their right answers are not looked at).
             labels: candidates for documents that bring none; the run's label set when None.
-            on_batch: called with the number of rows after each batch.
+            on_batch: called with the number of rows that were finished.
+            min_confidence: probability below which a row gets no label; its ranking is kept.
+
+        Raises:
+            DataError: there are no labels to choose from, or two that cannot be told apart.
+            PromptError: instruction and candidates alone exceed the length budget.
+        """
+        examples = self._examples(texts, labels)
+        if self.generation.decoding == "free":
+            return self._generated(examples, on_batch)
+        if isinstance(self.task, NerTask):
+            return self._extracted(self.task, examples, on_batch)
+        rows = self._probabilities(self.log_probabilities(examples, on_batch))
+        return [ranked(example.id, row, min_confidence) for example, row in zip(examples, rows, strict=True)]
+
+    def change(self, **generation: Any) -> None:
+        """Change keys of `generation`, e.g. `decoding="free"`.
+
+        Raises:
+            ConfigError: there is no such key, or it does not take the value.
+        """
+        try:
+            values = {**self.generation.model_dump(), **generation}
+            self.generation = GenerationConfig.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                f"generation.{'.'.join(map(str, first['loc']))}={first['input']}: {first['msg']}"
+            ) from None
+
+    def scores(self, texts: str | Iterable[str | Example], labels: Sequence[str] | None = None) -> Any:
+        """Probabilities of labels as an array of shape [rows, labels], in the order of `labels` (the run's own when None).
 
         Raises:
             DataError: there are no labels to choose from.
-            PromptError: instruction and candidates alone exceed the length budget.
+            ModelError: this run extracts entities.
         """
-        examples = [
-            self._example(i, text, labels)
-            for i, text in enumerate([texts] if isinstance(texts, str) else texts)
+        import numpy as np
+
+        columns = tuple(labels or self.task.labels)
+        examples = [replace(e, candidates=columns) for e in self._examples(texts, columns)]
+        rows = self._probabilities(self.log_probabilities(examples))
+        found = [[row[label] for label in columns] for row in rows]
+        return np.array(found, dtype=np.float64).reshape(len(rows), len(columns))
+
+    def extract(self, texts: str | Iterable[str | Example]) -> list[tuple[Entity, ...]]:
+        """The entities of every text, with their places and scores.
+
+        Raises:
+            ModelError: this run classifies.
+        """
+        if self.task.name != "ner":
+            raise ModelError("this run classifies; ask it with .predict or .scores")
+        return [prediction.entities or () for prediction in self.predict(texts)]
+
+    def log_probabilities(
+        self, examples: Sequence[Example], on_rows: Callable[[int], None] | None = None
+    ) -> list[LabelScores]:
+        """Exact log-probabilities of every example's candidates; with `long_text=window` their means over windows.
+
+        Raises:
+            DataError: an example has no candidates, or two that are the same to the model.
+            ModelError: this run extracts entities.
+        """
+        if not isinstance(self.task, ClassificationTask):
+            raise ModelError("this run extracts entities; ask it with .predict or .extract")
+        questions, shapes = [], []
+        for example in examples:
+            labels = self.task.candidates(example)
+            trie = self._trie(example, labels)
+            views = self.builder.views(example, self.generation.long_text)
+            shapes.append((labels, tuple(map(len, trie.paths)), len(views)))
+            questions += [Question(view.ids, trie) for view in views]
+        found = iter(self.engine.score(questions, _in_rows(len(questions), len(examples), on_rows)))
+        return [
+            mean_scores([LabelScores(labels, tuple(next(found)), lengths) for _ in range(views)])
+            for labels, lengths, views in shapes
         ]
-        prompts = [self.builder.prompt(example).ids for example in examples]
+
+    def check(self, example: Example) -> None:
+        """Raise what `predict` would raise because of this row: its labels, or that its prompt cannot be made to fit."""
+        if isinstance(self.task, ClassificationTask):
+            self._trie(example, self.task.candidates(example))
+        self.builder.views(example, self.generation.long_text)
+
+    def _trie(self, example: Example, labels: tuple[str, ...]) -> LabelTrie:
+        if labels not in self._tries:
+            try:
+                trie = LabelTrie.of([self.builder.answer_ids(example, label) for label in labels])
+            except ValueError as error:
+                raise DataError(
+                    f"{example.source or 'row ' + example.id}: {error}: two of the labels {list(labels)} are the same to this "
+                    "model; rename one"
+                ) from error
+            if len(self._tries) >= KEPT_TRIES:
+                self._tries.clear()
+            self._tries[labels] = trie
+        return self._tries[labels]
+
+    def _probabilities(self, rows: Sequence[LabelScores]) -> list[dict[str, float]]:
+        found = [self.calibration.probabilities(row, self.generation.length_norm) for row in rows]
+        return remove_prior(found) if self.calibrate.prior == "batch" else found
+
+    def _extracted(
+        self, task: NerTask, examples: Sequence[Example], on_rows: Callable[[int], None] | None
+    ) -> list[Prediction]:
+        views = [self.builder.views(example, self.generation.long_text) for example in examples]
+        prompts = [
+            (view.ids, tuple(example.text[start:end] for start, end in view.parts))
+            for example, each in zip(examples, views, strict=True)
+            for view in each
+        ]
+        if self._grammars is None:
+            vocabulary = self.model.get_output_embeddings().weight.shape[0]
+            self._grammars = Grammars(
+                self.template.tokenizer, task.labels, task.prompt.no_entities, vocabulary
+            )
+        found = iter(
+            self.engine.extract(
+                self._grammars,
+                self.template.end_of_turn_ids[:1],
+                prompts,
+                self.generation.max_new_tokens,
+                self.generation.batch_size,
+                _in_rows(len(prompts), len(examples), on_rows),
+            )
+        )
+        predictions = []
+        for example, each in zip(examples, views, strict=True):
+            answers = [next(found) for _ in each]
+            windows = [
+                locate(example.text, task.pairs(answer.answer), view.parts, answer.scores)
+                for answer, view in zip(answers, each, strict=True)
+            ]
+            entities = windows[0] if len(windows) == 1 else merge_entities(windows)
+            written = (
+                answers[0].answer if len(answers) == 1 else task.target(replace(example, entities=entities))
+            )
+            truncated = any(answer.truncated for answer in answers)
+            predictions.append(Prediction(example.id, written, entities=entities, truncated=truncated))
+        return predictions
+
+    def _generated(
+        self, examples: Sequence[Example], on_batch: Callable[[int], None] | None
+    ) -> list[Prediction]:
         answers = generate_answers(
             self.model,
             self.template.tokenizer,
-            prompts,
+            [self.builder.prompt(example).ids for example in examples],
             stop_ids=self._stop_ids(),
             max_new_tokens=self._max_new_tokens(examples),
             batch_size=self.generation.batch_size,
@@ -87,20 +248,39 @@ class Predictor:
             for example, ids in zip(examples, answers, strict=True)
         ]
 
-    def base_model(self) -> AbstractContextManager[Any]:
-        """Inside this context the adapter is switched off: the untuned model answers.
+    def fingerprint(self) -> str:
+        """Names everything that answers follow from but the rows: weights by their adapter or model file, and settings."""
+        settings = [self.generation, self.calibrate, self.task.prompt]
+        values = [self.source, *(s.model_dump_json() for s in settings), repr(self.calibration)]
+        return hashlib.sha256("\n".join([*values, *self.task.labels]).encode()).hexdigest()
+
+    def base_model(self) -> AbstractContextManager[None]:
+        """Inside this context the adapter is switched off: the untuned model answers, with uncalibrated probabilities.
 
         Raises:
             ModelError: the run trained all weights, so there is no untuned model to go back to.
         """
-        if hasattr(self.model, "disable_adapter"):
-            return self.model.disable_adapter()  # type: ignore[no-any-return]
-        raise ModelError("this run has no adapter to switch off")
+        if not hasattr(self.model, "disable_adapter"):
+            raise ModelError("this run has no adapter to switch off")
+        return self._without_adapter()
 
-    def _example(self, number: int, text: str | Example, labels: Sequence[str] | None) -> Example:
-        if isinstance(text, Example):
-            return text
-        return Example(str(number), text, tuple(labels or ()))
+    @contextmanager
+    def _without_adapter(self) -> Any:
+        kept, self.calibration = self.calibration, Calibration()
+        self.engine.forget()
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            self.calibration = kept
+            self.engine.forget()
+
+    def _examples(self, texts: str | Iterable[str | Example], labels: Sequence[str] | None) -> list[Example]:
+        given = [texts] if isinstance(texts, str) else texts
+        return [
+            text if isinstance(text, Example) else Example(str(number), text, tuple(labels or ()))
+            for number, text in enumerate(given)
+        ]
 
     def _stop_ids(self) -> list[int]:
         configured = getattr(self.model.generation_config, "eos_token_id", None)
@@ -124,54 +304,21 @@ class Predictor:
 
         import torch
 
-        del self.model
+        del self.model, self.engine
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def load_predictor(
-    run: str | os.PathLike[str],
-    *,
-    device: str | None = None,
-    precision: Any = "auto",
-    base_folder: str | os.PathLike[str] | None = None,
-) -> Predictor:
-    """Load a checkpoint (or the best one of a run folder) with the base model it was trained on.
+def _in_rows(parts: int, rows: int, on_rows: Callable[[int], None] | None) -> Callable[[int], None] | None:
+    """Turns counts of parts (windows) into counts of rows for a progress bar; they add up to `rows`."""
+    if on_rows is None or parts == rows:
+        return on_rows
+    done = [0]
 
-    Args:
-        run: `output/Qwen2`, `output/Qwen2/checkpoint-100` ...
-        device: `cuda`, `cpu` ...; the best there is when None.
-        precision: `auto`, `bf16`, `fp16` or `fp32`.
-        base_folder: where the base model's files are, when they have moved since training.
+    def advance(count: int) -> None:
+        before = done[0] * rows // parts
+        done[0] += count
+        on_rows(done[0] * rows // parts - before)
 
-    Raises:
-        ModelError: there is no complete checkpoint, or its base model cannot be found.
-    """
-    folder = find_checkpoint(run)
-    info = RunInfo.load(folder)
-    picked = pick_precision(precision)
-    where = device or picked.device
-    trust = info.hub.trust_remote_code
-    if info.adapter:
-        base = Path(base_folder) if base_folder is not None else resolve_model(info.model, info.hub).folder
-        model = load_adapter(load_model(base, picked.weights, trust_remote_code=trust), folder).to(where)
-    else:
-        model = load_model(folder, picked.weights, device=where, trust_remote_code=trust)
-    model.eval()
-    tokenizer = load_tokenizer(folder, trust)
-    tokenizer.chat_template = info.chat_template
-    task = make_task(info.task, info.labels, info.prompt)
-    return Predictor(model, task, ChatTemplate(tokenizer), info.generation, info.columns)
-
-
-def base_predictor(config: RunConfig, labels: Sequence[str]) -> Predictor:
-    """The untuned model of a config, asked with the config's prompt: what a run starts from."""
-    local = resolve_model(config.model, config.hub)
-    picked = pick_precision(config.training.precision)
-    trust = config.hub.trust_remote_code
-    model = load_model(local.folder, picked.weights, device=picked.device, trust_remote_code=trust)
-    model.eval()
-    template = ChatTemplate(load_tokenizer(local.folder, trust))
-    task = make_task(config.task, labels, config.prompt)
-    return Predictor(model, task, template, config.generation, config.data.columns)
+    return advance

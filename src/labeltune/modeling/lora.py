@@ -56,3 +56,11 @@ def load_adapter(model: Any, folder: Path) -> Any:
         return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     except Exception as error:
         raise ModelError(f"the adapter in {folder} does not fit its base model: {error}") from error
+
+
+def restore_adapter(model: Any, folder: Path) -> None:
+    """Give a model with an adapter the adapter weights of a checkpoint of the same run."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))

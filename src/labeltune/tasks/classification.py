@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import unicodedata
 from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
@@ -11,6 +13,21 @@ from labeltune.tasks.base import build_conversation
 from labeltune.types import Example, Prediction
 
 _WRAPPERS = " \t\r\n'\"“”‘’「」[]()（）.,。，:：;；*`"
+
+
+@functools.lru_cache(maxsize=1024)
+def label_fault(labels: tuple[str, ...]) -> str | None:
+    """Why these labels cannot be chosen from, or None: one is empty, or two are equal but for spaces around them and Unicode
+    composition (NFC, which tokenizers apply)."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        plain = unicodedata.normalize("NFC", label).strip()
+        if not plain:
+            return f"the label {label!r} is empty"
+        if plain in seen:
+            return f"the labels {seen[plain]!r} and {label!r} cannot be told apart; rename one or remove it"
+        seen[plain] = label
+    return None
 
 
 @dataclass(frozen=True)
@@ -25,13 +42,12 @@ class ClassificationTask:
         """The labels this example chooses from.
 
         Raises:
-            DataError: neither the row nor the task has any.
+            DataError: neither the row nor the task has any; one is empty, or two cannot be told apart.
         """
         found = example.candidates or self.labels
-        if not found:
-            raise DataError(
-                f"{example.source or 'row ' + example.id}: no candidate labels, and no label set is known"
-            )
+        fault = "no candidate labels, and no label set is known" if not found else label_fault(found)
+        if fault:
+            raise DataError(f"{example.source or 'row ' + example.id}: {fault}")
         return found
 
     def conversation(self, example: Example) -> Conversation:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
@@ -62,6 +64,13 @@ class NerTask:
                 found.append(pair)
         return Prediction(example.id, answer, entities=locate(example.text, found), parsed=parsed)
 
+    def pairs(self, answer: str) -> list[tuple[str, str]]:
+        """(entity text, label) of an answer that is known to be right in form."""
+        if answer in ("", self.prompt.no_entities):
+            return []
+        found = [self._parse_line(line) for line in answer.split("\n")]
+        return [pair for pair in found if pair is not None]
+
     def _parse_line(self, line: str) -> tuple[str, str] | None:
         try:
             value = json.loads(line)
@@ -75,31 +84,49 @@ class NerTask:
         return text, label
 
 
-def locate(text: str, found: list[tuple[str, str]]) -> tuple[Entity, ...]:
+def locate(
+    text: str,
+    found: list[tuple[str, str]],
+    parts: Sequence[tuple[int, int]] = (),
+    scores: Sequence[float | None] = (),
+) -> tuple[Entity, ...]:
     """Give each (entity text, label) its place, by order of occurrence.
 
     Answers stand in order of appearance, so each text is looked for behind the entity before it; one that is not there
-    takes its first occurrence that no earlier answer has taken. An entity that occurs less often than it is given has
-    no place; its `start` and `end` are None.
+    takes its first place that no other entity overlaps, else its first place that it has not been given yet (an entity
+    inside another one). An entity that is given more often than it occurs (`str.count`) has no place; its `start` and
+    `end` are None.
+
+    Args:
+        parts: where to look, as (start, end) in characters; the whole text when empty.
+        scores: one for each entity, to be kept with it.
     """
+    parts = parts or ((0, len(text)),)
     taken: set[tuple[int, int]] = set()
+    given: Counter[str] = Counter()
     cursor = 0
     entities = []
-    for entity_text, label in found:
-        start = text.find(entity_text, cursor)
-        if start < 0:
-            start = _first_free(text, entity_text, taken)
-        if start < 0:
-            entities.append(Entity(entity_text, label))
+    for number, (entity_text, label) in enumerate(found):
+        score = scores[number] if number < len(scores) else None
+        size = len(entity_text)
+        places = [at for part in parts for at in _occurrences(text, entity_text, part)]
+        free = [at for at in places if not any(at < end and begin < at + size for begin, end in taken)]
+        left = [at for at in places if (at, at + size) not in taken]
+        choices = [*(at for at in free if at >= cursor), *free, *left]
+        given[entity_text] += 1
+        if given[entity_text] > sum(text.count(entity_text, *part) for part in parts):
+            entities.append(Entity(entity_text, label, score=score))
             continue
-        cursor = start + len(entity_text)
+        start = choices[0]
+        cursor = start + size
         taken.add((start, cursor))
-        entities.append(Entity(entity_text, label, start, cursor))
+        entities.append(Entity(entity_text, label, start, cursor, score))
     return tuple(entities)
 
 
-def _first_free(text: str, entity_text: str, taken: set[tuple[int, int]]) -> int:
-    start = text.find(entity_text)
-    while start >= 0 and any(start < end and begin < start + len(entity_text) for begin, end in taken):
-        start = text.find(entity_text, start + 1)
-    return start
+def _occurrences(text: str, entity_text: str, part: tuple[int, int]) -> Iterator[int]:
+    """Where it begins inside a part, overlapping ones included."""
+    at = text.find(entity_text, *part)
+    while at >= 0:
+        yield at
+        at = text.find(entity_text, at + 1, part[1])

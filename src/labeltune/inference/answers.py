@@ -1,0 +1,127 @@
+"""From scores to predictions: normalisation, calibration, ranking; what a document's views found, put together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from labeltune.errors import ModelError
+from labeltune.evaluation.confidence import softmax
+from labeltune.run_folder import write_json
+from labeltune.types import Entity, Prediction
+
+CALIBRATION_FILE = "calibration.json"
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """Exact log-probabilities of a row's candidates.
+
+    Attributes:
+        labels: the candidates.
+        log_probabilities: natural logarithm of each complete answer's probability, shape [candidates].
+        lengths: tokens of each answer, its end of turn included.
+    """
+
+    labels: tuple[str, ...]
+    log_probabilities: tuple[float, ...]
+    lengths: tuple[int, ...]
+
+    def comparable(self, length_norm: str) -> list[float]:
+        """What is compared: log-probabilities, or with `tokens` their means over each answer's tokens."""
+        if length_norm == "tokens":
+            return [p / n for p, n in zip(self.log_probabilities, self.lengths, strict=True)]
+        return list(self.log_probabilities)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was fitted on validation rows, saved beside the adapter.
+
+    Attributes:
+        temperature: divides the compared scores before they are made probabilities.
+        length_norm: the comparison it was fitted for; another one is not calibrated.
+    """
+
+    temperature: float = 1.0
+    length_norm: str = "none"
+
+    def probabilities(self, row: LabelScores, length_norm: str) -> dict[str, float]:
+        """Probabilities of the candidates; they sum to 1."""
+        temperature = self.temperature if length_norm == self.length_norm else 1.0
+        values = softmax(row.comparable(length_norm), temperature)  # type: ignore[arg-type]
+        return dict(zip(row.labels, map(float, values), strict=True))
+
+    def save(self, folder: Path, report: Mapping[str, Any]) -> None:
+        """Write `calibration.json` into a checkpoint, with what it brings on the validation rows."""
+        write_json(folder / CALIBRATION_FILE, {**asdict(self), "validation": dict(report)})
+
+    @staticmethod
+    def load(folder: Path) -> Calibration:
+        """The one of a checkpoint; neutral where none was fitted.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
+        file = folder / CALIBRATION_FILE
+        if not file.exists():
+            return Calibration()
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return Calibration(float(values["temperature"]), str(values["length_norm"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{file} is damaged: {error}; remove it to predict uncalibrated") from error
+
+
+def remove_prior(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Divide every label's probability by its mean over the rows that offer it, and normalise again.
+
+    Batch calibration (Zhou et al. 2023, arXiv:2309.17249): takes away what the model likes whatever the text says. It
+    assumes that labels are about equally frequent in these rows.
+    """
+    totals: dict[str, list[float]] = {}
+    for row in rows:
+        for label, p in row.items():
+            totals.setdefault(label, []).append(p)
+    means = {label: max(math.fsum(values) / len(values), 1e-12) for label, values in totals.items()}
+    corrected = []
+    for row in rows:
+        raw = {label: p / means[label] for label, p in row.items()}
+        whole = math.fsum(raw.values())
+        corrected.append({label: value / whole for label, value in raw.items()})
+    return corrected
+
+
+def ranked(
+    number: str, probabilities: Mapping[str, float], min_confidence: float | None = None
+) -> Prediction:
+    """The most probable label, if it is probable enough, and the whole ranking."""
+    ranking = tuple(sorted(probabilities.items(), key=lambda pair: -pair[1]))
+    label: str | None = ranking[0][0]
+    if min_confidence is not None and ranking[0][1] < min_confidence:
+        label = None
+    return Prediction(number, ranking[0][0], label=label, ranking=ranking)
+
+
+def mean_scores(views: Sequence[LabelScores]) -> LabelScores:
+    """Log-probabilities averaged over the windows of a document."""
+    if len(views) == 1:
+        return views[0]
+    columns = zip(*(view.log_probabilities for view in views), strict=True)
+    means = tuple(math.fsum(column) / len(views) for column in columns)
+    return LabelScores(views[0].labels, means, views[0].lengths)
+
+
+def merge_entities(windows: Sequence[Sequence[Entity]]) -> tuple[Entity, ...]:
+    """Entities of overlapping windows: the same place counts once, with the label and score of the surer window."""
+    best: dict[tuple[int | None, int | None], Entity] = {}
+    for entity in (entity for window in windows for entity in window):
+        place = entity.start, entity.end
+        held = best.get(place)
+        if held is None or (entity.score or -math.inf) > (held.score or -math.inf):
+            best[place] = entity
+    return tuple(sorted(best.values(), key=lambda e: (e.start or 0, e.end or 0)))

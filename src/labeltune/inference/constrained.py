@@ -1,0 +1,253 @@
+"""Extraction that cannot invent: every answer is well-formed, every label known, every entity a piece of the document.
+
+A grammar a row says what may come next (llguidance, https://github.com/guidance-ai/llguidance); the model chooses among
+it, greedily. Rows at different places decode side by side, finished ones make room for waiting ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from labeltune.errors import ModelError
+from labeltune.inference.runner import Runner
+
+_BEFORE_TEXT, _BEFORE_LABEL, _END = '{"entity_text": "', '", "entity_label": "', '"}'
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What was decoded for a document.
+
+    Attributes:
+        answer: the answer in the form that training uses, complete lines only.
+        scores: for every line, the mean log-probability of the tokens that were chosen in it; tokens that the grammar left
+            no choice about do not count.
+        truncated: the answer was longer than the limit; the line that did not fit is left out.
+    """
+
+    answer: str
+    scores: tuple[float, ...]
+    truncated: bool
+
+
+class Grammars:
+    """Grammars of entity lines for one tokenizer and label set.
+
+    Args:
+        template: whose end of turn closes an answer.
+        labels: entity types, at least one.
+    """
+
+    def __init__(self, tokenizer: Any, labels: Sequence[str], no_entities: str, vocabulary: int) -> None:
+        import llguidance.hf
+
+        self.labels = tuple(labels)
+        self.no_entities = no_entities
+        self.vocabulary = vocabulary
+        self.tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary)
+
+    def matcher(self, pieces: Sequence[str], exhausted: Sequence[str], first: bool) -> Any:
+        """What may follow at the beginning of a line of the answer about a document.
+
+        Args:
+            pieces: the parts of the document that the prompt holds; an entity lies in one of them.
+            exhausted: entity texts that have been given as often as they occur.
+            first: at the very beginning the answer may also be that there is no entity.
+
+        Raises:
+            ModelError: llguidance refuses the grammar.
+        """
+        from llguidance import LLMatcher
+
+        spans = [
+            f"SPAN{i}: %regex {json.dumps({'substring_chunks': escape_units(piece)})}"
+            for i, piece in enumerate(pieces)
+            if piece
+        ]
+        starts = [*(["none"] if first or not spans else []), *(["line"] if spans else [])]
+        lines = [f"start: {' | '.join(starts)}"]
+        if "none" in starts:
+            lines.append(f"none: {_literal(self.no_entities)}")
+        if spans:
+            any_span = " | ".join(span.partition(":")[0] for span in spans)
+            kept_out = "".join(f" & ~{_literal(escaped(given))}" for given in exhausted)
+            lines += [
+                f"line: {_literal(_BEFORE_TEXT)} TEXT {_literal(_BEFORE_LABEL)} LABEL {_literal(_END)} /\\n?/",
+                *spans,
+                f"TEXT: ({any_span}) & /(?s:.+)/{kept_out}",
+                f"LABEL: {' | '.join(_literal(escaped(label)) for label in self.labels)}",
+            ]
+        grammar = LLMatcher.grammar_from_lark("\n".join(lines))
+        found = LLMatcher(self.tokenizer, grammar, log_level=0)
+        if found.is_error():
+            raise ModelError(f"the extraction grammar was refused: {found.get_error()}")
+        return found
+
+
+def escaped(text: str) -> str:
+    """As it stands in the answer's JSON, without the quotes around it."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def escape_units(text: str) -> list[str]:
+    """The document as it stands in JSON, one character or one whole escape a unit, so that no cut falls into an escape."""
+    return [escaped(character) for character in text]
+
+
+def _literal(text: str) -> str:
+    """A Lark string."""
+    return json.dumps(text, ensure_ascii=True)
+
+
+@dataclass
+class _Row:
+    """A document on its way."""
+
+    number: int
+    pieces: tuple[str, ...]
+    matcher: Any
+    state: Any
+    pending: list[int]
+    left: int
+    lines: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    given: Counter[str] = field(default_factory=Counter)
+    ids: list[int] = field(default_factory=list)
+    chosen: list[float] = field(default_factory=list)
+
+
+def extract(
+    runner: Runner,
+    grammars: Grammars,
+    end_ids: Sequence[int],
+    prompts: Sequence[tuple[Sequence[int], tuple[str, ...]]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    on_rows: Callable[[int], None] | None = None,
+) -> list[Extracted]:
+    """Answers in the order of the prompts.
+
+    Args:
+        end_ids: tokens that end a turn.
+        prompts: token ids, and the parts of the document that they hold.
+        max_new_tokens: longest answer in tokens, its end of turn not counted.
+        batch_size: documents decoded side by side.
+        on_rows: called with the number of documents that were finished.
+    """
+    found: dict[int, Extracted] = {}
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]), reverse=True)
+    active: list[_Row] = []
+    with runner.session([ids for ids, _ in prompts]) as session:
+        while waiting or active:
+            while waiting and len(active) < batch_size:
+                number = waiting.pop(0)
+                ids, pieces = prompts[number]
+                state, pending = session.start(ids, max_new_tokens)
+                matcher = grammars.matcher(pieces, (), first=True)
+                active.append(_Row(number, pieces, matcher, state, pending, max_new_tokens))
+            logits = session.advance([(row.state, row.pending) for row in active])
+            still = []
+            for row, scores in zip(active, logits, strict=True):
+                done = _step(row, scores, grammars, end_ids)
+                if done is None:
+                    still.append(row)
+                else:
+                    found[row.number] = done
+            if on_rows is not None and len(still) < len(active):
+                on_rows(len(active) - len(still))
+            active = still
+    return [found[i] for i in range(len(prompts))]
+
+
+def _step(row: _Row, logits: Any, grammars: Grammars, end_ids: Sequence[int]) -> Extracted | None:
+    """Choose the next token and take what the grammar then forces; the answer when it is complete.
+
+    Args:
+        logits: shape [vocabulary].
+    """
+    allowed = _allowed(row, grammars, end_ids)
+    values = logits.float()
+    token = int(allowed[int(values[allowed].argmax())])
+    if token == end_ids[0] and _may_end(row):
+        _close_line(row, grammars)
+        return _finish(row, truncated=False)
+    if row.left <= 0:
+        return _finish(row, truncated=True)
+    row.chosen.append(float(values[token] - values.logsumexp(0)))
+    row.pending = list(_with_forced(row, token))
+    row.ids += row.pending
+    row.left -= len(row.pending)
+    if grammars.tokenizer.decode_bytes(row.ids).endswith(b"\n"):
+        _close_line(row, grammars)
+        exhausted = [text for text, count in row.given.items() if count >= occurrences(row.pieces, text)]
+        if nothing_left(row.pieces, exhausted):
+            return _finish(row, truncated=False)
+        row.matcher = grammars.matcher(row.pieces, exhausted, first=False)
+    return None
+
+
+def _with_forced(row: _Row, token: int) -> Iterator[int]:
+    if not row.matcher.consume_token(token):
+        raise ModelError(f"the extraction grammar failed: {row.matcher.get_error()}")
+    yield token
+    forced = row.matcher.compute_ff_tokens()
+    if forced and row.matcher.consume_tokens(forced):
+        yield from forced
+
+
+def _may_end(row: _Row) -> bool:
+    """At the end of a line; behind the newline a further line must come."""
+    return bool(row.ids) and bool(row.matcher.is_accepting())
+
+
+def _allowed(row: _Row, grammars: Grammars, end_ids: Sequence[int]) -> Any:
+    """Ids of the tokens that may come next."""
+    import numpy as np
+    import torch
+
+    bits = np.frombuffer(row.matcher.compute_bitmask(), dtype=np.uint8)
+    mask = np.unpackbits(bits, bitorder="little")[: grammars.vocabulary].astype(bool)
+    # The end of turn is ours to allow: the grammar's own end is that of one line.
+    mask[[i for i in (*end_ids, grammars.tokenizer.eos_token) if i < len(mask)]] = False
+    if _may_end(row):
+        mask[end_ids[0]] = True
+    allowed = torch.from_numpy(mask.nonzero()[0])
+    if not len(allowed):
+        raise ModelError(f"the extraction grammar allows no token: {row.matcher.get_error()}")
+    return allowed
+
+
+def _close_line(row: _Row, grammars: Grammars) -> None:
+    line = grammars.tokenizer.decode_str(row.ids).rstrip("\n")
+    row.lines.append(line)
+    row.scores.append(sum(row.chosen) / len(row.chosen) if row.chosen else 0.0)
+    if line != grammars.no_entities:
+        row.given[json.loads(line)["entity_text"]] += 1
+    row.ids, row.chosen = [], []
+
+
+def _finish(row: _Row, truncated: bool) -> Extracted:
+    return Extracted("\n".join(row.lines), tuple(row.scores), truncated)
+
+
+def occurrences(pieces: Sequence[str], part: str) -> int:
+    """How often `part` stands in the pieces, as `str.count` counts."""
+    return sum(piece.count(part) for piece in pieces)
+
+
+def nothing_left(pieces: Sequence[str], exhausted: Sequence[str]) -> bool:
+    """Whether every part of a (very short) document has been given as often as it occurs."""
+    if len(exhausted) < max(map(len, pieces), default=0):
+        return False
+    parts = {
+        piece[start:end]
+        for piece in pieces
+        for start in range(len(piece))
+        for end in range(start + 1, len(piece) + 1)
+    }
+    return parts <= set(exhausted)

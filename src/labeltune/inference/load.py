@@ -1,0 +1,78 @@
+"""A run on disk -> a predictor."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from labeltune.config import RunConfig
+from labeltune.inference.answers import Calibration
+from labeltune.inference.predictor import Predictor
+from labeltune.modeling.hub import load_model, load_tokenizer, resolve_model
+from labeltune.modeling.lora import load_adapter
+from labeltune.modeling.precision import pick_precision
+from labeltune.prompts.template import ChatTemplate
+from labeltune.run_folder import RunInfo, find_checkpoint
+from labeltune.tasks import make_task
+
+
+def load_predictor(
+    run: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    precision: Any = "auto",
+    base_folder: str | os.PathLike[str] | None = None,
+) -> Predictor:
+    """Load a checkpoint (or the best one of a run folder) with the base model it was trained on.
+
+    Args:
+        run: `output/Qwen2`, `output/Qwen2/checkpoint-100` ...
+        device: `cuda`, `cpu` ...; the best there is when None.
+        precision: `auto`, `bf16`, `fp16` or `fp32`.
+        base_folder: where the base model's files are, when they have moved since training.
+
+    Raises:
+        ModelError: there is no complete checkpoint, or its base model cannot be found.
+    """
+    folder = find_checkpoint(run)
+    info = RunInfo.load(folder)
+    picked = pick_precision(precision)
+    where = device or picked.device
+    trust = info.hub.trust_remote_code
+    if info.adapter:
+        base = Path(base_folder) if base_folder is not None else resolve_model(info.model, info.hub).folder
+        model = load_adapter(load_model(base, picked.weights, trust_remote_code=trust), folder).to(where)
+    else:
+        model = load_model(folder, picked.weights, device=where, trust_remote_code=trust)
+    model.eval()
+    tokenizer = load_tokenizer(folder, trust)
+    tokenizer.chat_template = info.chat_template
+    task = make_task(info.task, info.labels, info.prompt)
+    calibration = Calibration.load(folder)
+    weights = folder / ("adapter_model.safetensors" if info.adapter else "model.safetensors.index.json")
+    known = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else str(folder.resolve())
+    return Predictor(
+        model,
+        task,
+        ChatTemplate(tokenizer),
+        info.generation,
+        info.columns,
+        info.calibrate,
+        calibration,
+        source=f"{info.model} {known}",
+    )
+
+
+def base_predictor(config: RunConfig, labels: Sequence[str]) -> Predictor:
+    """The untuned model of a config, asked with the config's prompt: what a run starts from."""
+    local = resolve_model(config.model, config.hub)
+    picked = pick_precision(config.training.precision)
+    trust = config.hub.trust_remote_code
+    model = load_model(local.folder, picked.weights, device=picked.device, trust_remote_code=trust)
+    model.eval()
+    template = ChatTemplate(load_tokenizer(local.folder, trust))
+    task = make_task(config.task, labels, config.prompt)
+    return Predictor(model, task, template, config.generation, config.data.columns, config.calibrate)

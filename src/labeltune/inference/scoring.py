@@ -1,0 +1,190 @@
+"""Exact log-probabilities of every candidate answer of a row, from one forward pass over prompt and trie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labeltune.inference.trie import LabelTrie
+from labeltune.modeling.tree_attention import KeyValues, Segment, run_segments, segment_attention_on
+
+#: Memory that the logits of one pass may take.
+LOGITS_BYTES = 256 * 2**20
+#: Common tokens beyond what is kept already for which computing the beginning again is worth it.
+WORTH_KEEPING = 32
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the answers to compare.
+
+    Attributes:
+        prompt: token ids, at least one.
+        trie: the candidate answers.
+    """
+
+    prompt: Sequence[int]
+    trie: LabelTrie
+
+
+class PrefixCache:
+    """Keys and values of what all prompts of a file begin with; kept from call to call."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of the memory; needed when the weights have changed."""
+        self.ids: tuple[int, ...] = ()
+        self._held = KeyValues()
+
+    def shared(self, prompts: Sequence[Sequence[int]]) -> int:
+        """How many tokens of these prompts to take from here; at least one of each prompt is left over."""
+        ordered = sorted(map(list, prompts))
+        common = min(common_prefix(ordered[0], ordered[-1]), min(map(len, prompts)) - 1)
+        held = len(self.ids)
+        fits = held <= common and tuple(ordered[0][:held]) == self.ids
+        if fits and (len(prompts) == 1 or common - held < WORTH_KEEPING):
+            return held
+        return common if len(prompts) > 1 else 0
+
+    def get(self, model: Any, ids: Sequence[int]) -> KeyValues:
+        """Keys and values of exactly these tokens; call inside `segment_attention_on`."""
+        wanted = tuple(ids)
+        if wanted != self.ids:
+            self.clear()
+            held = KeyValues()
+            if wanted:
+                run_segments(model, [Segment(wanted, held, keep=True)])
+            self.ids, self._held = wanted, held
+        return self._held
+
+
+def score_answers(
+    model: Any,
+    questions: Sequence[Question],
+    max_tokens: int,
+    cache: PrefixCache,
+    on_rows: Callable[[int], None] | None = None,
+) -> list[list[float]]:
+    """Natural logarithm of the probability of every complete answer, end of turn included.
+
+    Rows are taken in the order of their tokens, so that those of one pass share as much of their prompts as they can; how
+    they are cut into passes changes nothing but rounding.
+
+    Args:
+        max_tokens: tokens of one pass (a row that needs more has a pass of its own).
+        on_rows: called with the number of rows after each pass.
+    """
+    import torch
+
+    found: list[list[float]] = [[] for _ in questions]
+    if not questions:
+        return found
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    with torch.inference_mode(), segment_attention_on(model):
+        begin = cache.shared([question.prompt for question in questions])
+        past = cache.get(model, questions[0].prompt[:begin])
+        for rows, shared in plan_passes(questions, begin, max_tokens, LOGITS_BYTES // (4 * vocabulary)):
+            segments = []
+            behind = past
+            if shared > begin:
+                behind = KeyValues(past)
+                segments.append(Segment(questions[rows[0]].prompt[begin:shared], behind, keep=True))
+            segments += [_segment(questions[row], shared, behind) for row in rows]
+            logits = run_segments(model, segments)
+            start = 0
+            for row in rows:
+                trie = questions[row].trie
+                found[row] = path_scores(logits[start : start + len(trie)], trie)
+                start += len(trie)
+            if on_rows is not None:
+                on_rows(len(rows))
+    return found
+
+
+def plan_passes(
+    questions: Sequence[Question], begin: int, max_tokens: int, max_nodes: int
+) -> Iterator[tuple[list[int], int]]:
+    """(rows, tokens that their prompts begin with in common) for every pass, in the order of their tokens.
+
+    A row's last prompt token is never shared: it is where the first answer token is predicted.
+
+    Args:
+        begin: tokens that all prompts have in common and that are known already.
+    """
+    order = sorted(range(len(questions)), key=lambda i: list(questions[i].prompt))
+    rows: list[int] = []
+    shared = own = nodes = 0
+    for i in order:
+        prompt, trie = questions[i].prompt, questions[i].trie
+        size = len(prompt) + len(trie) - 1
+        if rows:
+            common = min(shared, common_prefix(questions[rows[-1]].prompt, prompt), len(prompt) - 1)
+            tokens = common - begin + own + size - (len(rows) + 1) * common
+            if tokens <= max_tokens and nodes + len(trie) <= max_nodes:
+                rows.append(i)
+                shared, own, nodes = common, own + size, nodes + len(trie)
+                continue
+            yield rows, shared if len(rows) > 1 else begin
+        rows, shared, own, nodes = [i], len(prompt) - 1, size, len(trie)
+    if rows:
+        yield rows, shared if len(rows) > 1 else begin
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of tokens that both begin with."""
+    for at, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return at
+    return min(len(a), len(b))
+
+
+def _segment(question: Question, shared: int, past: KeyValues) -> Segment:
+    """The row's own part of the prompt, and behind it the trie, every node of which sees the prompt and its ancestors."""
+    import torch
+
+    own, trie = list(question.prompt[shared:]), question.trie
+    count = len(own)
+    ids = own + list(trie.tokens[1:])
+    visible = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    visible[count:, count:] = False
+    for node, seen in enumerate(trie.ancestors(), start=1):
+        visible[count + node - 1, [count + other - 1 for other in seen]] = True
+    depths = [*range(count), *(count - 1 + depth for depth in trie.depths[1:])]
+    return Segment(
+        ids, past, depths=depths, visible=visible, wanted=range(count - 1, len(ids)), begins_at=shared
+    )
+
+
+def path_scores(logits: Any, trie: LabelTrie) -> list[float]:
+    """Sums of log-probabilities along the paths of a trie; logits of shape [nodes, vocabulary]."""
+    import torch
+
+    steps = [step for path in trie.paths for step in path]
+    nodes, tokens = (torch.tensor(column, device=logits.device) for column in zip(*steps, strict=True))
+    logits = logits.float()
+    values = (logits[nodes, tokens] - torch.logsumexp(logits, dim=-1)[nodes]).cpu().tolist()
+    scores, start = [], 0
+    for path in trie.paths:
+        scores.append(math.fsum(values[start : start + len(path)]))
+        start += len(path)
+    return scores
+
+
+def score_one_by_one(model: Any, question: Question) -> list[float]:
+    """The same with one plain forward pass for every answer: for models whose attention cannot be replaced, and to check."""
+    import torch
+
+    device = next(model.parameters()).device
+    answers = [[token for _, token in path] for path in question.trie.paths]
+    scores = []
+    with torch.inference_mode():
+        for answer in answers:
+            ids = torch.tensor([[*question.prompt, *answer[:-1]]], device=device)
+            logits = model(input_ids=ids, logits_to_keep=len(answer), use_cache=False).logits[0].float()
+            picked = logits.log_softmax(-1)[range(len(answer)), answer]
+            scores.append(math.fsum(picked.cpu().tolist()))
+    return scores

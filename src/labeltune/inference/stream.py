@@ -1,0 +1,219 @@
+"""Prediction of files of any size: rows in, rows out, a chunk at a time; a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from labeltune.data.schemas import Fault, parse_record
+from labeltune.data.sources import iter_records
+from labeltune.errors import DataError, OutputError, PromptError
+from labeltune.inference.predictor import Predictor
+from labeltune.run_folder import write_json
+from labeltune.types import Example, Prediction
+
+#: Rows that are predicted together and committed together; memory does not grow with the file.
+CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be predicted: it keeps its place in the output."""
+
+    number: int
+    fault: str
+    source: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the output."""
+        return {"id": str(self.number), "error": self.fault, "source": self.source}
+
+
+Row = Example | BadRow
+
+
+def read_rows(path: Path, predictor: Predictor, labels: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of a file, each an example or the reason why not; `labels` are for rows that bring no candidates."""
+    task = predictor.task
+    known = task.labels if task.name == "ner" else None
+    for number, record in enumerate(iter_records(path)):
+        example, faults = parse_record(
+            record, number, task.name, predictor.columns, known, answers_required=False
+        )
+        if example is None:
+            yield BadRow(number, _first_error(faults), record.where)
+        else:
+            yield with_labels(example, labels)
+
+
+def with_labels(example: Example, labels: Sequence[str]) -> Example:
+    """The example with these candidates, unless it has its own."""
+    return example if example.candidates or not labels else replace(example, candidates=tuple(labels))
+
+
+def _first_error(faults: Sequence[Fault]) -> str:
+    fault = next(fault for fault in faults if fault.severity == "error")
+    return f"{fault.kind}: {fault.message}"
+
+
+def predict_rows(
+    predictor: Predictor,
+    rows: Iterable[Row],
+    *,
+    min_confidence: float | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> Iterator[list[Prediction | BadRow]]:
+    """Chunks of answers in the order of the rows.
+
+    Every chunk starts from nothing, so that its answers do not depend on where a run began, to the last bit.
+    """
+    source = iter(rows)
+    number = 0
+    while chunk := list(islice(source, CHUNK_ROWS)):
+        predictor.engine.forget()
+        yield _predict_chunk(predictor, chunk, number, min_confidence, on_rows)
+        number += len(chunk)
+
+
+def _predict_chunk(
+    predictor: Predictor,
+    chunk: list[Row],
+    number: int,
+    min_confidence: float | None,
+    on_rows: Callable[[int], None] | None,
+) -> list[Prediction | BadRow]:
+    good = [row for row in chunk if isinstance(row, Example)]
+    if on_rows is not None and len(good) < len(chunk):
+        on_rows(len(chunk) - len(good))
+    try:
+        found = iter(predictor.predict(good, min_confidence=min_confidence, on_batch=on_rows))
+    except (DataError, PromptError):
+        # Some row cannot be asked about; those that can are predicted without it.
+        rows = [_askable(predictor, row, number + i) for i, row in enumerate(chunk)]
+        if rows == chunk:
+            raise
+        return _predict_chunk(predictor, rows, number, min_confidence, on_rows)
+    return [next(found) if isinstance(row, Example) else row for row in chunk]
+
+
+def _askable(predictor: Predictor, row: Row, number: int) -> Row:
+    if isinstance(row, BadRow):
+        return row
+    try:
+        predictor.check(row)
+    except (DataError, PromptError) as error:
+        return BadRow(number, str(error), row.source)
+    return row
+
+
+def predict_file(
+    predictor: Predictor,
+    path: Path,
+    output: Path,
+    *,
+    labels: Sequence[str] = (),
+    resume: bool = False,
+    min_confidence: float | None = None,
+    top_k: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Predict a file into another; `output` appears when it is whole.
+
+    Until then answers stand in `.NAME.part` beside it, with a note of what they belong to. After a kill, `resume` keeps the
+    whole chunks of it and goes on behind them; the result is that of an uninterrupted run.
+
+    Returns:
+        The number of rows that could not be predicted.
+
+    Raises:
+        OutputError: nothing to resume, or the rest belongs to another input, run or setting.
+    """
+    part, note = output.with_name(f".{output.name}.part"), output.with_name(f".{output.name}.part.json")
+    mine = {
+        "input": _fingerprint(path),
+        "run": predictor.fingerprint(),
+        "labels": list(labels),
+        "min_confidence": min_confidence,
+        "top_k": top_k,
+    }
+    done = bad = 0
+    if resume:
+        done, bad = _resumable(part, note, mine, output)
+    else:
+        part.unlink(missing_ok=True)
+        write_json(note, mine)
+    if progress is not None and done:
+        progress(done)
+    rows = islice(read_rows(path, predictor, labels), done, None)
+    try:
+        with part.open("ab") as file:
+            for chunk in predict_rows(predictor, rows, min_confidence=min_confidence, on_rows=progress):
+                bad += sum(isinstance(row, BadRow) for row in chunk)
+                file.write("".join(to_line(row, top_k) for row in chunk).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        part.replace(output)
+    except OSError as error:
+        raise OutputError(
+            f"{output} cannot be written: {error.strerror or error}; what is done is kept, go on with --resume"
+        ) from error
+    note.unlink(missing_ok=True)
+    return bad
+
+
+def to_line(row: Prediction | BadRow, top_k: int | None = None) -> str:
+    """A row of the output."""
+    values = row.to_dict(top_k) if isinstance(row, Prediction) else row.to_dict()
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tuple[int, int]:
+    """(rows, bad rows) in the whole chunks of an unfinished output; what is behind them is cut off."""
+    if not note.exists():
+        raise OutputError(f"nothing to resume: there is no unfinished {output}; start without --resume")
+    theirs = json.loads(note.read_text(encoding="utf-8"))
+    if theirs != mine:
+        differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
+        raise OutputError(
+            f"the unfinished {output} was made with another {differing}; start without --resume to begin again"
+        )
+    if not part.exists():
+        return 0, 0
+    lines = bad = keep = kept_bad = at = end = 0
+    with part.open("r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            lines += 1
+            at += len(line)
+            bad += "error" in json.loads(line)
+            if lines % CHUNK_ROWS == 0:
+                keep, kept_bad, end = lines, bad, at
+        file.truncate(end)
+    return keep, kept_bad
+
+
+def _fingerprint(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def count_rows(path: Path) -> int | None:
+    """Rows of a file where they are quickly counted (jsonl, parquet), for a progress bar."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return int(pq.ParquetFile(path).metadata.num_rows)
+    if path.suffix != ".jsonl":
+        return None
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())

@@ -1,0 +1,209 @@
+"""Attention over segments that see kept keys and values: what prediction runs on.
+
+A row of tokens is cut into segments that stand behind each other and do not see each other. A segment sees everything that
+its `past` holds, and of itself either what is causal or what a mask allows (a label trie: every node its ancestors). A
+segment may add its own keys and values to its past, for those behind it and for later calls. So prompts that begin alike
+are computed once, all labels of a row are scored in one pass, and rows at different lengths decode side by side without padding.
+
+The function is registered with transformers' `AttentionInterface`. Whether a model really hands the segments down to it is
+found out by comparing numbers (`labeltune.inference.engine`), never assumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labeltune.modeling.shared_prefix import UNSUPPORTED, attention_on
+
+NAME = "labeltune_segments"
+
+
+class KeyValues:
+    """Keys and values of one sequence of tokens, for every layer; grows in place.
+
+    Args:
+        parent: what the sequence begins with; copied.
+        room: tokens that can be added before memory is moved.
+    """
+
+    def __init__(self, parent: KeyValues | None = None, room: int = 0) -> None:
+        self.length = 0
+        self.room = room
+        self._layers: dict[int, tuple[Any, Any, int]] = {}
+        if parent is not None:
+            self.length = parent.length
+            for layer, (key, value, used) in parent._layers.items():
+                self._layers[layer] = (
+                    self._grown(key[:, :, :used], used + room),
+                    self._grown(value[:, :, :used], used + room),
+                    used,
+                )
+
+    @staticmethod
+    def _grown(tensor: Any, size: int) -> Any:
+        shape = list(tensor.shape)
+        shape[2] = max(size, shape[2])
+        grown = tensor.new_empty(shape)
+        grown[:, :, : tensor.shape[2]] = tensor
+        return grown
+
+    def view(self, layer: int) -> tuple[Any, Any] | None:
+        """Keys and values of a layer, shape [1, key heads, tokens, head size]; None when there are none."""
+        if layer not in self._layers:
+            return None
+        key, value, used = self._layers[layer]
+        return key[:, :, :used], value[:, :, :used]
+
+    def extend(self, layer: int, key: Any, value: Any) -> tuple[Any, Any]:
+        """Add tokens and return all of them."""
+        added = key.shape[2]
+        if layer not in self._layers:
+            self._layers[layer] = (
+                self._grown(key, added + self.room),
+                self._grown(value, added + self.room),
+                added,
+            )
+        else:
+            keys, values, used = self._layers[layer]
+            if used + added > keys.shape[2]:
+                keys, values = (self._grown(x[:, :, :used], 2 * (used + added)) for x in (keys, values))
+            keys[:, :, used : used + added] = key
+            values[:, :, used : used + added] = value
+            self._layers[layer] = (keys, values, used + added)
+        found = self.view(layer)
+        assert found is not None
+        return found
+
+
+@dataclass
+class Segment:
+    """Some tokens behind each other.
+
+    Attributes:
+        ids: the tokens.
+        past: what all of them see.
+        keep: add the tokens to `past`.
+        depths: place of every token behind the past, when it is not 0, 1, 2 ...
+        visible: shape [tokens, tokens], which tokens of the segment each of them sees; causal when None.
+        wanted: tokens (numbers in the segment) whose next token is to be predicted.
+        begins_at: tokens of the past; given where a segment before this one adds to it in the same call.
+    """
+
+    ids: Sequence[int]
+    past: KeyValues
+    keep: bool = False
+    depths: Sequence[int] | None = None
+    visible: Any = None
+    wanted: Sequence[int] = ()
+    begins_at: int | None = None
+
+    def positions(self) -> list[int]:
+        """Position ids."""
+        places = range(len(self.ids)) if self.depths is None else self.depths
+        start = self.past.length if self.begins_at is None else self.begins_at
+        return [start + place for place in places]
+
+
+def segment_attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    segments: Sequence[Segment] | None = None,
+    **options: Any,
+) -> tuple[Any, None]:
+    """Attention of every segment over its past and itself; tensors as in `shared_prefix_attention`.
+
+    Raises:
+        ValueError: no segments were given, or the model asks for something that this function cannot do.
+    """
+    import torch
+
+    if segments is None or attention_mask is not None:
+        raise ValueError("segment attention needs segments and takes no attention mask")
+    asked = [name for name in UNSUPPORTED if options.get(name) is not None]
+    if asked or not getattr(module, "is_causal", True) or query.shape[0] != 1:
+        raise ValueError(f"segment attention does not know {asked or 'batches and non-causal layers'}")
+    layer = module.layer_idx
+    sizes = [len(segment.ids) for segment in segments]
+    outputs = []
+    for segment, q, k, v in zip(segments, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
+        if segment.keep:
+            k, v = segment.past.extend(layer, k, v)
+        else:
+            before = segment.past.view(layer)
+            if before is not None:
+                k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
+        mask = _mask(segment, k.shape[2], sliding_window, q.device)
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1 and q.device.type != "cpu":
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        outputs.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _mask(segment: Segment, keys: int, window: int | None, device: Any) -> Any:
+    """What the segment's tokens see, shape [tokens, keys]; None for everything."""
+    import torch
+
+    tokens = len(segment.ids)
+    if tokens == 1 and (window is None or window >= keys):
+        return None
+    before = keys - tokens
+    own = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    if segment.visible is not None:
+        own = segment.visible.to(device)
+    mask = torch.cat([torch.ones(tokens, before, dtype=torch.bool, device=device), own], dim=1)
+    if window is not None and window < keys:
+        places = torch.tensor(
+            list(segment.depths) if segment.depths is not None else range(tokens), device=device
+        )
+        at_key = torch.cat([torch.arange(before, device=device), before + places])
+        mask &= (before + places)[:, None] - at_key[None, :] < window
+    return mask
+
+
+def segment_attention_on(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Have a model use the function, inside the `with` only."""
+    return attention_on(model, NAME, segment_attention)
+
+
+def run_segments(model: Any, segments: Sequence[Segment]) -> Any:
+    """Run segments through the model; kept ones are then part of their past.
+
+    Must be called inside `segment_attention_on(model)` and without gradients.
+
+    Returns:
+        Logits of all wanted tokens in order, shape [wanted tokens, vocabulary]; of one unspecified token when none is wanted.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    ids = [token for segment in segments for token in segment.ids]
+    positions = [position for segment in segments for position in segment.positions()]
+    index, start = [], 0
+    for segment in segments:
+        index += [start + at for at in segment.wanted]
+        start += len(segment.ids)
+    logits = model(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        logits_to_keep=torch.tensor(index or [len(ids) - 1], device=device),
+        use_cache=False,
+        segments=segments,
+    ).logits[0]
+    for segment in segments:
+        if segment.keep:
+            segment.past.length += len(segment.ids)
+    return logits

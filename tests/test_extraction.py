@@ -1,0 +1,153 @@
+"""Constrained extraction: whatever the weights and whatever the document, the answer parses and nothing is invented."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import make_model, make_tokenizer
+from labeltune.inference.constrained import Grammars, escape_units, extract, nothing_left, occurrences
+from labeltune.inference.runner import PlainRunner, SegmentRunner
+from labeltune.inference.scoring import PrefixCache
+
+LABELS = ["地点", 'a "quoted" label', "组织"]
+NONE = "没有找到任何实体"
+
+
+class World:
+    def __init__(self) -> None:
+        self.tokenizer = make_tokenizer()
+        self.size = len(self.tokenizer)
+        self.grammars = Grammars(self.tokenizer, LABELS, NONE, self.size)
+        self.end = [self.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+    def prompt(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer("find " + text[:40] + " :", add_special_tokens=False).input_ids
+        return ids
+
+    def run(self, model: Any, documents: list[tuple[str, ...]], plain: bool = False, **options: int) -> Any:
+        runner = PlainRunner(model) if plain else SegmentRunner(model, PrefixCache(), 500)
+        limits = {"max_new_tokens": 60, "batch_size": 4, **options}
+        prompts = [(self.prompt("".join(pieces)), pieces) for pieces in documents]
+        return extract(runner, self.grammars, self.end, prompts, **limits)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+def check(answer: str, pieces: tuple[str, ...]) -> int:
+    """Number of entities of an answer that is right in form."""
+    if answer in ("", NONE):
+        return 0
+    given: dict[str, int] = {}
+    for line in answer.split("\n"):
+        value = json.loads(line)
+        assert list(value) == ["entity_text", "entity_label"]
+        assert line == json.dumps(value, ensure_ascii=False), "the form that training uses"
+        assert value["entity_label"] in LABELS
+        text = value["entity_text"]
+        assert text and any(text in piece for piece in pieces)
+        given[text] = given.get(text, 0) + 1
+    for text, count in given.items():
+        assert count <= occurrences(pieces, text)
+    return len(answer.split("\n"))
+
+
+ALPHABET = st.one_of(
+    st.sampled_from('"\\/\n\t\r\x00\x1f\x7f{}[]:,<|im_end|>０１２南京大学😀👩‍👩‍👧é\u2028'),
+    st.characters(exclude_categories=["Cs"]),
+)
+
+
+DOCUMENTS = st.lists(
+    st.builds(
+        lambda part, times: (part * times)[:5000],
+        st.text(ALPHABET, min_size=1, max_size=60),
+        st.sampled_from([1, 1, 3, 100]),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), DOCUMENTS)
+def test_nothing_is_invented(world: World, seed: int, documents: list[str]) -> None:
+    model = make_model(world.size, seed=seed).eval()
+    for text, found in zip(documents, world.run(model, [(d,) for d in documents]), strict=True):
+        lines = check(found.answer, (text,))
+        assert len(found.scores) == lines or found.answer == NONE
+        assert found.truncated or found.answer
+
+
+@pytest.mark.parametrize("length", [1, 2, 1000, 5000])
+def test_short_and_long_documents(length: int, world: World) -> None:
+    text = ('南京 "大学" \\ 😀\n' * 500)[:length]
+    model = make_model(world.size, seed=3).eval()
+    (found,) = world.run(model, [(text,)], max_new_tokens=300)
+    check(found.answer, (text,))
+
+
+def test_entities_are_found_with_a_model_that_wants_them(world: World) -> None:
+    """Weights that never end the turn: as many lines as fit or as the document has parts."""
+    model = make_model(world.size).eval()
+    (found,) = world.run(model, [("ab",)], max_new_tokens=2000)
+    assert check(found.answer, ("ab",)) in (0, 1, 2, 3)
+    assert not found.truncated
+
+
+def test_side_by_side_equals_one_by_one(world: World) -> None:
+    """Rows of different lengths, entering and leaving a batch of two, against transformers' own cache."""
+    documents = [
+        (text,) for text in ("他在南京大学。", "a", 'say "hi" \\ twice', "今天下雨 " * 8, "x y z", "😀😀")
+    ]
+    for kind in ("qwen2", "llama", "qwen3", "gemma3"):
+        model = make_model(world.size, kind, seed=5).eval()
+        right = world.run(model, documents, plain=True, batch_size=1)
+        for size in (1, 2, 6):
+            found = world.run(model, documents, batch_size=size)
+            assert [f.answer for f in found] == [r.answer for r in right]
+            assert [f.truncated for f in found] == [r.truncated for r in right]
+            for f, r in zip(found, right, strict=True):
+                assert f.scores == pytest.approx(r.scores, rel=1e-4, abs=1e-4)
+
+
+def test_a_bounded_answer_is_closed_and_says_so(world: World) -> None:
+    model = make_model(world.size, seed=1).eval()
+    text = "abcdefghij" * 30
+    cut = [world.run(model, [(text,)], max_new_tokens=n)[0] for n in (1, 5, 20, 60, 200)]
+    assert any(found.truncated for found in cut)
+    for found in cut:
+        check(found.answer, (text,))
+
+
+def test_an_entity_lies_in_one_piece(world: World) -> None:
+    """Of a text shortened in the middle, nothing is found across the gap."""
+    pieces = ("ab", "cd")
+    for seed in range(8):
+        model = make_model(world.size, seed=seed).eval()
+        (found,) = world.run(model, [pieces], max_new_tokens=400)
+        check(found.answer, pieces)
+        assert "abc" not in found.answer and "bc" not in found.answer
+
+
+def test_a_text_without_characters_has_no_entity(world: World) -> None:
+    model = make_model(world.size).eval()
+    assert [f.answer for f in world.run(model, [("",), ()])] == [NONE, NONE]
+
+
+def test_units_are_whole_escapes() -> None:
+    assert escape_units('a"\n\x01南') == ["a", '\\"', "\\n", "\\u0001", "南"]
+    assert json.loads('"' + "".join(escape_units('a"\n\x01南')) + '"') == 'a"\n\x01南'
+
+
+def test_occurrences_are_counted_as_a_string_counts() -> None:
+    assert occurrences(("aaa", "aa"), "aa") == 2
+    assert nothing_left(("aa",), ["a", "aa"]) and not nothing_left(("aa",), ["a"])
+    assert not nothing_left(("ab",), ["a", "b"])

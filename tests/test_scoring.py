@@ -1,0 +1,175 @@
+"""Label scoring against brute force: one plain forward pass for every label."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import make_model
+from labeltune.inference.engine import Engine
+from labeltune.inference.scoring import PrefixCache, Question, plan_passes, score_answers, score_one_by_one
+from labeltune.inference.trie import LabelTrie
+from labeltune.modeling import tree_attention
+
+VOCABULARY = 300
+END = 2
+
+
+def brute_force(model: Any, question: Question) -> list[float]:
+    """Nothing of labeltune but the paths of the trie."""
+    scores = []
+    for path in question.trie.paths:
+        answer = [token for _, token in path]
+        ids = torch.tensor([[*question.prompt, *answer]])
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[0, len(question.prompt) - 1 : -1].double()
+        scores.append(float(logits.log_softmax(-1)[range(len(answer)), answer].sum()))
+    return scores
+
+
+def questions(
+    seed: int, count: int = 12, labels: int = 5, shared: tuple[int, ...] = (15, 9)
+) -> list[Question]:
+    """Prompts behind common beginnings; labels of 1 to 5 tokens, beginnings of each other among them."""
+    generator = random.Random(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [generator.randrange(3, VOCABULARY) for _ in range(generator.randint(low, high))]
+
+    heads = [tokens(length, length) for length in shared]
+    found = []
+    for number in range(count):
+        answers = {(*tokens(1, 4), END) for _ in range(labels)}
+        longest = max(answers, key=len)
+        answers |= {(*longest[:k], END) for k in range(1, len(longest) - 1)}
+        found.append(Question(heads[number % len(heads)] + tokens(1, 20), LabelTrie.of(sorted(answers))))
+    return found
+
+
+def assert_close(found: list[list[float]], right: list[list[float]], tolerance: float = 1e-5) -> None:
+    for a, b in zip(found, right, strict=True):
+        assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
+        assert max(range(len(a)), key=a.__getitem__) == max(range(len(b)), key=b.__getitem__)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "glm4", "gemma3"])
+def test_scores_equal_brute_force(kind: str) -> None:
+    model, asked = make_model(VOCABULARY, kind).eval(), questions(0)
+    right = [brute_force(model, question) for question in asked]
+    for budget in (1, 60, 10_000):
+        assert_close(score_answers(model, asked, budget, PrefixCache()), right)
+    assert_close([score_one_by_one(model, question) for question in asked], right)
+
+
+@pytest.mark.parametrize("window", [3, 8, 20])
+def test_sliding_windows_are_exact(window: int) -> None:
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    shape = make_model(VOCABULARY, "gemma3").config.to_dict()
+    shape.update(sliding_window=window, layer_types=["sliding_attention", "full_attention"])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**shape), dtype=torch.float32).eval()
+    asked = questions(1)
+    right = [brute_force(model, question) for question in asked]
+    assert_close(score_answers(model, asked, 200, PrefixCache()), right)
+
+
+def test_five_hundred_labels() -> None:
+    model = make_model(VOCABULARY).eval()
+    generator = random.Random(0)
+    answers = sorted(
+        {(*(generator.randrange(3, 40) for _ in range(generator.randint(1, 4))), END) for _ in range(900)}
+    )[:500]
+    assert len(answers) == 500
+    asked = [Question([5, 6, 7, 8], LabelTrie.of(answers)), Question([5, 6, 9], LabelTrie.of(answers[:3]))]
+    assert_close(
+        score_answers(model, asked, 1024, PrefixCache()), [brute_force(model, question) for question in asked]
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 40))
+def test_any_questions_equal_brute_force(seed: int, count: int, labels: int) -> None:
+    model = make_model(VOCABULARY).eval()
+    asked = questions(seed, count, labels, shared=(seed % 7,))
+    right = [brute_force(model, question) for question in asked]
+    assert_close(score_answers(model, asked, 80 + seed % 300, PrefixCache()), right)
+
+
+def test_neither_order_nor_company_changes_a_score() -> None:
+    model, asked = make_model(VOCABULARY).eval(), questions(2)
+    right = score_answers(model, asked, 500, PrefixCache())
+    shuffled = list(range(len(asked)))
+    random.Random(0).shuffle(shuffled)
+    found = score_answers(model, [asked[i] for i in shuffled], 90, PrefixCache())
+    assert_close(found, [right[i] for i in shuffled])
+    assert_close([score_answers(model, [q], 500, PrefixCache())[0] for q in asked], right)
+
+
+def test_a_kept_beginning_serves_later_calls() -> None:
+    model = make_model(VOCABULARY).eval()
+    asked = questions(3, count=8, shared=(40,))
+    right = [brute_force(model, question) for question in asked]
+    cache = PrefixCache()
+    assert_close(score_answers(model, asked[:4], 500, cache), right[:4])
+    kept = cache.ids
+    assert len(kept) >= 40
+    assert_close(score_answers(model, asked[4:], 500, cache), right[4:])
+    assert cache.ids == kept[: len(cache.ids)]
+    assert_close(score_answers(model, asked[:1], 500, cache), right[:1])
+
+
+def test_passes_hold_every_row_once_within_the_budget() -> None:
+    asked = questions(4, count=40)
+    for budget, nodes in ((1, 10_000), (120, 10_000), (10_000, 30), (10_000, 10_000)):
+        passes = list(plan_passes(asked, 0, budget, nodes))
+        assert sorted(itertools.chain.from_iterable(rows for rows, _ in passes)) == list(range(40))
+        for rows, shared in passes:
+            assert len({tuple(asked[row].prompt[:shared]) for row in rows}) == 1
+            assert all(shared < len(asked[row].prompt) for row in rows)
+            size = shared + sum(len(asked[r].prompt) - shared + len(asked[r].trie) - 1 for r in rows)
+            assert len(rows) == 1 or (size <= budget and sum(len(asked[row].trie) for row in rows) <= nodes)
+
+
+def test_the_trie_shares_beginnings() -> None:
+    trie = LabelTrie.of([(7, 8, END), (7, END), (7, 8, 9, END), (5, END)])
+    assert trie.tokens == (-1, 7, 8, 9, 5)
+    assert trie.parents == (-1, 0, 1, 2, 0)
+    assert trie.depths == (0, 1, 2, 3, 1)
+    assert trie.ancestors() == [[1], [1, 2], [1, 2, 3], [4]]
+    assert trie.paths[2] == ((0, 7), (1, 8), (2, 9), (3, END))
+
+
+@pytest.mark.parametrize("answers", [[()], [(1, 2), (1, 2)], [(1,), (1, 2)], [(1, 2), (1,)]])
+def test_answers_that_cannot_be_told_apart_are_refused(answers: list[tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError):
+        LabelTrie.of(answers)
+
+
+def test_a_backend_that_ignores_the_segments_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ignores(module: Any, query: Any, key: Any, value: Any, *_: Any, **options: Any) -> tuple[Any, None]:
+        found = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=options.get("scaling"), enable_gqa=True
+        )
+        return found.transpose(1, 2), None
+
+    model, asked = make_model(VOCABULARY).eval(), questions(5, count=3)
+    right = [brute_force(model, question) for question in asked]
+    monkeypatch.setattr(tree_attention, "segment_attention", ignores)
+    engine = Engine(model)
+    with pytest.warns(UserWarning, match="run plainly"):
+        assert_close(engine.score(asked), right)
+
+
+def test_the_engine_uses_the_fast_way_for_a_sound_model(recwarn: pytest.WarningsRecorder) -> None:
+    model, asked = make_model(VOCABULARY).eval(), questions(6, count=3)
+    engine = Engine(model)
+    assert_close(engine.score(asked), [brute_force(model, question) for question in asked])
+    assert not [w for w in recwarn if "run plainly" in str(w.message)]
+    assert engine._fast

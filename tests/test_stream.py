@@ -1,0 +1,123 @@
+"""Files of any size: every row once and in its place, whatever is wrong with it and whenever the run is killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import classification_rows, write_jsonl
+from labeltune import recipes
+from labeltune.errors import OutputError
+from labeltune.inference import stream
+from labeltune.inference.load import load_predictor
+from labeltune.inference.stream import count_rows, predict_file
+from test_predictor import predictor_for
+from test_training import config_for
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_rows_come_out_in_order_with_faults_in_their_places(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "CHUNK_ROWS", 4)
+    rows: list[Any] = [{"text": f"row {i}"} for i in range(11)]
+    rows[2] = {"text": ""}
+    rows[5] = {"text": "x", "category": ["same", "same "]}
+    rows[9] = {"text": "x", "category": ["long " * 600]}
+    path = write_jsonl(in_folder / "rows.jsonl", rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("no json\n")
+    predictor = predictor_for()
+    seen: list[int] = []
+    bad = predict_file(predictor, path, in_folder / "out.jsonl", top_k=1, progress=seen.append)
+    found = lines(in_folder / "out.jsonl")
+    assert [row["id"] for row in found] == [str(i) for i in range(12)]
+    assert [i for i, row in enumerate(found) if "error" in row] == [2, 5, 9, 11] and bad == 4
+    assert found[9]["source"].endswith("rows.jsonl:10") and "prompt.max_length" in found[9]["error"]
+    assert all(len(row["ranking"]) == 1 for row in found if "error" not in row)
+    assert sum(seen) >= 12
+    assert [p.name for p in in_folder.iterdir() if p.name.startswith(".out")] == []
+
+
+def test_killed_at_twenty_random_points_the_output_is_that_of_an_uninterrupted_run(
+    in_folder: Path, model_folder: Path
+) -> None:
+    run = recipes.train(config_for(in_folder, model_folder, max_steps=1)).best
+    path = write_jsonl(in_folder / "rows.jsonl", [{"text": f"row {i} " * (1 + i % 7)} for i in range(300)])
+    script = Path(__file__).with_name("kill_predict.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(run), str(path), "out.jsonl", "20"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) >= 20
+    assert (in_folder / "out.jsonl").read_bytes() == (in_folder / "out.whole").read_bytes()
+    assert len(lines(in_folder / "out.jsonl")) == 300
+
+
+def test_resume_refuses_what_belongs_to_something_else(in_folder: Path) -> None:
+    path = write_jsonl(in_folder / "rows.jsonl", classification_rows(4))
+    predictor, output = predictor_for(), in_folder / "out.jsonl"
+    with pytest.raises(OutputError, match="nothing to resume"):
+        predict_file(predictor, path, output, resume=True)
+    for change in ("input", "run", "top_k"):
+        (in_folder / ".out.jsonl.part.json").unlink(missing_ok=True)
+        predict_file(predictor, path, output)
+        note = {
+            "input": stream._fingerprint(path),
+            "run": predictor.fingerprint(),
+            "labels": [],
+            "min_confidence": None,
+            "top_k": None,
+        }
+        (in_folder / ".out.jsonl.part.json").write_text(json.dumps({**note, change: "other"}))
+        with pytest.raises(OutputError, match=f"another {change}"):
+            predict_file(predictor, path, output, resume=True)
+
+
+def test_rows_are_counted_where_that_is_quick(in_folder: Path) -> None:
+    path = write_jsonl(in_folder / "rows.jsonl", classification_rows(7))
+    import pandas
+
+    pandas.read_json(path, lines=True).to_parquet(in_folder / "rows.parquet")
+    assert count_rows(path) == count_rows(in_folder / "rows.parquet") == 7
+    assert count_rows(in_folder / "rows.csv") is None
+
+
+def test_the_command(in_folder: Path, model_folder: Path) -> None:
+    run = recipes.train(config_for(in_folder, model_folder, max_steps=1)).best
+    path = write_jsonl(in_folder / "rows.jsonl", [{"text": "a"}, {"text": ""}, {"text": "b"}])
+    command = [sys.executable, "-m", "labeltune", "predict", str(run), str(path)]
+    options = ["-o", "out.jsonl", "--top-k", "2", "--min-confidence", "1.0"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert done.returncode == 1 and "1 rows could not be predicted" in done.stderr
+    assert "Traceback" not in done.stderr
+    found = lines(in_folder / "out.jsonl")
+    assert [row.get("label", "bad") for row in found] == [None, "bad", None]
+    assert len(found[0]["ranking"]) == 2
+    printed = subprocess.run(command, capture_output=True, text=True)
+    assert printed.returncode == 1 and len(printed.stdout.splitlines()) == 3
+    for options, message in (
+        (["--resume"], "--resume needs"),
+        (["--resume", "-o", "new.jsonl"], "nothing to resume"),
+        (["--decoding", "fast"], "generation.decoding=fast"),
+    ):
+        refused = subprocess.run([*command, *options], capture_output=True, text=True)
+        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_loaded_run_is_named_by_its_weights(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder, max_steps=2, save_steps=1)
+    last = recipes.train(config).last
+    with load_predictor(last) as one, load_predictor(last.parent / "checkpoint-1") as other:
+        assert one.fingerprint() != other.fingerprint()
+        before = one.fingerprint()
+        one.change(long_text="window")
+        assert one.fingerprint() != before
