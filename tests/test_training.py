@@ -149,9 +149,9 @@ def test_ner_trains_and_extracts(in_folder: Path, model_folder: Path) -> None:
         json.loads(line)
         for line in (in_folder / "eval" / "predictions.jsonl").read_text("utf-8").splitlines()
     ]
-    assert rows[0]["entities"] == [
-        {"start_idx": 2, "end_idx": 4, "entity_text": "南京", "entity_label": "地理实体"}
-    ]
+    (entity,) = rows[0]["entities"]
+    assert entity.pop("score") < 0
+    assert entity == {"start_idx": 2, "end_idx": 4, "entity_text": "南京", "entity_label": "地理实体"}
     base = recipes.evaluate(result.best, str(test), base=True, progress=False)
     assert base["span_f1"]["value"] < 1.0
 
@@ -167,7 +167,7 @@ def test_memory_settings_do_not_change_the_result(
         config = without_dropout(config_for(in_folder, model_folder, max_steps=3, save_steps=1000, **given))
         weights.append(adapter_weights(recipes.train(config, overwrite=True).last))
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4)
 
 
 def test_an_earlier_run_is_not_overwritten_by_accident(in_folder: Path, model_folder: Path) -> None:

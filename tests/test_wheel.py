@@ -82,4 +82,4 @@ def test_wheel_trains_and_predicts(in_folder: Path, model_folder: Path) -> None:
         "tracking=none",
     )
     row = json.loads(run("-m", "labeltune", "predict", "output/classification", "--text", "rocket"))
-    assert set(row) == {"id", "label", "answer", "parsed"}
+    assert set(row) == {"id", "label", "confidence", "ranking", "answer", "parsed"}
