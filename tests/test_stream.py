@@ -16,6 +16,7 @@ from labeltune.errors import OutputError
 from labeltune.inference import stream
 from labeltune.inference.load import load_predictor
 from labeltune.inference.stream import count_rows, predict_file
+from labeltune.run_folder import file_hash
 from test_predictor import predictor_for
 from test_training import config_for
 
@@ -71,7 +72,7 @@ def test_resume_refuses_what_belongs_to_something_else(in_folder: Path) -> None:
         (in_folder / ".out.jsonl.part.json").unlink(missing_ok=True)
         predict_file(predictor, path, output)
         note = {
-            "input": stream._fingerprint(path),
+            "input": file_hash(path),
             "run": predictor.fingerprint(),
             "labels": [],
             "min_confidence": None,

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error that is not ours."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
+
+
 class LabeltuneError(Exception):
     """Base of every error a user can cause or repair.
 

@@ -52,6 +52,11 @@ class Example:
     entities: tuple[Entity, ...] | None = None
     source: str = ""
 
+    @property
+    def where(self) -> str:
+        """Its place, for messages."""
+        return self.source or f"row {self.id}"
+
     def to_row(self) -> dict[str, Any]:
         """Flat form for Arrow files."""
         entities = self.entities

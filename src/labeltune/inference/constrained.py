@@ -38,8 +38,9 @@ class Grammars:
     """Grammars of entity lines for one tokenizer and label set.
 
     Args:
-        template: whose end of turn closes an answer.
         labels: entity types, at least one.
+        no_entities: the answer for a text without any.
+        vocabulary: size of the output layer.
     """
 
     def __init__(self, tokenizer: Any, labels: Sequence[str], no_entities: str, vocabulary: int) -> None:

@@ -1,4 +1,4 @@
-"""One model, asked exactly: scores of answers and extraction, by the fast way where it is right for this model."""
+"""One model, asked exactly: scores of answers and decoding, by the fast way where it is right for this model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from labeltune.errors import ModelError
-from labeltune.inference.constrained import Extracted, Grammars, extract
+from labeltune.errors import ModelError, first_line
 from labeltune.inference.runner import PlainRunner, Runner, SegmentRunner
 from labeltune.inference.scoring import PrefixCache, Question, score_answers, score_one_by_one
 from labeltune.inference.trie import LabelTrie
@@ -74,36 +73,17 @@ class Engine:
                     on_rows(1)
             return found
 
-    def extract(
-        self,
-        grammars: Grammars,
-        end_ids: Sequence[int],
-        prompts: Sequence[tuple[Sequence[int], tuple[str, ...]]],
-        max_new_tokens: int,
-        batch_size: int,
-        on_rows: Callable[[int], None] | None = None,
-    ) -> list[Extracted]:
-        """Constrained answers of all prompts; see `labeltune.inference.constrained.extract`."""
-        if not prompts:
-            return []
+    def decode(self, prompt: Sequence[int], run: Callable[[Runner], Result]) -> Result:
+        """Run something that decodes step by step, in the way that is right for this model.
+
+        Args:
+            prompt: one of the prompts, to find that out with.
+            run: called with the runner; again after the device has run out of memory.
+        """
         with self._lock, predicting(self.model):
-            fast = self._is_fast(prompts[0][0])
-
-            def run() -> list[Extracted]:
-                runner: Runner = PlainRunner(self.model)
-                if fast:
-                    runner = SegmentRunner(self.model, self._cache, self.max_tokens)
-                return extract(
-                    runner,
-                    grammars,
-                    end_ids,
-                    prompts,
-                    max_new_tokens=max_new_tokens,
-                    batch_size=batch_size,
-                    on_rows=on_rows,
-                )
-
-            return self._within_memory(run)
+            if not self._is_fast(prompt):
+                return run(PlainRunner(self.model))
+            return self._within_memory(lambda: run(SegmentRunner(self.model, self._cache, self.max_tokens)))
 
     def _within_memory(self, run: Callable[[], Result]) -> Result:
         """Again with smaller passes when the device runs out of memory."""
@@ -144,7 +124,7 @@ class Engine:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a foreign model does with segments it does not know
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            return first_line(error)
         right = [score_one_by_one(self.model, question) for question in questions]
         pairs = [pair for row in zip(found, right, strict=True) for pair in zip(*row, strict=True)]
         difference = max(abs(x - y) / 3 for x, y in pairs)

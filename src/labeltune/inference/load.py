@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +52,6 @@ def load_predictor(
     task = make_task(info.task, info.labels, info.prompt)
     calibration = Calibration.load(folder)
     weights = folder / ("adapter_model.safetensors" if info.adapter else "model.safetensors.index.json")
-    known = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else str(folder.resolve())
     return Predictor(
         model,
         task,
@@ -62,7 +60,8 @@ def load_predictor(
         info.columns,
         info.calibrate,
         calibration,
-        source=f"{info.model} {known}",
+        source=info.model,
+        weights=weights,
     )
 
 

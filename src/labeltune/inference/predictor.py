@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,12 +21,14 @@ from labeltune.inference.answers import (
     ranked,
     remove_prior,
 )
-from labeltune.inference.constrained import Grammars
+from labeltune.inference.constrained import Extracted, Grammars, extract
 from labeltune.inference.engine import Engine
 from labeltune.inference.generation import generate_answers
+from labeltune.inference.runner import Runner
 from labeltune.inference.scoring import Question
 from labeltune.inference.trie import LabelTrie
 from labeltune.prompts.template import ChatTemplate
+from labeltune.run_folder import file_hash
 from labeltune.tasks.base import Task
 from labeltune.tasks.builder import PromptBuilder
 from labeltune.tasks.classification import ClassificationTask
@@ -47,7 +50,8 @@ class Predictor:
         columns: names of the columns in the run's data files.
         calibrate: prior correction.
         calibration: what was fitted on validation rows.
-        source: names the weights, e.g. the path and hash of an adapter file.
+        source: names the base model.
+        weights: file that tells these weights from others, for `fingerprint`.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Predictor:
         calibrate: CalibrateConfig | None = None,
         calibration: Calibration | None = None,
         source: str = "",
+        weights: Path | None = None,
     ) -> None:
         self.model = model
         self.task = task
@@ -69,6 +74,7 @@ class Predictor:
         self.calibrate = calibrate or CalibrateConfig()
         self.calibration = calibration or Calibration()
         self.source = source
+        self.weights = weights
         self.builder = PromptBuilder(task, template)
         self.engine = Engine(model)
         self._grammars: Grammars | None = None
@@ -177,7 +183,7 @@ class Predictor:
                 trie = LabelTrie.of([self.builder.answer_ids(example, label) for label in labels])
             except ValueError as error:
                 raise DataError(
-                    f"{example.source or 'row ' + example.id}: {error}: two of the labels {list(labels)} are the same to this "
+                    f"{example.where}: {error}: two of the labels {list(labels)} are the same to this "
                     "model; rename one"
                 ) from error
             if len(self._tries) >= KEPT_TRIES:
@@ -203,16 +209,20 @@ class Predictor:
             self._grammars = Grammars(
                 self.template.tokenizer, task.labels, task.prompt.no_entities, vocabulary
             )
-        found = iter(
-            self.engine.extract(
-                self._grammars,
+        grammars = self._grammars
+
+        def run(runner: Runner) -> list[Extracted]:
+            return extract(
+                runner,
+                grammars,
                 self.template.end_of_turn_ids[:1],
                 prompts,
-                self.generation.max_new_tokens,
-                self.generation.batch_size,
-                _in_rows(len(prompts), len(examples), on_rows),
+                max_new_tokens=self.generation.max_new_tokens,
+                batch_size=self.generation.batch_size,
+                on_rows=_in_rows(len(prompts), len(examples), on_rows),
             )
-        )
+
+        found = iter(self.engine.decode(prompts[0][0], run) if prompts else ())
         predictions = []
         for example, each in zip(examples, views, strict=True):
             answers = [next(found) for _ in each]
@@ -250,8 +260,12 @@ class Predictor:
 
     def fingerprint(self) -> str:
         """Names everything that answers follow from but the rows: weights by their adapter or model file, and settings."""
+        known = ""
+        if self.weights is not None:
+            found = self.weights.exists()
+            known = file_hash(self.weights) if found else str(self.weights.parent.resolve())
         settings = [self.generation, self.calibrate, self.task.prompt]
-        values = [self.source, *(s.model_dump_json() for s in settings), repr(self.calibration)]
+        values = [f"{self.source} {known}", *(s.model_dump_json() for s in settings), repr(self.calibration)]
         return hashlib.sha256("\n".join([*values, *self.task.labels]).encode()).hexdigest()
 
     def base_model(self) -> AbstractContextManager[None]:

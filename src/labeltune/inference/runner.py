@@ -43,17 +43,16 @@ class SegmentRunner:
         import torch
 
         with torch.inference_mode(), segment_attention_on(self.model):
-            shared = self.cache.shared(prompts) if prompts else 0
-            past = self.cache.get(self.model, prompts[0][:shared]) if prompts else KeyValues()
-            yield _Segments(self.model, past, shared, self.max_tokens)
+            past = self.cache.common(self.model, prompts) if prompts else KeyValues()
+            yield _Segments(self.model, past, self.max_tokens)
 
 
 class _Segments:
-    def __init__(self, model: Any, past: KeyValues, shared: int, max_tokens: int) -> None:
-        self.model, self.past, self.shared, self.max_tokens = model, past, shared, max_tokens
+    def __init__(self, model: Any, past: KeyValues, max_tokens: int) -> None:
+        self.model, self.past, self.max_tokens = model, past, max_tokens
 
     def start(self, prompt: Sequence[int], room: int) -> tuple[Any, list[int]]:
-        own = list(prompt[self.shared :])
+        own = list(prompt[self.past.length :])
         return KeyValues(self.past, room=len(own) + room), own
 
     def advance(self, rows: Sequence[tuple[Any, Sequence[int]]]) -> Any:

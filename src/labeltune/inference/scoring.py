@@ -40,7 +40,7 @@ class PrefixCache:
         self.ids: tuple[int, ...] = ()
         self._held = KeyValues()
 
-    def shared(self, prompts: Sequence[Sequence[int]]) -> int:
+    def _shared(self, prompts: Sequence[Sequence[int]]) -> int:
         """How many tokens of these prompts to take from here; at least one of each prompt is left over."""
         ordered = sorted(map(list, prompts))
         common = min(common_prefix(ordered[0], ordered[-1]), min(map(len, prompts)) - 1)
@@ -50,8 +50,12 @@ class PrefixCache:
             return held
         return common if len(prompts) > 1 else 0
 
-    def get(self, model: Any, ids: Sequence[int]) -> KeyValues:
-        """Keys and values of exactly these tokens; call inside `segment_attention_on`."""
+    def common(self, model: Any, prompts: Sequence[Sequence[int]]) -> KeyValues:
+        """What these prompts begin with, computed where it is not known yet; call inside `segment_attention_on`."""
+        return self._get(model, prompts[0][: self._shared(prompts)])
+
+    def _get(self, model: Any, ids: Sequence[int]) -> KeyValues:
+        """Keys and values of exactly these tokens."""
         wanted = tuple(ids)
         if wanted != self.ids:
             self.clear()
@@ -85,8 +89,8 @@ def score_answers(
         return found
     vocabulary = model.get_output_embeddings().weight.shape[0]
     with torch.inference_mode(), segment_attention_on(model):
-        begin = cache.shared([question.prompt for question in questions])
-        past = cache.get(model, questions[0].prompt[:begin])
+        past = cache.common(model, [question.prompt for question in questions])
+        begin = past.length
         for rows, shared in plan_passes(questions, begin, max_tokens, LOGITS_BYTES // (4 * vocabulary)):
             segments = []
             behind = past

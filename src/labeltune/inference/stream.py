@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from labeltune.data.schemas import Fault, parse_record
 from labeltune.data.sources import iter_records
 from labeltune.errors import DataError, OutputError, PromptError
 from labeltune.inference.predictor import Predictor
-from labeltune.run_folder import write_json
+from labeltune.run_folder import file_hash, write_json
 from labeltune.types import Example, Prediction
 
 #: Rows that are predicted together and committed together; memory does not grow with the file.
@@ -136,7 +135,7 @@ def predict_file(
     """
     part, note = output.with_name(f".{output.name}.part"), output.with_name(f".{output.name}.part.json")
     mine = {
-        "input": _fingerprint(path),
+        "input": file_hash(path),
         "run": predictor.fingerprint(),
         "labels": list(labels),
         "min_confidence": min_confidence,
@@ -197,14 +196,6 @@ def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tu
                 keep, kept_bad, end = lines, bad, at
         file.truncate(end)
     return keep, kept_bad
-
-
-def _fingerprint(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def count_rows(path: Path) -> int | None:

@@ -114,11 +114,9 @@ def shared_prefix_attention(
     """
     import torch
 
-    if prefix_layout is None or attention_mask is not None:
-        raise ValueError("shared-prefix attention needs prefix_layout and takes no attention mask")
-    asked = [name for name in UNSUPPORTED if options.get(name) is not None]
-    if asked or not getattr(module, "is_causal", True) or query.shape[0] != 1:
-        raise ValueError(f"shared-prefix attention does not know {asked or 'batches and non-causal layers'}")
+    if prefix_layout is None:
+        raise ValueError("shared-prefix attention needs prefix_layout")
+    refuse_unknown(module, query, attention_mask, options)
     # On the CPU many small calls cost less than padding; elsewhere it is the other way round.
     attend = _one_by_one if query.device.type == "cpu" else _side_by_side
     sizes = [group.tokens for group in prefix_layout.groups]
@@ -129,6 +127,32 @@ def shared_prefix_attention(
         for output in attend(q, k, v, group, Attend(dropout, scaling, sliding_window))
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def refuse_unknown(module: Any, query: Any, attention_mask: Any, options: dict[str, Any]) -> None:
+    """What a model may ask of an attention function, and ours do not know.
+
+    Raises:
+        ValueError: it asks for that.
+    """
+    asked = [name for name in UNSUPPORTED if options.get(name) is not None]
+    if attention_mask is not None:
+        asked.append("attention_mask")
+    if asked or not getattr(module, "is_causal", True) or query.shape[0] != 1:
+        raise ValueError(f"labeltune's attention does not know {asked or 'batches and non-causal layers'}")
+
+
+def attend_to(query: Any, key: Any, value: Any, mask: Any, scaling: float | None, **options: Any) -> Any:
+    """PyTorch's attention with fewer key heads than query heads (GQA); tensors of shape [batch, heads, tokens, head size]."""
+    import torch
+
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type != "cpu":
+        # The kernels that take a mask do not take fewer key heads.
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1], **options
+    )
 
 
 @dataclass(frozen=True)
@@ -145,24 +169,10 @@ class Attend:
 
     def __call__(self, query: Any, key: Any, value: Any) -> Any:
         """Tensors of shape [batch, heads, tokens, head size]."""
-        import torch
-
         queries, keys = query.shape[2], key.shape[2]
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1 and query.device.type != "cpu":
-            # The kernels that take a mask do not take fewer key heads.
-            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         whole = queries == keys and (self.window is None or self.window >= keys)
-        return torch.nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if whole else self._mask(queries, keys, query.device),
-            is_causal=whole,
-            dropout_p=self.dropout,
-            scale=self.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        mask = None if whole else self._mask(queries, keys, query.device)
+        return attend_to(query, key, value, mask, self.scaling, is_causal=whole, dropout_p=self.dropout)
 
     def _mask(self, queries: int, keys: int, device: Any) -> Any:
         import torch

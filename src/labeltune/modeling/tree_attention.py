@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labeltune.modeling.shared_prefix import UNSUPPORTED, attention_on
+from labeltune.modeling.shared_prefix import attend_to, attention_on, refuse_unknown
 
 NAME = "labeltune_segments"
 
@@ -126,11 +126,9 @@ def segment_attention(
     """
     import torch
 
-    if segments is None or attention_mask is not None:
-        raise ValueError("segment attention needs segments and takes no attention mask")
-    asked = [name for name in UNSUPPORTED if options.get(name) is not None]
-    if asked or not getattr(module, "is_causal", True) or query.shape[0] != 1:
-        raise ValueError(f"segment attention does not know {asked or 'batches and non-causal layers'}")
+    if segments is None:
+        raise ValueError("segment attention needs segments")
+    refuse_unknown(module, query, attention_mask, options)
     layer = module.layer_idx
     sizes = [len(segment.ids) for segment in segments]
     outputs = []
@@ -142,14 +140,7 @@ def segment_attention(
             if before is not None:
                 k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
         mask = _mask(segment, k.shape[2], sliding_window, q.device)
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1 and q.device.type != "cpu":
-            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        outputs.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        )
+        outputs.append(attend_to(q, k, v, mask, scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

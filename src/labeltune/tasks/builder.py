@@ -77,7 +77,7 @@ class PromptBuilder:
                 return found
             if end <= start + 1:
                 raise PromptError(
-                    f"{example.source or 'row ' + example.id}: instruction and candidates leave no room for the text within "
+                    f"{example.where}: instruction and candidates leave no room for the text within "
                     f"prompt.max_length={self.task.prompt.max_length}; raise it"
                 )
             start = max(start + 1, end - (end - start) // 4)
@@ -110,7 +110,7 @@ class PromptBuilder:
             answer,
             prompt.max_length,
             side or prompt.truncation,
-            where=example.source or f"row {example.id}",
+            where=example.where,
             reserve=self.reserve(example),
         )
 

@@ -47,7 +47,7 @@ class ClassificationTask:
         found = example.candidates or self.labels
         fault = "no candidate labels, and no label set is known" if not found else label_fault(found)
         if fault:
-            raise DataError(f"{example.source or 'row ' + example.id}: {fault}")
+            raise DataError(f"{example.where}: {fault}")
         return found
 
     def conversation(self, example: Example) -> Conversation:
@@ -59,7 +59,7 @@ class ClassificationTask:
     def target(self, example: Example) -> str:
         """The label itself."""
         if example.label is None:
-            raise DataError(f"{example.source or 'row ' + example.id}: no label")
+            raise DataError(f"{example.where}: no label")
         return example.label
 
     def possible_answers(self, example: Example) -> tuple[str, ...]:

@@ -35,9 +35,7 @@ class NerTask:
     def target(self, example: Example) -> str:
         """JSON lines in order of appearance, or the sentence that there is none."""
         if example.entities is None:
-            raise DataError(
-                f"{example.source or 'row ' + example.id}: no entities; write [] for a text without any"
-            )
+            raise DataError(f"{example.where}: no entities; write [] for a text without any")
         if not example.entities:
             return self.prompt.no_entities
         ordered = sorted(example.entities, key=lambda e: (e.start or 0, e.end or 0))

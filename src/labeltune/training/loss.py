@@ -77,7 +77,7 @@ def chunked_cross_entropy(head: Any, hidden: Any, targets: Any, chunk: int = CHU
     return total
 
 
-_WORKSPACE: dict[tuple[int, str], Any] = {}
+_WORKSPACE: dict[int, Any] = {}
 
 
 def _workspace(rows: int, columns: int, device: Any) -> Any:
@@ -87,10 +87,9 @@ def _workspace(rows: int, columns: int, device: Any) -> Any:
 
     if device.type != "cpu":
         return torch.empty(rows, columns, device=device)
-    key = columns, str(device)
-    if key not in _WORKSPACE or len(_WORKSPACE[key]) < rows:
-        _WORKSPACE[key] = torch.empty(rows, columns)
-    return _WORKSPACE[key]
+    if columns not in _WORKSPACE or len(_WORKSPACE[columns]) < rows:
+        _WORKSPACE[columns] = torch.empty(rows, columns)
+    return _WORKSPACE[columns]
 
 
 _FROZEN: Any = None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from labeltune.errors import first_line
 from labeltune.modeling.precision import Precision
 from labeltune.training.loss import answer_loss
 from labeltune.training.packs import attention_for, make_batch
@@ -116,7 +117,7 @@ def _disagreement(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a foreign model does with a layout it does not know
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+        return first_line(error)
     difference = found.error(exact)
     return None if difference <= limit else f"relative difference {difference:.1e}, allowed {limit:.1e}"
 
