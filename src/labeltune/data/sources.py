@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from labeltune.config import HubConfig
-from labeltune.errors import DataError, HubError
+from labeltune.errors import DataError, HubError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _PARQUET_BATCH = 1024
@@ -116,13 +116,9 @@ def download_dataset(
     except Exception as error:
         raise HubError(
             f"data set {repo} could not be fetched from {'ModelScope' if hub_name == 'ms' else 'Hugging Face'} "
-            f"({type(error).__name__}: {_first_line(error)}). Check the name and the network, "
+            f"({first_line(error)}). Check the name and the network, "
             "or download the file by hand and give its path as data.train"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def iter_records(path: Path) -> Iterator[Record]:
