@@ -67,6 +67,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layout", choices=["original", "labels_first"], default="original")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--without", action="append", default=[], help="leave a variant out (may be repeated)"
+    )
     parser.add_argument("--json", help="write the result here")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -154,7 +157,7 @@ def main() -> None:
         return
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(given.repeats):
-        for variant in VARIANTS[given.task]:
+        for variant in (v for v in VARIANTS[given.task] if v not in given.without):
             done = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], "--variant", variant],
                 capture_output=True,

@@ -22,6 +22,7 @@ from labeltune.prompts.template import ChatTemplate
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import kept_parts
 from labeltune.types import Entity, Example
+from test_sources import fake_hub
 from test_training import config_for
 
 NER_LABELS = ["地点", "地理实体"]
@@ -178,7 +179,8 @@ def test_parts_of_a_shortened_text() -> None:
 
 def test_the_same_place_in_two_windows_counts_once() -> None:
     first = [Entity("a", "X", 0, 1, -0.5), Entity("b", "X", 5, 6, -0.9)]
-    second = [Entity("b", "Y", 5, 6, -0.1), Entity("c", "X", 9, 10, -1.0)]
+    second = [Entity("b", "Y", 5, 6, 0.0), Entity("c", "X", 9, 10, -1.0)]
+    assert merge_entities([second, first])[1].label == "Y"  # a score of 0 is the surest there is
     assert merge_entities([first, second]) == (
         Entity("a", "X", 0, 1),
         Entity("b", "Y", 5, 6),
@@ -291,6 +293,21 @@ def test_evaluate_uses_the_exact_engine_and_free_generation_on_demand(
         free = recipes.evaluate(result.best, str(data), progress=False, decoding="free")
         assert (exact["decoding"], free["decoding"]) == ("exact", "free")
         assert exact["unparsable"] == 0.0 and free["unparsable"] > 0.0
+
+
+@pytest.mark.parametrize("hub", ["ms", "hf"])
+def test_a_checkpoint_on_a_hub(
+    hub: str, in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = recipes.train(config_for(in_folder, model_folder, max_steps=1))
+    calls = fake_hub(monkeypatch, hub, lambda _: str(result.best))
+    with load_predictor(f"{hub}:someone/news-labels") as there, load_predictor(result.best) as here:
+        assert there.predict(["rocket"]) == here.predict(["rocket"])
+    (call,) = calls
+    assert call["model_id" if hub == "ms" else "repo_id"] == "someone/news-labels"
+    fake_hub(monkeypatch, hub, lambda _: str(model_folder))
+    with pytest.raises(ModelError, match="checkpoint"):
+        load_predictor(f"{hub}:someone/no-run")
 
 
 def test_ranked_takes_the_most_probable() -> None:

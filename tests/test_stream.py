@@ -30,18 +30,18 @@ def test_rows_come_out_in_order_with_faults_in_their_places(
 ) -> None:
     monkeypatch.setattr(stream, "CHUNK_ROWS", 4)
     rows: list[Any] = [{"text": f"row {i}"} for i in range(11)]
-    rows[2] = {"text": ""}
-    rows[5] = {"text": "x", "category": ["same", "same "]}
+    rows[2] = {"id": "mine", "text": ""}
+    rows[5] = {"id": 77, "text": "x", "category": ["same", "same "]}
     rows[9] = {"text": "x", "category": ["long " * 600]}
     path = write_jsonl(in_folder / "rows.jsonl", rows)
     with path.open("a", encoding="utf-8") as file:
-        file.write("no json\n")
+        file.write('no json\n{"id": "\\ud800", "text": "x"}\n')
     predictor = predictor_for()
     seen: list[int] = []
     bad = predict_file(predictor, path, in_folder / "out.jsonl", top_k=1, progress=seen.append)
     found = lines(in_folder / "out.jsonl")
-    assert [row["id"] for row in found] == [str(i) for i in range(12)]
-    assert [i for i, row in enumerate(found) if "error" in row] == [2, 5, 9, 11] and bad == 4
+    assert [row["id"] for row in found] == ["0", "1", "mine", "3", "4", "77", *map(str, range(6, 12)), "?"]
+    assert [i for i, row in enumerate(found) if "error" in row] == [2, 5, 9, 11, 12] and bad == 5
     assert found[9]["source"].endswith("rows.jsonl:10") and "prompt.max_length" in found[9]["error"]
     assert all(len(row["ranking"]) == 1 for row in found if "error" not in row)
     assert sum(seen) >= 12

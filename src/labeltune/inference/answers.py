@@ -116,12 +116,16 @@ def mean_scores(views: Sequence[LabelScores]) -> LabelScores:
     return LabelScores(views[0].labels, means, views[0].lengths)
 
 
+def _score(entity: Entity) -> float:
+    return -math.inf if entity.score is None else entity.score
+
+
 def merge_entities(windows: Sequence[Sequence[Entity]]) -> tuple[Entity, ...]:
     """Entities of overlapping windows: the same place counts once, with the label and score of the surer window."""
     best: dict[tuple[int | None, int | None], Entity] = {}
     for entity in (entity for window in windows for entity in window):
         place = entity.start, entity.end
         held = best.get(place)
-        if held is None or (entity.score or -math.inf) > (held.score or -math.inf):
+        if held is None or _score(entity) > _score(held):
             best[place] = entity
     return tuple(sorted(best.values(), key=lambda e: (e.start or 0, e.end or 0)))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from labeltune.config import RunConfig
+from labeltune.config import HubConfig, RunConfig
 from labeltune.inference.answers import Calibration
 from labeltune.inference.predictor import Predictor
-from labeltune.modeling.hub import load_model, load_tokenizer, resolve_model
+from labeltune.modeling.hub import load_model, load_tokenizer, resolve_model, snapshot
 from labeltune.modeling.lora import load_adapter
 from labeltune.modeling.precision import pick_precision
 from labeltune.prompts.template import ChatTemplate
@@ -28,15 +28,17 @@ def load_predictor(
     """Load a checkpoint (or the best one of a run folder) with the base model it was trained on.
 
     Args:
-        run: `output/Qwen2`, `output/Qwen2/checkpoint-100` ...
+        run: `output/Qwen2`, `output/Qwen2/checkpoint-100`, or a checkpoint on a hub, `ms:org/name` or `hf:org/name`.
         device: `cuda`, `cpu` ...; the best there is when None.
         precision: `auto`, `bf16`, `fp16` or `fp32`.
         base_folder: where the base model's files are, when they have moved since training.
 
     Raises:
+        HubError: the hub cannot be reached or has no such checkpoint.
         ModelError: there is no complete checkpoint, or its base model cannot be found.
     """
-    folder = find_checkpoint(run)
+    on_hub = str(run).startswith(("ms:", "hf:"))
+    folder = find_checkpoint(snapshot(str(run), HubConfig()) if on_hub else run)
     info = RunInfo.load(folder)
     picked = pick_precision(precision)
     where = device or picked.device

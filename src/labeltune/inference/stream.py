@@ -25,13 +25,13 @@ CHUNK_ROWS = 256
 class BadRow:
     """A row that cannot be predicted: it keeps its place in the output."""
 
-    number: int
+    id: str
     fault: str
     source: str
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the output."""
-        return {"id": str(self.number), "error": self.fault, "source": self.source}
+        return {"id": self.id, "error": self.fault, "source": self.source}
 
 
 Row = Example | BadRow
@@ -40,13 +40,16 @@ Row = Example | BadRow
 def read_rows(path: Path, predictor: Predictor, labels: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of a file, each an example or the reason why not; `labels` are for rows that bring no candidates."""
     task = predictor.task
-    known = task.labels if task.name == "ner" else None
+    labels_known = task.labels if task.name == "ner" else None
     for number, record in enumerate(iter_records(path)):
         example, faults = parse_record(
-            record, number, task.name, predictor.columns, known, answers_required=False
+            record, number, task.name, predictor.columns, labels_known, answers_required=False
         )
         if example is None:
-            yield BadRow(number, _first_error(faults), record.where)
+            own = (record.values or {}).get(predictor.columns.id)
+            has_id = isinstance(own, str | int) and own != ""
+            name = str(own).encode("utf-8", "replace").decode() if has_id else str(number)
+            yield BadRow(name, _first_error(faults), record.where)
         else:
             yield with_labels(example, labels)
 
@@ -73,17 +76,14 @@ def predict_rows(
     Every chunk starts from nothing, so that its answers do not depend on where a run began, to the last bit.
     """
     source = iter(rows)
-    number = 0
     while chunk := list(islice(source, CHUNK_ROWS)):
         predictor.engine.forget()
-        yield _predict_chunk(predictor, chunk, number, min_confidence, on_rows)
-        number += len(chunk)
+        yield _predict_chunk(predictor, chunk, min_confidence, on_rows)
 
 
 def _predict_chunk(
     predictor: Predictor,
     chunk: list[Row],
-    number: int,
     min_confidence: float | None,
     on_rows: Callable[[int], None] | None,
 ) -> list[Prediction | BadRow]:
@@ -94,20 +94,20 @@ def _predict_chunk(
         found = iter(predictor.predict(good, min_confidence=min_confidence, on_batch=on_rows))
     except (DataError, PromptError):
         # Some row cannot be asked about; those that can are predicted without it.
-        rows = [_askable(predictor, row, number + i) for i, row in enumerate(chunk)]
+        rows = [_askable(predictor, row) for row in chunk]
         if rows == chunk:
             raise
-        return _predict_chunk(predictor, rows, number, min_confidence, on_rows)
+        return _predict_chunk(predictor, rows, min_confidence, on_rows)
     return [next(found) if isinstance(row, Example) else row for row in chunk]
 
 
-def _askable(predictor: Predictor, row: Row, number: int) -> Row:
+def _askable(predictor: Predictor, row: Row) -> Row:
     if isinstance(row, BadRow):
         return row
     try:
         predictor.check(row)
     except (DataError, PromptError) as error:
-        return BadRow(number, str(error), row.source)
+        return BadRow(row.id, str(error), row.source)
     return row
 
 

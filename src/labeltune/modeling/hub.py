@@ -49,7 +49,7 @@ def resolve_model(spec: str, hub: HubConfig | None = None) -> LocalModel:
     if spec in POCKET_MODELS:
         return LocalModel(pocket_folder(spec, hub.accept_license), spec)
     if spec.startswith(("ms:", "hf:")):
-        folder = _snapshot(spec, hub)
+        folder = snapshot(spec, hub)
     else:
         folder = Path(spec).expanduser()
         if not folder.is_dir():
@@ -61,7 +61,16 @@ def resolve_model(spec: str, hub: HubConfig | None = None) -> LocalModel:
     return LocalModel(folder, spec, hub.revision, hub.cache_dir)
 
 
-def _snapshot(spec: str, hub: HubConfig) -> Path:
+def snapshot(spec: str, hub: HubConfig) -> Path:
+    """Fetch a hub's model repository, of which only what `IGNORED_FILES` leaves.
+
+    Args:
+        spec: `ms:org/name` or `hf:org/name`.
+
+    Raises:
+        HubError: the hub cannot be reached or has no such model.
+        ModelError: the name has another form.
+    """
     repo = spec[3:]
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ModelError(f"model {spec!r} must look like {spec[:3]}org/name")
