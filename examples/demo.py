@@ -1,4 +1,4 @@
-"""The whole job on a small model: check the data, measure, fine-tune, measure again, predict.
+"""The whole job on a small model: check the data, fine-tune, measure, compare with the untuned model, predict.
 
 Run by `make demo` (English rows on `pocket`) and `make demo DEMO=zh` (Chinese rows on `pocket-zh`, after its licence).
 """
@@ -26,8 +26,9 @@ class Outcome:
 
     task: str
     metric: str
-    before: dict[str, Any]
     after: dict[str, Any]
+    comparison: dict[str, Any]
+    report: Path
     seconds: float
     shown: list[tuple[str, str]]
 
@@ -51,7 +52,7 @@ def accept_license(language: str) -> str | None:
 
 
 def run_task(language: str, task: str, license_name: str | None) -> Outcome:
-    """Check, measure, fine-tune, measure, predict."""
+    """Check, fine-tune, measure, compare, predict."""
     from labeltune import load_predictor, recipes
 
     path = HERE / f"{language}_{task}.yaml"
@@ -67,23 +68,20 @@ def run_task(language: str, task: str, license_name: str | None) -> Outcome:
     started = time.monotonic()
     check(config)
 
-    print(f"\n== {task}: the untuned model on the test rows", flush=True)
-    common = {"train_data": config.data.train} if task == "ner" else {}
-    before = recipes.evaluate(
-        path, config.data.test, overrides=overrides, output=OUTPUT / f"{language}-{task}-before", **common
-    )
     print(f"\n== {task}: fine-tuning", flush=True)
     result = recipes.train(config, overwrite=True)
     print(f"\n== {task}: the tuned model on the test rows", flush=True)
-    after = recipes.evaluate(
-        result.best, config.data.test, output=OUTPUT / f"{language}-{task}-after", **common
-    )
+    common = {"train_data": config.data.train} if task == "ner" else {}
+    report = OUTPUT / f"{language}-{task}-report"
+    after = recipes.evaluate(result.best, config.data.test, output=report, **common)
+    print(f"\n== {task}: the untuned model against the tuned one", flush=True)
+    comparison = recipes.compare("base", result.best, config.data.test, output=report)
 
     texts = [row.text for row in _some_rows(config, 3)]
     with load_predictor(result.best) as predictor:
         predictions = predictor.predict(texts)
     shown = [(t, p.label or p.answer) for t, p in zip(texts, predictions, strict=True)]
-    return Outcome(task, TASKS[task], before, after, time.monotonic() - started, shown)
+    return Outcome(task, TASKS[task], after, comparison, report, time.monotonic() - started, shown)
 
 
 def check(config: RunConfig) -> None:
@@ -108,22 +106,25 @@ def _some_rows(config: RunConfig, count: int) -> list[Any]:
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """Before and after side by side, beside what no learning would score, and three predictions."""
-    before, after = outcome.before[outcome.metric], outcome.after[outcome.metric]
+    """Before and after on the same rows, beside what no learning would score, and three predictions."""
+    after, found = outcome.after[outcome.metric], outcome.comparison["differences"][outcome.metric]
+    change = found["difference"]
     print(f"\n{outcome.task}, {outcome.after['rows']} test rows, {outcome.metric} with 95 % interval")
-    print(f"  before            {_shown(before)}")
+    print(f"  before            {found['first']:.3f}")
     print(f"  after             {_shown(after)}")
+    print(
+        f"  difference       {change['value']:+.3f}  [{change['low']:+.3f}, {change['high']:+.3f}]  p = {found['p_value']:.2g}"
+    )
     baselines = outcome.after["baselines"]
     for name, value in baselines.items():
         print(f"  {name:<17} {_shown(value)}")
+    bar = max(value["value"] for value in baselines.values())
+    better = change["low"] > 0 and after["low"] > bar
     print(
-        f"  unparsable        {outcome.before['unparsable']:.1%} before, {outcome.after['unparsable']:.1%} after"
+        f"  {'clearly' if better else 'NOT clearly'} better: the difference's lower end {change['low']:+.3f}, to be above 0; "
+        f"after's {after['low']:.3f}, to be above {bar:.3f}; {outcome.seconds:.0f} s"
     )
-    bar = max(before["high"], *(value["value"] for value in baselines.values()))
-    verdict = "clearly better" if after["low"] > bar else "NOT clearly better"
-    print(
-        f"  {verdict}: after's lower end {after['low']:.3f}, to be above {bar:.3f}; {outcome.seconds:.0f} s"
-    )
+    print(f"  report: {outcome.report}/report.html, comparison.html")
     for text, answer in outcome.shown:
         print(f"\n  {text}\n  -> " + answer.replace("\n", "\n     "))
 

@@ -13,8 +13,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "labeltune"
 #: From low to high; a module may import from its own layer and the ones below it.
 LAYERS = (
     ("types", "errors"),
-    ("config",),
-    ("progress", "run_folder", "config_table"),
+    ("config", "config_sections"),
+    ("progress", "run_folder", "config_table", "pages"),
     ("prompts", "data"),
     ("modeling", "tasks"),
     ("evaluation", "training", "inference", "tracking"),

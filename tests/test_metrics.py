@@ -12,18 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labeltune.config import load_config
+from labeltune.evaluation.measures import bootstrap, wilson
 from labeltune.evaluation.metrics import (
-    bootstrap,
     classification_metrics,
-    dictionary_entities,
-    entity_dictionary,
     macro_f1,
     majority_baseline,
+    uniform_baseline,
+)
+from labeltune.evaluation.spans import (
+    dictionary_entities,
+    entity_dictionary,
     ner_metrics,
     spans,
     strict_span_f1,
-    uniform_baseline,
-    wilson,
 )
 from labeltune.tasks import make_task
 from labeltune.tasks.ner import locate

@@ -88,7 +88,16 @@ def test_the_dashboard_reads_a_run(
         experiment = project["experiments"][0]
         number = experiment["id"]
         charts = json.dumps(fetch(f"{base}/experiment/{number}/chart")["data"])
-        assert "train/loss" in charts and "eval/loss" in charts and "Prediction" in charts
+        mine = "validation (used for selection)"
+        for name in ("train/loss", "train/grad_norm", "train/tokens_saved", "train/memory_gb", "Prediction"):
+            assert name in charts
+        for name in ("loss", "macro_f1", "calibration_temperature", "confusion matrix (text)"):
+            assert f"{mine}/{name}" in charts
+        assert "eval/" not in charts
+        drawn = [json.loads(f.read_text("utf-8")) for f in (in_folder / "swanlog").rglob("echarts/*.json")]
+        axes = [chart["xAxis"][0].get("name") for chart in drawn]
+        assert axes.count("Right label") == 1 and axes.count("confidence") == 1 and "Recall" in axes
+        assert "NaN" not in json.dumps(drawn)
         loss = fetch(f"{base}/experiment/{number}/tag/train%2Floss")["data"]
         assert len(loss["list"]) >= 4
         text = json.dumps(fetch(f"{base}/experiment/{number}/tag/Prediction")["data"])
@@ -109,6 +118,8 @@ def test_predictions_are_shown_before_at_each_epoch_and_at_the_end(
         tracking.SwanlabTracker, "_log_predictions", lambda self, step, texts: seen.append((step, texts))
     )
     monkeypatch.setattr(tracking.GuardedCallback, "_make", staticmethod(lambda: None))
+    for name in ("log", "log_charts"):
+        monkeypatch.setattr(tracking.SwanlabTracker, name, lambda *_: None)
     recipes.train(tracked_config(in_folder, model_folder, mode="local"))
     assert [step for step, _ in seen] == [0, 3, 6]
     assert all(len(texts) == 3 for _, texts in seen)

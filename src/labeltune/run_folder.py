@@ -199,6 +199,15 @@ def remove_checkpoints(output_dir: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a file atomically, UTF-8: a reader sees the old one or the new one, never a part.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: a reader sees the old one or the new one, never a part.
 
     Raises:
@@ -208,8 +217,8 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             Path(name).chmod(0o666 & ~_umask())

@@ -27,7 +27,8 @@ def evaluate(
     ] = None,
     decoding: Annotated[str | None, typer.Option(help="exact or free; the run's own when missing.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for metrics.json and predictions.jsonl.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for metrics.json, predictions.jsonl and report.html."),
     ] = None,
 ) -> None:
     """Measure a run on labelled rows; JSON on standard output."""
@@ -58,10 +59,11 @@ def print_summary(metrics: dict[str, Any]) -> None:
     """Headline figures on standard error, for people."""
     import sys
 
-    keys = ("accuracy", "macro_f1") if metrics["task"] == "classification" else ("span_f1",)
-    for key in keys:
-        m = metrics[key]
-        print(f"{key}: {m['value']:.3f}  (95 % interval {m['low']:.3f} to {m['high']:.3f})", file=sys.stderr)
+    from labeltune.evaluation.headline import shown_headline
+
+    print(f"rows: {metrics['rows']}, {metrics['rows_are']}", file=sys.stderr)
+    for key, value in shown_headline(metrics):
+        print(f"{key}: {value}", file=sys.stderr)
     for name, m in metrics.get("baselines", {}).items():
         print(f"baseline {name}: {m['value']:.3f}", file=sys.stderr)
     print(f"unparsable answers: {metrics['unparsable']:.1%} of {metrics['rows']} rows", file=sys.stderr)

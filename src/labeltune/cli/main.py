@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from labeltune import __version__
-from labeltune.cli import board, data, doctor, evaluate, init, predict, train
+from labeltune.cli import board, compare, data, doctor, evaluate, init, predict, train
 from labeltune.errors import LabeltuneError
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("predict")(predict.predict)
 app.command("board")(board.board)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from labeltune.evaluation.confidence import ENOUGH_ROWS, calibration_report
+from labeltune.evaluation.headline import SELECTION
 from labeltune.inference.answers import Calibration
 from labeltune.inference.predictor import Predictor
 from labeltune.types import Example
@@ -16,31 +17,32 @@ from labeltune.types import Example
 
 def calibrate(
     predictor: Predictor, examples: Sequence[Example], folder: Path, say: Callable[[str], None]
-) -> dict[str, Any]:
+) -> tuple[Calibration, dict[str, Any]]:
     """Fit on labelled examples, save `calibration.json` in a checkpoint, and say what it brought.
 
     Returns:
-        `rows`, `temperature`, and for `before` and `after` (cross-fitted) `nll`, `brier` and `ece`.
+        The calibration; and `rows`, `temperature`, and for `before` and `after` (cross-fitted) `nll`, `brier` and `ece`.
     """
     rows = predictor.log_probabilities(examples)
     norm = predictor.generation.length_norm
     right = [row.labels.index(example.label or "") for row, example in zip(rows, examples, strict=True)]
     temperature, report = calibration_report([np.array(row.comparable(norm)) for row in rows], right)
-    Calibration(temperature, norm).save(folder, report)
+    calibration = Calibration(temperature, norm)
+    calibration.save(folder, report)
     few = f", fewer than {ENOUGH_ROWS}: a rough guess" if len(rows) < ENOUGH_ROWS else ""
     say(
         f"confidence: temperature {temperature:.2f} from {len(rows)} validation rows{few}; "
         f"ECE {report['before']['ece']:.3f} -> {report['after']['ece']:.3f}, "
         f"Brier {report['before']['brier']:.3f} -> {report['after']['brier']:.3f} (after: cross-fitted)"
     )
-    return report
+    return calibration, report
 
 
 def calibration_figures(report: Mapping[str, Any]) -> dict[str, float]:
     """A report as flat numbers for a tracker."""
     figures = {
-        f"calibration/{name}_{when}": float(report[when][name])
+        f"{SELECTION}/calibration_{name}_{when}": float(report[when][name])
         for when in ("before", "after")
         for name in ("nll", "brier", "ece")
     }
-    return {**figures, "calibration/temperature": float(report["temperature"])}
+    return {**figures, f"{SELECTION}/calibration_temperature": float(report["temperature"])}

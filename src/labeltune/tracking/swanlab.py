@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from transformers import TrainerCallback
 
 from labeltune.config import SwanlabConfig
 from labeltune.errors import Interrupted
+from labeltune.evaluation.headline import SELECTION
+from labeltune.types import Example, Prediction
 
 
 def pick_mode(wanted: str) -> str:
@@ -126,6 +128,34 @@ class SwanlabTracker:
 
             self.guard(action)
 
+    def log_charts(
+        self,
+        metrics: Mapping[str, Any],
+        examples: Sequence[Example],
+        predictions: Sequence[Prediction],
+        step: int,
+    ) -> None:
+        """Show the charts of an evaluation."""
+        if self.started:
+            self.guard(lambda: self._log_charts(metrics, examples, predictions, step))
+
+    def _log_charts(
+        self,
+        metrics: Mapping[str, Any],
+        examples: Sequence[Example],
+        predictions: Sequence[Prediction],
+        step: int,
+    ) -> None:
+        import swanlab
+
+        from labeltune.tracking.charts import charts, texts
+
+        for name, chart in charts(swanlab.echarts, metrics, examples, predictions).items():
+            swanlab.log({name: swanlab.ECharts(chart)}, step=step)
+        # The local dashboard draws numbers, texts and pictures, but no ECharts.
+        for name, lines in texts(metrics).items():
+            swanlab.log({name: [swanlab.Text(text, caption=caption) for caption, text in lines]}, step=step)
+
     def finish(self, error: BaseException | None = None) -> None:
         """Close the run, also one that has failed; an error shows it as crashed, Ctrl-C as aborted."""
         if not self.started:
@@ -166,13 +196,18 @@ class GuardedCallback(TrainerCallback):  # type: ignore[misc]
         """Passed on."""
         self._pass_on("on_train_begin", args, state, control, **kwargs)
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Passed on."""
-        self._pass_on("on_log", args, state, control, **kwargs)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Passed on."""
-        self._pass_on("on_evaluate", args, state, control, **kwargs)
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Passed on, but for the figures of a validation: they get a name that says what they were used for. (They come here
+        as well as to `on_evaluate`, where SwanLab would log them under `eval/`.)"""
+        logs = logs or {}
+        validation = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
+        if validation and state.is_world_process_zero:
+            kept = {k: v for k, v in validation.items() if not k.endswith(("runtime", "per_second"))}
+            self.tracker.log({f"{SELECTION}/{k}": float(v) for k, v in kept.items()}, state.global_step)
+            return
+        self._pass_on("on_log", args, state, control, logs=logs, **kwargs)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Passed on."""

@@ -146,9 +146,15 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Prints the validation loss."""
+        """Prints the figures of a validation."""
         if state.is_world_process_zero and metrics and "eval_loss" in metrics:
-            self.say(f"step {state.global_step}: validation loss {metrics['eval_loss']:.4f}")
+            timings = ("runtime", "per_second")
+            figures = ", ".join(
+                f"{name.removeprefix('eval_')} {value:.4f}"
+                for name, value in metrics.items()
+                if name.startswith("eval_") and not name.endswith(timings)
+            )
+            self.say(f"step {state.global_step}: validation (used for selection): {figures}")
 
     def say(self, line: str) -> None:
         """A line above the bar."""

@@ -71,9 +71,18 @@ class PackTrainer(Trainer):  # type: ignore[misc]
     cut into packs nor the number of processes changes it. Gradients are added up over processes once, after the last pack.
     """
 
-    def __init__(self, plan: StepPlan, batch_size: int, seed: int, say: Say, **options: Any) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        batch_size: int,
+        seed: int,
+        say: Say,
+        measure: Callable[[], dict[str, float]] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(data_collator=to_rows, **options)
-        self.plan, self.batch_size, self.seed, self.say = plan, batch_size, seed, say
+        self.plan, self.batch_size, self.seed, self.say, self.measure = plan, batch_size, seed, say, measure
+        self._given = self._computed = 0
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Every process reads every step and takes its own packs from it."""
@@ -122,6 +131,9 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         answers = sum(len(row.answer) for row in rows)
         total = torch.zeros((), device=self.args.device)
         packs = plan_step(rows, plan.max_tokens, plan.packing, processes)[self.accelerator.process_index]
+        if train:
+            self._given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
+            self._computed += sum(pack.tokens(rows, plan.packing) for pack in packs)
         with attention_for(self.model, plan.packing), self.accelerator.no_sync(model):
             for pack in packs:
                 batch = make_batch(rows, pack, plan.packing, plan.pad_id).to(self.args.device)
@@ -192,7 +204,26 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             torch.distributed.all_reduce(total)
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": float(total / answers)}
+        for name, value in self._measured().items():
+            metrics[f"{metric_key_prefix}_{name}"] = value
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
+
+    def _measured(self) -> dict[str, float]:
+        """Figures of the main process, known to all of them."""
+        if self.measure is None:
+            return {}
+        found = [self.measure() if self.is_world_process_zero() else {}]
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to a line of training the share of tokens that sharing saved since the last one, and memory."""
+        if "loss" in logs and self._given:
+            logs["tokens_saved"] = round(1 - self._computed / self._given, 4)
+            logs["memory_gb"] = round(_memory_in_use(self.args.device) / 1e9, 3)
+            self._given = self._computed = 0
+        super().log(logs, start_time)
 
     def _evaluated(self, model: Any, rows: list[Row]) -> Any:
         while True:
@@ -204,6 +235,15 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             if not self._any_process(full):
                 return total
             self._shrink(model, max(len(row.ids) for row in rows))
+
+
+def _memory_in_use(device: Any) -> int:
+    """Bytes: the most a GPU held so far, or what this process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def smallest_everywhere(value: int, device: Any) -> int:

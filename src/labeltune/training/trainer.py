@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from labeltune.training.stepping import StepPlan
 
 Say = Callable[[str], None]
+#: Figures on validation rows by name.
+Measurement = Callable[[], dict[str, float]]
 
 #: Steps looked at to choose the size of packs.
 SAMPLED_STEPS = 4
@@ -33,7 +35,10 @@ class TrainResult:
 
     Attributes:
         last: the last checkpoint.
-        best: `output_dir/best`, the checkpoint with the lowest validation loss (the last one without validation rows).
+        best: `output_dir/best`, the checkpoint with the best `metric` on validation rows (the last one without such rows).
+        metric_name: what picked it (`macro_f1`, `span_f1`, `accuracy` or `loss`), None without validation rows.
+        metric: its value there.
+        validation_loss: the loss there.
         seconds: time spent in the training loop.
     """
 
@@ -41,6 +46,8 @@ class TrainResult:
     best: Path
     steps: int
     train_loss: float
+    metric_name: str | None
+    metric: float | None
     validation_loss: float | None
     seconds: float
 
@@ -55,6 +62,8 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
 
     options = config.training
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    strategy = "epoch" if options.save_steps == "epoch" else "steps"
+    every = 1 if options.save_steps == "epoch" else options.save_steps
     try:
         arguments = TrainingArguments(
             output_dir=config.output_dir,
@@ -68,14 +77,14 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
             max_grad_norm=options.max_grad_norm,
             logging_steps=options.logging_steps,
             logging_first_step=True,
-            save_strategy="steps",
-            save_steps=options.save_steps,
+            save_strategy=strategy,
+            save_steps=every,
             save_total_limit=options.save_total_limit,
-            eval_strategy="steps" if has_validation else "no",
-            eval_steps=options.save_steps,
+            eval_strategy=strategy if has_validation else "no",
+            eval_steps=every,
             prediction_loss_only=True,
-            metric_for_best_model="eval_loss" if has_validation else None,
-            greater_is_better=False if has_validation else None,
+            metric_for_best_model=f"eval_{config.metric}" if has_validation else None,
+            greater_is_better=config.metric != "loss" if has_validation else None,
             bf16=precision.name == "bf16",
             fp16=precision.name == "fp16",
             use_cpu=precision.device == "cpu",
@@ -89,6 +98,7 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
             if config.tracking == "wandb"
             else [],
             run_name=config.swanlab.experiment,
+            restore_callback_states_from_checkpoint=config.eval.patience is not None,
             disable_tqdm=True,
         )
     except ValueError as error:
@@ -110,8 +120,12 @@ def run_training(
     callbacks: list[Any],
     resume_from: Path | None,
     say: Say,
+    measure: Measurement | None = None,
 ) -> TrainResult:
     """Train, saving checkpoints as PEFT folders with tokenizer and `labeltune.json`.
+
+    Args:
+        measure: called at every validation on the main process; gives figures by name, among them the config's metric.
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint has been saved.
@@ -131,12 +145,13 @@ def run_training(
         config.training.batch_size,
         config.training.seed,
         say,
+        measure,
         model=model,
         args=arguments,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        callbacks=[progress, SaveRunInfo(info), stopper, *callbacks],
+        callbacks=[progress, SaveRunInfo(info), stopper, *_early_stopping(config, validation), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     try:
@@ -150,6 +165,7 @@ def run_training(
     best = last
     if trainer.state.best_model_checkpoint:
         best = Path(trainer.state.best_model_checkpoint)
+    measured = trainer.state.best_metric is not None
     if trainer.is_world_process_zero():
         point_best(Path(config.output_dir), best)
     return TrainResult(
@@ -157,9 +173,30 @@ def run_training(
         best=Path(config.output_dir) / "best",
         steps=trainer.state.global_step,
         train_loss=float(output.training_loss),
-        validation_loss=trainer.state.best_metric,
+        metric_name=config.metric if measured else None,
+        metric=trainer.state.best_metric if measured else None,
+        validation_loss=_loss_at(trainer.state) if measured else None,
         seconds=float(output.metrics["train_runtime"]),
     )
+
+
+def _early_stopping(config: RunConfig, validation: Dataset | None) -> list[Any]:
+    """transformers' callback, whose count is kept in checkpoints, so that a resumed run stops where it would have."""
+    from transformers import EarlyStoppingCallback
+
+    if config.eval.patience is None or validation is None:
+        return []
+    return [EarlyStoppingCallback(config.eval.patience, config.eval.min_delta)]
+
+
+def _loss_at(state: Any) -> float | None:
+    """Validation loss at the best step."""
+    found = [
+        entry["eval_loss"]
+        for entry in state.log_history
+        if entry.get("step") == state.best_global_step and "eval_loss" in entry
+    ]
+    return float(found[-1]) if found else None
 
 
 def prepare_steps(

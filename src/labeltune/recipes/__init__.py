@@ -1,0 +1,7 @@
+"""Composition root: train, evaluate, compare, predict and check data, each wired in one function that reads like a page."""
+
+from labeltune.recipes.comparing import compare as compare
+from labeltune.recipes.data import check_data as check_data
+from labeltune.recipes.evaluation import evaluate as evaluate
+from labeltune.recipes.evaluation import predict as predict
+from labeltune.recipes.training import train as train

@@ -1,0 +1,186 @@
+"""Measuring a run, and asking it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labeltune.config import DataConfig, HubConfig, load_config
+from labeltune.data.loading import Rows, load_rows, load_splits
+from labeltune.errors import DataError
+from labeltune.evaluation.headline import SELECTION
+from labeltune.evaluation.metrics import classification_metrics
+from labeltune.evaluation.report import report_page
+from labeltune.evaluation.slices import slices
+from labeltune.evaluation.spans import entity_dictionary, ner_metrics
+from labeltune.recipes.selection import count_selection
+from labeltune.run_folder import write_json, write_text
+from labeltune.types import Example, Prediction
+
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
+
+
+def evaluate(
+    run: str | os.PathLike[str],
+    data: str,
+    *,
+    base: bool = False,
+    on_error: str = "stop",
+    max_rows: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    train_data: str | None = None,
+    progress: bool = True,
+    decoding: str | None = None,
+) -> dict[str, Any]:
+    """Measure a run on labelled rows.
+
+    Args:
+        run: a run folder, a checkpoint, or a config file (`.yaml`): the untuned model with that prompt.
+        data: labelled file or hub data set.
+        base: switch the run's adapter off and measure the untuned model.
+        on_error: `stop` or `skip` faulty rows.
+        output: folder for `metrics.json`, `predictions.jsonl` and `report.html`.
+        overrides: `key=value` changes when `run` is a config file.
+        train_data: training rows for the dictionary baseline of NER.
+        decoding: `exact` or `free`; the run's own when None.
+
+    Raises:
+        DataError: the rows have faults (with `on_error="stop"`), or none is usable.
+        ModelError: there is no such run.
+    """
+    predictor, data_config, hub = predictor_of(run, overrides)
+    with predictor:
+        if decoding is not None:
+            predictor.change(decoding=decoding)
+        rows = labelled_rows(predictor, data, data_config, hub, on_error, max_rows)
+        examples = [rows.example(i) for i in range(len(rows.dataset))]
+        with (
+            predictor.base_model() if base else contextlib.nullcontext(),
+            row_bar(len(examples), progress) as advance,
+        ):
+            predictions = predictor.predict(examples, on_batch=advance)
+        used = {"decoding": predictor.generation.decoding}
+        labels, task = predictor.task.labels, predictor.task.name
+    dictionary = None
+    if train_data is not None and task == "ner":
+        known = load_rows(train_data, task, data_config, hub)
+        dictionary = entity_dictionary([known.example(i) for i in range(len(known.dataset))])
+    about = {"run": str(run), "base": base, **used, "data": data, **_what_rows_are(predictor, examples)}
+    metrics = all_metrics(about, examples, predictions, labels, dictionary)
+    if rows.audit.errors:
+        metrics["skipped"] = dict(rows.audit.counts)
+    if output is not None:
+        write_evaluation(Path(output), metrics, examples, predictions)
+    return metrics
+
+
+def all_metrics(
+    about: dict[str, Any],
+    examples: Sequence[Example],
+    predictions: Sequence[Prediction],
+    labels: Sequence[str],
+    dictionary: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """What is reported of labelled rows and their predictions, behind `about`."""
+    if examples[0].entities is None:
+        found = {"task": "classification", **classification_metrics(examples, predictions, labels)}
+    else:
+        found = {"task": "ner", **ner_metrics(examples, predictions, dictionary)}
+    return {**about, **found, "slices": slices(examples, predictions)}
+
+
+def write_evaluation(
+    folder: Path, metrics: dict[str, Any], examples: Sequence[Example], predictions: Sequence[Prediction]
+) -> None:
+    """Write `metrics.json`, `predictions.jsonl` and `report.html`."""
+    write_json(folder / "metrics.json", metrics)
+    lines = [
+        json.dumps(_evaluated_row(e, p), ensure_ascii=False)
+        for e, p in zip(examples, predictions, strict=True)
+    ]
+    write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    write_text(folder / "report.html", report_page(metrics, examples, predictions))
+
+
+def _what_rows_are(predictor: Predictor, examples: Sequence[Example]) -> dict[str, Any]:
+    """`rows_are`: test rows, or rows that this run's checkpoint and temperature were chosen on, as soon as one is."""
+    folder = predictor.weights.parent if predictor.weights is not None else None
+    seen = count_selection(folder, (example.text for example in examples))
+    return {"rows_are": SELECTION, "selection_rows": seen} if seen else {"rows_are": "test"}
+
+
+def labelled_rows(
+    predictor: Predictor,
+    data: str,
+    data_config: DataConfig,
+    hub: HubConfig | None,
+    on_error: str,
+    max_rows: int | None,
+) -> Rows:
+    """Load rows to measure on.
+
+    Raises:
+        DataError: the rows have faults (with `on_error="stop"`), or none is usable.
+    """
+    rows = load_rows(data, predictor.task.name, data_config, hub, max_rows=max_rows)
+    if rows.audit.errors and on_error != "skip":
+        shown = "\n  ".join(str(f) for f in rows.audit.faults if f.severity == "error")
+        raise DataError(
+            f"the data holds {rows.audit.errors} errors:\n  {shown[:2000]}\nRepair them, or evaluate with --on-error skip"
+        )
+    if not rows.audit.usable:
+        raise DataError(f"{rows.audit.path} holds no usable row")
+    return rows
+
+
+def predictor_of(
+    run: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> tuple[Predictor, DataConfig, HubConfig | None]:
+    """The predictor of a run, or of the untuned model of a config file, with how its data is read."""
+    from labeltune.inference.load import base_predictor, load_predictor
+
+    if Path(run).suffix in {".yaml", ".yml"}:
+        config = load_config(run, overrides)
+        labels = config.data.labels
+        if labels is None:
+            labels = load_splits(config.task, config.data, config.hub, config.training.seed).labels
+        return base_predictor(config, labels), config.data, config.hub
+    predictor = load_predictor(run)
+    labels = predictor.task.labels if predictor.task.name == "ner" else None
+    return predictor, DataConfig(labels=labels, columns=predictor.columns), None
+
+
+def _evaluated_row(example: Example, prediction: Prediction) -> dict[str, Any]:
+    right: Any = example.label
+    if example.entities is not None:
+        right = [entity.to_dict() for entity in example.entities]
+    return {**prediction.to_dict(), "text": example.text, "right": right, "source": example.source}
+
+
+@contextlib.contextmanager
+def row_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar over rows on a terminal, a line every few seconds elsewhere."""
+    from labeltune.progress import row_progress
+
+    with row_progress(total, "predict", shown) as advance:
+        yield advance
+
+
+def predict(
+    run: str | os.PathLike[str],
+    texts: Iterable[str | Example],
+    labels: Sequence[str] | None = None,
+    progress: bool = False,
+) -> list[Prediction]:
+    """Load a run, answer some texts in order, and let go of the model. For more than one call use `load_predictor`."""
+    from labeltune.inference.load import load_predictor
+
+    rows = list(texts)
+    with load_predictor(run) as predictor, row_bar(len(rows), progress) as advance:
+        return predictor.predict(rows, labels, on_batch=advance)

@@ -1,0 +1,197 @@
+"""The pages people look at: what stands in them, that nothing in a text can break out, and a browser that clicks through."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import LABELS, classification_rows, ner_rows, write_jsonl
+from labeltune import recipes
+from labeltune.errors import ConfigError, DataError, ModelError
+from labeltune.evaluation.report import LONGEST, SHORTEST, reliability_diagram, report_page
+from labeltune.pages import histogram, page, table
+from labeltune.recipes.evaluation import all_metrics, write_evaluation
+from labeltune.types import Entity, Example, Prediction
+from test_training import config_for
+
+ABOUT = {"run": "out", "base": False, "decoding": "exact", "data": "test.jsonl", "rows_are": "test"}
+NASTY = "</script><script>alert(1)</script><!-- <b>&amp;\u2028 张三🎉在南京"
+
+
+def some_labels(count: int = 60) -> tuple[dict[str, Any], list[Example], list[Prediction]]:
+    examples, predictions = [], []
+    for i in range(count):
+        right = LABELS[i % 3]
+        answer = right if i % 4 else LABELS[(i + 1) % 3]
+        rest = [label for label in LABELS if label != answer]
+        ranking = ((answer, 0.6 + i % 3 / 10), (rest[0], 0.2), (rest[1], 0.2 - i % 3 / 10))
+        examples.append(
+            Example(f"id{i}", f"{NASTY} number {i}", tuple(LABELS), right, source=f"test.jsonl:{i + 1}")
+        )
+        predictions.append(Prediction(f"id{i}", answer, label=answer, ranking=ranking))
+    return all_metrics(ABOUT, examples, predictions, LABELS), examples, predictions
+
+
+def some_entities() -> tuple[dict[str, Any], list[Example], list[Prediction]]:
+    text = "张三🎉在南京见李四"
+    right = (Entity("张三", "人名", 0, 2), Entity("南京", "地点", 4, 6), Entity("李四", "人名", 7, 9))
+    given = (right[0], Entity("南京", "组织", 4, 6), Entity("见", "人名", 6, 7))
+    examples = [Example(str(i), text, entities=right) for i in range(4)]
+    predictions = [
+        Prediction("0", "", entities=given),
+        *(Prediction(str(i), "", entities=right) for i in (1, 2, 3)),
+    ]
+    return (
+        all_metrics({**ABOUT, "rows_are": "validation (used for selection)"}, examples, predictions, ()),
+        examples,
+        predictions,
+    )
+
+
+def embedded(html: str) -> Any:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)
+    assert found is not None
+    return json.loads(found.group(1))
+
+
+def test_a_report_is_one_file_that_asks_for_nothing(tmp_path: Path) -> None:
+    metrics, examples, predictions = some_labels()
+    write_evaluation(tmp_path, metrics, examples, predictions)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)\s*=|@import|url\(|https?://""", html)
+    assert "default-src 'none'" in html
+    rows = embedded(html)["rows"]
+    assert [row["text"] for row in rows] == [example.text for example in examples]
+    assert html.count("<script") == 2 and "alert(1)</script>" not in html
+    saved = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert saved["accuracy"]["value"] == 0.75 and f"{saved['macro_f1']['value']:.3f}" in html
+    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    assert len(lines) == 60 and json.loads(lines[0])["right"] == "Sports"
+
+
+def test_long_texts_are_cut_so_that_a_report_opens() -> None:
+    metrics, examples, predictions = some_labels(3)
+    long = [Example(e.id, "x" * 10_000, e.candidates, e.label) for e in examples]
+    rows = embedded(report_page(metrics, long, predictions))["rows"]
+    assert {(len(row["text"]), row["cut"]) for row in rows} == {(LONGEST, True)}
+    assert SHORTEST < LONGEST
+
+
+def test_pages_hold_any_text() -> None:
+    html = page(NASTY, table(["<i>"], [[NASTY]]) + histogram([(NASTY, 1), ("b", 0)]), data={"x": NASTY})
+    assert "<script>alert" not in html and "<b>" not in html
+    assert embedded(html) == {"x": NASTY}
+    assert "circle" in reliability_diagram([{"confidence": 0.5, "accuracy": 0.5, "rows": 1}])
+    assert histogram([]).startswith("<svg")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def opened(browser: Any, path: Path, scheme: str = "light") -> tuple[Any, list[str]]:
+    """A page from disk without a network, and what its console says."""
+    context = browser.new_context(color_scheme=scheme, viewport={"width": 1280, "height": 900}, offline=True)
+    found, said = context.new_page(), []
+    found.on("console", lambda message: said.append(message.text))
+    found.on("pageerror", lambda error: said.append(str(error)))
+    found.goto(path.as_uri())
+    found.wait_for_selector(".row")
+    return found, said
+
+
+def test_a_browser_clicks_through_labels(browser: Any, tmp_path: Path) -> None:
+    metrics, examples, predictions = some_labels()
+    write_evaluation(tmp_path, metrics, examples, predictions)
+    view, said = opened(browser, tmp_path / "report.html")
+    assert view.inner_text("#count") == "15 rows"  # it opens on the wrong ones
+    counts = metrics["confusion"]["Sports"]
+    view.click('.confusion button[data-right="Sports"][data-given="Space"]')
+    assert view.inner_text("#count") == f"{counts['Space']} rows"
+    for row in view.query_selector_all(".row"):
+        assert "right: Sports · predicted: Space" in row.inner_text()
+    view.click("#clear")
+    assert view.inner_text("#count") == "60 rows" and len(view.query_selector_all(".row")) == 25
+    view.click("#more")
+    assert len(view.query_selector_all(".row")) == 50
+    view.fill("#search", "NUMBER 59")
+    assert view.inner_text("#count") == "1 rows" and NASTY.replace("\u2028", " ")[:40] in view.inner_text(
+        ".row .text"
+    )
+    view.fill("#search", "")
+    view.select_option("#order", "unsure")
+    assert "0.600" in view.inner_text(".row .bars")
+    view.click("#language")
+    assert view.inner_text("h1") == "评测报告" and view.inner_text("#count") == "60 行"
+    assert said == []
+
+
+def test_a_browser_shows_entities(browser: Any, tmp_path: Path) -> None:
+    write_evaluation(tmp_path, *some_entities())
+    view, said = opened(browser, tmp_path / "report.html", "dark")
+    assert view.inner_text("#count") == "1 rows"
+    assert view.inner_text("#rows-are") == "validation (used for selection)"
+    marks = [(m.inner_text(), m.get_attribute("class")) for m in view.query_selector_all(".row mark")]
+    assert marks == [
+        ("张三人名", "found right"),
+        ("南京地点 / 组织", "missing wrong"),
+        ("见人名", "wrong"),
+        ("李四人名", "missing"),
+    ]
+    view.select_option("#state", "invented")
+    assert view.inner_text("#count") == "1 rows" and "invented: predicted: 见 (人名)" in view.inner_text(
+        ".row"
+    )
+    view.select_option("#state", "wrong_boundary")
+    assert view.inner_text("#count") == "0 rows"
+    assert said == []
+
+
+def test_two_runs_are_compared(in_folder: Path, model_folder: Path) -> None:
+    result = recipes.train(config_for(in_folder, model_folder, epochs=4))
+    data = str(write_jsonl(in_folder / "test.jsonl", classification_rows(12)))
+    found = recipes.compare("base", result.best, data, output=in_folder / "c", progress=False)
+    tuned = recipes.evaluate(result.best, data, progress=False)
+    untuned = recipes.evaluate(result.best, data, base=True, progress=False)
+    accuracy = found["differences"]["accuracy"]
+    assert (accuracy["first"], accuracy["second"]) == (
+        untuned["accuracy"]["value"],
+        tuned["accuracy"]["value"],
+    )
+    assert found["headline"]["second"]["macro_f1"] == tuned["macro_f1"]["value"]
+    changed = [json.loads(line) for line in (in_folder / "c" / "changed.jsonl").read_text().splitlines()]
+    assert len(changed) == len(found["changed"]["gained"]) + len(found["changed"]["lost"])
+    for row in changed:
+        better = row["second"] if row["change"] == "gained" else row["first"]
+        assert better["label"] == row["right"]
+    assert "Comparison" in (in_folder / "c" / "comparison.html").read_text(encoding="utf-8")
+    same = recipes.compare(result.last, result.last, data, progress=False)
+    assert same["changed"] == {"gained": [], "lost": []} and same["differences"]["accuracy"]["p_value"] == 1.0
+    with pytest.raises(ConfigError, match="cannot be `base`"):
+        recipes.compare(result.best, "base", data)
+    (in_folder / "ner").mkdir()
+    other = recipes.train(config_for(in_folder / "ner", model_folder, "ner", max_steps=1))
+    with pytest.raises(ConfigError, match="cannot be compared"):
+        recipes.compare(other.best, result.best, data, progress=False)
+    entities = str(write_jsonl(in_folder / "ner.jsonl", ner_rows(6)))
+    found = recipes.compare("base", other.best, entities, output=in_folder / "n", progress=False)
+    assert set(found["differences"]) == {"span_f1", "exact_rows"}
+    with pytest.raises(DataError, match="no usable row"):
+        recipes.compare("base", result.best, str(write_jsonl(in_folder / "empty.jsonl", [])), progress=False)
+    with pytest.raises(ModelError):
+        recipes.compare("nowhere", result.best, data, progress=False)

@@ -1,0 +1,171 @@
+"""The figure that picks the checkpoint: computed in training as `evaluate` does, and never taken for a test figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import LABELS, classification_rows, ner_rows, write_jsonl
+from labeltune import recipes
+from labeltune.config import RunConfig, load_config
+from labeltune.data.loading import load_splits
+from labeltune.errors import ConfigError, ModelError
+from labeltune.recipes import training as training_recipe
+from labeltune.recipes.training import validation_rows
+from test_training import config_for
+
+SELECTION = "validation (used for selection)"
+
+
+def with_validation(folder: Path, model: Path, task: str = "classification", **training: Any) -> RunConfig:
+    """A run with a validation file of its own, which `evaluate` can be given too."""
+    config = config_for(folder, model, task, **training)
+    rows = classification_rows(40)[24:] if task == "classification" else ner_rows(30)[18:]
+    for i, row in enumerate(rows):
+        row["text"] += f" held out {i}"
+    path = write_jsonl(folder / "validation.jsonl", rows)
+    return config.model_copy(update={"data": config.data.model_copy(update={"validation": str(path)})})
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """What Trainer logged at every validation."""
+    state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
+    return [entry for entry in state["log_history"] if "eval_loss" in entry]
+
+
+@pytest.mark.parametrize("task", ["classification", "ner"])
+def test_the_figure_in_training_is_that_of_evaluate_and_picks_the_best(
+    task: str, in_folder: Path, model_folder: Path
+) -> None:
+    metric = "macro_f1" if task == "classification" else "span_f1"
+    config = with_validation(
+        in_folder, model_folder, task, max_steps=6, save_steps=2, save_total_limit=9, learning_rate=0.01
+    )
+    result = recipes.train(config)
+    logged = {entry["step"]: entry[f"eval_{metric}"] for entry in history(result.last)}
+    assert sorted(logged) == [2, 4, 6]
+    assert config.data.validation is not None
+    for step, value in logged.items():
+        checkpoint = result.last.parent / f"checkpoint-{step}"
+        found = recipes.evaluate(checkpoint, config.data.validation, progress=False)
+        assert found[metric]["value"] == value
+    best = min(step for step, value in logged.items() if value == max(logged.values()))
+    assert result.best.resolve().name == f"checkpoint-{best}"
+    assert (result.metric_name, result.metric) == (metric, logged[best])
+    losses = {entry["step"]: entry["eval_loss"] for entry in history(result.last)}
+    assert result.validation_loss == losses[best]
+
+
+def test_what_chose_is_never_called_a_test_figure(in_folder: Path, model_folder: Path) -> None:
+    config = with_validation(in_folder, model_folder, max_steps=2, save_steps=1)
+    said: list[str] = []
+    result = recipes.train(config, say=said.append)
+    assert config.data.validation is not None
+    on_validation = recipes.evaluate(result.best, config.data.validation, progress=False)
+    assert (on_validation["rows_are"], on_validation["selection_rows"]) == (SELECTION, 16)
+    test = write_jsonl(
+        in_folder / "test.jsonl", [{**row, "text": row["text"] + " new"} for row in classification_rows(6)]
+    )
+    assert recipes.evaluate(result.best, str(test), progress=False)["rows_are"] == "test"
+    mixed = in_folder / "mixed.jsonl"
+    mixed.write_text(test.read_text() + Path(config.data.validation).read_text().splitlines()[0] + "\n")
+    assert recipes.evaluate(result.best, str(mixed), progress=False)["selection_rows"] == 1
+    folder = in_folder / "out" / "validation"
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["rows_are"] == SELECTION and metrics["rows"] == 16
+    assert SELECTION in (folder / "report.html").read_text(encoding="utf-8")
+    assert metrics["macro_f1"]["value"] == result.metric
+    assert any(SELECTION in line and "report.html" in line for line in said)
+    (result.best / "selection.u64").write_bytes(b"12345")
+    with pytest.raises(ModelError, match=r"selection\.u64 is damaged"):
+        recipes.evaluate(result.best, str(test), progress=False)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """Validations give these figures, one after the other."""
+    left = iter(values)
+    monkeypatch.setattr(training_recipe, "headline", lambda *_: {"macro_f1": next(left), "accuracy": 0.0})
+
+
+def stopping(config: RunConfig, patience: int, min_delta: float = 0.0) -> RunConfig:
+    return config.model_copy(
+        update={"eval": config.eval.model_copy(update={"patience": patience, "min_delta": min_delta})}
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "min_delta", "last", "best"),
+    [
+        ([0.1, 0.5, 0.4, 0.4, 0.9], 0.0, 4, 2),
+        ([0.1, 0.5, 0.4, 0.6, 0.5, 0.4, 0.9], 0.0, 6, 4),
+        ([0.1, 0.11, 0.12, 0.9], 0.05, 3, 3),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 0.0, 6, 6),
+    ],
+)
+def test_training_stops_when_it_no_longer_improves(
+    values: list[float],
+    min_delta: float,
+    last: int,
+    best: int,
+    in_folder: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = with_validation(in_folder, model_folder, max_steps=6, save_steps=1, save_total_limit=9)
+    scripted(monkeypatch, values)
+    result = recipes.train(stopping(config, 2, min_delta))
+    assert (result.steps, result.best.resolve().name) == (last, f"checkpoint-{best}")
+
+
+def test_a_resumed_run_goes_on_counting(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stopping(with_validation(in_folder, model_folder, max_steps=3, save_steps=1), 2)
+    scripted(monkeypatch, [0.5, 0.6, 0.4])
+    recipes.train(config)
+    longer = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 8})})
+    scripted(monkeypatch, [0.4, 0.9])
+    result = recipes.train(longer, resume=True)
+    assert (result.steps, result.best.resolve().name, result.metric) == (4, "checkpoint-2", 0.6)
+
+
+def test_a_validation_at_every_epoch(in_folder: Path, model_folder: Path) -> None:
+    config = with_validation(in_folder, model_folder, epochs=2, save_steps="epoch", batch_size=8)
+    result = recipes.train(config)
+    assert [entry["step"] for entry in history(result.last)] == [6, 12]
+
+
+def test_the_loss_can_pick_the_best(in_folder: Path, model_folder: Path) -> None:
+    config = with_validation(in_folder, model_folder, max_steps=2, save_steps=1)
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"metric": "loss"})})
+    result = recipes.train(config)
+    assert (result.metric_name, result.metric) == ("loss", result.validation_loss)
+
+
+def test_the_measured_rows_are_stratified_and_the_same_every_time(in_folder: Path) -> None:
+    rows = [
+        {"text": f"t{i}", "category": LABELS, "output": LABELS[0 if i % 10 else 1 + i % 20 // 10]}
+        for i in range(200)
+    ]
+    train = write_jsonl(in_folder / "train.jsonl", rows)
+    held_out = write_jsonl(in_folder / "v.jsonl", [{**row, "text": row["text"] + "v"} for row in rows])
+    config = load_config(None, [f"data.train={train}", f"data.validation={held_out}"])
+    splits = load_splits(config.task, config.data, config.hub, 0)
+    found = validation_rows(splits, 40)
+    assert [row.label for row in found].count(LABELS[0]) == 36
+    assert {row.label for row in found} == set(LABELS)
+    assert found == validation_rows(splits, 40)
+    assert validation_rows(splits, 200) == validation_rows(splits, 500)
+    assert len(validation_rows(splits, 500)) == 200
+
+
+def test_a_metric_of_the_other_task_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="span_f1 is not measured for classification; it has macro_f1, accuracy"
+    ):
+        load_config(None, ["eval.metric=span_f1"])
+    with pytest.raises(ConfigError, match=r"did you mean 'training\.save_steps'"):
+        load_config(None, ["training.eval_steps=10"])
