@@ -19,7 +19,19 @@ from labeltune.data.sources import iter_records
 from test_sources import fake_hub
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "transformers", "datasets", "peft", "swanlab", "modelscope", "sklearn", "pyarrow", "rich")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "swanlab",
+    "modelscope",
+    "sklearn",
+    "pyarrow",
+    "rich",
+    "optuna",
+    "ray",
+)
 
 
 def process(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +74,7 @@ COMMANDS = (
     "data check",
     "data convert",
     "train",
+    "sweep",
     "evaluate",
     "predict",
     "board",
@@ -88,7 +101,7 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 def test_python_m_labeltune(tmp_path: Path) -> None:
     done = process(tmp_path, "-m", "labeltune", "--help")
     assert done.returncode == 0
-    for command in ("init", "doctor", "data", "train", "evaluate", "predict", "board"):
+    for command in ("init", "doctor", "data", "train", "sweep", "evaluate", "predict", "board"):
         assert f"\n  {command} " in done.stdout
     write_jsonl(tmp_path / "rows.jsonl", [*classification_rows(6), {"text": ""}])
     done = process(tmp_path, "-m", "labeltune", "data", "check", "rows.jsonl")
@@ -207,6 +220,11 @@ def test_init_writes_a_config_that_loads(labeltune: Any, in_folder: Path, task: 
         (("train", "run.yaml", "training.epoch=3"), "did you mean 'training.epochs'?"),
         (("train", "run.yaml", "training.max_tokens_per_pack=0"), "at least 1, or auto"),
         (("train", "none.yaml"), "labeltune init classification"),
+        (("sweep", "run.yaml"), "--search lora.r=4,8,16"),
+        (("sweep", "run.yaml", "--search", "lora.rank=4,8"), "did you mean 'lora.r'?"),
+        (("sweep", "run.yaml", "--search", "lora.r=8,0"), "--search lora.r=0: lora.r: "),
+        (("sweep", "run.yaml", "--search", "lora.r=4..8", "--grid"), "a grid needs choices"),
+        (("sweep", "run.yaml", "data.validation_fraction=0", "--search", "lora.r=4,8"), "on validation rows"),
         (("evaluate", "run", "--on-error", "maybe"), "--on-error must be stop or skip"),
         (("init", "summary"), "classification or ner"),
         (("data", "download", "imdb"), "fudan, ccfbdci"),

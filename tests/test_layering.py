@@ -19,6 +19,7 @@ LAYERS = (
     ("modeling", "tasks"),
     ("evaluation", "training", "inference", "tracking"),
     ("recipes",),
+    ("sweep",),
     ("cli",),
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -125,7 +125,7 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
             )
         values = loaded or {}
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return build_config(values, where=str(path) if path is not None else "command line")
 
 
@@ -153,7 +153,12 @@ def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
             yield f"{prefix}{name}", shown.replace("typing.", ""), field.default, field.description or ""
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `key=value` in a plain mapping; the value is read as YAML.
+
+    Raises:
+        ConfigError: it does not look like that, or the key leads through a value.
+    """
     key, separator, text = override.partition("=")
     key = key.strip()
     if not separator or not key:

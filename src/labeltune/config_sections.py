@@ -204,6 +204,9 @@ class SwanlabConfig(Section):
 
     project: str = Field("labeltune", description="project name (default by task)")
     experiment: str | None = Field(None, description="experiment name; made up by SwanLab when empty")
+    group: str | None = Field(
+        None, description="group the experiment belongs to; a sweep puts its trials into one"
+    )
     mode: Literal["auto", "online", "local", "offline"] = Field(
         "auto", description="auto: online when logged in and reachable, else local"
     )

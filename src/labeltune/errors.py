@@ -54,6 +54,10 @@ class OutputError(LabeltuneError):
     """An output file or folder cannot be written, or is not what the command expects."""
 
 
+class SweepError(LabeltuneError):
+    """A trial cannot be compared with the others, or no trial of a sweep succeeded."""
+
+
 class Interrupted(LabeltuneError):
     """The user pressed Ctrl-C; the message says what was saved and how to go on."""
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from labeltune import __version__
-from labeltune.cli import board, compare, data, doctor, evaluate, init, predict, train
+from labeltune.cli import board, compare, data, doctor, evaluate, init, predict, sweep, train
 from labeltune.errors import LabeltuneError
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ app.command("init")(init.init)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
+app.command("sweep")(sweep.sweep)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("predict")(predict.predict)

@@ -93,6 +93,7 @@ class SwanlabTracker:
         swanlab.init(
             project=self.settings.project,
             name=self.settings.experiment,
+            group=self.settings.group,
             mode=self.mode,
             log_dir=self.settings.log_dir,
             config=self.run_config,

@@ -1,0 +1,1 @@
+"""Sweeps: many short runs over a few config keys, compared on the validation rows."""

@@ -1,0 +1,138 @@
+"""What a sweep tries: searches read from text, and everything that is refused before the first trial."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import classification_rows, write_jsonl
+from labeltune.config import RunConfig, build_config
+from labeltune.errors import ConfigError
+from labeltune.sweep.search import Choices, Range, combinations, parse_search, plan_sweep
+from labeltune.sweep.trial import trial_config
+
+
+def config_for(folder: Path, model: str | Path = "files", **sections: Any) -> RunConfig:
+    """`files` passes for the folder of a model until it is loaded."""
+    (folder / "files").mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / "files" / name).touch()
+    data = write_jsonl(folder / "train.jsonl", classification_rows(24))
+    return build_config(
+        {
+            "model": str(model),
+            "output_dir": "out",
+            "tracking": "none",
+            "data": {"train": data.name, "validation_fraction": 0.25},
+            "training": {"max_steps": 2, "batch_size": 8, "logging_steps": 1},
+            "eval": {"metric": "loss"},  # two steps do not change macro-F1
+            **sections,
+        }
+    )
+
+
+@given(st.integers(-1000, 1000), st.integers(1, 1000))
+def test_ranges_of_whole_numbers(low: int, width: int) -> None:
+    assert parse_search(f"lora.r={low}..{low + width}") == Range("lora.r", low, low + width, True, False)
+
+
+@given(
+    st.floats(1e-300, 1e300, exclude_max=True).filter(lambda x: not repr(x).endswith("inf")),
+    st.floats(1.001, 1e3),
+    st.booleans(),
+)
+def test_ranges_of_fractions(low: float, factor: float, log: bool) -> None:
+    found = parse_search(f"training.learning_rate = {low!r}..{low * factor!r}{':log' if log else ''}")
+    assert found == Range("training.learning_rate", low, low * factor, False, log)
+    assert parse_search(f"training.learning_rate={found}") == found
+
+
+@given(st.lists(st.text("abc01.-/", min_size=1).filter(lambda t: ".." not in t), min_size=1, max_size=5))
+def test_choices_are_kept_as_written(texts: list[str]) -> None:
+    assert parse_search("model=" + ", ".join(texts)) == Choices("model", tuple(texts))
+
+
+def test_commas_inside_brackets_and_quotes_belong_to_the_value() -> None:
+    found = parse_search('lora.target_modules=[q_proj, v_proj],all-linear,"a,b"')
+    assert found == Choices("lora.target_modules", ("[q_proj, v_proj]", "all-linear", '"a,b"'))
+
+
+@pytest.mark.parametrize(
+    ("search", "part"),
+    [
+        ("lora.r", "must look like key=a,b,c or key=low..high"),
+        ("lora.r=", "must look like"),
+        ("lora.r=4,,8", "empty value"),
+        ("lora.r=8..4", "the first number must be the smaller one"),
+        ("lora.r=0..8:log", "must begin above 0"),
+        ("lora.r=4,8:log", ":log belongs behind a range"),
+        ("training.weight_decay=0.0..1e999", "must be finite"),
+        ("training.learning_rat=1e-4,1e-3", "did you mean 'training.learning_rate'?"),
+        ("training=1,2", "this is a section"),
+        ("model.name=1,2", "model is a value, not a section"),
+        ("lora.r=4,many", "--search lora.r=many: lora.r: "),
+        ("lora.r=0..8", "--search lora.r=0: lora.r: "),
+        ("lora.r=4.0..8.0", "this key takes whole numbers"),
+        ("lora.dropout=0.1..1.0", "--search lora.dropout=1.0: "),
+        ("lora.r=8,4,8.0", "8.0 is given twice"),
+        ("data.max_rows=4,8", "the same in all of them"),
+        ("output_dir=a,b", "the same in all of them"),
+        ("training.seed=1,2", "the seed also picks the validation rows"),
+    ],
+)
+def test_refused_before_anything_starts(in_folder: Path, search: str, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_sweep(config_for(in_folder), [search])
+    assert part in str(caught.value)
+
+
+def test_options_that_do_not_agree(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_for(in_folder)
+    two = ["lora.r=4,8"]
+    for searches, options, part in (
+        ([], {}, "needs --search"),
+        (["lora.r=4,8", "lora.r=16"], {}, "given twice"),
+        (["lora.r=4..8"], {"grid": True}, "a grid needs choices"),
+        (two, {"grid": True, "trials": 3}, "leave --trials out"),
+        (two, {"trials": 0}, "--trials must be at least 1"),
+        (two, {"workers": 0}, "--workers must be at least 1"),
+        (two, {"seed": -1}, "--seed"),
+        ([f"training.epochs={','.join(map(str, range(1, 1002)))}"], {"grid": True}, "1001 combinations"),
+    ):
+        with pytest.raises(ConfigError, match=part):
+            plan_sweep(config, searches, **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="on validation rows"):
+        plan_sweep(config_for(in_folder, data={"train": "train.jsonl", "validation_fraction": 0}), two)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without torchrun"):
+        plan_sweep(config, two)
+
+
+def test_combinations_are_all_there_once(in_folder: Path) -> None:
+    plan = plan_sweep(config_for(in_folder), ["lora.r=4,8", "lora.dora=true,false"], grid=True)
+    assert plan.trials == 4 and plan.folder == Path("out-sweep")
+    assert combinations(plan.space) == [
+        {"lora.r": "4", "lora.dora": "true"},
+        {"lora.r": "4", "lora.dora": "false"},
+        {"lora.r": "8", "lora.dora": "true"},
+        {"lora.r": "8", "lora.dora": "false"},
+    ]
+
+
+def test_a_trial_has_a_folder_and_an_experiment_of_its_own(in_folder: Path) -> None:
+    config = config_for(in_folder)
+    values = {"training.learning_rate": "0.000123456789", "lora.target_modules": "[q_proj, v_proj]"}
+    trial = trial_config(config, Path("my/sweep"), 7, values)
+    assert trial.output_dir == "my/sweep/trial-0007" and trial.swanlab.group == "sweep"
+    assert trial.training.learning_rate == 0.000123456789
+    assert trial.lora.target_modules == ("q_proj", "v_proj")
+    assert (
+        trial.swanlab.experiment
+        == "trial-0007 training.learning_rate=0.0001235 lora.target_modules=[q_proj, v_proj]"
+    )
+    named = config.model_copy(update={"swanlab": config.swanlab.model_copy(update={"group": "mine"})})
+    assert trial_config(named, Path("my/sweep"), 7, values).swanlab.group == "mine"
