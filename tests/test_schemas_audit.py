@@ -156,6 +156,27 @@ def test_candidates_tell_no_rows_apart_and_entities_do(tmp_path: Path) -> None:
     assert audit.repeated_mentions == 1
 
 
+def test_mentions_are_counted_over_all_readable_rows(tmp_path: Path) -> None:
+    """Wrong spans make a row unusable; what it names can be read all the same."""
+    repeats = [entity(), entity(5, 7)]
+    rows: list[dict[str, Any]] = [
+        ner(*repeats),
+        ner(entity(3, 5), entity(5, 7)),  # a span that does not match
+        ner(entity(), entity(5, 7, label="GPE"), entity(1, 9, label="GPE")),
+        {**ner(), "id": "\ud83d"},
+        ner(),
+        ner(*repeats, text=" "),  # from here on unreadable: no text, no list, no pair
+        {"text": "他在南京", "entities": "南京"},
+        ner(*repeats, {"entity_label": "地点"}),
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    audit = audit_file(path, "ner")
+    assert (audit.rows, audit.usable) == (9, 2)
+    assert (audit.repeated_mentions, audit.without_entities) == (3, 2)
+    assert audit.to_dict()["rows_with_repeated_mentions"] == 3
+
+
 def test_line_numbers_skip_what_was_left_out(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(["", json.dumps(row()), "{", "", json.dumps(row())]))
@@ -222,6 +243,10 @@ def test_balance_and_lengths(tmp_path: Path) -> None:
     in_tokens = audit_file(path, "classification", token_counts=lambda texts: [2 * len(t) for t in texts])
     assert in_tokens.length_percentiles()["max"] == 200 and in_tokens.length_unit == "tokens"
     assert json.loads(json.dumps(audit.to_dict()))["labels"] == {"A": 75, "B": 25}
+    # No tokenizer takes an empty list: not behind a thousand rows, and not for none.
+    for count in (0, 1000):
+        path = write_jsonl(tmp_path / "many.jsonl", [row(text=f"row {n}") for n in range(count)])
+        audit_file(path, "classification", token_counts=lambda texts: [len(texts[0])] * len(texts))
     empty = Audit(path, "ner")
     assert empty.length_percentiles() == {} and empty.label_set() == ()
 

@@ -35,28 +35,40 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
     limit: Annotated[int, typer.Option(help="Faults listed of each kind; 0 for all.", min=0)] = 20,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="HTML page to write: near-duplicates, labels that look wrong, token account."),
+    ] = None,
 ) -> None:
     """List every fault with file:line; exit 1 on errors, 0 otherwise."""
     from labeltune import recipes
 
+    if report is not None:
+        from labeltune.evaluation.data_report import check_report
+
+        check_report(report)
     config, train_file, test_file = _check_target(file, test, task, labels)
-    counter = _token_counter(tokenizer, config if Path(file).suffix in (".yaml", ".yml") else None)
+    model = _model_at_hand(tokenizer, config if Path(file).suffix in (".yaml", ".yml") else None)
+    loaded = _load_tokenizer(model) if model is not None else None
+    counter = _token_counter(loaded) if loaded is not None else None
     rows = recipes.check_data(config, train_file, test_file, counter)
     audits = [r.audit for r in rows]
+    findings = recipes.report_data(rows, config, report, loaded, model) if report is not None else None
     if as_json:
         faults = [
             {"kind": f.kind, "severity": f.severity, "where": f.where, "message": f.message}
             for a in audits
             for f in a.faults
         ]
-        print(
-            json.dumps(
-                {"files": [a.to_dict() for a in audits], "faults": faults}, ensure_ascii=False, indent=2
-            )
-        )
+        found: dict[str, Any] = {"files": [a.to_dict() for a in audits], "faults": faults}
+        if findings is not None:
+            found["report"] = findings
+        print(json.dumps(found, ensure_ascii=False, indent=2))
     else:
         for audit in audits:
             _print_audit(audit, limit)
+    if findings is not None:
+        print(_report_line(report, findings), file=sys.stderr)
     if any(audit.errors for audit in audits):
         raise typer.Exit(1)
 
@@ -89,12 +101,10 @@ def guess_task(path: Path) -> str:
     return "ner" if any("entities" in (record.values or {}) for record in records) else "classification"
 
 
-def _token_counter(
-    tokenizer: str | None, config: RunConfig | None
-) -> Callable[[list[str]], list[int]] | None:
-    """Counts tokens with the named tokenizer, else with the config's model where that needs no download."""
+def _model_at_hand(tokenizer: str | None, config: RunConfig | None) -> Path | None:
+    """The folder of the named tokenizer, else that of the config's model where that needs no download."""
     from labeltune.config import HubConfig
-    from labeltune.modeling.hub import load_tokenizer, resolve_model
+    from labeltune.modeling.hub import resolve_model
     from labeltune.modeling.pocket import POCKET_MODELS, is_cached
 
     if tokenizer is None and config is not None:
@@ -102,18 +112,39 @@ def _token_counter(
         tokenizer = config.model if at_hand else None
     if tokenizer is None:
         return None
-    from labeltune.cli.quiet import quiet_libraries
-
-    quiet_libraries()
     folder = Path(tokenizer)
     hub = config.hub if config is not None else HubConfig()
-    loaded = load_tokenizer(folder if folder.is_dir() else resolve_model(tokenizer, hub).folder)
+    return folder if folder.is_dir() else resolve_model(tokenizer, hub).folder
 
+
+def _load_tokenizer(folder: Path) -> Any:
+    from labeltune.cli.quiet import quiet_libraries
+    from labeltune.modeling.hub import load_tokenizer
+
+    quiet_libraries()
+    return load_tokenizer(folder)
+
+
+def _token_counter(tokenizer: Any) -> Callable[[list[str]], list[int]]:
     def count(texts: list[str]) -> list[int]:
-        output: Any = loaded(texts, add_special_tokens=False, verbose=False)
+        output: Any = tokenizer(texts, add_special_tokens=False, verbose=False)
         return [len(ids) for ids in output.input_ids]
 
     return count
+
+
+def _report_line(path: Path | None, findings: dict[str, Any]) -> str:
+    found = [f"{findings['near_duplicates']['pairs']} pairs of near-duplicates"]
+    if findings["suspects"] is not None:
+        found.append(f"{findings['suspects']['suspects']} labels that look wrong")
+    if findings["tokens"] is not None:
+        found.append(
+            f"{findings['tokens']['shortened_share']:.1%} of the texts shortened, "
+            f"{findings['tokens']['speed_up']:.2f} times fewer tokens with a shared prefix"
+        )
+    else:
+        found.append("tokens were not counted (the page says why)")
+    return f"report: {path}: {', '.join(found)}"
 
 
 def _print_audit(audit: Audit, limit: int) -> None:

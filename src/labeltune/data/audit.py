@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 
 from labeltune.config import ColumnsConfig, DataConfig, TaskName
-from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record
+from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record, readable_mentions
 from labeltune.data.sources import iter_records
 from labeltune.types import Example
 
@@ -32,8 +32,10 @@ class Audit:
     Attributes:
         rows: records in the file, usable or not.
         usable: rows that became examples.
-        without_entities: usable NER rows with no entity.
-        repeated_mentions: usable NER rows that hold the same (text, label) pair more than once.
+        without_entities: readable NER rows with no entity.
+        repeated_mentions: readable NER rows that name the same (text, label) pair more than once. Readable are rows
+            whose text and pairs can be read, also where they are unusable, e.g. because a span does not match: what a
+            file holds must not depend on which of its rows have other faults.
     """
 
     path: Path
@@ -120,6 +122,8 @@ def audit_file(
     first_without = ""
 
     def flush() -> None:
+        if not pending:
+            return  # tokenizers take no empty list
         audit.lengths.extend(token_counts(pending) if token_counts else map(len, pending))
         pending.clear()
 
@@ -131,6 +135,8 @@ def audit_file(
         for fault in faults:
             audit.add_fault(fault)
         if example is None:
+            if task == "ner":
+                _count_mentions(audit, readable_mentions(record, columns, labels))
             continue
         audit.usable += 1
         audit.text_hashes.append(text_hash(example.text))
@@ -173,9 +179,14 @@ def _count_labels(audit: Audit, example: Example) -> None:
         audit.labels[example.label or ""] += 1
         return
     audit.labels.update(entity.label for entity in example.entities)
-    audit.without_entities += not example.entities
-    pairs = {(entity.text, entity.label) for entity in example.entities}
-    audit.repeated_mentions += len(pairs) < len(example.entities)
+    _count_mentions(audit, [(entity.text, entity.label) for entity in example.entities])
+
+
+def _count_mentions(audit: Audit, pairs: list[tuple[str, str]] | None) -> None:
+    if pairs is None:
+        return
+    audit.without_entities += not pairs
+    audit.repeated_mentions += len(set(pairs)) < len(pairs)
 
 
 def add_duplicates(audit: Audit, where: Callable[[int], str]) -> numpy.ndarray[Any, Any]:

@@ -218,6 +218,34 @@ def _entity_dicts(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
     return value
 
 
+def readable_mentions(
+    record: Record, columns: ColumnsConfig, labels: Sequence[str] | None = None
+) -> list[tuple[str, str]] | None:
+    """The (text, label) pairs that a NER row names, whatever its offsets say.
+
+    Offsets are not asked for, so a row whose spans are wrong can be read, and counted, like any other. A label has its
+    configured name where it has one.
+
+    Returns:
+        A pair an entity, in the order of the row; None when the text, the list or one of its pairs cannot be read.
+    """
+    if record.values is None:
+        return None
+    pairs: list[tuple[str, str]] = []
+    try:
+        _text(record.values, columns.text)
+        for index, raw in enumerate(_entity_dicts(record.values, columns.entities)):
+            name = f"entities[{index}]"
+            text, code = _entity_strings(raw, name)
+            try:
+                pairs.append((text, _entity_label(raw, code, name, labels)))
+            except _Problem:
+                pairs.append((text, code))
+    except _Problem:
+        return None
+    return pairs
+
+
 def _entities(
     found: list[dict[str, Any]], text: str, labels: Sequence[str] | None
 ) -> tuple[tuple[Entity, ...], list[tuple[str, str]]]:
@@ -250,6 +278,16 @@ def _entities(
 
 
 def _entity(raw: dict[str, Any], name: str, text: str, labels: Sequence[str] | None) -> Entity:
+    entity_text, code = _entity_strings(raw, name)
+    start, end = (_offset(raw, key, name) for key in ("start_idx", "end_idx"))
+    if start < 0 or text[start:end] != entity_text:
+        found = text[max(start, 0) : max(end, 0)]
+        raise _Problem("span_mismatch", f"{name}: text[{start}:{end}] is {found!r}, not {entity_text!r}")
+    return Entity(entity_text, _entity_label(raw, code, name, labels), start, end)
+
+
+def _entity_strings(raw: dict[str, Any], name: str) -> tuple[str, str]:
+    """(text, label) as they stand in the row."""
     entity_text, code = raw.get("entity_text"), raw.get("entity_label")
     for key, value in (("entity_text", entity_text), ("entity_label", code)):
         if value is None:
@@ -259,11 +297,7 @@ def _entity(raw: dict[str, Any], name: str, text: str, labels: Sequence[str] | N
         if not value.strip():
             raise _Problem("empty_field", f"{name}.{key} is empty")
     assert isinstance(entity_text, str) and isinstance(code, str)
-    start, end = (_offset(raw, key, name) for key in ("start_idx", "end_idx"))
-    if start < 0 or text[start:end] != entity_text:
-        found = text[max(start, 0) : max(end, 0)]
-        raise _Problem("span_mismatch", f"{name}: text[{start}:{end}] is {found!r}, not {entity_text!r}")
-    return Entity(entity_text, _entity_label(raw, code, name, labels), start, end)
+    return entity_text, code
 
 
 def _offset(raw: dict[str, Any], key: str, name: str) -> int:

@@ -62,6 +62,7 @@ class Encoded:
         text: the document's text as it was encoded: shortened, stripped where the template strips messages.
         offsets: characters of each token in the rendered string.
         text_chars: characters of `text` in the rendered string.
+        excess: tokens that the whole document would have had beyond the budget; 0 when it was not shortened.
     """
 
     ids: list[int]
@@ -70,6 +71,7 @@ class Encoded:
     text: str
     offsets: list[tuple[int, int]]
     text_chars: tuple[int, int]
+    excess: int = 0
 
     def labels(self) -> list[int]:
         """Training targets: the ids of the answer span, -100 elsewhere; by position, never by token id."""

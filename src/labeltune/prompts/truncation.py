@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from labeltune.errors import PromptError
@@ -44,12 +45,13 @@ def encode_to_fit(
         (max(a, begin) - begin, min(b, end) - begin) for a, b in encoded.offsets[slice(*encoded.text_span)]
     ]
     keep = len(spans) - excess
+    whole = excess
     while True:
         keep = max(keep, 0)
         shortened = template.encode(conversation.with_text(_shorten(text, spans, keep, side)), answer)
         excess = _needed(shortened, reserve) - max_length
         if excess <= 0:
-            return shortened
+            return replace(shortened, excess=whole)
         if keep == 0:
             raise PromptError(
                 f"{where + ': ' if where else ''}instruction, candidates and answer alone need {max_length + excess} tokens, "

@@ -2,6 +2,7 @@
 
 from labeltune.recipes.comparing import compare as compare
 from labeltune.recipes.data import check_data as check_data
+from labeltune.recipes.data import report_data as report_data
 from labeltune.recipes.evaluation import evaluate as evaluate
 from labeltune.recipes.evaluation import predict as predict
 from labeltune.recipes.training import train as train

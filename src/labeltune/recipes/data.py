@@ -1,11 +1,14 @@
-"""Checking data: one function that reads from top to bottom."""
+"""Checking data, and reporting on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from labeltune.config import RunConfig
 from labeltune.data.loading import Rows, load_rows
+from labeltune.run_folder import write_text
 
 
 def check_data(
@@ -14,15 +17,41 @@ def check_data(
     test: str | None = None,
     token_counts: Callable[[list[str]], list[int]] | None = None,
 ) -> list[Rows]:
-    """Audit a training file and, if given, a test file against it: every fault, none of them raised."""
+    """Audit a training file, and against it the config's validation file and a test file; no fault is raised."""
     from labeltune.data.audit import add_duplicates, add_shared
 
     config = config_or_task
     rows = load_rows(train, config.task, config.data, config.hub, token_counts=token_counts)
     add_duplicates(rows.audit, rows.where)
-    if test is None:
-        return [rows]
-    other = load_rows(test, config.task, config.data, config.hub, token_counts=token_counts)
-    add_duplicates(other.audit, other.where)
-    add_shared(rows.audit, other.audit, other.where)
-    return [rows, other]
+    found = [rows]
+    for spec in (config.data.validation, test):
+        if spec is not None:
+            other = load_rows(spec, config.task, config.data, config.hub, token_counts=token_counts)
+            add_duplicates(other.audit, other.where)
+            add_shared(rows.audit, other.audit, other.where)
+            found.append(other)
+    return found
+
+
+def report_data(
+    files: Sequence[Rows],
+    config: RunConfig,
+    path: Path,
+    tokenizer: Any | None = None,
+    model: Path | None = None,
+) -> dict[str, Any]:
+    """Write the HTML report of audited files, the training file first; returns its findings, JSON-ready.
+
+    `tokenizer` counts tokens, and the input embeddings in its folder `model` help to judge labels; None leaves either out.
+
+    Raises:
+        MissingExtraError: datasketch or cleanlab is not installed.
+        OutputError: the report cannot be written.
+    """
+    from labeltune.evaluation.data_page import data_page
+    from labeltune.evaluation.data_report import check_report, make_report
+
+    check_report(path)
+    report = make_report(files, config, tokenizer, model, progress=True)
+    write_text(path, data_page(report))
+    return report.to_dict()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 #: Part of the cache key; raised when the same rows are tokenized differently.
-VERSION = 1
+VERSION = 2
 #: Token files that no run has used for this long are removed.
 KEPT_SECONDS = 30 * 24 * 3600
 
@@ -45,12 +45,35 @@ class TokenAccount:
 
 
 def tokenize_rows(dataset: Dataset, builder: PromptBuilder) -> tuple[Dataset, TokenAccount]:
-    """Token ids and answer positions of every row, in an Arrow file of the cache folder.
+    """What training reads of `token_columns`, and where the tokens go.
+
+    Columns of the result: `input_ids` list of int32, `answer_start` and `answer_end` int32 (end exclusive), `length`.
+
+    Raises:
+        PromptError: a row's instruction, candidates and answer do not fit the budget.
+        OutputError: the cache folder cannot be written.
+    """
+    tokens = token_columns(dataset, builder)
+    spans = tokens.with_format("numpy")
+    account = TokenAccount(
+        rows=len(tokens),
+        tokens=int(spans["length"][:].sum()) if len(tokens) else 0,
+        answer_tokens=int((spans["answer_end"][:] - spans["answer_start"][:]).sum()) if len(tokens) else 0,
+        shortened=int(spans["shortened"][:].sum()) if len(tokens) else 0,
+        cut_entities=int(spans["cut_entities"][:].sum()) if len(tokens) else 0,
+    )
+    return tokens.select_columns(["input_ids", "answer_start", "answer_end", "length"]), account
+
+
+def token_columns(dataset: Dataset, builder: PromptBuilder) -> Dataset:
+    """Token ids of every row, and which part stands where, in an Arrow file of the cache folder.
 
     The file is named by everything the tokens follow from: rows, task, prompt and tokenizer. A second run with the same
     ones reads it; processes of one run wait for the first to write it.
 
-    Columns of the result: `input_ids` list of int32, `answer_start` and `answer_end` int32 (end exclusive), `length`.
+    Columns of the result: `input_ids` list of int32; int32 each `text_start`, `text_end`, `answer_start`, `answer_end`
+    (positions of tokens, ends exclusive), `length`, `excess` (tokens that the whole document has beyond the budget) and
+    `cut_entities`; `shortened` bool; `cut_characters` int32, characters of the document that were cut away.
 
     Raises:
         PromptError: a row's instruction, candidates and answer do not fit the budget.
@@ -62,10 +85,14 @@ def tokenize_rows(dataset: Dataset, builder: PromptBuilder) -> tuple[Dataset, To
         encoded = builder.training(example)
         return {
             "input_ids": encoded.ids,
+            "text_start": encoded.text_span[0],
+            "text_end": encoded.text_span[1],
             "answer_start": encoded.answer_span[0],
             "answer_end": encoded.answer_span[1],
             "length": len(encoded.ids),
             "shortened": encoded.text.strip() != example.text.strip(),
+            "excess": encoded.excess,
+            "cut_characters": max(0, len(example.text.strip()) - len(encoded.text.strip())),
             "cut_entities": sum(entity.text not in encoded.text for entity in example.entities or ()),
         }
 
@@ -75,10 +102,14 @@ def tokenize_rows(dataset: Dataset, builder: PromptBuilder) -> tuple[Dataset, To
     columns = datasets.Features(
         {
             "input_ids": datasets.List(integer),
+            "text_start": integer,
+            "text_end": integer,
             "answer_start": integer,
             "answer_end": integer,
             "length": integer,
             "shortened": datasets.Value("bool"),
+            "excess": integer,
+            "cut_characters": integer,
             "cut_entities": integer,
         }
     )
@@ -104,15 +135,7 @@ def tokenize_rows(dataset: Dataset, builder: PromptBuilder) -> tuple[Dataset, To
     finally:
         if not was_enabled:
             datasets.enable_progress_bars()
-    spans = tokens.with_format("numpy")
-    account = TokenAccount(
-        rows=len(tokens),
-        tokens=int(spans["length"][:].sum()) if len(tokens) else 0,
-        answer_tokens=int((spans["answer_end"][:] - spans["answer_start"][:]).sum()) if len(tokens) else 0,
-        shortened=int(spans["shortened"][:].sum()) if len(tokens) else 0,
-        cut_entities=int(spans["cut_entities"][:].sum()) if len(tokens) else 0,
-    )
-    return tokens.remove_columns(["shortened", "cut_entities"]), account
+    return tokens
 
 
 def content_key(dataset: Dataset, builder: PromptBuilder) -> str:

@@ -1,0 +1,130 @@
+"""What `labeltune data check --report` adds to the audit: near-duplicates, labels that look wrong, tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labeltune.config import RunConfig
+from labeltune.data.loading import Rows, stratified_split
+from labeltune.data.near_duplicates import NearDuplicates, find_near_duplicates
+from labeltune.data.suspects import Suspects, find_suspects
+from labeltune.errors import MissingExtraError, OutputError, PromptError
+from labeltune.modeling.text_vectors import text_vectors
+from labeltune.tasks import make_task
+from labeltune.tasks.builder import PromptBuilder
+
+if TYPE_CHECKING:
+    from labeltune.training.token_figures import TokenFigures
+
+#: Pairs and rows listed in JSON; all of them are counted.
+MAX_LISTED = 10_000
+NO_TOKENIZER = (
+    "No tokenizer was at hand, so tokens were not counted. Name one: --tokenizer FOLDER, or a model such as "
+    "--tokenizer ms:qwen/Qwen2-1.5B-Instruct, which is fetched."
+)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """All findings of a report.
+
+    Attributes:
+        files: rows and audit of each file: train, then validation and test where they are given.
+        near: near-duplicates inside and across the files.
+        split_pairs: near-duplicate pairs of the training file that the held-out split puts on both sides; None when
+            nothing is held out of it.
+        suspects: None for NER, whose labels are not judged.
+        tokens: tokens of the training file; None when they could not be counted.
+        no_tokens: why not, and what to do about it.
+    """
+
+    files: tuple[Rows, ...]
+    near: NearDuplicates
+    split_pairs: int | None
+    suspects: Suspects | None
+    tokens: TokenFigures | None
+    no_tokens: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; at most `MAX_LISTED` pairs and suspects are listed."""
+        return {
+            "near_duplicates": {**self.near.to_dict(MAX_LISTED), "pairs_on_both_sides": self.split_pairs},
+            "suspects": self.suspects.to_dict(MAX_LISTED) if self.suspects is not None else None,
+            "tokens": self.tokens.to_dict() if self.tokens is not None else None,
+            "no_tokens": self.no_tokens or None,
+        }
+
+
+def check_report(path: Path) -> None:
+    """Find out before the work whether a report can be made and written.
+
+    Raises:
+        MissingExtraError: datasketch or cleanlab is not installed.
+        OutputError: the path is a folder, or its own folder cannot be made.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("datasketch", "cleanlab")):
+        raise MissingExtraError("labeltune data check --report", "audit")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; name a file, as in --report {path / 'report.html'}")
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}") from error
+
+
+def make_report(
+    files: Sequence[Rows],
+    config: RunConfig,
+    tokenizer: Any | None = None,
+    model: Path | None = None,
+    progress: bool = False,
+) -> DataReport:
+    """Compare, judge and count.
+
+    Args:
+        files: the audited files, the training file first; none of them is changed.
+        tokenizer: a fast tokenizer; None to leave tokens out.
+        model: the tokenizer's folder; where it holds weights, their input embeddings help to judge labels.
+
+    Raises:
+        OutputError: the cache folder, where tokens are kept, cannot be written.
+    """
+    near = find_near_duplicates(files, progress)
+    suspects = None
+    if config.task == "classification":
+        vectors = text_vectors(model, tokenizer) if model is not None and tokenizer is not None else None
+        suspects = find_suspects(files, vectors, progress)
+    tokens, no_tokens = _tokens(files[0], config, tokenizer)
+    return DataReport(tuple(files), near, _split_pairs(files[0], config, near), suspects, tokens, no_tokens)
+
+
+def _tokens(rows: Rows, config: RunConfig, tokenizer: Any | None) -> tuple[TokenFigures | None, str]:
+    """The figures, or why there are none."""
+    if tokenizer is None:
+        return None, NO_TOKENIZER
+    if not rows.audit.usable:
+        return None, f"{rows.audit.path} holds no usable row."
+    from labeltune.prompts.template import ChatTemplate
+    from labeltune.training.token_figures import token_figures
+
+    labels = config.data.labels or rows.audit.label_set()
+    try:
+        builder = PromptBuilder(make_task(config.task, labels, config.prompt), ChatTemplate(tokenizer))
+        return token_figures(rows.dataset, builder, config.training), ""
+    except PromptError as error:
+        # Training would stop here; the rest of the report is no worse for it.
+        return None, f"Training would stop with this error: {error}"
+
+
+def _split_pairs(rows: Rows, config: RunConfig, near: NearDuplicates) -> int | None:
+    """How many pairs inside the training file a run with this config tears apart, as `load_splits` would."""
+    data = config.data
+    if data.validation is not None or data.validation_fraction == 0 or data.max_rows is not None:
+        return None
+    held_out = {int(row) for row in stratified_split(rows, data.validation_fraction, config.training.seed)}
+    inside = (pair.rows for pair in near.pairs if pair.files == (0, 0))
+    return sum((row in held_out) != (like in held_out) for row, like in inside)
