@@ -11,8 +11,14 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextlib.contextmanager
-def row_progress(total: int | None, what: str, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Yields a function that is told how many more rows are done."""
+def row_progress(
+    total: int | None, what: str, shown: bool = True, last_line: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Yields a function that is told how many more rows are done.
+
+    Args:
+        last_line: without a terminal, say when all are done, however quickly that was.
+    """
     if not shown:
         yield lambda _: None
         return
@@ -20,7 +26,7 @@ def row_progress(total: int | None, what: str, shown: bool = True) -> Iterator[C
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _plain_lines(total, what)
+        yield _plain_lines(total, what, last_line)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -44,7 +50,7 @@ def row_progress(total: int | None, what: str, shown: bool = True) -> Iterator[C
         yield advance
 
 
-def _plain_lines(total: int | None, what: str) -> Callable[[int], None]:
+def _plain_lines(total: int | None, what: str, last_line: bool) -> Callable[[int], None]:
     started = last = time.monotonic()
     done = 0
 
@@ -52,7 +58,7 @@ def _plain_lines(total: int | None, what: str) -> Callable[[int], None]:
         nonlocal done, last
         done += rows
         now = time.monotonic()
-        if now - last < _SECONDS_BETWEEN_LINES and done != total:
+        if now - last < _SECONDS_BETWEEN_LINES and not (last_line and done == total):
             return
         last = now
         rate = done / max(now - started, 1e-9)

@@ -13,6 +13,7 @@ from labeltune.config import RunConfig
 from labeltune.data.loading import Splits, load_splits
 from labeltune.errors import MissingExtraError
 from labeltune.evaluation.headline import SELECTION, headline
+from labeltune.progress import row_progress
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
 from labeltune.recipes.selection import save_selection
 from labeltune.run_folder import check_output, remove_checkpoints
@@ -109,7 +110,12 @@ def train(
 
     def measure() -> dict[str, float]:
         predictor.engine.forget()
-        return headline(measured, predictor.predict(measured))
+        # A terminal shows the bar over steps already, and cannot show two.
+        alone = not sys.stderr.isatty()
+        with row_progress(len(measured), "validation", alone, last_line=False) as advance:
+            found = headline(measured, predictor.predict(measured, on_batch=advance))
+        predictor.engine.forget()
+        return found
 
     shown = _fixed_handful(splits, config.swanlab.prediction_rows)
     if tracker is not None and shown:
@@ -142,12 +148,12 @@ def train(
             say,
             measure if measured else None,
         )
+        if main_process and measured:
+            _finish(predictor, result, config, splits, measured, tracker, say)
     except BaseException as error:
         if tracker is not None:
             tracker.finish(error)
         raise
-    if main_process and measured:
-        _finish(predictor, result, config, splits, measured, tracker, say)
     if tracker is not None:
         tracker.finish()
     say(f"done in {result.seconds:.0f} s: {result.best} -> {result.best.resolve().name}")
