@@ -52,10 +52,12 @@ def test_the_figure_in_training_is_that_of_evaluate_and_picks_the_best(
         checkpoint = result.last.parent / f"checkpoint-{step}"
         found = recipes.evaluate(checkpoint, config.data.validation, progress=False)
         assert found[metric]["value"] == value
-    best = min(step for step, value in logged.items() if value == max(logged.values()))
+    losses = {entry["step"]: entry["eval_loss"] for entry in history(result.last)}
+    best = min(
+        (step for step, value in logged.items() if value == max(logged.values())), key=losses.__getitem__
+    )
     assert result.best.resolve().name == f"checkpoint-{best}"
     assert (result.metric_name, result.metric) == (metric, logged[best])
-    losses = {entry["step"]: entry["eval_loss"] for entry in history(result.last)}
     assert result.validation_loss == losses[best]
 
 

@@ -182,7 +182,7 @@ class EvalConfig(Section):
 
     metric: Literal["auto", "macro_f1", "accuracy", "span_f1", "loss"] = Field(
         "auto",
-        description="picks `best`: auto is macro_f1 for labels, span_f1 (strict) for entities, by the engine that predicts",
+        description="picks `best` (the least loss among equals): auto is macro_f1 for labels, span_f1 (strict) for entities",
     )
     max_rows: int = Field(
         500,

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from labeltune.config import (
 from labeltune.errors import ModelError, OutputError
 
 RUN_FILE = "labeltune.json"
+#: SHA-256 of every file of a checkpoint as it was saved.
+MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
@@ -154,12 +157,36 @@ def find_checkpoint(run: str | os.PathLike[str], prefer_newest: bool = False) ->
     raise ModelError(f"{folder} holds no complete checkpoint (checkpoint-N with {RUN_FILE}); train first")
 
 
-def check_output(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path | None:
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files by its manifest, or None; one without a manifest is taken as it is."""
+    manifest = checkpoint / MANIFEST_FILE
+    if not manifest.exists():
+        return None
+    try:
+        expected: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))
+        for name, digest in expected.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file_hash(file) != digest:
+                return f"{name} is not what was saved"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{MANIFEST_FILE} cannot be read: {error}"
+    return None
+
+
+def check_output(
+    config: RunConfig,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Path | None:
     """The checkpoint to resume from (None for a fresh start), or why the output folder cannot be used.
 
     Args:
-        resume: continue the last complete checkpoint.
+        resume: continue the last complete checkpoint; one that its manifest shows damaged is passed over, and said.
         overwrite: an earlier run may be there; it is removed when training starts, not here.
+        say: told about damaged checkpoints.
 
     Raises:
         OutputError: a fresh run would mix with an earlier one, or the folder cannot be written.
@@ -172,7 +199,14 @@ def check_output(config: RunConfig, resume: bool = False, overwrite: bool = Fals
             raise ModelError(
                 f"nothing to resume: {folder} holds no complete checkpoint; start without --resume"
             )
-        return found[-1]
+        for checkpoint in reversed(found):
+            reason = damage(checkpoint)
+            if reason is None:
+                return checkpoint
+            say(f"warning: {checkpoint} is damaged ({reason}); going back to the one before it")
+        raise ModelError(
+            f"nothing to resume: every checkpoint in {folder} is damaged; start over with --overwrite"
+        )
     if found and not overwrite:
         raise OutputError(
             f"{folder} already holds {found[-1].name}. Continue it with --resume, start over with --overwrite, "

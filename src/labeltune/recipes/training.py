@@ -51,7 +51,7 @@ def train(
         Interrupted: Ctrl-C; the message names the checkpoint that was saved.
     """
     _check_tracker(config)
-    resume_from = check_output(config, resume, overwrite)
+    resume_from = check_output(config, resume, overwrite, say)
     splits = load_splits(config.task, config.data, config.hub, config.training.seed)
     _report_splits(splits, say)
 

@@ -6,26 +6,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
-
-from labeltune.run_folder import RunInfo
-
-
-class SaveRunInfo(TrainerCallback):  # type: ignore[misc]
-    """Completes every checkpoint with `labeltune.json`, last of all files."""
-
-    def __init__(self, info: RunInfo) -> None:
-        self.info = info
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Trainer calls this when the checkpoint's other files are written."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            self.info.save(folder)
 
 
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]

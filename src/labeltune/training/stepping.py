@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from labeltune.errors import ModelError
+from labeltune.run_folder import RunInfo, checkpoints
+from labeltune.training.checkpoints import clear_staging, failures_named, publish, staging_folder
 from labeltune.training.loss import answer_loss
 from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Packing, Row, plan_step, step_order
@@ -77,10 +80,13 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         batch_size: int,
         seed: int,
         say: Say,
+        info: RunInfo,
         measure: Callable[[], dict[str, float]] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(data_collator=to_rows, **options)
+        self.info = info
+        self._saving_into: Path | None = None
         self.plan, self.batch_size, self.seed, self.say, self.measure = plan, batch_size, seed, say, measure
         self._given = self._computed = 0
 
@@ -208,6 +214,47 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             metrics[f"{metric_key_prefix}_{name}"] = value
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        """Trainer asks where a checkpoint goes: aside, until it is whole."""
+        return str(self._saving_into or self.args.output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Trainer's own, written aside and then published; old checkpoints are removed behind that, not before."""
+        output, state = Path(self.args.output_dir), self.state
+        name = f"checkpoint-{state.global_step}"
+        # Trainer looks for the best one where it writes, and would not find it there.
+        best = f"checkpoint-{state.best_global_step}" if state.best_global_step else None
+        found = checkpoints(output)
+        with failures_named(output, name, found[-1].name if found else None):
+            if self.args.should_save:
+                clear_staging(output)
+            self.accelerator.wait_for_everyone()
+            self._saving_into = staging_folder(output)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving_into = None
+            state.best_model_checkpoint = str(output / best) if best else None
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                state.save_to_json(str(staging_folder(output) / name / "trainer_state.json"))
+                publish(output, name, self.info)
+                rotate_checkpoints(
+                    output_dir=str(output),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=state.best_model_checkpoint,
+                )
+            self.accelerator.wait_for_everyone()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Of checkpoints with the same figure the one with the least loss: macro-F1 on few rows often stands still."""
+        name, state = f"{self.args.metric_for_best_model}", self.state
+        tied = metrics.get(name) is not None and metrics[name] == state.best_metric
+        if tied and metrics["eval_loss"] < best_loss(state):
+            state.best_global_step = state.global_step
+            return True
+        return bool(super()._determine_best_metric(metrics, trial))
+
     def _measured(self) -> dict[str, float]:
         """Figures of the main process, known to all of them."""
         if self.measure is None:
@@ -235,6 +282,16 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             if not self._any_process(full):
                 return total
             self._shrink(model, max(len(row.ids) for row in rows))
+
+
+def best_loss(state: Any) -> float:
+    """Validation loss at the best step so far; infinite before there is one."""
+    found = [
+        entry["eval_loss"]
+        for entry in state.log_history
+        if entry.get("step") == state.best_global_step and "eval_loss" in entry
+    ]
+    return float(found[-1]) if found else float("inf")
 
 
 def _memory_in_use(device: Any) -> int:

@@ -133,8 +133,8 @@ def run_training(
     """
     from transformers.trainer_callback import PrinterCallback
 
-    from labeltune.training.callbacks import Progress, SaveRunInfo, StopOnInterrupt
-    from labeltune.training.stepping import PackTrainer
+    from labeltune.training.callbacks import Progress, StopOnInterrupt
+    from labeltune.training.stepping import PackTrainer, best_loss
 
     arguments = training_arguments(config, precision, validation is not None)
     model.to(arguments.device)
@@ -145,13 +145,14 @@ def run_training(
         config.training.batch_size,
         config.training.seed,
         say,
+        info,
         measure,
         model=model,
         args=arguments,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        callbacks=[progress, SaveRunInfo(info), stopper, *_early_stopping(config, validation), *callbacks],
+        callbacks=[progress, stopper, *_early_stopping(config, validation), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     try:
@@ -175,7 +176,7 @@ def run_training(
         train_loss=float(output.training_loss),
         metric_name=config.metric if measured else None,
         metric=trainer.state.best_metric if measured else None,
-        validation_loss=_loss_at(trainer.state) if measured else None,
+        validation_loss=best_loss(trainer.state) if measured else None,
         seconds=float(output.metrics["train_runtime"]),
     )
 
@@ -187,16 +188,6 @@ def _early_stopping(config: RunConfig, validation: Dataset | None) -> list[Any]:
     if config.eval.patience is None or validation is None:
         return []
     return [EarlyStoppingCallback(config.eval.patience, config.eval.min_delta)]
-
-
-def _loss_at(state: Any) -> float | None:
-    """Validation loss at the best step."""
-    found = [
-        entry["eval_loss"]
-        for entry in state.log_history
-        if entry.get("step") == state.best_global_step and "eval_loss" in entry
-    ]
-    return float(found[-1]) if found else None
 
 
 def prepare_steps(

@@ -1,0 +1,99 @@
+"""Checkpoints that are whole or not there: written aside, hashed, brought to the disk, and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from labeltune.errors import OutputError, first_line
+from labeltune.run_folder import MANIFEST_FILE, RunInfo, file_hash, write_json
+
+#: Where a checkpoint is written before it gets its name; what a killed run left there is removed by the next.
+STAGING = ".saving"
+#: A test sets this to kill the process between two moments of a save; nobody else does.
+after: Callable[[str], None] = lambda moment: None  # noqa: E731
+
+
+def staging_folder(output_dir: Path) -> Path:
+    """The folder that a checkpoint is written into."""
+    return output_dir / STAGING
+
+
+def clear_staging(output_dir: Path) -> None:
+    """Remove what an earlier process left half-written."""
+    shutil.rmtree(staging_folder(output_dir), ignore_errors=True)
+
+
+def publish(output_dir: Path, name: str, info: RunInfo) -> Path:
+    """Complete the checkpoint that stands in the staging folder and give it its place.
+
+    `labeltune.json` and a manifest of SHA-256 sums are added, every file is brought to the disk, and the folder is renamed:
+    whoever looks finds the whole checkpoint or none. A damaged one of the same name is replaced.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    staged, final = staging_folder(output_dir) / name, output_dir / name
+    info.save(staged)
+    write_manifest(staged)
+    after("manifest")
+    for path in sorted(staged.rglob("*")):
+        _to_disk(path)
+    _to_disk(staged)
+    after("fsync")
+    if final.exists():
+        shutil.rmtree(final)
+    staged.rename(final)
+    _to_disk(output_dir)
+    after("rename")
+    shutil.rmtree(staging_folder(output_dir), ignore_errors=True)
+    return final
+
+
+def write_manifest(folder: Path) -> None:
+    """Write `manifest.json`: the SHA-256 of every file of a checkpoint, by its name in the folder."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
+    write_json(folder / MANIFEST_FILE, {p.relative_to(folder).as_posix(): file_hash(p) for p in files})
+
+
+@contextmanager
+def failures_named(output_dir: Path, name: str, last: str | None) -> Iterator[None]:
+    """A save that fails is one clear error; what was half-written is removed.
+
+    Args:
+        last: name of the last good checkpoint, to go on from.
+
+    Raises:
+        OutputError: whatever the writers raised: no space left, no permission, an I/O error.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save has no error of its own for a full disk.
+        if isinstance(error, RuntimeError) and "StreamWriter" not in str(error):
+            raise
+        clear_staging(output_dir)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        then = (
+            f"{last} is untouched; make room and go on with --resume"
+            if last
+            else "no checkpoint was saved before it"
+        )
+        raise OutputError(f"{output_dir / name} cannot be written: {reason}. {then}") from error
+
+
+def _to_disk(path: Path) -> None:
+    """fsync of a file or folder, where the system knows how."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except (PermissionError, IsADirectoryError):  # folders on Windows
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,137 @@
+"""A checkpoint is whole or not there: kills while saving, damaged files, full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from labeltune import recipes
+from labeltune.errors import ModelError, OutputError
+from labeltune.run_folder import MANIFEST_FILE, checkpoints, damage, file_hash
+from labeltune.training.checkpoints import STAGING
+from test_training import adapter_weights, config_for
+
+SCRIPT = Path(__file__).with_name("kill_train.py")
+
+
+def process(config: Path, moment: str, number: int, *rest: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), str(config), moment, str(number), *rest]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    one, two = adapter_weights(first), adapter_weights(second)
+    return set(one) == set(two) and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_killed_while_saving_nothing_is_lost_and_nothing_half_is_picked(
+    in_folder: Path, model_folder: Path
+) -> None:
+    """Four moments of a save, one process after the other; only the newest checkpoint is kept."""
+    torch.set_num_threads(1)
+    config = config_for(in_folder, model_folder, max_steps=6, save_steps=1, save_total_limit=1)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"validation_fraction": 0.0})})
+    whole = recipes.train(config.model_copy(update={"output_dir": str(in_folder / "whole")}))
+    path = in_folder / "run.yaml"
+    path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    folder, rest, before = Path(config.output_dir), (), 0
+    for moment, number in (("rename", 1), ("torn", 1), ("manifest", 2), ("fsync", 1)):
+        done = process(path, moment, number, *rest)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+        (kept,) = checkpoints(folder)
+        assert damage(kept) is None and int(kept.name.split("-")[1]) >= before
+        before, rest = int(kept.name.split("-")[1]), ("--resume",)
+    assert process(path, "never", 1, "--resume").returncode == 0
+    (last,) = checkpoints(folder)
+    assert last.name == "checkpoint-6" and same_weights(last, whole.last)
+    states = [json.loads((run / "trainer_state.json").read_text()) for run in (last, whole.last)]
+    assert [entry["step"] for entry in states[0]["log_history"]] == [
+        e["step"] for e in states[1]["log_history"]
+    ]
+    losses = [[e.get("loss") for e in state["log_history"]] for state in states]
+    assert losses[0] == losses[1]
+    assert not (folder / STAGING).exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over(in_folder: Path, model_folder: Path) -> None:
+    torch.set_num_threads(1)
+    config = config_for(in_folder, model_folder, max_steps=4, save_steps=1, save_total_limit=9)
+    last = recipes.train(config).last
+    expected = adapter_weights(last)
+    listed = json.loads((last / MANIFEST_FILE).read_text(encoding="utf-8"))
+    assert listed["adapter_model.safetensors"] == file_hash(last / "adapter_model.safetensors")
+    assert {"optimizer.pt", "trainer_state.json", "labeltune.json", "tokenizer.json"} <= set(listed)
+    for folder, file in ((last, "optimizer.pt"), (last.with_name("checkpoint-3"), "rng_state.pth")):
+        content = bytearray((folder / file).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / file).write_bytes(content)
+    said: list[str] = []
+    assert recipes.train(config, resume=True, say=said.append).last == last
+    warnings = [line for line in said if line.startswith("warning")]
+    assert (
+        len(warnings) == 2
+        and "optimizer.pt is not what was saved" in warnings[0]
+        and "checkpoint-3" in warnings[1]
+    )
+    assert damage(last) is None
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_weights(last).items())
+    for folder in checkpoints(last.parent):
+        (folder / "scheduler.pt").unlink()
+    with pytest.raises(ModelError, match=r"every checkpoint in .* is damaged"):
+        recipes.train(config, resume=True)
+    (last / MANIFEST_FILE).write_text("[")
+    assert "cannot be read" in str(damage(last))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"),
+    ],
+)
+def test_a_disk_that_is_full_leaves_the_last_good_checkpoint(
+    error: Exception, in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(in_folder, model_folder, max_steps=4, save_steps=1)
+    save, calls = torch.save, []
+
+    def full(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(str(file))
+        if "checkpoint-3" in str(file):
+            raise error
+        save(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        OutputError, match=r"checkpoint-3 cannot be written: .*checkpoint-2 is untouched"
+    ) as raised:
+        recipes.train(config)
+    assert raised.value.exit_code == 2 and calls
+    folder = Path(config.output_dir)
+    assert [found.name for found in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
+    assert not (folder / STAGING).exists()
+    monkeypatch.setattr(torch, "save", save)
+    assert recipes.train(config, resume=True).steps == 4
+
+
+def test_another_error_while_saving_is_not_called_a_full_disk(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        recipes.train(config_for(in_folder, model_folder, max_steps=1))
