@@ -16,6 +16,7 @@ import torch
 
 from labeltune import recipes
 from labeltune.errors import ModelError, OutputError
+from labeltune.folder_lock import alone_with
 from labeltune.run_folder import MANIFEST_FILE, checkpoints, damage, file_hash
 from labeltune.training.checkpoints import STAGING
 from test_training import adapter_weights, config_for
@@ -135,3 +136,30 @@ def test_another_error_while_saving_is_not_called_a_full_disk(
     monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(RuntimeError, match="something else"):
         recipes.train(config_for(in_folder, model_folder, max_steps=1))
+
+
+def test_a_second_training_into_the_same_folder_is_refused(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder, max_steps=1)
+    seen: list[str] = []
+
+    def meanwhile(_: str) -> None:
+        if not seen:
+            with pytest.raises(OutputError) as raised:
+                recipes.train(config, overwrite=True)
+            seen.append(str(raised.value))
+
+    recipes.train(config, say=meanwhile)
+    assert f"process {os.getpid()}" in seen[0] and "another training writes into" in seen[0]
+    assert recipes.train(config, overwrite=True).steps == 1
+
+
+def test_a_dead_process_holds_no_lock(in_folder: Path) -> None:
+    code = "import os\nfrom pathlib import Path\nfrom labeltune.folder_lock import alone_with\n"
+    code += "with alone_with(Path('x/.lock'), 'busy', 'wait'):\n    os._exit(3)\n"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 3
+    with (
+        alone_with(Path("x/.lock"), "busy", "wait"),
+        pytest.raises(OutputError, match=r"busy \(process \d+\); wait"),
+        alone_with(Path("x/.lock"), "busy", "wait"),
+    ):
+        pytest.fail("two at a time")

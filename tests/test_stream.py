@@ -122,3 +122,17 @@ def test_a_loaded_run_is_named_by_its_weights(in_folder: Path, model_folder: Pat
         before = one.fingerprint()
         one.change(long_text="window")
         assert one.fingerprint() != before
+
+
+def test_two_predicts_onto_one_file_are_told_apart(in_folder: Path) -> None:
+    path = write_jsonl(in_folder / "rows.jsonl", [{"text": "a"}, {"text": "b"}])
+    predictor, seen = predictor_for(), []
+
+    def meanwhile(_: int) -> None:
+        with pytest.raises(OutputError, match="another predict writes") as raised:
+            predict_file(predictor, path, in_folder / "out.jsonl")
+        seen.append(str(raised.value))
+        predict_file(predictor, path, in_folder / "other.jsonl")
+
+    predict_file(predictor, path, in_folder / "out.jsonl", progress=meanwhile)
+    assert seen and (in_folder / "out.jsonl").read_text() == (in_folder / "other.jsonl").read_text()

@@ -21,6 +21,7 @@ from conftest import classification_rows, write_jsonl
 from labeltune import recipes
 from labeltune.config import RunConfig, load_config
 from labeltune.errors import ConfigError, DataError, Interrupted, ModelError, OutputError, SweepError
+from labeltune.folder_lock import alone_with
 from labeltune.sweep import run as sweep_run
 from labeltune.sweep.ledger import Ledger
 from labeltune.sweep.report import Trial, print_table
@@ -239,7 +240,8 @@ def test_another_sweep_in_the_same_folder_is_refused(in_folder: Path, trained: l
 
 def test_a_folder_that_cannot_be_used(in_folder: Path, trained: list[RunConfig]) -> None:
     plan = plan_sweep(config_for(in_folder), ["lora.r=4,8"], grid=True)
-    with sweep_run._alone_in(plan.folder), pytest.raises(OutputError, match="another sweep is running"):
+    held = alone_with(plan.folder / ".lock", "", "")
+    with held, pytest.raises(OutputError, match="another sweep is running"):
         run_sweep(plan, said_nothing)
     (plan.folder / "study.db").write_text("this is no database, this is a page of text\n" * 100)
     with pytest.raises(OutputError, match=r"study\.db cannot be used"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,6 +15,7 @@ from typing import Any
 from labeltune.data.schemas import Fault, parse_record
 from labeltune.data.sources import iter_records
 from labeltune.errors import DataError, OutputError, PromptError
+from labeltune.folder_lock import alone_with
 from labeltune.inference.predictor import Predictor
 from labeltune.run_folder import file_hash, write_json
 from labeltune.types import Example, Prediction
@@ -131,8 +134,27 @@ def predict_file(
         The number of rows that could not be predicted.
 
     Raises:
-        OutputError: nothing to resume, or the rest belongs to another input, run or setting.
+        OutputError: nothing to resume, the rest belongs to another input, run or setting, or another process writes it.
     """
+    # Not beside the output, where it would stay behind.
+    lock = (
+        Path(tempfile.gettempdir())
+        / f"labeltune-{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:32]}.lock"
+    )
+    with alone_with(lock, f"another predict writes {output}", "wait for it, or choose another --output"):
+        return _predict_into(predictor, path, output, labels, resume, min_confidence, top_k, progress)
+
+
+def _predict_into(
+    predictor: Predictor,
+    path: Path,
+    output: Path,
+    labels: Sequence[str],
+    resume: bool,
+    min_confidence: float | None,
+    top_k: int | None,
+    progress: Callable[[int], None] | None,
+) -> int:
     part, note = output.with_name(f".{output.name}.part"), output.with_name(f".{output.name}.part.json")
     mine = {
         "input": file_hash(path),

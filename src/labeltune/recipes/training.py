@@ -13,6 +13,7 @@ from labeltune.config import RunConfig
 from labeltune.data.loading import Splits, load_splits
 from labeltune.errors import MissingExtraError
 from labeltune.evaluation.headline import SELECTION, headline
+from labeltune.folder_lock import alone_with
 from labeltune.progress import row_progress
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
 from labeltune.recipes.selection import save_selection
@@ -50,6 +51,14 @@ def train(
         LabeltuneError: any of its kinds; config, data and output folder are checked before weights are loaded.
         Interrupted: Ctrl-C; the message names the checkpoint that was saved.
     """
+    if os.environ.get("RANK", "0") != "0":
+        return _train(config, resume, overwrite, say)
+    writing = f"another training writes into {config.output_dir}"
+    with alone_with(Path(config.output_dir) / ".lock", writing, "wait for it, or choose another output_dir"):
+        return _train(config, resume, overwrite, say)
+
+
+def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainResult:
     _check_tracker(config)
     resume_from = check_output(config, resume, overwrite, say)
     splits = load_splits(config.task, config.data, config.hub, config.training.seed)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from labeltune.errors import ConfigError, Interrupted, MissingExtraError, OutputError, SweepError
+from labeltune.errors import ConfigError, Interrupted, MissingExtraError, SweepError
+from labeltune.folder_lock import alone_with
 from labeltune.sweep.report import Trial, best_trial, print_table, train_command, write_results
 from labeltune.sweep.search import Choices, SweepPlan
 
@@ -43,7 +42,8 @@ def run_sweep(plan: SweepPlan, say: Say = _say) -> list[Trial]:
     if plan.workers > 1 and importlib.util.find_spec("ray") is None:
         raise MissingExtraError("--workers", "ray")
     _check_inputs(plan)
-    with _alone_in(plan.folder):
+    running = f"another sweep is running in {plan.folder}"
+    with alone_with(plan.folder / ".lock", running, "wait for it, or give --output"):
         from labeltune.sweep.ledger import Ledger
 
         ledger = Ledger(plan, say)
@@ -113,22 +113,3 @@ def _check_inputs(plan: SweepPlan) -> None:
     tried = [d.texts for d in plan.space if isinstance(d, Choices) and d.key == "model"]
     for model in tried[0] if tried else (config.model,):
         resolve_model(model, config.hub)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the operating system takes back from a process that dies."""
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise OutputError(f"another sweep is running in {folder}; wait for it, or give --output") from None
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error}") from error
-    try:
-        yield
-    finally:
-        lock.release()
