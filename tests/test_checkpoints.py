@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import make_tokenizer
 from labeltune import recipes
-from labeltune.errors import ModelError, OutputError
+from labeltune.errors import DivergedError, ModelError, OutputError
 from labeltune.folder_lock import alone_with
 from labeltune.run_folder import MANIFEST_FILE, checkpoints, damage, file_hash
 from labeltune.training.checkpoints import STAGING
+from labeltune.training.stepping import PackTrainer
 from test_training import adapter_weights, config_for
 
 SCRIPT = Path(__file__).with_name("kill_train.py")
@@ -163,3 +166,48 @@ def test_a_dead_process_holds_no_lock(in_folder: Path) -> None:
         alone_with(Path("x/.lock"), "busy", "wait"),
     ):
         pytest.fail("two at a time")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_no_number_stops_the_run(
+    what: str, in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step's rows are named, the weights before it are kept, and a resumed run can go on from there."""
+    config = config_for(in_folder, model_folder, max_steps=4, save_steps=1, save_total_limit=9)
+    real, calls, rows = PackTrainer._sum_over_packs, [], []
+
+    def broken(self: PackTrainer, model: Any, given: Any, train: bool) -> Any:
+        total = real(self, model, given, train)
+        if not train:
+            return total
+        calls.append(len(given))
+        if len(calls) == 3:
+            rows.extend(given)
+            if what == "loss":
+                return total * float("nan")
+            next(p for p in model.parameters() if p.grad is not None).grad[0] = float("inf")
+        return total
+
+    monkeypatch.setattr(PackTrainer, "_sum_over_packs", broken)
+    with pytest.raises(
+        DivergedError, match=rf"diverged at step 3: the {what}.*checkpoint-2 is the last good"
+    ) as raised:
+        recipes.train(config)
+    assert raised.value.exit_code == 2
+    lines = (in_folder / "classification.jsonl").read_text(encoding="utf-8").splitlines()
+    named = [int(n) for n in re.findall(r"classification\.jsonl:(\d+)", str(raised.value))]
+    assert len(named) == len(rows) == 8
+    tokenizer = make_tokenizer()
+    for number, row in zip(named, rows, strict=True):
+        assert json.loads(lines[number - 1])["text"] in tokenizer.decode(row.ids)
+    folder = Path(config.output_dir)
+    assert [found.name for found in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
+    assert all(tensor.isfinite().all() for tensor in adapter_weights(folder / "checkpoint-2").values())
+    monkeypatch.setattr(PackTrainer, "_sum_over_packs", real)
+    assert recipes.train(config, resume=True).steps == 4
+
+
+def test_a_learning_rate_that_diverges_is_reported_as_such(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder, epochs=8, learning_rate=1e30, scheduler="constant")
+    with pytest.raises(DivergedError, match=r"Lower training\.learning_rate \(it is 1e\+30\)"):
+        recipes.train(config)

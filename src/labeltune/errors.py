@@ -33,6 +33,10 @@ class ModelError(LabeltuneError):
     """A model, tokenizer, adapter or checkpoint cannot be found or used."""
 
 
+class DivergedError(LabeltuneError):
+    """A loss or gradient became infinite or no number; the message names the rows of the step."""
+
+
 class HubError(ModelError):
     """A model hub or data hub could not be reached, or has no such repository."""
 

@@ -155,6 +155,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
             callbacks,
             resume_from,
             say,
+            lambda number: str(splits.train[number]["source"]),
             measure if measured else None,
         )
         if main_process and measured:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from labeltune.errors import ModelError
+from labeltune.errors import DivergedError, ModelError
 from labeltune.run_folder import RunInfo, checkpoints
 from labeltune.training.checkpoints import clear_staging, failures_named, publish, staging_folder
 from labeltune.training.loss import answer_loss
@@ -81,11 +82,12 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         seed: int,
         say: Say,
         info: RunInfo,
+        where: Callable[[int], str],
         measure: Callable[[], dict[str, float]] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(data_collator=to_rows, **options)
-        self.info = info
+        self.info, self.where = info, where
         self._saving_into: Path | None = None
         self.plan, self.batch_size, self.seed, self.say, self.measure = plan, batch_size, seed, say, measure
         self._given = self._computed = 0
@@ -128,8 +130,32 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             self._shrink(model, max(len(row.ids) for row in inputs))
             torch.set_rng_state(before)
         self._add_up_gradients(model)
+        self._stop_unless_finite("loss", float(total))
         # Trainer logs the mean over processes.
         return total.detach() * self.accelerator.num_processes
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Trainer's own; a gradient that is no number stops the run before it reaches the weights."""
+        norm = super()._clip_grad_norm(model)
+        # A loss scaler leaves out steps whose gradients overflow by itself.
+        if norm is not None and getattr(self.accelerator, "scaler", None) is None:
+            self._stop_unless_finite("gradient's norm", float(norm))
+        return norm
+
+    def _stop_unless_finite(self, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        steps = -(-len(self.train_dataset) // self.batch_size)
+        epoch, at = divmod(self.state.global_step, steps)
+        order = step_order(len(self.train_dataset), self.batch_size, self.seed, epoch)
+        rows = next(numbers for number, numbers in enumerate(order) if number == at)
+        saved = checkpoints(Path(self.args.output_dir))
+        kept = f"{saved[-1]} is the last good checkpoint" if saved else "no checkpoint had been saved"
+        raise DivergedError(
+            f"training diverged at step {self.state.global_step + 1}: the {what} is {value}. Rows of this step: "
+            f"{', '.join(map(self.where, rows))}. {kept}. Lower training.learning_rate (it is "
+            f"{self.args.learning_rate:g}) or add training.warmup_steps, and look at these rows"
+        )
 
     def _sum_over_packs(self, model: Any, rows: list[Row], train: bool) -> Any:
         """This process's share of the loss of `rows`, with gradients when training."""

@@ -120,14 +120,17 @@ def run_training(
     callbacks: list[Any],
     resume_from: Path | None,
     say: Say,
+    where: Callable[[int], str],
     measure: Measurement | None = None,
 ) -> TrainResult:
     """Train, saving checkpoints as PEFT folders with tokenizer and `labeltune.json`.
 
     Args:
+        where: number of a training row -> its place, for messages.
         measure: called at every validation on the main process; gives figures by name, among them the config's metric.
 
     Raises:
+        DivergedError: a loss or gradient is infinite or no number; the last good checkpoint is untouched.
         Interrupted: Ctrl-C; a checkpoint has been saved.
         ModelError: one example alone does not fit into the device's memory.
     """
@@ -146,6 +149,7 @@ def run_training(
         config.training.seed,
         say,
         info,
+        where,
         measure,
         model=model,
         args=arguments,
