@@ -49,6 +49,7 @@ FAULTY: list[tuple[str, Any, str]] = [
     ("missing_field", ner({"entity_text": "南京", "entity_label": "地点", "start_idx": 2}), "end_idx"),
     ("missing_field", ner({"start_idx": 2, "end_idx": 4, "entity_label": "地点"}), "entities[0].entity_text"),
     ("empty_field", row(text=" \n"), "text is empty"),
+    ("empty_field", row(text="\u200b\u200c\ufeff \x00"), "cannot be seen"),
     ("empty_field", row(text=None), "text is null"),
     ("empty_field", row(output=""), "output is empty"),
     ("empty_field", row(category=[]), "empty list"),

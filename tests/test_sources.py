@@ -65,6 +65,21 @@ def test_a_byte_order_mark_is_not_part_of_the_first_name(tmp_path: Path, name: s
     assert found[0].values == {"text": "a"}
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.jsonl", '{"text": "a", "text": "b"}\n', "the key 'text' stands twice"),
+        ("a.jsonl", '{"text": "a", "entities": [{"x": 1, "x": 1}]}\n', "the key 'x' stands twice"),
+        ("a.csv", "text,output,text\na,b,c\n", "two columns are called 'text'"),
+    ],
+)
+def test_nothing_is_dropped_because_a_name_stands_twice(
+    name: str, content: str, problem: str, tmp_path: Path
+) -> None:
+    (found,) = records(tmp_path / name, content)
+    assert found.values is None and found.kind == "unparsable_line" and problem in found.problem
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 def test_utf_16_is_named(tmp_path: Path, name: str, encoding: str) -> None:

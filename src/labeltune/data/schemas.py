@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -144,7 +145,16 @@ def _string(values: dict[str, Any], column: str) -> str:
         raise _Problem("wrong_type", f"{column} must be a string, not {type(value).__name__}")
     if not value.strip():
         raise _Problem("empty_field", f"{column} is empty")
+    if is_blank(value):
+        raise _Problem("empty_field", f"{column} holds only characters that cannot be seen")
     return value
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text holds nothing but blanks, control and formatting characters (zero-width spaces, byte order marks)."""
+    return not any(c.isalnum() for c in text[:32]) and all(
+        c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text
+    )
 
 
 def _label(values: dict[str, Any], column: str, required: bool) -> str | None:

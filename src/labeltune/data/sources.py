@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def _iter_jsonl(path: Path) -> Iterator[Record]:
             return
         first = False
         try:
-            values = json.loads(line)
+            values = _decoder().decode(line)
         except (ValueError, RecursionError) as error:
             yield Record(where, None, "unparsable_line", f"not valid JSON: {error}")
             continue
@@ -185,6 +186,20 @@ def _iter_jsonl(path: Path) -> Iterator[Record]:
             yield Record(
                 where, None, "unparsable_line", f"a JSON object is expected, not a {type(values).__name__}"
             )
+
+
+@lru_cache(maxsize=1)
+def _decoder() -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different; json would keep the last of equal ones in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
+        raise ValueError(f"the key {twice!r} stands twice in an object")
+    return found
 
 
 class _DecodedLines:
@@ -225,6 +240,11 @@ def _iter_csv(path: Path) -> Iterator[Record]:
             continue
         if header is None:
             header = row
+            twice = next((name for i, name in enumerate(row) if name in row[:i]), None)
+            if twice is not None:
+                problem = f"two columns are called {twice!r}; rename one"
+                yield Record(where, None, "unparsable_line", f"{problem}; the rest was not read")
+                return
         elif len(row) != len(header):
             yield Record(
                 where,
