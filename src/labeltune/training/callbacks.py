@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
+
+from labeltune.run_folder import write_text
 
 
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
@@ -53,6 +57,26 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
             signal.signal(signal.SIGINT, self._previous[0])
             signal.signal(signal.SIGTERM, self._previous[1])
             self._installed = False
+
+
+class WriteMetrics(TrainerCallback):  # type: ignore[misc]
+    """Keeps `metrics.jsonl` in the run folder: what was logged, one step a line.
+
+    It is written anew from Trainer's history, which checkpoints hold, so a resumed run has no step twice and none missing.
+    """
+
+    def _write(self, args: Any, state: Any) -> None:
+        if state.is_world_process_zero:
+            lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in state.log_history)
+            write_text(Path(args.output_dir) / "metrics.jsonl", lines)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """With every checkpoint."""
+        self._write(args, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """And at the end."""
+        self._write(args, state)
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]

@@ -136,7 +136,7 @@ def run_training(
     """
     from transformers.trainer_callback import PrinterCallback
 
-    from labeltune.training.callbacks import Progress, StopOnInterrupt
+    from labeltune.training.callbacks import Progress, StopOnInterrupt, WriteMetrics
     from labeltune.training.stepping import PackTrainer, best_loss
 
     arguments = training_arguments(config, precision, validation is not None)
@@ -156,7 +156,7 @@ def run_training(
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        callbacks=[progress, stopper, *_early_stopping(config, validation), *callbacks],
+        callbacks=[progress, WriteMetrics(), stopper, *_early_stopping(config, validation), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     try:
