@@ -30,6 +30,9 @@ HEAVY = (
     "pyarrow",
     "rich",
     "optuna",
+    "fastapi",
+    "gradio",
+    "uvicorn",
     "ray",
 )
 

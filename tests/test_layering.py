@@ -19,7 +19,7 @@ LAYERS = (
     ("modeling", "tasks"),
     ("evaluation", "training", "inference", "tracking"),
     ("recipes",),
-    ("sweep",),
+    ("sweep", "serve"),
     ("cli",),
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
@@ -28,6 +28,8 @@ OUTSIDE = {"__init__", "__main__", "starter"}
 STRANGERS = {
     "training": {"tracking", "inference"},
     "inference": {"training", "tracking"},
+    "serve": {"training", "tracking", "sweep"},
+    "sweep": {"serve"},
     "tracking": {"training", "inference"},
     "tasks.classification": {"tasks.ner"},
     "tasks.ner": {"tasks.classification"},
@@ -89,6 +91,12 @@ def test_imports_point_down(path: Path) -> None:
 def test_one_module_knows_swanlab(path: Path) -> None:
     found = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"), "labeltune")}
     assert ("swanlab" in found) == (module_name(path) == "tracking.swanlab")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_one_module_knows_gradio(path: Path) -> None:
+    found = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"), "labeltune")}
+    assert ("gradio" in found) == (module_name(path) == "serve.playground")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)

@@ -49,7 +49,17 @@ def load_predictor(
     else:
         model = load_model(folder, picked.weights, device=where, trust_remote_code=trust)
     model.eval()
-    tokenizer = load_tokenizer(folder, trust)
+    return predictor_on(model, folder)
+
+
+def predictor_on(model: Any, folder: Path) -> Predictor:
+    """A checkpoint's predictor on a model that has its weights already.
+
+    Raises:
+        ModelError: the checkpoint is incomplete or damaged.
+    """
+    info = RunInfo.load(folder)
+    tokenizer = load_tokenizer(folder, info.hub.trust_remote_code)
     tokenizer.chat_template = info.chat_template
     task = make_task(info.task, info.labels, info.prompt)
     calibration = Calibration.load(folder)

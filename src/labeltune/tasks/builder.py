@@ -11,6 +11,9 @@ from labeltune.prompts.truncation import ELLIPSIS, Side, encode_to_fit
 from labeltune.tasks.base import Task
 from labeltune.types import Example
 
+#: Answers whose tokens are kept; a server is asked about labels without end.
+KEPT_ANSWERS = 10_000
+
 
 @dataclass(frozen=True)
 class View:
@@ -87,6 +90,8 @@ class PromptBuilder:
         if answer not in self._answers:
             conversation = self.task.conversation(example).with_text("")
             encoded = self.template.encode(conversation, answer)
+            if len(self._answers) >= KEPT_ANSWERS:
+                self._answers.clear()
             self._answers[answer] = encoded.ids[slice(*encoded.answer_span)]
         return self._answers[answer]
 
@@ -99,6 +104,8 @@ class PromptBuilder:
             alone = self.template.tokenizer(
                 answer, add_special_tokens=False, split_special_tokens=True
             ).input_ids
+            if len(self._lengths) >= KEPT_ANSWERS:
+                self._lengths.clear()
             self._lengths[answer] = len(alone) + self.template.closing_length
         return self._lengths[answer]
 

@@ -1,0 +1,171 @@
+"""Stands in front of the application: request ids, key, limits of bodies, log lines and figures."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from labeltune.serve.body import ClientGone, Receive, check_json, read_body
+from labeltune.serve.faults import ApiError
+from labeltune.serve.logs import frames, log, request_notes
+from labeltune.serve.metrics import Metrics
+from labeltune.serve.settings import Settings
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+#: Asked for every few seconds by machines; they are counted and not logged, like the files of pages.
+_STATE = ("/healthz", "/readyz", "/metrics")
+#: Status of a request whose client went away; it is only seen in logs and figures.
+CLIENT_GONE = 499
+
+
+class Guard:
+    """An ASGI application around another one.
+
+    Everything below `/v1` needs the key, if there is one, and a JSON body within its limits; the rest passes through with a
+    log line. What the application raises becomes a 500 without details.
+    """
+
+    def __init__(self, inner: Application, settings: Settings, metrics: Metrics) -> None:
+        self._inner, self._settings, self._metrics = inner, settings, metrics
+        self._pages: set[asyncio.Task[Any]] = set()
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        given = headers.get(b"x-request-id", b"")
+        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        answer = _Answer(send, request_id)
+        notes: dict[str, Any] = {}
+        token = request_notes.set(notes)
+        started = time.perf_counter()
+        self._metrics.in_progress.inc()
+        try:
+            await self._guarded(scope, headers, receive, answer)
+        except ApiError as error:
+            await answer.fail(error)
+        except ClientGone:
+            answer.status = CLIENT_GONE
+        except Exception as error:
+            log("error", logging.ERROR, request_id=request_id, error=frames(error))
+            await answer.fail(ApiError(500, f"the server failed; its log knows more under {request_id}"))
+        finally:
+            request_notes.reset(token)
+            self._metrics.in_progress.dec()
+            seconds = time.perf_counter() - started
+            route = _route(scope)
+            self._metrics.on_request(route, answer.status, seconds)
+            quiet = route in _STATE or (route == "page" and scope["method"] == "GET" and answer.status < 400)
+            if not quiet:
+                milliseconds = round(seconds * 1000, 1)
+                log(
+                    "request",
+                    request_id=request_id,
+                    method=scope["method"],
+                    route=route,
+                    status=answer.status,
+                    ms=milliseconds,
+                    **notes,
+                )
+
+    async def _guarded(
+        self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes], receive: Receive, answer: _Answer
+    ) -> None:
+        if not scope["path"].startswith("/v1/"):
+            await self._page(scope, receive, answer)
+            return
+        self._check_key(headers)
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self._inner(scope, receive, answer)
+            return
+        try:
+            reading = read_body(receive, headers, self._settings.max_body_bytes)
+            body = await asyncio.wait_for(reading, self._settings.timeout)
+        except asyncio.TimeoutError:
+            raise ApiError(408, "the body did not arrive in time", "body") from None
+        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        if kind != b"application/json":
+            # A web page of somebody else can send a form or plain text here without asking, but not this.
+            raise ApiError(415, "send the header content-type: application/json", "content-type")
+        check_json(body)
+        given = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> MutableMapping[str, Any]:
+            return given.pop() if given else await receive()
+
+        await self._inner(scope, again, answer)
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+        key = self._settings.api_key
+        if key is None:
+            return
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        if not hmac.compare_digest(given, key):
+            raise ApiError(401, "send the server's API key as authorization: Bearer KEY", "authorization")
+
+    async def _page(self, scope: MutableMapping[str, Any], receive: Receive, answer: _Answer) -> None:
+        task = asyncio.ensure_future(self._inner(scope, receive, answer))
+        self._pages.add(task)
+        try:
+            await task
+        except asyncio.CancelledError:
+            task.cancel()
+            if not self._stopping:
+                raise
+        finally:
+            self._pages.discard(task)
+
+    _stopping = False
+
+    def leave_pages(self) -> None:
+        """End what the playground keeps open for as long as its page is shown; the server is being stopped."""
+        self._stopping = True
+        for task in list(self._pages):
+            task.cancel()
+
+
+def _route(scope: MutableMapping[str, Any]) -> str:
+    """The pattern of a path, as paths themselves are made up by clients."""
+    path = str(scope["path"])
+    if path in _STATE:
+        return path
+    if not path.startswith("/v1/"):
+        return "page"
+    return getattr(scope.get("route"), "path", "") or "other"
+
+
+class _Answer:
+    """What is sent back: knows its status, carries the request id, and can still become an error before it has begun."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send, self._request_id, self.status, self._begun = send, request_id.encode(), 0, False
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self._begun, self.status = True, message["status"]
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._request_id)]
+        await self._send(message)
+
+    async def fail(self, error: ApiError) -> None:
+        """Send an error, if nothing has been sent."""
+        if self._begun:
+            return
+        body = json.dumps(error.body()).encode()
+        length = (b"content-length", str(len(body)).encode())
+        extra = [(name.encode(), value.encode()) for name, value in error.headers().items()]
+        kind = (b"content-type", b"application/json")
+        await self({"type": "http.response.start", "status": error.status, "headers": [kind, length, *extra]})
+        await self({"type": "http.response.body", "body": body})

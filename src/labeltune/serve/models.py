@@ -1,0 +1,226 @@
+"""The runs a server answers with: one base model in memory, an adapter for each run."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from labeltune.config import CalibrateConfig, TaskName
+from labeltune.errors import ConfigError, DataError, ModelError, PromptError
+from labeltune.inference.load import load_predictor, predictor_on
+from labeltune.inference.predictor import Predictor
+from labeltune.modeling.hub import resolve_model
+from labeltune.run_folder import RunInfo, find_checkpoint
+from labeltune.serve.batching import Answer, Row
+from labeltune.types import Example
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A run by the name that clients use.
+
+    Attributes:
+        adapter: the name of its adapter inside the model; empty for a run without one.
+        folder: its checkpoint.
+    """
+
+    name: str
+    predictor: Predictor
+    adapter: str
+    folder: Path
+
+    @property
+    def task(self) -> TaskName:
+        """`classification` or `ner`."""
+        return self.predictor.task.name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The run's label set."""
+        return self.predictor.task.labels
+
+
+class Models:
+    """All runs of a server; one of them at a time is switched on."""
+
+    def __init__(self, served: Sequence[Served]) -> None:
+        self.served: Mapping[str, Served] = {each.name: each for each in served}
+        self._active = served[0].adapter if len(served) == 1 else ""
+        self._lock = threading.Lock()
+
+    def first(self, task: TaskName) -> Served | None:
+        """The run that answers when a request names none."""
+        return next((each for each in self.served.values() if each.task == task), None)
+
+    def cost(self, served: Served, example: Example) -> int:
+        """Tokens of a row, estimated from above by its characters."""
+        labels = example.candidates or served.labels
+        size = len(example.text) + 2 * sum(map(len, labels)) + 64
+        limit = served.predictor.task.prompt.max_length
+        return size if served.predictor.generation.long_text == "window" else min(size, limit)
+
+    def answer(self, rows: Sequence[Row]) -> list[Answer | Exception]:
+        """Answers to rows of one model.
+
+        Every batch starts from nothing, so that an answer does not depend on earlier ones. A row that cannot be asked about
+        gets its own error and takes no other with it.
+        """
+        served = self.served[rows[0].model]
+        predictor = served.predictor
+        with self._lock:
+            if served.adapter and served.adapter != self._active:
+                predictor.model.set_adapter(served.adapter)
+                self._active = served.adapter
+            predictor.engine.forget()
+            found = _predict(predictor, [row.example for row in rows])
+            return [
+                _counted(predictor, row, one) if isinstance(one, Answer) and row.count_tokens else one
+                for row, one in zip(rows, found, strict=True)
+            ]
+
+
+def _predict(predictor: Predictor, examples: Sequence[Example]) -> list[Answer | Exception]:
+    try:
+        return [Answer(prediction) for prediction in predictor.predict(examples)]
+    except Exception as error:
+        if len(examples) == 1:
+            return [error]
+        if not isinstance(error, (DataError, PromptError)):
+            return [found for example in examples for found in _predict(predictor, [example])]
+        faults = [_fault(predictor, example) for example in examples]
+        good = [example for example, fault in zip(examples, faults, strict=True) if fault is None]
+        if not good or len(good) == len(examples):
+            return [fault or error for fault in faults]
+        rest = iter(_predict(predictor, good))
+        return [next(rest) if fault is None else fault for fault in faults]
+
+
+def _fault(predictor: Predictor, example: Example) -> Exception | None:
+    try:
+        predictor.check(example)
+    except (DataError, PromptError) as error:
+        return error
+    return None
+
+
+def _counted(predictor: Predictor, row: Row, answer: Answer) -> Answer:
+    prompt = sum(
+        len(view.ids) for view in predictor.builder.views(row.example, predictor.generation.long_text)
+    )
+    written = predictor.template.tokenizer(answer.prediction.answer, add_special_tokens=False).input_ids
+    return Answer(answer.prediction, prompt, len(written))
+
+
+def run_name(run: str) -> str:
+    """What a run is called when it is given no name: its folder, or the one around `best` and `checkpoint-N`."""
+    if run.startswith(("ms:", "hf:")):
+        return re.sub(r"[^A-Za-z0-9._-]", "-", run.rpartition("/")[2])[:64] or "run"
+    folder = Path(run).expanduser().absolute()
+    if folder.name == "best" or re.fullmatch(r"checkpoint-\d+", folder.name):
+        folder = folder.parent
+    return re.sub(r"[^A-Za-z0-9._-]", "-", folder.name)[:64] or "run"
+
+
+def parse_adapter(given: str) -> tuple[str, str]:
+    """`NAME=RUN` of the command line.
+
+    Raises:
+        ConfigError: it has another form.
+    """
+    name, separator, run = given.partition("=")
+    if not separator or not run or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"--adapter {given}: write NAME=RUN; a name has letters, digits, dots, dashes and underscores"
+        )
+    return name, run
+
+
+def load_models(
+    run: str, name: str | None = None, adapters: Sequence[tuple[str, str]] = (), device: str | None = None
+) -> Models:
+    """Load a run, and more runs of the same base model, whose weights stand in memory once.
+
+    Runs are asked exactly, whatever their `generation.decoding` says, and without `calibrate.prior=batch`, which would
+    make answers depend on the company they are batched with.
+
+    Raises:
+        ConfigError: a name is given twice, or cannot be used.
+        ModelError: a run cannot be loaded, or stands on another base model.
+    """
+    first = name or run_name(run)
+    names = [first, *(each for each, _ in adapters)]
+    if not _NAME.fullmatch(first):
+        raise ConfigError(f"--name {first}: use letters, digits, dots, dashes and underscores")
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"two runs have the same name: {', '.join(names)}; choose others with --name and --adapter"
+        )
+    folders = [find_checkpoint(other) for _, other in adapters]
+    if folders:
+        _check_bases(find_checkpoint(run), adapters, folders)
+    predictor = load_predictor(run, device=device)
+    served = [Served(first, predictor, "default" if folders else "", _folder_of(predictor))]
+    for number, ((other, _), folder) in enumerate(zip(adapters, folders, strict=True)):
+        inside = f"served{number}"
+        try:
+            predictor.model.load_adapter(
+                str(folder), inside, is_trainable=False, torch_device=str(predictor.model.device)
+            )
+        except Exception as error:
+            raise ModelError(f"the adapter in {folder} does not fit its base model: {error}") from error
+        predictor.model.eval()
+        served.append(Served(other, predictor_on(predictor.model, folder), inside, folder))
+    for each in served:
+        _make_exact(each)
+    models = Models(served)
+    for each in served:
+        _warm_up(models, each)
+    return models
+
+
+def _folder_of(predictor: Predictor) -> Path:
+    assert predictor.weights is not None
+    return predictor.weights.parent
+
+
+def _check_bases(first: Path, adapters: Sequence[tuple[str, str]], folders: Sequence[Path]) -> None:
+    base = RunInfo.load(first)
+    if not base.adapter:
+        raise ModelError(
+            f"{first} is a whole model, not an adapter; nothing can be added to it with --adapter"
+        )
+    where = resolve_model(base.model, base.hub).folder.resolve()
+    for (name, _), folder in zip(adapters, folders, strict=True):
+        info = RunInfo.load(folder)
+        if not info.adapter:
+            raise ModelError(f"--adapter {name}: {folder} is a whole model; serve it by itself")
+        if resolve_model(info.model, info.hub).folder.resolve() != where:
+            raise ModelError(
+                f"--adapter {name}: {folder} was trained on {info.model}, and the server's base model is "
+                f"{base.model}; serve it by itself"
+            )
+
+
+def _make_exact(served: Served) -> None:
+    predictor = served.predictor
+    predictor.change(decoding="exact")
+    if predictor.calibrate.prior == "batch":
+        print(
+            f"warning: {served.name}: calibrate.prior=batch is left out; it needs all rows of a file at once",
+            file=sys.stderr,
+        )
+        predictor.calibrate = CalibrateConfig(temperature=predictor.calibrate.temperature)
+
+
+def _warm_up(models: Models, served: Served) -> None:
+    """The engine checks itself at its first call; better now than in a client's request."""
+    labels = () if served.labels or served.task == "ner" else ("a", "b")
+    (found,) = models.answer([Row(served.name, Example("0", "warm-up", labels), 1)])
+    if isinstance(found, Exception):
+        raise found

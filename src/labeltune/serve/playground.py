@@ -1,0 +1,250 @@
+"""The page at `/`: try a text, or a file, with the runs of this server; English and Chinese, without anything from elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+from fastapi import FastAPI
+
+from labeltune.errors import LabeltuneError
+from labeltune.inference.stream import BadRow, count_rows, read_rows, to_line
+from labeltune.serve.examples import documents
+from labeltune.serve.faults import ApiError
+from labeltune.serve.models import Served
+from labeltune.serve.service import Service
+from labeltune.types import Entity, Example, Prediction
+
+#: Rows of a file that are asked for at once, and lines shown of the result.
+CHUNK = 64
+PREVIEW = 20
+#: How often a row of a file waits for room in the queue.
+ATTEMPTS = 20
+_FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
+
+
+def add_playground(app: FastAPI, service: Service) -> FastAPI:
+    """Serve the page below everything else; with an API key it asks for that first."""
+    key = service.settings.api_key
+
+    def allowed(_: str, password: str) -> bool:
+        return key is None or hmac.compare_digest(password.encode("utf-8", "replace"), key)
+
+    mounted: FastAPI = gr.mount_gradio_app(
+        app,
+        page(service),
+        path="/",
+        auth=None if key is None else allowed,
+        auth_message="Any user name; the password is the API key. 用户名任意，密码为 API key。",
+        footer_links=[],
+        max_file_size=service.settings.max_body_bytes,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Default(font=_FONTS, font_mono=["ui-monospace", "monospace"]),
+    )
+    return mounted
+
+
+def page(service: Service) -> Any:
+    """Its components and what they do."""
+    served = list(service.models.served.values())
+    first = served[0]
+    with gr.Blocks(title="labeltune", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        gr.Markdown("# labeltune")
+        model = gr.Dropdown([s.name for s in served], value=first.name, label="Model · 模型", elem_id="model")
+        labels = gr.Dropdown(
+            list(first.labels),
+            value=list(first.labels),
+            multiselect=True,
+            allow_custom_value=True,
+            label="Labels: choose, remove, or type new ones · 标签：可选择、删除或输入新的",
+            elem_id="labels",
+        )
+        with gr.Tab("One text · 单条", elem_id="one"), gr.Row():
+            with gr.Column():
+                examples = gr.Dropdown(
+                    _choices(first), value=None, label="Examples · 示例", elem_id="examples", filterable=False
+                )
+                text = gr.Textbox(
+                    lines=8,
+                    max_lines=20,
+                    label="Text (Shift+Enter runs) · 文本（Shift+Enter 运行）",
+                    elem_id="text",
+                )
+                run = gr.Button("Run · 运行", variant="primary", elem_id="run")
+            with gr.Column():
+                label = gr.Label(
+                    label="Probabilities · 概率",
+                    num_top_classes=20,
+                    visible=first.task == "classification",
+                    elem_id="probabilities",
+                )
+                entities = gr.HighlightedText(
+                    label="Entities · 实体",
+                    show_legend=True,
+                    combine_adjacent=False,
+                    visible=first.task == "ner",
+                    elem_id="entities",
+                )
+                spent = gr.Markdown(elem_id="latency")
+        with gr.Tab("File · 批量", elem_id="file"):
+            gr.Markdown(
+                "jsonl or csv with a `text` column; labels in a `category` column of a row are used for that row. "
+                "jsonl 或 csv，需有 `text` 列；某行的 `category` 列写有标签时用该行自己的标签。"
+            )
+            upload = gr.File(
+                file_types=[".jsonl", ".csv"], type="filepath", label="File · 文件", elem_id="upload"
+            )
+            run_file = gr.Button("Run · 运行", variant="primary", elem_id="run-file")
+            state = gr.Markdown(elem_id="progress")
+            preview = gr.Code(label="First lines · 前几行", language="json", elem_id="preview", visible=False)
+            download = gr.DownloadButton("Download · 下载", visible=False, elem_id="download")
+
+        async def try_text(name: str, chosen: list[str], given: str) -> tuple[Any, Any, str]:
+            return await _try_text(service, name, chosen, given)
+
+        async def try_file(name: str, chosen: list[str], path: str | None) -> AsyncIterator[Any]:
+            async for update in _try_file(service, name, chosen, path):
+                yield update
+
+        def switch(name: str) -> tuple[Any, ...]:
+            now = service.pick(name, None)
+            return (
+                gr.update(choices=list(now.labels), value=list(now.labels)),
+                gr.update(choices=_choices(now), value=None),
+                gr.update(visible=now.task == "classification", value=None),
+                gr.update(visible=now.task == "ner", value=None),
+                "",
+            )
+
+        private: dict[str, Any] = {"api_visibility": "private"}
+        model.change(switch, model, [labels, examples, label, entities, spent], **private)
+        examples.input(lambda chosen: chosen, examples, text, **private)
+        for trigger in (run.click, text.submit):
+            trigger(try_text, [model, labels, text], [label, entities, spent], **private)
+        run_file.click(try_file, [model, labels, upload], [state, preview, download], **private)
+    blocks.queue(default_concurrency_limit=16, max_size=256, api_open=False)
+    return blocks
+
+
+def _choices(served: Served) -> list[tuple[str, str]]:
+    return [(text if len(text) <= 100 else f"{text[:100]}…", text) for text in documents(served)]
+
+
+async def _try_text(
+    service: Service, name: str, chosen: Sequence[str] | None, text: str
+) -> tuple[Any, Any, str]:
+    """(probabilities, highlighted parts, what it took)."""
+    started = time.perf_counter()
+    try:
+        served = service.pick(name, None)
+        own = _labels(served, chosen)
+        candidates = own if served.task == "classification" else ()
+        (answer,) = await service.ask(served, [text or ""], candidates)
+    except ApiError as error:
+        raise gr.Error(error.message, print_exception=False) from None
+    spent = f"{(time.perf_counter() - started) * 1000:.0f} ms"
+    found = answer.prediction
+    if served.task == "classification":
+        return dict(found.ranking), None, spent
+    return None, parts(text, [entity for entity in found.entities or () if entity.label in own]), spent
+
+
+def _labels(served: Served, chosen: Sequence[str] | None) -> tuple[str, ...]:
+    """The chosen labels; an extractor has only its own.
+
+    Raises:
+        ApiError: a type that the run does not know.
+    """
+    labels = tuple(label.strip() for label in chosen or ()) or served.labels
+    if served.task == "ner":
+        for label in labels:
+            if label not in served.labels:
+                raise ApiError(
+                    422, f"{label} is no entity type of this run: {', '.join(served.labels)}", "labels"
+                )
+    return labels
+
+
+def parts(text: str, entities: Sequence[Entity]) -> list[tuple[str, str | None]]:
+    """The text in pieces, each an entity with its label or what stands between; of entities that overlap the first."""
+    found: list[tuple[str, str | None]] = []
+    at = 0
+    placed = [(e.start, e.end, e.label) for e in entities if e.start is not None and e.end is not None]
+    for start, end, label in sorted(placed):
+        if start < at:
+            continue
+        if start > at:
+            found.append((text[at:start], None))
+        found.append((text[start:end], label))
+        at = end
+    if at < len(text):
+        found.append((text[at:], None))
+    return found
+
+
+async def _try_file(
+    service: Service, name: str, chosen: Sequence[str] | None, path: str | None
+) -> AsyncIterator[tuple[Any, Any, Any]]:
+    """(progress, first lines, download) again and again until the file is done."""
+    if not path:
+        raise gr.Error("choose a file first · 请先选择文件", print_exception=False)
+    started = time.perf_counter()
+    done = bad = 0
+    first: list[str] = []
+    hidden = gr.update(visible=False)
+    with tempfile.TemporaryDirectory(prefix="labeltune-") as folder:
+        result = Path(folder) / "predictions.jsonl"
+        try:
+            served = service.pick(name, None)
+            labels = _labels(served, chosen) if served.task == "classification" else ()
+            total = count_rows(Path(path))
+            rows = read_rows(Path(path), served.predictor, labels)
+            with result.open("w", encoding="utf-8") as file:
+                while chunk := await asyncio.to_thread(lambda: list(islice(rows, CHUNK))):
+                    for row in await asyncio.gather(*(_answer(service, served, row) for row in chunk)):
+                        line = to_line(row)
+                        bad += isinstance(row, BadRow)
+                        file.write(line)
+                        if len(first) < PREVIEW:
+                            first.append(line if len(line) < 500 else f"{line[:500]}…\n")
+                    done += len(chunk)
+                    yield f"{done} / {total or '?'}", hidden, hidden
+        except (ApiError, LabeltuneError) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        seconds = time.perf_counter() - started
+        said = f"{done} / {done}, {seconds:.1f} s" + (f", errors · 错误: {bad}" if bad else "")
+        yield (
+            said,
+            gr.update(value="".join(first), visible=True),
+            gr.update(value=str(result), visible=True),
+        )
+
+
+async def _answer(service: Service, served: Served, row: Example | BadRow) -> Prediction | BadRow:
+    if isinstance(row, BadRow):
+        return row
+    candidates = row.candidates if served.task == "classification" else ()
+    for attempt in range(ATTEMPTS):
+        try:
+            (answer,) = await service.ask(served, [row.text], candidates)
+        except ApiError as error:
+            if error.status == 429 and attempt < ATTEMPTS - 1:
+                await asyncio.sleep(error.retry_after or 1)
+                continue
+            return BadRow(row.id, error.message, row.source)
+        return replace(answer.prediction, id=row.id)
+    raise AssertionError("the last attempt returns")

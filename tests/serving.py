@@ -1,0 +1,127 @@
+"""A server in a process of its own on loopback, with runs that were never trained."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from conftest import LABELS, classification_rows, make_tokenizer, write_jsonl
+from labeltune.config import build_config
+from labeltune.run_folder import RunInfo
+
+NER_LABELS = ("地点", "地理实体")
+
+
+def make_run(
+    folder: Path, model: Path, task: str = "classification", seed: int = 0, prior: str = "none"
+) -> Path:
+    """A checkpoint with a random adapter, so that different ones answer differently."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from labeltune.modeling.lora import attach_adapter
+
+    config = build_config(
+        {
+            "task": task,
+            "model": str(model),
+            "prompt": {"max_length": 512},
+            "generation": {"max_new_tokens": 40},
+            "calibrate": {"prior": prior},
+        }
+    )
+    torch.manual_seed(seed)
+    tuned = attach_adapter(AutoModelForCausalLM.from_pretrained(model), config.lora)
+    for name, weights in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.3)
+    best = folder / "best"
+    tuned.save_pretrained(str(best))
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(str(best))
+    labels = tuple(LABELS) if task == "classification" else NER_LABELS
+    RunInfo.of(config, labels, tokenizer.chat_template).save(best)
+    if task == "classification":
+        rows = [{"id": str(i), "text": row["text"]} for i, row in enumerate(classification_rows(3))]
+        (folder / "validation").mkdir()
+        write_jsonl(folder / "validation" / "predictions.jsonl", rows)
+    return folder
+
+
+class Server:
+    """A running `labeltune serve`; its log is kept in memory."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.url = ""
+        # Made once: loading the system's certificates takes longer than an answer.
+        self.client = httpx.Client(verify=False, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if '"ready"' in line:
+                self.url = json.loads(line)["url"]
+                self._ready.set()
+        self._ready.set()
+
+    def wait(self) -> None:
+        assert self._ready.wait(120) and self.url, "".join(self.lines)
+
+    def stop(self) -> int:
+        """Ask it to end, and wait; its exit code."""
+        self.process.terminate()
+        code = self.process.wait(60)
+        self._reader.join(10)
+        return code
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """Its log lines of one kind."""
+        found = [json.loads(line) for line in list(self.lines) if line.startswith("{")]
+        return [line for line in found if line["event"] == event]
+
+    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.client.post(self.url + path, json=body, headers=named)
+
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        return self.client.get(self.url + path, headers=headers)
+
+    def metric(self, name: str) -> float:
+        text = self.get("/metrics").text
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+
+
+@contextlib.contextmanager
+def serving(run: Path, *options: str, key: str | None = None, playground: bool = False) -> Iterator[Server]:
+    """`labeltune serve RUN` on a free port, until the end of the block."""
+    # One thread: small models on a busy machine lose more to waiting for each other than they win.
+    environment = {k: v for k, v in os.environ.items() if k != "LABELTUNE_API_KEY"} | {"OMP_NUM_THREADS": "1"}
+    if key is not None:
+        environment["LABELTUNE_API_KEY"] = key
+    command = [sys.executable, "-m", "labeltune", "serve", str(run), "--port", "0", *options]
+    if not playground:
+        command.append("--no-playground")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    server = Server(process)
+    try:
+        server.wait()
+        yield server
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()

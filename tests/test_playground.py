@@ -1,0 +1,155 @@
+"""A browser without a network tries the playground: one text, entities, a file, a key."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import classification_rows, write_jsonl
+from labeltune import load_predictor
+from labeltune.serve.app import create_app
+from labeltune.serve.guard import Guard
+from labeltune.serve.metrics import Metrics
+from labeltune.serve.models import Models, Served
+from labeltune.serve.playground import add_playground, parts
+from labeltune.serve.settings import Settings
+from labeltune.types import Entity
+from serving import Server, make_run, serving
+from test_predictor import predictor_for
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        # Every name but this machine's is unknown to it.
+        rules = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+        opened = started.chromium.launch(executable_path=program, args=["--no-sandbox", rules])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def runs(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "news": make_run(folder / "news", model_folder, seed=1),
+        "ents": make_run(folder / "ents", model_folder, "ner", seed=3),
+    }
+
+
+@pytest.fixture(scope="module")
+def server(runs: dict[str, Path]) -> Iterator[Server]:
+    with serving(runs["news"], f"--adapter=ents={runs['ents']}", playground=True) as running:
+        yield running
+        assert running.stop() == 0, "a page that is open does not hold up the end"
+
+
+def test_a_text_in_pieces() -> None:
+    found = [Entity("b", "X", 1, 2), Entity("bc", "Y", 1, 3), Entity("d", "Z", 3, 4), Entity("z", "Z")]
+    assert parts("abcd", found) == [("a", None), ("b", "X"), ("c", None), ("d", "Z")]
+    assert parts("abc", []) == [("abc", None)]
+
+
+def test_a_browser_classifies_extracts_and_uploads(
+    browser: Any, server: Server, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    view = browser.new_page(viewport={"width": 1200, "height": 900})
+    asked: list[str] = []
+    said: list[str] = []
+    view.on("request", lambda request: asked.append(request.url))
+    view.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
+    view.on("pageerror", lambda error: said.append(str(error)))
+    view.goto(server.url)
+    view.wait_for_selector("#text textarea")
+    with load_predictor(runs["news"]) as predictor:
+        (right,) = predictor.predict(["match number 0 match"])
+        (own,) = predictor.predict(["match number 0 match"], ["Sports", "Art", "rain"])
+    # The keyboard alone: an example of the run's validation rows, then Shift+Enter.
+    view.focus("#examples input")
+    view.keyboard.press("Enter")
+    view.get_by_role("option", name="match number 0 match").wait_for()
+    view.keyboard.press("ArrowDown")
+    view.keyboard.press("Enter")
+    view.wait_for_function("document.querySelector('#text textarea').value.length > 0")
+    view.fill("#text textarea", "match number 0 match")
+    view.focus("#text textarea")
+    view.keyboard.press("Shift+Enter")
+    view.wait_for_function("document.querySelector('#latency').innerText.includes('ms')")
+    shown = view.inner_text("#probabilities").split("\n")
+    order = [line for line in shown if line in ("Sports", "Space", "Art")]
+    assert order[0] == right.label and order[1:] == [label for label, _ in right.ranking]
+    assert f"{round(right.ranking[0][1] * 100)}%" in shown
+    # Other labels: one removed, one typed.
+    view.focus("#labels input")
+    view.get_by_role("button", name="Remove Space").or_(
+        view.locator("#labels .token-remove").nth(1)
+    ).first.click()
+    view.fill("#labels input", "rain")
+    view.keyboard.press("Enter")
+    view.keyboard.press("Escape")
+    view.click("#run")
+    view.wait_for_function("document.querySelector('#probabilities').innerText.includes('rain')")
+    assert "Space" not in view.inner_text("#probabilities")
+    assert view.inner_text("#probabilities").split("\n").count(str(own.label)) == 2
+    # A file, with one row that cannot be read; its answers are downloaded.
+    rows: list[dict[str, Any]] = [{"id": f"r{i}", **row} for i, row in enumerate(classification_rows(100))]
+    rows[7] = {"id": "r7", "text": " "}
+    view.get_by_role("tab", name="File").click()
+    view.set_input_files("#upload input[type=file]", write_jsonl(tmp_path / "rows.jsonl", rows))
+    view.wait_for_selector("#upload a, #upload .file-preview")
+    view.click("#run-file")
+    view.wait_for_selector("#download", state="visible")
+    assert "100 / 100" in view.inner_text("#progress") and "1" in view.inner_text("#progress")
+    with view.expect_download() as waiting:
+        view.click("#download")
+    lines = [json.loads(line) for line in Path(waiting.value.path()).read_text(encoding="utf-8").splitlines()]
+    assert [line["id"] for line in lines] == [row["id"] for row in rows]
+    assert "empty" in lines[7]["error"] and lines[0]["label"] == right.label
+    # Entities by another run.
+    view.get_by_role("tab", name="One text").click()
+    view.click("#model input")
+    view.get_by_role("option", name="ents").click()
+    view.wait_for_selector("#entities", state="visible")
+    text = "他在南京大学学习，南京。"
+    with load_predictor(runs["ents"]) as predictor:
+        (found,) = predictor.extract([text])
+    view.fill("#text textarea", text)
+    view.click("#run")
+    view.wait_for_function("document.querySelector('#latency').innerText.includes('ms')")
+    marked = view.inner_text("#entities").replace("\n", "")
+    assert all(entity.text in marked for entity in found)
+    view.fill("#text textarea", " ")
+    view.click("#run")
+    view.get_by_test_id("toast-text").get_by_text("text is empty").wait_for()
+    view.goto(f"{server.url}/docs")
+    view.get_by_text("Labels with exact probabilities").first.wait_for()
+    foreign = [url for url in asked if not url.startswith((server.url, "data:", "blob:"))]
+    assert foreign == [] and said == []
+    log = "".join(server.lines)
+    assert text not in log and "Traceback" not in log
+
+
+def test_with_a_key_the_page_asks_for_it_first() -> None:
+    from starlette.testclient import TestClient
+
+    settings = Settings(api_key=b"secret-key")
+    metrics = Metrics()
+    models = Models([Served("m", predictor_for(), "", Path("nowhere/best"))])
+    app, service = create_app(models, settings, metrics)
+    client = TestClient(Guard(add_playground(app, service), settings, metrics))
+    body = {"data": ["m", [], "a document"], "fn_index": 2, "session_hash": "x"}
+    for path in ("/gradio_api/queue/join", "/gradio_api/upload", "/v1/classify"):
+        assert client.post(path, json=body).status_code == 401
+    for password, status in (("wrong", 400), ("secret-key", 200)):
+        assert client.post("/login", data={"username": "me", "password": password}).status_code == status
+    service.close()
