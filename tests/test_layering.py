@@ -18,6 +18,7 @@ LAYERS = (
     ("prompts", "data"),
     ("modeling", "tasks"),
     ("evaluation", "training", "inference", "tracking"),
+    ("export",),
     ("recipes",),
     ("sweep", "serve"),
     ("cli",),

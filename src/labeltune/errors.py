@@ -58,6 +58,12 @@ class OutputError(LabeltuneError):
     """An output file or folder cannot be written, or is not what the command expects."""
 
 
+class ParityError(LabeltuneError):
+    """An exported model does not answer as the run it was made from."""
+
+    exit_code = 1
+
+
 class SweepError(LabeltuneError):
     """A trial cannot be compared with the others, or no trial of a sweep succeeded."""
 

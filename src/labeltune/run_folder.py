@@ -42,6 +42,8 @@ class RunInfo:
         columns: names of the columns in the run's data files.
         chat_template: the template the run was trained with.
         adapter: True when the folder holds an adapter, False when it holds a whole model.
+        data: what it was trained on, for model cards: file names without folders, numbers of rows, rows by label; empty
+            when it is not known.
     """
 
     task: TaskName
@@ -54,9 +56,15 @@ class RunInfo:
     chat_template: str
     adapter: bool = True
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    data: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(config: RunConfig, labels: tuple[str, ...], chat_template: str) -> RunInfo:
+    def of(
+        config: RunConfig,
+        labels: tuple[str, ...],
+        chat_template: str,
+        data: dict[str, Any] | None = None,
+    ) -> RunInfo:
         """For a run that is about to be trained."""
         return RunInfo(
             config.task,
@@ -69,6 +77,7 @@ class RunInfo:
             chat_template,
             config.training.method != "full",
             config.calibrate,
+            data or {},
         )
 
     def save(self, folder: Path) -> None:
@@ -87,6 +96,7 @@ class RunInfo:
                 "chat_template": self.chat_template,
                 "adapter": self.adapter,
                 "calibrate": self.calibrate.model_dump(),
+                "data": self.data,
             },
         )
 
@@ -115,11 +125,17 @@ class RunInfo:
                 values["chat_template"],
                 values["adapter"],
                 CalibrateConfig.model_validate(values.get("calibrate", {})),
+                dict(values.get("data", {})),
             )
         except FileNotFoundError:
             raise ModelError(f"{folder} holds no {RUN_FILE}; it is no labeltune checkpoint") from None
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             raise ModelError(f"{path} is damaged: {error}") from error
+
+
+def public_name(spec: str) -> str:
+    """A model or data file as others may see it: a hub's name as it is, a path of this machine without its folders."""
+    return spec if spec.startswith(("ms:", "hf:")) else Path(spec).name or spec
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

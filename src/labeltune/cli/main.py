@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from labeltune import __version__
-from labeltune.cli import board, compare, data, doctor, evaluate, init, predict, serve, sweep, train
+from labeltune.cli import board, compare, data, doctor, evaluate, export, init, predict, serve, sweep, train
 from labeltune.errors import LabeltuneError
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ app.command("train")(train.train)
 app.command("sweep")(sweep.sweep)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
+app.command("export")(export.export)
 app.command("predict")(predict.predict)
 app.command("serve")(serve.serve)
 app.command("board")(board.board)

@@ -37,8 +37,7 @@ def load_predictor(
         HubError: the hub cannot be reached or has no such checkpoint.
         ModelError: there is no complete checkpoint, or its base model cannot be found.
     """
-    on_hub = str(run).startswith(("ms:", "hf:"))
-    folder = find_checkpoint(snapshot(str(run), HubConfig()) if on_hub else run)
+    folder = checkpoint_of(run)
     info = RunInfo.load(folder)
     picked = pick_precision(precision)
     where = device or picked.device
@@ -75,6 +74,17 @@ def predictor_on(model: Any, folder: Path) -> Predictor:
         source=info.model,
         weights=weights,
     )
+
+
+def checkpoint_of(run: str | os.PathLike[str]) -> Path:
+    """The checkpoint folder that `run` means, fetched when it is on a hub (`ms:org/name`, `hf:org/name`).
+
+    Raises:
+        HubError: the hub cannot be reached or has no such checkpoint.
+        ModelError: there is no complete checkpoint.
+    """
+    on_hub = str(run).startswith(("ms:", "hf:"))
+    return find_checkpoint(snapshot(str(run), HubConfig()) if on_hub else run)
 
 
 def base_predictor(config: RunConfig, labels: Sequence[str]) -> Predictor:

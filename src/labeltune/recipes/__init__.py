@@ -1,8 +1,9 @@
-"""Composition root: train, evaluate, compare, predict and check data, each wired in one function that reads like a page."""
+"""Composition root: train, evaluate, compare, predict, export and check data, each wired in one function that reads like a page."""
 
 from labeltune.recipes.comparing import compare as compare
 from labeltune.recipes.data import check_data as check_data
 from labeltune.recipes.data import report_data as report_data
 from labeltune.recipes.evaluation import evaluate as evaluate
 from labeltune.recipes.evaluation import predict as predict
+from labeltune.recipes.exporting import export as export
 from labeltune.recipes.training import train as train

@@ -46,7 +46,7 @@ def compare(
         raise ConfigError("the second model cannot be `base`; write: labeltune compare base RUN --data FILE")
     predictor, data_config, hub = predictor_of(second)
     with predictor:
-        rows = labelled_rows(predictor, data, data_config, hub, on_error, max_rows)
+        rows = labelled_rows(predictor.task.name, data, data_config, hub, on_error, max_rows)
         examples = [rows.example(i) for i in range(len(rows.dataset))]
         task, labels = predictor.task.name, predictor.task.labels
         with row_bar(len(examples), progress) as advance:

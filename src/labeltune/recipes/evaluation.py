@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labeltune.config import DataConfig, HubConfig, load_config
+from labeltune.config import DataConfig, HubConfig, TaskName, load_config
 from labeltune.data.loading import Rows, load_rows, load_splits
 from labeltune.errors import DataError
 from labeltune.evaluation.headline import SELECTION
@@ -58,7 +58,7 @@ def evaluate(
     with predictor:
         if decoding is not None:
             predictor.change(decoding=decoding)
-        rows = labelled_rows(predictor, data, data_config, hub, on_error, max_rows)
+        rows = labelled_rows(predictor.task.name, data, data_config, hub, on_error, max_rows)
         examples = [rows.example(i) for i in range(len(rows.dataset))]
         with (
             predictor.base_model() if base else contextlib.nullcontext(),
@@ -116,7 +116,7 @@ def _what_rows_are(predictor: Predictor, examples: Sequence[Example]) -> dict[st
 
 
 def labelled_rows(
-    predictor: Predictor,
+    task: TaskName,
     data: str,
     data_config: DataConfig,
     hub: HubConfig | None,
@@ -128,7 +128,7 @@ def labelled_rows(
     Raises:
         DataError: the rows have faults (with `on_error="stop"`), or none is usable.
     """
-    rows = load_rows(data, predictor.task.name, data_config, hub, max_rows=max_rows)
+    rows = load_rows(data, task, data_config, hub, max_rows=max_rows)
     if rows.audit.errors and on_error != "skip":
         shown = "\n  ".join(str(f) for f in rows.audit.faults if f.severity == "error")
         raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from labeltune.folder_lock import alone_with
 from labeltune.progress import row_progress
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
 from labeltune.recipes.selection import save_selection
-from labeltune.run_folder import check_output, remove_checkpoints
+from labeltune.run_folder import check_output, public_name, remove_checkpoints
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
 from labeltune.types import Example, Prediction
@@ -109,7 +110,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
         f"model: {config.model}, {total:,} weights, {trained:,} trained ({precision.name} on {precision.device})"
     )
 
-    info = RunInfo.of(config, splits.labels, tokenizer.chat_template)
+    info = RunInfo.of(config, splits.labels, tokenizer.chat_template, summarize(config, splits))
     tracker = _start_tracker(config, splits, main_process, say)
     callbacks: list[Any] = [tracker.callback()] if tracker is not None else []
     predictor = Predictor(
@@ -212,6 +213,23 @@ def _finish(
 def _check_tracker(config: RunConfig) -> None:
     if config.tracking in ("wandb", "tensorboard") and importlib.util.find_spec(config.tracking) is None:
         raise MissingExtraError(f"tracking={config.tracking}", config.tracking)
+
+
+def summarize(config: RunConfig, splits: Splits) -> dict[str, Any]:
+    """What a run is trained on, for its model card: names without folders, rows, and training rows (entities) by label."""
+    counts: Counter[str] = Counter()
+    if config.task == "classification":
+        counts.update(splits.train["label"])
+    else:
+        counts.update(e["label"] for row in splits.train["entities"] for e in row)
+    validation = config.data.validation
+    return {
+        "train": public_name(config.data.train),
+        "validation": None if validation is None else public_name(validation),
+        "train_rows": len(splits.train),
+        "validation_rows": 0 if splits.validation is None else len(splits.validation),
+        "labels": dict(counts.most_common()),
+    }
 
 
 def _report_splits(splits: Splits, say: Say) -> None:

@@ -1,0 +1,82 @@
+"""The exported folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from labeltune.errors import OutputError
+
+#: Says how an export was made; a folder that has it may be replaced by `--overwrite`.
+EXPORT_FILE = "export.json"
+
+
+def check_target(output: Path, checkpoint: Path, overwrite: bool) -> None:
+    """Whether an export may go there.
+
+    Raises:
+        OutputError: it is no folder, is not empty, or is or holds the run itself.
+    """
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; name a folder for the export")
+    target, source = output.resolve(), checkpoint.resolve()
+    if source == target or target in source.parents:
+        raise OutputError(f"{output} holds the run that is to be exported; choose another folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(
+            f"{output} is not empty; replace an earlier export with --overwrite or choose another folder"
+        )
+    if not (output / EXPORT_FILE).is_file():
+        raise OutputError(
+            f"{output} holds no {EXPORT_FILE}, so it is no earlier export and is not replaced; choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its name when the block ends, and vanishes when it fails.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    output = output.absolute()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error}") from error
+    try:
+        yield folder
+        try:
+            mask = os.umask(0)
+            os.umask(mask)
+            folder.chmod(0o777 & ~mask)
+            _put_in_place(folder, output)
+        except OSError as error:
+            raise OutputError(f"{output} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(folder: Path, output: Path) -> None:
+    if not output.exists():
+        folder.rename(output)
+        return
+    # A folder cannot be exchanged in one step everywhere: the old one steps aside, and comes back if the new one cannot move in.
+    aside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-old-"))
+    old = aside / "old"
+    try:
+        output.rename(old)
+        try:
+            folder.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,118 @@
+"""An adapter becomes part of its base model's weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from labeltune.errors import ModelError
+from labeltune.modeling.hub import load_model
+from labeltune.modeling.lora import load_adapter
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+_STORED: dict[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+
+def stored_dtype(folder: Path) -> Dtype:
+    """The number format that most weights of a model folder are stored in, from the headers of its safetensors files.
+
+    Raises:
+        ModelError: a file is damaged, or the weights are quantized.
+    """
+    from safetensors import safe_open
+
+    counts: Counter[str] = Counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                counts.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+        except Exception as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+    found = counts.most_common(1)[0][0] if counts else "nothing"
+    if found not in _STORED:
+        raise ModelError(
+            f"{folder} stores its weights as {found}; an adapter can only be merged into bf16, fp16 or fp32 weights"
+        )
+    return _STORED[found]
+
+
+def torch_dtype(dtype: Dtype) -> Any:
+    """The torch dtype of that name."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+
+
+def whole_model(base: Path, adapter: Path | None, dtype: Dtype, trust_remote_code: bool = False) -> Any:
+    """The base model with the adapter merged into it, on the CPU.
+
+    The base is loaded as it is stored, and every adapted layer is merged in fp32 and then rounded to `dtype`: the result is
+    that of a merge in fp32 throughout, without the memory for it.
+
+    Args:
+        base: folder of the base model, or of a model whose weights were all trained.
+        adapter: checkpoint with the adapter; None when there is none.
+
+    Raises:
+        ModelError: the weights cannot be loaded, do not fit each other, or do not fit into `dtype`.
+    """
+    model = load_model(base, torch_dtype(stored_dtype(base)), trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        model = _merged(load_adapter(model, adapter), torch_dtype(dtype))
+    model.to(torch_dtype(dtype))
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ModelError(
+                f"{name} is not finite in {dtype}; export with --dtype bf16 or --dtype fp32"
+                if dtype == "fp16"
+                else f"{name} is not finite: the run's weights are damaged"
+            )
+    return model
+
+
+def _merged(model: Any, dtype: Any) -> Any:
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        inner = layer.get_base_layer()
+        # A parameter of its own: one shared with the input embedding would take the merge there as well.
+        inner.weight = torch.nn.Parameter(
+            inner.weight.detach().to(torch.float32).clone(), requires_grad=False
+        )
+        try:
+            layer.merge(safe_merge=True)
+        except (ValueError, NotImplementedError) as error:
+            raise ModelError(f"the adapter cannot be merged: {error}") from error
+        inner.weight = torch.nn.Parameter(inner.weight.detach().to(dtype), requires_grad=False)
+    merged = model.unload()
+    inputs, outputs = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if merged.config.tie_word_embeddings and outputs is not None and inputs.weight is not outputs.weight:
+        merged.config.tie_word_embeddings = False
+    return merged
+
+
+def save_whole_model(model: Any, template: Any, folder: Path) -> None:
+    """Write weights (safetensors), config, tokenizer and a generation config that ends answers as training did.
+
+    Args:
+        template: the run's `ChatTemplate`; its tokenizer is saved with its chat template.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer = template.tokenizer
+    configured = model.generation_config.eos_token_id
+    known = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    stop = list(dict.fromkeys([*template.stop_ids, *known]))
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop if len(stop) > 1 else stop[0],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

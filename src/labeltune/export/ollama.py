@@ -1,0 +1,234 @@
+"""For Ollama: the chat template as a Go template, a Modelfile, and GGUF by llama.cpp's converter.
+
+The chat template is not parsed. It is rendered with marker words in place of the messages, which shows the strings around
+them; the Go template puts the same strings around Ollama's messages. Both are then compared on conversations of several
+shapes, and a template for which they differ is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labeltune.errors import ModelError, PromptError
+from labeltune.prompts.template import ChatTemplate
+
+MODELFILE, GGUF_FILE = "Modelfile", "model.gguf"
+CONVERTER = "convert_hf_to_gguf.py"
+_GGUF_TYPES = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
+_MARKS = [f"LabeltuneMark{number}End" for number in range(6)]
+#: Ollama's default context is larger; a run's own limit counts where it is larger still.
+_SMALLEST_CONTEXT = 4096
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The strings a chat template puts around messages.
+
+    Attributes:
+        head: in front of the first user message when there is no system message.
+        system_head: in front of the system message.
+        system_end: between system message and first user message.
+        user_end: between a user message and the answer to it, in earlier turns.
+        answer_end: between an answer and the next user message.
+        generation: behind the last user message.
+        strips: messages lose the white space around them, which Ollama keeps.
+    """
+
+    head: str
+    system_head: str
+    system_end: str
+    user_end: str
+    answer_end: str
+    generation: str
+    strips: bool = False
+
+    def render(self, messages: Messages) -> str:
+        """A conversation that ends with a user message, as the Go template renders it."""
+        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        found = self.system_head + system + self.system_end if system else self.head
+        turns = [message for message in messages if message["role"] != "system"]
+        for number, message in enumerate(turns):
+            last = number == len(turns) - 1
+            if message["role"] == "user":
+                found += message["content"] + (self.generation if last else self.user_end)
+            else:
+                found += message["content"] + ("" if last else self.answer_end)
+        return found
+
+
+def turns_of(template: ChatTemplate) -> Turns:
+    """The strings a run's chat template puts around messages, found by rendering it.
+
+    Raises:
+        PromptError: the template depends on more than the order of the messages, so no Modelfile can say the same.
+    """
+    tokenizer = template.tokenizer
+    system, *marks = _MARKS
+    roles = ("user", "assistant", "user", "assistant", "user")
+    turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    head, user_end, answer_end, *others, generation = _between(_render(tokenizer, turns), marks)
+    if others != [user_end, answer_end]:
+        raise _refused("it writes later turns otherwise than earlier ones")
+    try:
+        system_head, system_end, *_ = _between(
+            _render(tokenizer, [{"role": "system", "content": system}, *turns]), _MARKS
+        )
+        folded = False
+    except PromptError:
+        # As in training: a template that knows no system message gets it in front of the user's.
+        system_head, system_end, folded = head, "\n\n", True
+    padded = f" \n{system}\n "
+    strips = padded not in _render(tokenizer, [{"role": "user", "content": padded}])
+    found = Turns(head, system_head, system_end, user_end, answer_end, generation, strips)
+    _check(tokenizer, found, folded)
+    return found
+
+
+def _refused(reason: str) -> PromptError:
+    return PromptError(
+        f"the run's chat template cannot be written as an Ollama template: {reason}. Export with --merged without --ollama, "
+        "and serve it with vLLM or transformers"
+    )
+
+
+def _render(tokenizer: Any, messages: Messages) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        )
+    except Exception as error:
+        raise _refused(f"it cannot render a conversation of several turns ({error})") from error
+
+
+def _between(rendered: str, marks: list[str]) -> list[str]:
+    """The strings around the marks, one more than there are marks."""
+    found = []
+    for mark in marks:
+        before, middle, rendered = rendered.partition(mark)
+        if not middle or mark in rendered:
+            raise _refused("it drops, repeats or reorders messages")
+        found.append(before)
+    return [*found, rendered]
+
+
+def _check(tokenizer: Any, turns: Turns, folded: bool) -> None:
+    """Compare with the chat template on other conversations than those it was found with."""
+    for system in ("", "Sort it. 分类"):
+        for count in range(1, 5):
+            talk = [{"role": "system", "content": system}] if system else []
+            for number in range(count):
+                talk.append({"role": "user", "content": f"Question {number}: {{x}} 文本"})
+                if number < count - 1:
+                    talk.append({"role": "assistant", "content": f"answer {number}"})
+            real = talk
+            if folded and system:
+                real = [{"role": "user", "content": f"{system}\n\n{talk[1]['content']}"}, *talk[2:]]
+            if _render(tokenizer, real) != turns.render(talk):
+                raise _refused("it depends on more than the order of the messages")
+
+
+def without_bos(turns: Turns, tokenizer: Any) -> Turns:
+    """The same without a leading bos token where the tokenizer adds one itself: Ollama would double it.
+
+    Raises:
+        PromptError: the tokenizer adds one, and the run was trained without.
+    """
+    bos, ids = tokenizer.bos_token_id, tokenizer("x").input_ids
+    if bos is None or not ids or ids[0] != bos:
+        return turns
+    token = str(tokenizer.bos_token)
+    if not (turns.head.startswith(token) and turns.system_head.startswith(token)):
+        raise _refused(f"Ollama puts {token} in front of every prompt, and the run was trained without")
+    heads = turns.head.removeprefix(token), turns.system_head.removeprefix(token)
+    return Turns(*heads, turns.system_end, turns.user_end, turns.answer_end, turns.generation, turns.strips)
+
+
+def _literal(text: str) -> str:
+    """Text of a Go template: a brace is quoted, so that it neither opens an action nor joins one that follows."""
+    return text.replace("{", '{{ "{" }}').replace("\r", '{{ "\\r" }}').replace('"""', '{{ "\\"\\"\\"" }}')
+
+
+def go_template(turns: Turns) -> str:
+    """Ollama's TEMPLATE (Go text/template over .System and .Messages, which Ollama fills in)."""
+    system = f"{_literal(turns.system_head)}{{{{ .System }}}}{_literal(turns.system_end)}"
+    last = "{{ if eq (len (slice $.Messages $i)) 1 }}"
+    return (
+        f"{{{{ if .System }}}}{system}{{{{ else }}}}{_literal(turns.head)}{{{{ end }}}}"
+        '{{ range $i, $_ := .Messages }}{{ if eq .Role "user" }}{{ .Content }}'
+        f"{last}{_literal(turns.generation)}{{{{ else }}}}{_literal(turns.user_end)}{{{{ end }}}}"
+        '{{ else if eq .Role "assistant" }}{{ .Content }}'
+        f"{last}{{{{ else }}}}{_literal(turns.answer_end)}{{{{ end }}}}{{{{ end }}}}{{{{ end }}}}"
+    )
+
+
+def modelfile(template: ChatTemplate, system: str, max_length: int) -> str:
+    """The Modelfile of a run.
+
+    Args:
+        system: the run's system message; what Ollama uses when a request has none.
+        max_length: tokens of prompt and answer in training.
+
+    Raises:
+        PromptError: the chat template cannot be expressed.
+    """
+    turns = without_bos(turns_of(template), template.tokenizer)
+    names = [template.tokenizer.convert_ids_to_tokens(number) for number in template.stop_ids]
+    lines = [f"FROM ./{GGUF_FILE}", f"TEMPLATE {_quoted(go_template(turns))}"]
+    if system:
+        lines.append(f"SYSTEM {_quoted(system)}")
+    lines += [f"PARAMETER stop {json.dumps(str(name), ensure_ascii=False)}" for name in names]
+    lines += ["PARAMETER temperature 0", f"PARAMETER num_ctx {max(_SMALLEST_CONTEXT, max_length)}"]
+    if turns.strips:
+        lines.insert(
+            0, "# Trained on messages without white space around them: strip yours, Ollama does not."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    if '"""' in text or text.endswith('"'):
+        raise _refused('a Modelfile cannot hold a text with """ in it or " at its end')
+    return f'"""{text}"""'
+
+
+def find_converter() -> Path | None:
+    """llama.cpp's converter: on PATH, or in the folder that LLAMA_CPP names."""
+    found = shutil.which(CONVERTER)
+    if found:
+        return Path(found)
+    folder = os.environ.get("LLAMA_CPP")
+    path = Path(folder).expanduser() / CONVERTER if folder else None
+    return path if path is not None and path.is_file() else None
+
+
+def convert(converter: Path, folder: Path, dtype: str) -> None:
+    """Write `model.gguf` into an exported folder.
+
+    Raises:
+        ModelError: the converter fails, e.g. because it does not know the architecture.
+    """
+    target = folder / GGUF_FILE
+    command = [sys.executable, str(converter), str(folder), "--outfile", str(target)]
+    command += ["--outtype", _GGUF_TYPES[dtype]]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode or not target.is_file():
+        reason = (done.stderr or done.stdout).strip()[-1000:]
+        raise ModelError(f"{converter} could not write {GGUF_FILE} (exit code {done.returncode}): {reason}")
+
+
+def convert_command(folder: Path, dtype: str) -> str:
+    """What to run where no converter was found."""
+    paths = shlex.quote(str(folder)), shlex.quote(str(folder / GGUF_FILE))
+    return f"python llama.cpp/{CONVERTER} {paths[0]} --outfile {paths[1]} --outtype {_GGUF_TYPES[dtype]}"

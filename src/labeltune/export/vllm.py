@@ -1,0 +1,150 @@
+"""For vLLM: the adapter in the form `--enable-lora` loads, the command, and a request with structured output."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labeltune.config import HubConfig
+from labeltune.errors import ModelError
+from labeltune.modeling.lora import ADAPTER_FILE
+from labeltune.modeling.pocket import POCKET_MODELS
+from labeltune.run_folder import write_json
+from labeltune.tasks.base import Task
+from labeltune.types import Example
+
+#: What `--max-lora-rank` takes (vllm/config/lora.py, `MaxLoRARanks`, v0.11 to v0.26).
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+REQUEST_FILE = "vllm_request.json"
+#: Stands in the request where a document goes.
+SAMPLE_TEXT = "The text to be read goes here."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What vLLM has to know of an adapter."""
+
+    rank: int
+    max_rank: int
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Check that vLLM loads an adapter (vllm/lora/peft_helper.py refuses the rest).
+
+    Raises:
+        ModelError: it is damaged, or holds what vLLM does not load; the message says that a merged export works.
+    """
+    path = folder / ADAPTER_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+        faults = {
+            "DoRA (lora.dora=true)": config.get("use_dora"),
+            "modules_to_save": config.get("modules_to_save"),
+            "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
+            "trainable token embeddings": config.get("trainable_token_indices"),
+            f"ranks above {RANKS[-1]}": max(ranks) > RANKS[-1],
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
+    for fault, found in faults.items():
+        if found:
+            raise ModelError(
+                f"vLLM loads no adapters with {fault}; export the whole model with --merged, which vLLM serves like any other"
+            )
+    return Adapter(max(ranks), next(rank for rank in RANKS if rank >= max(ranks)))
+
+
+def save_adapter(source: Path, tokenizer: Any, base: str, revision: str | None, folder: Path) -> None:
+    """Copy an adapter, with its base named so that others find it, and the run's tokenizer.
+
+    Args:
+        base: what `adapter_config.json` calls the base model.
+    """
+    shutil.copyfile(source / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+    config = json.loads((source / ADAPTER_FILE).read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
+    write_json(folder / ADAPTER_FILE, config)
+    tokenizer.save_pretrained(folder)
+
+
+def base_name(spec: str) -> str:
+    """How other tools call the base model: `org/name` without `ms:` or `hf:`, else as it is."""
+    return spec[3:] if spec.startswith(("ms:", "hf:")) else spec
+
+
+def adapter_command(
+    spec: str, hub: HubConfig, base_folder: Path, folder: Path, name: str, adapter: Adapter
+) -> str:
+    """The shell command that serves base and adapter.
+
+    Args:
+        spec: the run's `model:`; a hub's model is named, anything else given by its folder.
+        name: what requests call the adapter.
+    """
+    on_hub = spec.startswith(("ms:", "hf:"))
+    base = base_name(spec) if on_hub else str(base_folder if spec in POCKET_MODELS else Path(spec))
+    words = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"{name}={folder}"]
+    words += ["--max-lora-rank", str(adapter.max_rank)]
+    if on_hub and hub.revision is not None:
+        words += ["--revision", hub.revision]
+    # The run's own template: the base may have none, or another one by now.
+    words += ["--chat-template", str(folder / "chat_template.jinja")]
+    if hub.trust_remote_code:
+        words.append("--trust-remote-code")
+    source = "VLLM_USE_MODELSCOPE=True " if spec.startswith("ms:") else ""
+    return source + shlex.join(words)
+
+
+def merged_command(folder: Path, name: str, trust_remote_code: bool = False) -> str:
+    """The shell command that serves a merged model."""
+    trust = ["--trust-remote-code"] if trust_remote_code else []
+    return shlex.join(["vllm", "serve", str(folder), "--served-model-name", name, *trust])
+
+
+def request(task: Task, tokenizer: Any, name: str, max_tokens: int) -> dict[str, Any]:
+    """A chat completion request: the run's prompt around a sample text, answers bound to its form.
+
+    Args:
+        name: the model or adapter that is asked.
+        max_tokens: for entities; a label ends by itself.
+    """
+    # A row without candidates of its own; a run whose rows all bring theirs still knows the labels it has seen.
+    messages = task.conversation(Example("0", SAMPLE_TEXT)).messages()
+    found: dict[str, Any] = {"model": name, "messages": messages, "temperature": 0}
+    if task.name == "classification":
+        found["structured_outputs"] = {"choice": list(task.labels)}
+    else:
+        found["max_tokens"] = max_tokens
+        found["structured_outputs"] = {"regex": entity_pattern(task.labels, task.prompt.no_entities)}
+    if _thinks_by_default(tokenizer, messages):
+        found["chat_template_kwargs"] = {"enable_thinking": False}
+    return found
+
+
+def entity_pattern(labels: tuple[str, ...], no_entities: str) -> str:
+    """A regular expression for the answers of an extractor: one entity a line, or the sentence that there is none."""
+    types = "|".join(re.escape(json.dumps(label, ensure_ascii=False)[1:-1]) for label in labels)
+    text = r'([^"\\\x00-\x1f]|\\(["\\/bfnrt]|u[0-9a-fA-F]{4}))+'
+    line = rf'\{{"entity_text": "{text}", "entity_label": "({types})"\}}'
+    return rf"({re.escape(no_entities)}|{line}(\n{line})*)"
+
+
+def _thinks_by_default(tokenizer: Any, messages: list[dict[str, str]]) -> bool:
+    """Whether the template needs to be told not to think, as training told it."""
+    ways = [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        for options in ({}, {"enable_thinking": False})
+    ]
+    return bool(ways[0] != ways[1])
+
+
+def request_command(folder: Path) -> str:
+    """The shell command that sends the request to a server on this machine."""
+    url = "http://localhost:8000/v1/chat/completions"
+    return f"curl {url} -H 'Content-Type: application/json' -d {shlex.quote(f'@{folder / REQUEST_FILE}')}"
