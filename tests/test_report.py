@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from browsing import chromium
 from conftest import LABELS, classification_rows, ner_rows, write_jsonl
 from labeltune import recipes
 from labeltune.errors import ConfigError, DataError, ModelError
@@ -93,15 +93,8 @@ def test_pages_hold_any_text() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no Chromium on this machine")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 def opened(browser: Any, path: Path, scheme: str = "light") -> tuple[Any, list[str]]:

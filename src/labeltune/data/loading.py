@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,6 +202,18 @@ def _stop_on_errors(audits: list[Audit], data: DataConfig) -> None:
     )
 
 
+def stratum(row: Mapping[str, Any]) -> str:
+    """What a row is counted under when rows are drawn in proportion: its label, or the set of its entity types.
+
+    Args:
+        row: with the columns `label` and `entities` of `Example.to_row`.
+    """
+    entities = row["entities"]
+    if entities is None:
+        return row["label"] or ""
+    return "+".join(sorted({entity["label"] for entity in entities}))
+
+
 def stratified_split(rows: Rows, fraction: float, seed: int) -> numpy.ndarray[Any, Any]:
     """Numbers of the rows to hold out, sorted: about `fraction` of every stratum, equal texts on one side.
 
@@ -212,9 +224,7 @@ def stratified_split(rows: Rows, fraction: float, seed: int) -> numpy.ndarray[An
     hashes = rows.audit.text_hashes
     columns = rows.dataset.select_columns(["label", "entities"])
     for number, row in enumerate(columns):
-        entities = row["entities"]
-        name = row["label"] if entities is None else "+".join(sorted({e["label"] for e in entities}))
-        strata.setdefault(name or "", {}).setdefault(hashes[number], []).append(number)
+        strata.setdefault(stratum(row), {}).setdefault(hashes[number], []).append(number)
     generator = numpy.random.default_rng(seed)
     held_out: list[int] = []
     taken: set[int] = set()

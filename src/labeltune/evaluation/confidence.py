@@ -49,13 +49,18 @@ def brier_score(rows: Rows, right: Sequence[int], temperature: float = 1.0) -> f
     return total / len(rows)
 
 
+def bin_numbers(confidences: np.ndarray[Any, Any], bins: int) -> np.ndarray[Any, Any]:
+    """Which of equally wide bins each confidence lies in; one on a border belongs to the bin below."""
+    return np.asarray(np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1))
+
+
 def expected_calibration_error(
     confidences: Sequence[float], correct: Sequence[bool], bins: int = 15
 ) -> float:
     """Mean distance between confidence and accuracy over equally wide bins, weighted by rows (Guo et al. 2017,
-    arXiv:1706.04599, equation 3); a confidence on a border belongs to the bin below."""
+    arXiv:1706.04599, equation 3)."""
     p, hit = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    number = np.clip(np.ceil(p * bins).astype(int) - 1, 0, bins - 1)
+    number = bin_numbers(p, bins)
     error = 0.0
     for each in range(bins):
         inside = number == each

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from labeltune.evaluation.confidence import expected_calibration_error
+from labeltune.evaluation.confidence import bin_numbers, expected_calibration_error
 from labeltune.evaluation.measures import Measure, bootstrap, mean_with_interval, wilson
 from labeltune.types import Example, Prediction
 
@@ -161,7 +161,7 @@ def reliability_bins(
 ) -> list[dict[str, float]]:
     """For every bin of confidence that holds rows: `from`, `to`, `rows`, mean `confidence`, `accuracy`."""
     p, hit = numpy.asarray(confidences, dtype=numpy.float64), numpy.asarray(correct, dtype=numpy.float64)
-    number = numpy.clip(numpy.ceil(p * bins).astype(int) - 1, 0, bins - 1)
+    number = bin_numbers(p, bins)
     return [
         {
             "from": round(each / bins, 6),

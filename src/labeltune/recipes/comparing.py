@@ -11,7 +11,7 @@ from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.evaluation.comparison_page import comparison_page
 from labeltune.evaluation.headline import headline
-from labeltune.recipes.evaluation import labelled_rows, predictor_of, row_bar
+from labeltune.recipes.evaluation import labelled_rows, predictor_of, right_answer, row_bar
 from labeltune.run_folder import write_json, write_text
 from labeltune.types import Example, Prediction
 
@@ -101,10 +101,11 @@ def _write(
                 "source": examples[i].source,
                 "text": examples[i].text,
             }
-            right: Any = examples[i].label
-            if examples[i].entities is not None:
-                right = [entity.to_dict() for entity in examples[i].entities or ()]
-            row |= {"right": right, "first": first[i].to_dict(), "second": second[i].to_dict()}
+            row |= {
+                "right": right_answer(examples[i]),
+                "first": first[i].to_dict(),
+                "second": second[i].to_dict(),
+            }
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text(folder / "changed.jsonl", "".join(lines))
     write_text(folder / "comparison.html", comparison_page(found, examples, first, second))

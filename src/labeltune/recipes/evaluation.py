@@ -157,10 +157,15 @@ def predictor_of(
 
 
 def _evaluated_row(example: Example, prediction: Prediction) -> dict[str, Any]:
-    right: Any = example.label
-    if example.entities is not None:
-        right = [entity.to_dict() for entity in example.entities]
+    right = right_answer(example)
     return {**prediction.to_dict(), "text": example.text, "right": right, "source": example.source}
+
+
+def right_answer(example: Example) -> Any:
+    """The right label, or the right entities, JSON-ready."""
+    if example.entities is None:
+        return example.label
+    return [entity.to_dict() for entity in example.entities]
 
 
 @contextlib.contextmanager

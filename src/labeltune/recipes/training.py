@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
-from labeltune.data.loading import Splits, load_splits
+from labeltune.data.loading import Splits, load_splits, stratum
 from labeltune.errors import MissingExtraError
 from labeltune.evaluation.headline import SELECTION, headline
 from labeltune.folder_lock import alone_with
@@ -282,10 +282,6 @@ def validation_rows(splits: Splits, count: int) -> list[Example]:
         return []
     if len(source) <= count:
         return [Example.from_row(row) for row in source]
-
-    def stratum(row: dict[str, Any]) -> str:
-        entities = row["entities"]
-        return str(row["label"]) if entities is None else "+".join(sorted({e["label"] for e in entities}))
 
     names = [stratum(row) for row in source.select_columns(["label", "entities"])]
     order = sorted(range(len(source)), key=lambda i: (names[i], i))
