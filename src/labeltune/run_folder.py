@@ -286,15 +286,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise OutputError(f"{path} cannot be written: {error}") from error
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Delete what processes that were killed left of files they were writing, at any depth.
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete what processes that were killed left of files they were writing.
 
     Only for who holds the lock on these files, so that nobody is writing them now.
 
     Args:
-        name: of the file; all when left out.
+        name: of a file in the folder; all files, at any depth, when None.
     """
-    for path in folder.rglob(f".{name if name == '*' else glob.escape(name)}-*.tmp"):
+    found = folder.rglob(".*-*.tmp") if name is None else folder.glob(f".{glob.escape(name)}-*.tmp")
+    for path in list(found):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
