@@ -21,6 +21,8 @@ from labeltune.types import Example
 #: Fault messages kept; beyond it they are counted only.
 MAX_LISTED = 100_000
 _BATCH = 1000
+#: Characters of texts that wait to be counted, at most (and one text more).
+_BATCH_CHARACTERS = 8_000_000
 
 
 @dataclass
@@ -119,6 +121,7 @@ def audit_file(
     labels = data.labels if data is not None else None
     audit = Audit(path, task, length_unit="tokens" if token_counts else "characters")
     pending: list[str] = []
+    waiting = 0
     first_without = ""
 
     def flush() -> None:
@@ -146,8 +149,10 @@ def audit_file(
             audit.without_candidates += 1
             first_without = first_without or record.where
         pending.append(example.text)
-        if len(pending) >= _BATCH:
+        waiting += len(example.text)
+        if len(pending) >= _BATCH or waiting >= _BATCH_CHARACTERS:
             flush()
+            waiting = 0
         if write is not None:
             write(example)
     flush()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from labeltune.data.schemas import Fault, parse_record
-from labeltune.data.sources import iter_records
+from labeltune.data.sources import bounded_lines, iter_records
 from labeltune.errors import DataError, OutputError, PromptError
 from labeltune.folder_lock import alone_with
 from labeltune.inference.predictor import Predictor
@@ -237,10 +237,14 @@ def _row(line: bytes) -> dict[str, Any] | None:
 def count_rows(path: Path) -> int | None:
     """Rows of a file where they are quickly counted (jsonl, parquet), for a progress bar."""
     if path.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        return int(pq.ParquetFile(path).metadata.num_rows)
+        try:
+            return int(pq.read_metadata(path).num_rows)
+        except (pa.ArrowException, OSError):
+            return None  # reading the rows says what is wrong
     if path.suffix != ".jsonl":
         return None
     with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+        return sum(1 for line in bounded_lines(file) if line.strip())
