@@ -87,7 +87,8 @@ def run_variant(given: argparse.Namespace) -> dict[str, Any]:
     from labeltune.tasks import make_task
     from labeltune.tasks.builder import PromptBuilder
 
-    predictor = load_predictor(given.model, device=given.device)
+    # As `labeltune predict` loads it; the original leaves its adapter beside the weights.
+    predictor = load_predictor(given.model, device=given.device, merge=given.variant == "labeltune")
     task = make_task(
         given.task, predictor.task.labels, predictor.task.prompt.model_copy(update={"layout": given.layout})
     )

@@ -77,7 +77,7 @@ def predict(
     changes = {"decoding": decoding, "long_text": long_text}
     changes = {key: value for key, value in changes.items() if value is not None}
     bad = 0
-    with load_predictor(run) as predictor:
+    with load_predictor(run, merge=True) as predictor:
         predictor.change(**changes)
         total = len(given) if path is None else count_rows(path)
         shown = total is None or total > predictor.generation.batch_size
