@@ -75,18 +75,21 @@ def merge_adapter(model: Any, dtype: Any) -> Any:
     import torch
     from peft.tuners.lora import LoraLayer
 
+    embedding = model.get_input_embeddings().weight.data_ptr()
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             continue
         inner = layer.get_base_layer()
-        # A parameter of its own: one shared with the input embedding would take the merge there as well.
-        inner.weight = torch.nn.Parameter(
-            inner.weight.detach().to(torch.float32).clone(), requires_grad=False
-        )
+        # fp32 weights are merged where they are; those of the input embedding would take the merge there as well.
+        weight = inner.weight.detach()
+        whole = weight.clone() if weight.data_ptr() == embedding else weight.to(torch.float32)
+        inner.weight = torch.nn.Parameter(whole.to(torch.float32), requires_grad=False)
         try:
-            layer.merge(safe_merge=True)
+            layer.merge()
         except (ValueError, NotImplementedError) as error:
             raise ModelError(f"the adapter cannot be merged: {error}") from error
+        if not bool(inner.weight.isfinite().all()):
+            raise ModelError("the adapter cannot be merged: it makes weights that are not finite")
         inner.weight = torch.nn.Parameter(inner.weight.detach().to(dtype), requires_grad=False)
     merged = model.unload()
     inputs, outputs = merged.get_input_embeddings(), merged.get_output_embeddings()
