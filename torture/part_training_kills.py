@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from torture import world, zygote
 from torture.common import PartResult, Settings, say
@@ -67,6 +70,12 @@ SCENARIOS = (
         "classification, all weights",
         "classification",
         {"epochs": 1, "method": "full", "save_steps": 2, "save_total_limit": 2, "learning_rate": 1e-3},
+    ),
+    Scenario(
+        "classification, shown in a local SwanLab",
+        "classification",
+        {"epochs": 1, "save_steps": 1, "save_total_limit": 2},
+        {"tracking": "swanlab", "swanlab": {"mode": "local", "prediction_rows": 2, "log_dir": "swanlog"}},
     ),
 )
 
@@ -151,12 +160,32 @@ def killed_run(
         break
     for line in world.differences(out, reference.out):
         result.check(False, f"{work} after {kills} kills: {line}")
+    if (work / "swanlog").is_dir():
+        result.check(is_a_chain(work), f"{work} after {kills} kills: SwanLab's runs are not linked")
     if not result.failures:
         world.empty(work).rmdir()
     return kills
 
 
 NAMES = {"time": "at a random time", "event": "before a change of a file", "torn": "in the middle of a file"}
+
+
+def is_a_chain(work: Path) -> bool:
+    """Whether SwanLab's runs of a training form a chain: each resumed part names the run before it, the last one is remembered."""
+    last: str = json.loads((work / "out" / "swanlab.json").read_text(encoding="utf-8"))["id"]
+    # One that was killed before SwanLab wrote its config has a folder alone.
+    folders = (work / "swanlog").glob("run-*")
+    before: dict[str, str | None] = {folder.name.rpartition("-")[2]: None for folder in folders}
+    for path in (work / "swanlog").rglob("config.yaml"):
+        name = next(part for part in path.parts if part.startswith("run-")).rpartition("-")[2]
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        before[name] = found.get("resumed_from", {}).get("value", {}).get("run")
+    run: str | None = last
+    while run is not None:
+        if run not in before:
+            return False
+        run = before.pop(run)
+    return True
 
 
 def random_kill(generator: random.Random, reference: Reference, out: Path) -> Kill:
