@@ -84,6 +84,7 @@ def main() -> None:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
         "full": full,
+        "modules": chosen,
         "scale": given.scale,
         "seed": given.seed,
         "seconds": round(time.monotonic() - begun, 1),

@@ -22,6 +22,8 @@ from torture.zygote import Kill
 FORKED, FRESH = 112, 8
 #: Kills of one training before it may end.
 IN_A_ROW = 8
+#: Below this scale only the first kind of training is tried.
+SMALL = 0.05
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,11 @@ def run(settings: Settings) -> PartResult:
     world.build(settings.folder / "world")
     wanted = settings.count(FORKED, 5)
     survived: dict[str, int] = {}
-    for number, scenario in enumerate(SCENARIOS):
+    scenarios = SCENARIOS if settings.scale >= SMALL else SCENARIOS[:1]
+    for number, scenario in enumerate(scenarios):
         reference = uninterrupted(settings.folder, scenario, number)
         say(f"{scenario.name}: {reference.seconds:.1f} s, {reference.changes} changes of files uninterrupted")
-        share, kills, sequence = -(-wanted * (number + 1) // len(SCENARIOS)), 0, 0
+        share, kills, sequence = -(-wanted * (number + 1) // len(scenarios)), 0, 0
         while result.kills < share:
             generator = settings.random("training", number, sequence)
             work = world.empty(settings.folder / f"killed-{number}-{sequence}")
@@ -110,12 +113,13 @@ def run(settings: Settings) -> PartResult:
             result.kills += kills
             sequence += 1
     forked = result.kills
-    fresh = settings.count(FRESH, 1)
-    result.kills += fresh_processes(settings, uninterrupted(settings.folder, SCENARIOS[0], 99), fresh, result)
+    if fresh := settings.count(FRESH, 0):
+        reference = uninterrupted(settings.folder, SCENARIOS[0], 99)
+        result.kills += fresh_processes(settings, reference, fresh, result)
     kinds = ", ".join(f"{count} {what}" for what, count in sorted(survived.items()))
     result.notes = [
         f"{forked} kills of forked processes ({kinds}) and {result.kills - forked} of processes started anew, in "
-        f"{len(SCENARIOS)} kinds of training; adapter, optimizer, scheduler, random state, log and reports equal the "
+        f"{len(scenarios)} kinds of training; adapter, optimizer, scheduler, random state, log and reports equal the "
         "uninterrupted run's bit for bit"
     ]
     return result
