@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from torture import world, zygote
 from torture.common import PartResult, Settings, say
 from torture.zygote import Kill
@@ -19,6 +22,8 @@ from torture.zygote import Kill
 FORKED, FRESH = 112, 8
 #: Kills of one training before it may end.
 IN_A_ROW = 8
+#: Below this scale only the first kind of training is tried.
+SMALL = 0.05
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,12 @@ SCENARIOS = (
         "classification",
         {"epochs": 1, "method": "full", "save_steps": 2, "save_total_limit": 2, "learning_rate": 1e-3},
     ),
+    Scenario(
+        "classification, shown in a local SwanLab",
+        "classification",
+        {"epochs": 1, "save_steps": 1, "save_total_limit": 2},
+        {"tracking": "swanlab", "swanlab": {"mode": "local", "prediction_rows": 2, "log_dir": "swanlog"}},
+    ),
 )
 
 
@@ -88,10 +99,11 @@ def run(settings: Settings) -> PartResult:
     world.build(settings.folder / "world")
     wanted = settings.count(FORKED, 5)
     survived: dict[str, int] = {}
-    for number, scenario in enumerate(SCENARIOS):
+    scenarios = SCENARIOS if settings.scale >= SMALL else SCENARIOS[:1]
+    for number, scenario in enumerate(scenarios):
         reference = uninterrupted(settings.folder, scenario, number)
         say(f"{scenario.name}: {reference.seconds:.1f} s, {reference.changes} changes of files uninterrupted")
-        share, kills, sequence = -(-wanted * (number + 1) // len(SCENARIOS)), 0, 0
+        share, kills, sequence = -(-wanted * (number + 1) // len(scenarios)), 0, 0
         while result.kills < share:
             generator = settings.random("training", number, sequence)
             work = world.empty(settings.folder / f"killed-{number}-{sequence}")
@@ -101,12 +113,13 @@ def run(settings: Settings) -> PartResult:
             result.kills += kills
             sequence += 1
     forked = result.kills
-    fresh = settings.count(FRESH, 1)
-    result.kills += fresh_processes(settings, uninterrupted(settings.folder, SCENARIOS[0], 99), fresh, result)
+    if fresh := settings.count(FRESH, 0):
+        reference = uninterrupted(settings.folder, SCENARIOS[0], 99)
+        result.kills += fresh_processes(settings, reference, fresh, result)
     kinds = ", ".join(f"{count} {what}" for what, count in sorted(survived.items()))
     result.notes = [
         f"{forked} kills of forked processes ({kinds}) and {result.kills - forked} of processes started anew, in "
-        f"{len(SCENARIOS)} kinds of training; adapter, optimizer, scheduler, random state, log and reports equal the "
+        f"{len(scenarios)} kinds of training; adapter, optimizer, scheduler, random state, log and reports equal the "
         "uninterrupted run's bit for bit"
     ]
     return result
@@ -151,12 +164,32 @@ def killed_run(
         break
     for line in world.differences(out, reference.out):
         result.check(False, f"{work} after {kills} kills: {line}")
+    if (work / "swanlog").is_dir():
+        result.check(is_a_chain(work), f"{work} after {kills} kills: SwanLab's runs are not linked")
     if not result.failures:
         world.empty(work).rmdir()
     return kills
 
 
 NAMES = {"time": "at a random time", "event": "before a change of a file", "torn": "in the middle of a file"}
+
+
+def is_a_chain(work: Path) -> bool:
+    """Whether SwanLab's runs of a training form a chain: each resumed part names the run before it, the last one is remembered."""
+    last: str = json.loads((work / "out" / "swanlab.json").read_text(encoding="utf-8"))["id"]
+    # One that was killed before SwanLab wrote its config has a folder alone.
+    folders = (work / "swanlog").glob("run-*")
+    before: dict[str, str | None] = {folder.name.rpartition("-")[2]: None for folder in folders}
+    for path in (work / "swanlog").rglob("config.yaml"):
+        name = next(part for part in path.parts if part.startswith("run-")).rpartition("-")[2]
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        before[name] = found.get("resumed_from", {}).get("value", {}).get("run")
+    run: str | None = last
+    while run is not None:
+        if run not in before:
+            return False
+        run = before.pop(run)
+    return True
 
 
 def random_kill(generator: random.Random, reference: Reference, out: Path) -> Kill:

@@ -73,7 +73,15 @@ def warm() -> None:
         "inference.engine",
     ):
         importlib.import_module(f"labeltune.{name}")
-    for name in ("peft", "datasets", "transformers", "pandas", "pyarrow.parquet", "sklearn.metrics"):
+    for name in (
+        "peft",
+        "datasets",
+        "transformers",
+        "swanlab",
+        "pandas",
+        "pyarrow.parquet",
+        "sklearn.metrics",
+    ):
         importlib.import_module(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Trainer  # noqa: F401
     from transformers.models.qwen2 import modeling_qwen2  # noqa: F401

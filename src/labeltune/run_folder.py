@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -9,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from labeltune.config import (
     RunConfig,
     TaskName,
 )
-from labeltune.errors import ModelError, OutputError
+from labeltune.errors import ModelError, OutputError, first_line
 
 RUN_FILE = "labeltune.json"
 #: SHA-256 of every file of a checkpoint as it was saved.
@@ -252,6 +254,52 @@ def remove_checkpoints(output_dir: str) -> None:
     for path in folder.glob("checkpoint-*"):
         if path.is_dir() and path.name.rpartition("-")[2].isdigit():
             shutil.rmtree(path)
+
+
+#: What a system says that does not let a file be written. (A library's OSError without a number means something else.)
+_REFUSED = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+}
+#: torch.save has no error of its own for a full disk: parts of what its writer says.
+_TORCH_REFUSED = ("StreamWriter", "inline_container", "iostream error")
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """Why a system or a library refused to write, in few words; None when it is another kind of error."""
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        place = f" ({error.filename2 or error.filename})" if error.filename else ""
+        return f"{error.strerror or errno.errorcode[error.errno]}{place}"
+    if isinstance(error, RuntimeError) and any(part in str(error) for part in _TORCH_REFUSED):
+        return f"the disk is full, or files may not grow larger ({first_line(error)})"
+    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
+        return str(error).rpartition("I/O error: ")[2]
+    return None
+
+
+@contextlib.contextmanager
+def writing(place: Path, way_out: str = "") -> Iterator[None]:
+    """What cannot be written inside is one clear error.
+
+    Args:
+        place: the file or folder that is written.
+        way_out: what to do, behind a semicolon.
+
+    Raises:
+        OutputError: no space, no right, a quota, a read-only disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = why_not_written(error)
+        if reason is None:
+            raise
+        raise OutputError(f"{place} cannot be written: {reason}{'; ' if way_out else ''}{way_out}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from labeltune.data.sources import bounded_lines, iter_records
 from labeltune.errors import DataError, OutputError, PromptError
 from labeltune.folder_lock import alone_with
 from labeltune.inference.predictor import Predictor
-from labeltune.run_folder import file_hash, remove_leftovers, write_json
+from labeltune.run_folder import file_hash, remove_leftovers, write_json, writing
 from labeltune.types import Example, Prediction
 
 #: Rows that are predicted together and committed together; memory does not grow with the file.
@@ -168,12 +168,13 @@ def _predict_into(
     if resume:
         done, bad = _resumable(part, note, mine, output)
     else:
-        part.unlink(missing_ok=True)
+        with writing(output):
+            part.unlink(missing_ok=True)
         write_json(note, mine)
     if progress is not None and done:
         progress(done)
     rows = islice(read_rows(path, predictor, labels), done, None)
-    try:
+    with writing(output, "what is done is kept, go on with --resume"):
         with part.open("ab") as file:
             for chunk in predict_rows(predictor, rows, min_confidence=min_confidence, on_rows=progress):
                 bad += sum(isinstance(row, BadRow) for row in chunk)
@@ -181,10 +182,6 @@ def _predict_into(
                 file.flush()
                 os.fsync(file.fileno())
         part.replace(output)
-    except OSError as error:
-        raise OutputError(
-            f"{output} cannot be written: {error.strerror or error}; what is done is kept, go on with --resume"
-        ) from error
     note.unlink(missing_ok=True)
     return bad
 

@@ -113,7 +113,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
     )
 
     info = RunInfo.of(config, splits.labels, tokenizer.chat_template, summarize(config, splits))
-    tracker = _start_tracker(config, splits, main_process, say)
+    tracker = _start_tracker(config, splits, main_process, resume_from, say)
     callbacks: list[Any] = [tracker.callback()] if tracker is not None else []
     predictor = Predictor(
         model, task, template, config.generation, calibrate=config.calibrate, source=config.model
@@ -247,7 +247,9 @@ def _count_parameters(model: Any) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def _start_tracker(config: RunConfig, splits: Splits, main_process: bool, say: Say) -> SwanlabTracker | None:
+def _start_tracker(
+    config: RunConfig, splits: Splits, main_process: bool, resumed: Path | None, say: Say
+) -> SwanlabTracker | None:
     if config.tracking != "swanlab" or not main_process:
         return None
     from labeltune.tracking.swanlab import SwanlabTracker
@@ -258,7 +260,7 @@ def _start_tracker(config: RunConfig, splits: Splits, main_process: bool, say: S
         "train_rows": len(splits.train),
         "validation_rows": 0 if splits.validation is None else len(splits.validation),
     }
-    tracker = SwanlabTracker(config.swanlab, run_config)
+    tracker = SwanlabTracker(config.swanlab, run_config, Path(config.output_dir), resumed)
     tracker.start()
     if tracker.started and tracker.mode == "local":
         say(

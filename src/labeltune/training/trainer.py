@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
-from labeltune.errors import ConfigError, Interrupted, OutputError
+from labeltune.errors import ConfigError, Interrupted
 from labeltune.modeling.precision import Precision
-from labeltune.run_folder import RunInfo
+from labeltune.run_folder import RunInfo, writing
 from labeltune.training.planner import Row
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def point_best(output_dir: Path, checkpoint: Path) -> None:
     """
     best = output_dir / "best"
     temporary = output_dir / f".best-{os.getpid()}.tmp"
-    try:
+    with writing(best, f"{checkpoint} is whole: make room and finish with --resume"):
         try:
             temporary.symlink_to(checkpoint.name, target_is_directory=True)
         except (OSError, NotImplementedError):
@@ -297,7 +297,3 @@ def point_best(output_dir: Path, checkpoint: Path) -> None:
         if best.is_dir() and not best.is_symlink():
             shutil.rmtree(best)
         temporary.replace(best)
-    except OSError as error:
-        raise OutputError(
-            f"{best} cannot be written: {error.strerror or error}. {checkpoint} is whole; make room and finish with --resume"
-        ) from error
