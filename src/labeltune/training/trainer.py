@@ -136,13 +136,14 @@ def run_training(
     """
     from transformers.trainer_callback import PrinterCallback
 
-    from labeltune.training.callbacks import Progress, StopOnInterrupt, WriteMetrics
+    from labeltune.training.callbacks import Progress, StopOnDivergence, StopOnInterrupt, WriteMetrics
     from labeltune.training.stepping import PackTrainer, best_loss
 
     arguments = training_arguments(config, precision, validation is not None)
     model.to(arguments.device)
     plan = prepare_steps(model, tokenizer, config, precision, train, arguments.device, say)
     stopper, progress = StopOnInterrupt(), Progress(config.training.batch_size)
+    watch = StopOnDivergence(model.config.get_text_config().vocab_size, say)
     trainer = PackTrainer(
         plan,
         config.training.batch_size,
@@ -156,7 +157,14 @@ def run_training(
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        callbacks=[progress, WriteMetrics(), stopper, *_early_stopping(config, validation), *callbacks],
+        callbacks=[
+            progress,
+            WriteMetrics(),
+            stopper,
+            watch,
+            *_early_stopping(config, validation),
+            *callbacks,
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     try:
