@@ -28,15 +28,10 @@ def run(settings: Settings) -> PartResult:
         corpus = settings.folder / target
         corpus.mkdir(parents=True)
         seed(corpus, target)
+        command = [sys.executable, "-m", "torture.part_fuzzing", target, str(corpus)]
+        command += [f"-seed={settings.seed + 1}", f"-artifact_prefix={settings.folder}/"]
         done = subprocess.run(
-            [sys.executable, "-m", "torture.part_fuzzing", target, str(corpus), f"-max_total_time={seconds}"]
-            + [
-                "-max_len=4000",
-                "-timeout=20",
-                "-rss_limit_mb=2000",
-                f"-seed={settings.seed + 1}",
-                "-artifact_prefix=" + str(settings.folder) + "/",
-            ],
+            [*command, f"-max_total_time={seconds}", "-max_len=4000", "-timeout=20", "-rss_limit_mb=2000"],
             cwd=ROOT,
             capture_output=True,
             text=True,
