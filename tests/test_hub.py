@@ -261,3 +261,25 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("LABELTUNE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ModelError, match="set LABELTUNE_CACHE to another folder"):
         pocket_folder("pocket")
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    """transformers would make an empty one from what is left."""
+    import shutil
+
+    from labeltune.modeling.hub import load_tokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    assert len(load_tokenizer(folder)) > 256
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"has no vocabulary; tokenizer\.json is missing"):
+        load_tokenizer(folder)
+
+
+def test_what_a_killed_first_use_left_is_removed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = cache / ".pocket-1-abc" / "wheels"
+    half.mkdir(parents=True)
+    monkeypatch.setattr(pocket, "_make", lambda model, target: target.mkdir())
+    assert pocket_folder("pocket") == cache / "pocket-1"
+    assert sorted(path.name for path in cache.iterdir()) == ["pocket-1", "pocket-1.lock"]

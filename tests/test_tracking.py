@@ -177,3 +177,74 @@ def test_a_tracker_that_cannot_start_does_not_stop_training(
 def test_offline_runs_are_kept_for_sync(in_folder: Path, model_folder: Path) -> None:
     recipes.train(tracked_config(in_folder, model_folder, mode="offline"))
     assert any((in_folder / "swanlog").glob("*run*"))
+
+
+class Recorded:
+    """Stands in for swanlab.init and the run that it makes."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def init(self, **given: Any) -> None:
+        self.calls.append(given)
+
+    @property
+    def id(self) -> str:
+        return self.calls[-1]["id"] or f"run-{len(self.calls)}"
+
+
+@pytest.mark.parametrize("mode", ["online", "local", "offline"])
+def test_a_resumed_training_goes_on_in_its_run_or_says_what_it_continues(
+    mode: str, in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import swanlab
+
+    recorded = Recorded()
+    monkeypatch.setattr(swanlab, "init", recorded.init)
+    monkeypatch.setattr(swanlab, "get_run", lambda: recorded)
+    monkeypatch.setattr(swanlab, "has_run", lambda: False)
+    monkeypatch.setattr(tracking.GuardedCallback, "_make", staticmethod(lambda: None))
+    for name in ("log", "log_charts", "log_predictions"):
+        monkeypatch.setattr(tracking.SwanlabTracker, name, lambda *_: None)
+    config = tracked_config(in_folder, model_folder, mode=mode)
+    recipes.train(config)
+    for _ in range(2):
+        recipes.train(config, resume=True)
+    first, second, third = recorded.calls
+    assert first["id"] is None and first["resume"] is None and "resumed_from" not in first["config"]
+    assert first["group"].startswith("out-") and first["group"] == second["group"] == third["group"]
+    if mode == "online":
+        assert [(call["id"], call["resume"]) for call in (second, third)] == [("run-1", "allow")] * 2
+        assert "resumed_from" not in third["config"]
+    else:
+        assert second["id"] is None and second["resume"] is None
+        assert [call["config"]["resumed_from"] for call in (second, third)] == [
+            {"run": "run-1", "checkpoint": "checkpoint-6"},
+            {"run": "run-2", "checkpoint": "checkpoint-6"},
+        ]
+    if mode != "local":
+        return
+    other = config.model_copy(
+        update={"swanlab": config.swanlab.model_copy(update={"mode": "offline", "group": "mine"})}
+    )
+    recipes.train(other, resume=True)
+    assert recorded.calls[-1]["id"] is None and recorded.calls[-1]["group"] == "mine"
+    (in_folder / "out" / "swanlab.json").write_text("[")
+    recipes.train(config, resume=True)
+    assert recorded.calls[-1]["config"]["resumed_from"] == {"run": None, "checkpoint": "checkpoint-6"}
+    recipes.train(config, overwrite=True)
+    assert (
+        "resumed_from" not in recorded.calls[-1]["config"] and recorded.calls[-1]["group"] != first["group"]
+    )
+
+
+def test_a_real_local_run_is_linked_to_the_one_before(in_folder: Path, model_folder: Path) -> None:
+    config = tracked_config(in_folder, model_folder, mode="local")
+    found = []
+    for resume in (False, True):
+        recipes.train(config, resume=resume)
+        found.append(json.loads((in_folder / "out" / "swanlab.json").read_text("utf-8")))
+    assert found[0]["id"] != found[1]["id"] and found[0]["group"] == found[1]["group"]
+    written = [f.read_text("utf-8") for f in (in_folder / "swanlog").rglob("*.yaml")]
+    assert len(written) == 2
+    assert sum("resumed_from" in text and found[0]["id"] in text for text in written) == 1

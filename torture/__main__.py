@@ -73,6 +73,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.parts) - set(names):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    given.folder = given.folder.resolve()
     shutil.rmtree(given.folder, ignore_errors=True)
     given.folder.mkdir(parents=True)
     begun = time.monotonic()
@@ -84,6 +85,7 @@ def main() -> None:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
         "full": full,
+        "modules": chosen,
         "scale": given.scale,
         "seed": given.seed,
         "seconds": round(time.monotonic() - begun, 1),

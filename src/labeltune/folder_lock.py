@@ -38,7 +38,8 @@ def alone_with(lock: Path, what: str, way_out: str) -> Iterator[None]:
             holder.write_text(str(os.getpid()), encoding="utf-8")
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            holder.unlink()
         held.release()
 
 

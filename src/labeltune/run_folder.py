@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from labeltune.config import (
     RunConfig,
     TaskName,
 )
-from labeltune.errors import ModelError, OutputError
+from labeltune.errors import ModelError, OutputError, first_line
 from labeltune.untrusted import PICKLES
 
 RUN_FILE = "labeltune.json"
@@ -163,11 +166,15 @@ def public_name(spec: str) -> str:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints of an output folder, by step."""
+    return [path for path in _checkpoint_folders(output_dir) if (path / RUN_FILE).is_file()]
+
+
+def _checkpoint_folders(output_dir: Path) -> list[Path]:
+    """Everything called checkpoint-N, by N."""
     found = []
     if output_dir.is_dir():
         for path in output_dir.iterdir():
-            match = _CHECKPOINT.match(path.name)
-            if match and (path / RUN_FILE).is_file():
+            if (match := _CHECKPOINT.match(path.name)) and path.is_dir():
                 found.append((int(match.group(1)), path))
     return [path for _, path in sorted(found)]
 
@@ -197,13 +204,14 @@ def find_checkpoint(run: str | os.PathLike[str], prefer_newest: bool = False) ->
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint's files are not those that were saved, by its manifest, or None.
+    """What is wrong with a checkpoint's files by its manifest, or None.
 
     Nothing that could be a pickle is read unless the manifest names it.
     """
     manifest = checkpoint / MANIFEST_FILE
-    if not manifest.exists():
-        return f"it has no {MANIFEST_FILE}"
+    for needed in (manifest, checkpoint / RUN_FILE):
+        if not needed.is_file():
+            return f"{needed.name} is missing"
     try:
         expected: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))
         for name, digest in expected.items():
@@ -245,7 +253,7 @@ def check_output(
             raise ModelError(
                 f"nothing to resume: {folder} holds no complete checkpoint; start without --resume"
             )
-        for checkpoint in reversed(found):
+        for checkpoint in reversed(_checkpoint_folders(folder)):
             reason = damage(checkpoint)
             if reason is None:
                 return checkpoint
@@ -278,6 +286,52 @@ def remove_checkpoints(output_dir: str) -> None:
             shutil.rmtree(path)
 
 
+#: What a system says that does not let a file be written. (A library's OSError without a number means something else.)
+_REFUSED = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+}
+#: torch.save has no error of its own for a full disk: parts of what its writer says.
+_TORCH_REFUSED = ("StreamWriter", "inline_container", "iostream error")
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """Why a system or a library refused to write, in few words; None when it is another kind of error."""
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        place = f" ({error.filename2 or error.filename})" if error.filename else ""
+        return f"{error.strerror or errno.errorcode[error.errno]}{place}"
+    if isinstance(error, RuntimeError) and any(part in str(error) for part in _TORCH_REFUSED):
+        return f"the disk is full, or files may not grow larger ({first_line(error)})"
+    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
+        return str(error).rpartition("I/O error: ")[2]
+    return None
+
+
+@contextlib.contextmanager
+def writing(place: Path, way_out: str = "") -> Iterator[None]:
+    """What cannot be written inside is one clear error.
+
+    Args:
+        place: the file or folder that is written.
+        way_out: what to do, behind a semicolon.
+
+    Raises:
+        OutputError: no space, no right, a quota, a read-only disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = why_not_written(error)
+        if reason is None:
+            raise
+        raise OutputError(f"{place} cannot be written: {reason}{'; ' if way_out else ''}{way_out}") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically, UTF-8: a reader sees the old one or the new one, never a part.
 
@@ -295,7 +349,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -308,6 +362,22 @@ def write_bytes(path: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete what processes that were killed left of files they were writing.
+
+    Only for who holds the lock on these files, so that nobody is writing them now.
+
+    Args:
+        name: of a file in the folder; all files, at any depth, when None.
+    """
+    found = folder.rglob(".*-*.tmp") if name is None else folder.glob(f".{glob.escape(name)}-*.tmp")
+    for path in list(found):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,6 +11,7 @@ import typer
 from labeltune import __version__
 from labeltune.cli import board, compare, data, doctor, evaluate, export, init, predict, serve, sweep, train
 from labeltune.errors import LabeltuneError
+from labeltune.run_folder import why_not_written
 
 app = typer.Typer(
     name="labeltune",
@@ -65,7 +66,10 @@ def run_app(command: typer.Typer, name: str | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors=errors)
     try:
-        command(prog_name=name)
+        try:
+            command(prog_name=name)
+        finally:
+            sys.stdout.flush()
     except LabeltuneError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -73,5 +77,21 @@ def run_app(command: typer.Typer, name: str | None = None) -> None:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         sys.exit(141)
+    except OSError as error:
+        reason = why_not_written(error)
+        if reason is None:
+            raise
+        # Files have errors of their own, which name them.
+        print(
+            f"error: {'a file' if error.filename else 'the output'} cannot be written: {reason}",
+            file=sys.stderr,
+        )
+        _close_stdout()
+        sys.exit(2)
+
+
+def _close_stdout() -> None:
+    """What is left in the buffer goes nowhere, without a second error at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -17,7 +18,8 @@ from labeltune.config import DataConfig, HubConfig, TaskName
 from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file
 from labeltune.data.schemas import FAULT_KINDS, Fault
 from labeltune.data.sources import resolve_data
-from labeltune.errors import ConfigError, DataError
+from labeltune.errors import ConfigError, DataError, OutputError
+from labeltune.run_folder import writing
 from labeltune.types import Example
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _SHOWN_FAULTS = 10
 #: Characters of texts that wait to be written, at most (and one text more).
 _WAITING_CHARACTERS = 8_000_000
+_OTHER_TEMPORARY = "make room, or set TMPDIR to a folder that has it"
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,17 @@ def load_rows(
 
     Raises:
         DataError: the file does not exist or cannot be opened. Faults of rows are in the audit, not raised.
+        OutputError: there is no room for the Arrow file.
     """
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
 
     path = resolve_data(spec, hub)
     folder = folder or _temporary_folder()
-    # A name of its own: rows loaded earlier are still mapped from theirs.
-    handle, target = tempfile.mkstemp(dir=folder, prefix=f"{task}-", suffix=".arrow")
-    os.close(handle)
+    with writing(folder, _OTHER_TEMPORARY):
+        # A name of its own: rows loaded earlier are still mapped from theirs.
+        handle, target = tempfile.mkstemp(dir=folder, prefix=f"{task}-", suffix=".arrow")
+        os.close(handle)
     schema = features()
     try:
         with ArrowWriter(path=target, features=schema, writer_batch_size=1000) as writer:
@@ -121,6 +126,10 @@ def load_rows(
             )
             writer.finalize()
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(
+                f"checked rows cannot be kept in {folder}: {error.strerror}; {_OTHER_TEMPORARY}"
+            ) from error
         raise DataError(f"data file {path} cannot be read: {error}") from None
     dataset = (
         Dataset.from_file(target)
@@ -152,7 +161,11 @@ def _temporary_folder() -> Path:
     if not _temporary:
         import atexit
 
-        folder = Path(tempfile.mkdtemp(prefix="labeltune-"))
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="labeltune-"))
+        except OSError as error:
+            reason = error.strerror or error
+            raise OutputError(f"there is no temporary folder: {reason}; {_OTHER_TEMPORARY}") from error
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         _temporary.append(folder)
     return _temporary[0]

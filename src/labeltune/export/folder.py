@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from labeltune.errors import OutputError
+from labeltune.run_folder import writing
 
 #: Says how an export was made; a folder that has it may be replaced by `--overwrite`.
 EXPORT_FILE = "export.json"
@@ -52,14 +53,12 @@ def whole_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error}") from error
     try:
-        yield folder
-        try:
+        with writing(output):
+            yield folder
             mask = os.umask(0)
             os.umask(mask)
             folder.chmod(0o777 & ~mask)
             _put_in_place(folder, output)
-        except OSError as error:
-            raise OutputError(f"{output} cannot be written: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

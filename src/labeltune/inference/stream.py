@@ -17,7 +17,7 @@ from labeltune.data.sources import bounded_lines, iter_records
 from labeltune.errors import DataError, OutputError, PromptError
 from labeltune.folder_lock import alone_with
 from labeltune.inference.predictor import Predictor
-from labeltune.run_folder import file_hash, write_json
+from labeltune.run_folder import file_hash, remove_leftovers, write_json, writing
 from labeltune.types import Example, Prediction
 
 #: Rows that are predicted together and committed together; memory does not grow with the file.
@@ -156,6 +156,7 @@ def _predict_into(
     progress: Callable[[int], None] | None,
 ) -> int:
     part, note = output.with_name(f".{output.name}.part"), output.with_name(f".{output.name}.part.json")
+    remove_leftovers(note.parent, note.name)
     mine = {
         "input": file_hash(path),
         "run": predictor.fingerprint(),
@@ -167,12 +168,13 @@ def _predict_into(
     if resume:
         done, bad = _resumable(part, note, mine, output)
     else:
-        part.unlink(missing_ok=True)
+        with writing(output):
+            part.unlink(missing_ok=True)
         write_json(note, mine)
     if progress is not None and done:
         progress(done)
     rows = islice(read_rows(path, predictor, labels), done, None)
-    try:
+    with writing(output, "what is done is kept, go on with --resume"):
         with part.open("ab") as file:
             for chunk in predict_rows(predictor, rows, min_confidence=min_confidence, on_rows=progress):
                 bad += sum(isinstance(row, BadRow) for row in chunk)
@@ -180,10 +182,6 @@ def _predict_into(
                 file.flush()
                 os.fsync(file.fileno())
         part.replace(output)
-    except OSError as error:
-        raise OutputError(
-            f"{output} cannot be written: {error.strerror or error}; what is done is kept, go on with --resume"
-        ) from error
     note.unlink(missing_ok=True)
     return bad
 
@@ -198,7 +196,10 @@ def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tu
     """(rows, bad rows) in the whole chunks of an unfinished output; what is behind them is cut off."""
     if not note.exists():
         raise OutputError(f"nothing to resume: there is no unfinished {output}; start without --resume")
-    theirs = json.loads(note.read_text(encoding="utf-8"))
+    try:
+        theirs = dict(json.loads(note.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(f"{note} cannot be read: {error}; start without --resume to begin again") from error
     if theirs != mine:
         differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
         raise OutputError(
@@ -209,15 +210,25 @@ def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tu
     lines = bad = keep = kept_bad = at = end = 0
     with part.open("r+b") as file:
         for line in file:
-            if not line.endswith(b"\n"):
+            values = _row(line)
+            if values is None:
                 break
             lines += 1
             at += len(line)
-            bad += "error" in json.loads(line)
+            bad += "error" in values
             if lines % CHUNK_ROWS == 0:
                 keep, kept_bad, end = lines, bad, at
         file.truncate(end)
     return keep, kept_bad
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row of an unfinished output; None when it is torn or was damaged by a crash of the machine."""
+    try:
+        values = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def count_rows(path: Path) -> int | None:

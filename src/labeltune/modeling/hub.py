@@ -126,6 +126,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         )
     except Exception as error:
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    # Without its vocabulary transformers makes an empty tokenizer, to which all texts are the same.
+    if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):
+        raise ModelError(f"the tokenizer in {folder} has no vocabulary; tokenizer.json is missing or damaged")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

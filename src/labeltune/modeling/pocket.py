@@ -124,6 +124,9 @@ def pocket_folder(spec: str, accept_license: str | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not is_cached(spec):
+                # What a killed process left: nobody else is at work under this lock.
+                for left in target.parent.glob(f".{target.name}-*"):
+                    shutil.rmtree(left, ignore_errors=True)
                 _make(model, target)
     except OSError as error:
         raise ModelError(

@@ -18,7 +18,7 @@ from labeltune.folder_lock import alone_with
 from labeltune.progress import row_progress
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
 from labeltune.recipes.selection import save_selection
-from labeltune.run_folder import check_output, public_name, remove_checkpoints
+from labeltune.run_folder import check_output, public_name, remove_checkpoints, remove_leftovers
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
 from labeltune.types import Example, Prediction
@@ -62,6 +62,8 @@ def train(
 def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainResult:
     _check_tracker(config)
     resume_from = check_output(config, resume, overwrite, say)
+    if os.environ.get("RANK", "0") == "0":
+        remove_leftovers(Path(config.output_dir))
     splits = load_splits(config.task, config.data, config.hub, config.training.seed)
     _report_splits(splits, say)
 
@@ -113,7 +115,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
     )
 
     info = RunInfo.of(config, splits.labels, tokenizer.chat_template, summarize(config, splits))
-    tracker = _start_tracker(config, splits, main_process, say)
+    tracker = _start_tracker(config, splits, main_process, resume_from, say)
     callbacks: list[Any] = [tracker.callback()] if tracker is not None else []
     predictor = Predictor(
         model, task, template, config.generation, calibrate=config.calibrate, source=config.model
@@ -249,7 +251,9 @@ def _count_parameters(model: Any) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def _start_tracker(config: RunConfig, splits: Splits, main_process: bool, say: Say) -> SwanlabTracker | None:
+def _start_tracker(
+    config: RunConfig, splits: Splits, main_process: bool, resumed: Path | None, say: Say
+) -> SwanlabTracker | None:
     if config.tracking != "swanlab" or not main_process:
         return None
     from labeltune.tracking.swanlab import SwanlabTracker
@@ -260,7 +264,7 @@ def _start_tracker(config: RunConfig, splits: Splits, main_process: bool, say: S
         "train_rows": len(splits.train),
         "validation_rows": 0 if splits.validation is None else len(splits.validation),
     }
-    tracker = SwanlabTracker(config.swanlab, run_config)
+    tracker = SwanlabTracker(config.swanlab, run_config, Path(config.output_dir), resumed)
     tracker.start()
     if tracker.started and tracker.mode == "local":
         say(

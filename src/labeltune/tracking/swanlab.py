@@ -5,9 +5,12 @@ A tracker must never cost a training run: it does not ask for a login, and when 
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,11 @@ from transformers import TrainerCallback
 from labeltune.config import SwanlabConfig
 from labeltune.errors import Interrupted
 from labeltune.evaluation.headline import SELECTION
+from labeltune.run_folder import write_json
 from labeltune.types import Example, Prediction
+
+#: In the run folder: which run in SwanLab shows it.
+IDENTITY_FILE = "swanlab.json"
 
 
 def pick_mode(wanted: str) -> str:
@@ -52,17 +59,53 @@ def _stored_key() -> str | None:
     return key
 
 
+@dataclass(frozen=True)
+class Identity:
+    """A run in SwanLab, as a run folder remembers it.
+
+    Attributes:
+        id: SwanLab's name for it.
+        mode: `online`, `local` or `offline`.
+        group: what links the parts of a training that was resumed; a name of its own when the config has none.
+    """
+
+    id: str
+    mode: str
+    project: str
+    group: str
+
+    @staticmethod
+    def load(output_dir: Path) -> Identity | None:
+        """The one that a run folder's training was shown in last; None when that is not known."""
+        try:
+            return Identity(**json.loads((output_dir / IDENTITY_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
 class SwanlabTracker:
     """One run in SwanLab.
+
+    A resumed training goes on in the same run where the mode is `online` and was so before. SwanLab cannot reopen local and offline runs,
+    so there the resumed part is a new run in the group of the earlier one, and its config says `resumed_from`.
 
     Args:
         settings: project, mode, folder.
         run_config: everything about the run; shown in its config.
+        output_dir: run folder, where the run's identity is kept.
+        resumed: checkpoint that training goes on from.
     """
 
-    def __init__(self, settings: SwanlabConfig, run_config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        settings: SwanlabConfig,
+        run_config: dict[str, Any],
+        output_dir: Path,
+        resumed: Path | None = None,
+    ) -> None:
         self.settings = settings
         self.run_config = run_config
+        self.output_dir, self.resumed = output_dir, resumed
         self.mode = pick_mode(settings.mode)
         self.failed = False
         self.started = False
@@ -90,17 +133,34 @@ class SwanlabTracker:
         import swanlab
 
         Path(self.settings.log_dir).mkdir(parents=True, exist_ok=True)
+        before = Identity.load(self.output_dir) if self.resumed is not None else None
+        same_run = before is not None and self.mode == before.mode == "online"
+        same_run = same_run and before is not None and before.project == self.settings.project
+        config = dict(self.run_config)
+        if self.resumed is not None and not same_run:
+            config["resumed_from"] = {
+                "run": before.id if before is not None else None,
+                "checkpoint": self.resumed.name,
+            }
+        group = self.settings.group or (before.group if before is not None else self._own_group())
         swanlab.init(
             project=self.settings.project,
             name=self.settings.experiment,
-            group=self.settings.group,
+            group=group,
             mode=self.mode,
             log_dir=self.settings.log_dir,
-            config=self.run_config,
+            id=before.id if before is not None and same_run else None,
+            resume="allow" if same_run else None,
+            config=config,
             settings=swanlab.Settings(interactive=False),
             reinit=True,
         )
         self.started = True
+        found = Identity(str(swanlab.get_run().id), self.mode, self.settings.project, group)
+        write_json(self.output_dir / IDENTITY_FILE, asdict(found))
+
+    def _own_group(self) -> str:
+        return f"{self.output_dir.resolve().name}-{secrets.token_hex(3)}"
 
     def callback(self) -> Any:
         """SwanLab's own Trainer callback, guarded."""

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from labeltune.errors import OutputError, first_line
-from labeltune.run_folder import MANIFEST_FILE, RunInfo, file_hash, write_json
+from labeltune.errors import OutputError
+from labeltune.run_folder import MANIFEST_FILE, RunInfo, file_hash, why_not_written, write_json
 
 #: Where a checkpoint is written before it gets its name; what a killed run left there is removed by the next.
 STAGING = ".saving"
@@ -69,16 +69,13 @@ def failures_named(output_dir: Path, name: str, last: str | None) -> Iterator[No
     Raises:
         OutputError: whatever the writers raised: no space left, no permission, an I/O error.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save has no error of its own for a full disk.
-        if isinstance(error, RuntimeError) and "StreamWriter" not in str(error):
+    except Exception as error:
+        reason = why_not_written(error)
+        if reason is None:
             raise
         clear_staging(output_dir)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         then = (
             f"{last} is untouched; make room and go on with --resume"
             if last

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from labeltune.errors import OutputError
 from labeltune.modeling.pocket import cache_folder
+from labeltune.run_folder import writing
 from labeltune.tasks.builder import PromptBuilder
 from labeltune.types import Example
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 VERSION = 2
 #: Token files that no run has used for this long are removed.
 KEPT_SECONDS = 30 * 24 * 3600
+_OTHER_CACHE = "set LABELTUNE_CACHE to a folder that can be written"
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def token_columns(dataset: Dataset, builder: PromptBuilder) -> Dataset:
     datasets.disable_progress_bars()
     try:
         # `map` writes a temporary file and renames it, so a file that is there is whole.
-        with FileLock(folder / f"{name}.lock"):
+        with writing(folder, _OTHER_CACHE), FileLock(folder / f"{name}.lock"):
             _remove_unused(folder)
             tokens = dataset.map(
                 encode,
@@ -167,9 +169,7 @@ def _token_folder() -> Path:
     except OSError as error:
         writable, reason = False, error.strerror or str(error)
     if not writable:
-        raise OutputError(
-            f"token files cannot be kept in {folder}: {reason}; set LABELTUNE_CACHE to a folder that can be written"
-        )
+        raise OutputError(f"token files cannot be kept in {folder}: {reason}; {_OTHER_CACHE}")
     return folder
 
 

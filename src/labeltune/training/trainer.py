@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.modeling.precision import Precision
-from labeltune.run_folder import RunInfo
+from labeltune.run_folder import RunInfo, writing
 from labeltune.training.planner import Row
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def run_training(
     from transformers.trainer_callback import PrinterCallback
 
     from labeltune.training.callbacks import Progress, StopOnDivergence, StopOnInterrupt, WriteMetrics
+    from labeltune.training.resuming import ContinueSums
     from labeltune.training.stepping import PackTrainer, best_loss
 
     arguments = training_arguments(config, precision, validation is not None)
@@ -167,6 +168,8 @@ def run_training(
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    if resume_from is not None:
+        trainer.add_callback(ContinueSums(trainer, resume_from))
     try:
         output = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
@@ -182,10 +185,11 @@ def run_training(
     if trainer.is_world_process_zero():
         point_best(Path(config.output_dir), best)
     return TrainResult(
-        last=last,
+        # With save_total_limit=1 only the best one is kept.
+        last=last if last.is_dir() else best,
         best=Path(config.output_dir) / "best",
         steps=trainer.state.global_step,
-        train_loss=float(output.training_loss),
+        train_loss=trainer.mean_loss(),
         metric_name=config.metric if measured else None,
         metric=trainer.state.best_metric if measured else None,
         validation_loss=best_loss(trainer.state) if measured else None,
@@ -286,13 +290,18 @@ def compile_layers(model: Any) -> None:
 
 
 def point_best(output_dir: Path, checkpoint: Path) -> None:
-    """Make `output_dir/best` a relative link to a checkpoint, or a copy where links are not allowed; atomically."""
+    """Make `output_dir/best` a relative link to a checkpoint, or a copy where links are not allowed; atomically.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
     best = output_dir / "best"
-    temporary = output_dir / f".best-{os.getpid()}"
-    try:
-        temporary.symlink_to(checkpoint.name, target_is_directory=True)
-    except (OSError, NotImplementedError):
-        shutil.copytree(checkpoint, temporary)
-    if best.is_dir() and not best.is_symlink():
-        shutil.rmtree(best)
-    temporary.replace(best)
+    temporary = output_dir / f".best-{os.getpid()}.tmp"
+    with writing(best, f"{checkpoint} is whole: make room and finish with --resume"):
+        try:
+            temporary.symlink_to(checkpoint.name, target_is_directory=True)
+        except (OSError, NotImplementedError):
+            shutil.copytree(checkpoint, temporary)
+        if best.is_dir() and not best.is_symlink():
+            shutil.rmtree(best)
+        temporary.replace(best)
