@@ -28,10 +28,13 @@ from labeltune.config import (
     TaskName,
 )
 from labeltune.errors import ModelError, OutputError, first_line
+from labeltune.untrusted import PICKLES
 
 RUN_FILE = "labeltune.json"
 #: SHA-256 of every file of a checkpoint as it was saved.
 MANIFEST_FILE = "manifest.json"
+#: Set to 1 by a user who trusts the code of the models whose checkpoints are loaded.
+TRUST_VARIABLE = "LABELTUNE_TRUST_REMOTE_CODE"
 _FORMAT = 1
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
@@ -82,6 +85,26 @@ class RunInfo:
             config.calibrate,
             data or {},
         )
+
+    def runs_code(self, agreed: bool = False) -> bool:
+        """Whether Python code that comes with the model is run: only where this run asks for it and the user agreed.
+
+        A checkpoint may come from anybody, so what it says of itself is not enough.
+
+        Args:
+            agreed: the user's own config says so, as in the training that made this checkpoint.
+
+        Raises:
+            ModelError: it asks for it, and neither `agreed` nor `LABELTUNE_TRUST_REMOTE_CODE=1` in the environment.
+        """
+        if not self.hub.trust_remote_code:
+            return False
+        if not agreed and os.environ.get(TRUST_VARIABLE) != "1":
+            raise ModelError(
+                f"this checkpoint asks to run Python code that comes with {self.model} (hub.trust_remote_code in its "
+                f"{RUN_FILE}). If you trust it, set {TRUST_VARIABLE}=1 in the environment"
+            )
+        return True
 
     def save(self, folder: Path) -> None:
         """Write `labeltune.json`; it comes last, so a checkpoint that has it is complete."""
@@ -181,7 +204,10 @@ def find_checkpoint(run: str | os.PathLike[str], prefer_newest: bool = False) ->
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files by its manifest, or None."""
+    """What is wrong with a checkpoint's files by its manifest, or None.
+
+    Nothing that could be a pickle is read unless the manifest names it.
+    """
     manifest = checkpoint / MANIFEST_FILE
     for needed in (manifest, checkpoint / RUN_FILE):
         if not needed.is_file():
@@ -196,6 +222,10 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} is not what was saved"
     except (OSError, ValueError, AttributeError) as error:
         return f"{MANIFEST_FILE} cannot be read: {error}"
+    for file in sorted(checkpoint.rglob("*")):
+        name = file.relative_to(checkpoint).as_posix()
+        if file.suffix in PICKLES and name not in expected:
+            return f"{name} was not saved with it"
     return None
 
 

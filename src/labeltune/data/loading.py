@@ -18,7 +18,7 @@ from labeltune.config import DataConfig, HubConfig, TaskName
 from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file
 from labeltune.data.schemas import FAULT_KINDS, Fault
 from labeltune.data.sources import resolve_data
-from labeltune.errors import DataError, OutputError
+from labeltune.errors import ConfigError, DataError, OutputError
 from labeltune.run_folder import writing
 from labeltune.types import Example
 
@@ -179,6 +179,7 @@ def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: i
 
     Raises:
         DataError: there are errors and `data.on_error` is `stop`, or no usable row is left.
+        ConfigError: more rows are held out than are left.
     """
     rows = load_rows(data.train, task, data, hub, max_rows=data.max_rows)
     add_duplicates(rows.audit, rows.where)
@@ -202,6 +203,11 @@ def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: i
     train = rows.dataset
     if validation is None and data.validation_fraction > 0:
         held_out = stratified_split(rows, data.validation_fraction, seed)
+        if 2 * len(held_out) > len(train):
+            raise ConfigError(
+                f"data.validation_fraction={data.validation_fraction:g} holds out {len(held_out)} of {len(train)} rows, more "
+                "than are left to train on; lower it, or give a file as data.validation"
+            )
         if len(held_out):
             validation = train.select(held_out)
             train = _without(train, held_out)

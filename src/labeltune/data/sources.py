@@ -12,13 +12,11 @@ from typing import IO, Any
 
 from labeltune.config import HubConfig
 from labeltune.errors import DataError, HubError, first_line
+from labeltune.untrusted import check_inside
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 #: A line of a file, or a row of it, that is longer than this is no document; it is a fault, and never held in memory.
 MAX_LINE_BYTES = 16 * 2**20
-_PARQUET_BATCH = 1024
-#: Bytes of parquet values that are turned into Python objects at once.
-_PARQUET_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -99,31 +97,40 @@ def download_dataset(
         HubError: the hub cannot be reached or has no such repository.
     """
     try:
-        if hub_name == "ms":
-            from modelscope import snapshot_download as ms_download
-
-            return Path(
-                ms_download(
-                    repo,
-                    repo_type="dataset",
-                    cache_dir=hub.cache_dir,
-                    local_dir=local_dir,
-                    allow_patterns=files,
-                )
-            )
-        from huggingface_hub import snapshot_download as hf_download
-
-        return Path(
-            hf_download(
-                repo, repo_type="dataset", cache_dir=hub.cache_dir, local_dir=local_dir, allow_patterns=files
-            )
-        )
+        folder = _fetch_dataset(hub_name, repo, hub, local_dir, files)
     except Exception as error:
         raise HubError(
             f"data set {repo} could not be fetched from {'ModelScope' if hub_name == 'ms' else 'Hugging Face'} "
             f"({first_line(error)}). Check the name and the network, "
             "or download the file by hand and give its path as data.train"
         ) from error
+    if local_dir is None:
+        check_inside(folder, f"{hub_name}:{repo}")
+    return folder
+
+
+def _fetch_dataset(
+    hub_name: str, repo: str, hub: HubConfig, local_dir: str | None, files: list[str] | None
+) -> Path:
+    if hub_name == "ms":
+        from modelscope import snapshot_download as ms_download
+
+        return Path(
+            ms_download(
+                repo,
+                repo_type="dataset",
+                cache_dir=hub.cache_dir,
+                local_dir=local_dir,
+                allow_patterns=files,
+            )
+        )
+    from huggingface_hub import snapshot_download as hf_download
+
+    return Path(
+        hf_download(
+            repo, repo_type="dataset", cache_dir=hub.cache_dir, local_dir=local_dir, allow_patterns=files
+        )
+    )
 
 
 def iter_records(path: Path) -> Iterator[Record]:
@@ -309,87 +316,10 @@ def _iter_csv(path: Path) -> Iterator[Record]:
 
 
 def _iter_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
+    from labeltune.data.parquet import iter_rows
 
-    row = 0
-    try:
-        # As dictionaries, so that a value that stands in a million rows is read once.
-        schema = pyarrow.parquet.read_schema(path)
-        strings = [
-            f.name for f in schema if pyarrow.types.is_string(f.type) or pyarrow.types.is_large_string(f.type)
-        ]
-        twice = next((name for i, name in enumerate(schema.names) if name in schema.names[:i]), None)
-        if twice is not None:
-            problem = f"two columns are called {twice!r}; rename one; the rest was not read"
-            yield Record(f"{path}:row 1", None, "unparsable_line", problem)
-            return
-        with pyarrow.parquet.ParquetFile(
-            path, read_dictionary=strings, page_checksum_verification=True
-        ) as file:
-            for batch in file.iter_batches(batch_size=_batch_rows(file)):
-                for values in _parquet_rows(batch):
-                    row += 1
-                    where = f"{path}:row {row}"
-                    if isinstance(values, dict):
-                        yield Record(where, values)
-                    else:
-                        yield Record(where, None, "unparsable_line", f"not readable parquet: {values}")
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        yield Record(f"{path}:row {row + 1}", None, "unparsable_line", f"not readable parquet: {error}")
-
-
-def _batch_rows(file: Any) -> int:
-    """Rows to read at once, by the size that the file gives for its row groups."""
-    rows = _PARQUET_BATCH
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        a_row = max(1, group.total_byte_size // max(1, group.num_rows))
-        rows = min(rows, max(1, _PARQUET_BYTES // a_row))
-    return rows
-
-
-def _parquet_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of a batch, a few at a time where values are long; of a row that Python cannot hold, the reason."""
-    import pyarrow
-    from pyarrow import compute
-
-    longest = 1
-    for column in batch.columns:
-        if pyarrow.types.is_dictionary(column.type) and len(column.dictionary):
-            longest = max(longest, compute.max(compute.binary_length(column.dictionary)).as_py() or 1)
-    at_once = max(1, _PARQUET_BYTES // longest)
-    for begin in range(0, len(batch), at_once):
-        # Plain values are turned into Python's several times faster than those of a dictionary.
-        part = _plain(batch.slice(begin, at_once))
-        try:
-            found: list[dict[str, Any] | str] = list(part.to_pylist())
-        except (
-            Exception
-        ):  # a date beyond Python's, an unknown time zone, bytes that are not UTF-8: the row is found below
-            found = [_parquet_row(part, number) for number in range(len(part))]
-        for values in found:
-            yield _too_long(values) or values if longest > MAX_LINE_BYTES else values
-
-
-def _plain(batch: Any) -> Any:
-    import pyarrow
-
-    columns = [c.dictionary_decode() if pyarrow.types.is_dictionary(c.type) else c for c in batch.columns]
-    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
-
-
-def _parquet_row(batch: Any, number: int) -> dict[str, Any] | str:
-    try:
-        row: dict[str, Any] = batch.slice(number, 1).to_pylist()[0]
-        return row
-    except Exception as error:
-        return first_line(error)
-
-
-def _too_long(values: dict[str, Any] | str) -> str | None:
-    if isinstance(values, dict):
-        for name, value in values.items():
-            if isinstance(value, str) and len(value) > MAX_LINE_BYTES:
-                return f"{name} has {len(value)} characters, and a row may have {MAX_LINE_BYTES}; split the document"
-    return None
+    for row, values in enumerate(iter_rows(path, MAX_LINE_BYTES), start=1):
+        if isinstance(values, dict):
+            yield Record(f"{path}:row {row}", values)
+        else:
+            yield Record(f"{path}:row {row}", None, "unparsable_line", values)

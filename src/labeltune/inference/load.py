@@ -25,6 +25,7 @@ def load_predictor(
     precision: Any = "auto",
     base_folder: str | os.PathLike[str] | None = None,
     merge: bool = False,
+    trust_remote_code: bool = False,
 ) -> Predictor:
     """Load a checkpoint (or the best one of a run folder) with the base model it was trained on.
 
@@ -35,6 +36,7 @@ def load_predictor(
         base_folder: where the base model's files are, when they have moved since training.
         merge: make an adapter part of fp32 weights, which is faster and the same up to rounding; there is no untuned model to
             go back to then. Other weights are left as they are, as the merge would be rounded to them.
+        trust_remote_code: run the Python code of a model whose run asks for it, as `LABELTUNE_TRUST_REMOTE_CODE=1` does.
 
     Raises:
         HubError: the hub cannot be reached or has no such checkpoint.
@@ -46,7 +48,7 @@ def load_predictor(
     info = RunInfo.load(folder)
     picked = pick_precision(precision)
     where = device or picked.device
-    trust = info.hub.trust_remote_code
+    trust = info.runs_code(trust_remote_code)
     if info.adapter:
         base = Path(base_folder) if base_folder is not None else resolve_model(info.model, info.hub).folder
         model = load_adapter(load_model(base, picked.weights, trust_remote_code=trust), folder)
@@ -56,17 +58,17 @@ def load_predictor(
     else:
         model = load_model(folder, picked.weights, device=where, trust_remote_code=trust)
     model.eval()
-    return predictor_on(model, folder)
+    return predictor_on(model, folder, trust_remote_code)
 
 
-def predictor_on(model: Any, folder: Path) -> Predictor:
+def predictor_on(model: Any, folder: Path, trust_remote_code: bool = False) -> Predictor:
     """A checkpoint's predictor on a model that has its weights already.
 
     Raises:
         ModelError: the checkpoint is incomplete or damaged.
     """
     info = RunInfo.load(folder)
-    tokenizer = load_tokenizer(folder, info.hub.trust_remote_code)
+    tokenizer = load_tokenizer(folder, info.runs_code(trust_remote_code))
     tokenizer.chat_template = info.chat_template
     task = make_task(info.task, info.labels, info.prompt)
     calibration = Calibration.load(folder)

@@ -10,6 +10,7 @@ from typing import Any
 from labeltune.config import HubConfig
 from labeltune.errors import HubError, MissingExtraError, ModelError
 from labeltune.modeling.pocket import POCKET_MODELS, pocket_folder
+from labeltune.untrusted import PICKLES, check_inside
 
 #: What a snapshot is fetched with: weights in safetensors, configuration, tokenizer; never pickles.
 IGNORED_FILES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*"]
@@ -76,19 +77,7 @@ def snapshot(spec: str, hub: HubConfig) -> Path:
         raise ModelError(f"model {spec!r} must look like {spec[:3]}org/name")
     name = "ModelScope" if spec.startswith("ms:") else "Hugging Face"
     try:
-        if spec.startswith("ms:"):
-            from modelscope import snapshot_download as ms_download
-
-            return Path(
-                ms_download(
-                    repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=IGNORED_FILES
-                )
-            )
-        from huggingface_hub import snapshot_download as hf_download
-
-        return Path(
-            hf_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=IGNORED_FILES)
-        )
+        folder = _fetch(spec, repo, hub)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise HubError(
@@ -96,12 +85,29 @@ def snapshot(spec: str, hub: HubConfig) -> Path:
             f"Check the name, the revision and the network; {ALTERNATIVES}"
         ) from error
 
+    check_inside(folder, spec)
+    return folder
+
+
+def _fetch(spec: str, repo: str, hub: HubConfig) -> Path:
+    if spec.startswith("ms:"):
+        from modelscope import snapshot_download as ms_download
+
+        return Path(
+            ms_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=IGNORED_FILES)
+        )
+    from huggingface_hub import snapshot_download as hf_download
+
+    return Path(
+        hf_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=IGNORED_FILES)
+    )
+
 
 def _check_files(folder: Path, spec: str) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"model {spec}: {folder} holds no config.json; it is no model folder")
     if not any(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
         found = f"only {', '.join(pickles)}, which are pickles and never loaded" if pickles else "no weights"
         raise ModelError(f"model {spec}: {folder} holds {found}; labeltune reads safetensors")
 

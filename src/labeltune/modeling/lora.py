@@ -7,6 +7,7 @@ from typing import Any
 
 from labeltune.config import LoraConfig
 from labeltune.errors import ModelError
+from labeltune.untrusted import PICKLES
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -51,7 +52,11 @@ def load_adapter(model: Any, folder: Path) -> Any:
     import peft
 
     if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{folder} holds no adapter_model.safetensors; the checkpoint is incomplete")
+        pickles = sorted(p.name for p in folder.glob("adapter_model*") if p.suffix in PICKLES)
+        reason = (
+            f"only {', '.join(pickles)}, a pickle, which is never loaded" if pickles else "it is incomplete"
+        )
+        raise ModelError(f"{folder} holds no adapter_model.safetensors: {reason}")
     try:
         return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     except Exception as error:

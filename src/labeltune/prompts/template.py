@@ -109,8 +109,6 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         specials = {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
         specials |= {str(token) for token in tokenizer.all_special_tokens}
-        longest_first = sorted((token for token in specials if token), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._frames: dict[bool, _Frame] = {}
         self._merges_system = False
         self._strips = False
@@ -125,6 +123,11 @@ class ChatTemplate:
             raise PromptError(
                 "the chat template changes messages beyond stripping them; give the model another template"
             )
+        self._unflagged = self._unflagged_marks()
+        longest_first = sorted(
+            {token for token in specials if token} | self._unflagged, key=len, reverse=True
+        )
+        self._special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self.end_of_turn_ids, self._tail_ids = self._end_of_turn(self._frames[False].end)
 
     @property
@@ -161,6 +164,17 @@ class ChatTemplate:
         if with_system:
             between, rest = rest.split(_USER)
         return _Frame(head, between, rest, full.split(_ANSWER)[1])
+
+    def _unflagged_marks(self) -> set[str]:
+        """Added tokens that the template puts around messages and the tokenizer does not call special, such as `</think>`;
+        the tokenizer would find them in a document, too."""
+        around = [part for f in self._frames.values() for part in (f.head, f.between, f.generation, f.end)]
+        added = {str(t.content) for t in self.tokenizer.added_tokens_decoder.values() if not t.special}
+        return {t for t in added if len(t.strip()) > 1 and any(t in part for part in around)}
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Ids of a text that is data: special tokens in it are split into ordinary ones."""
+        return self._tokenize(text, [])[0]
 
     def _end_of_turn(self, end: str) -> tuple[list[int], list[int]]:
         """(ids that end the answer, ids the template puts after them)."""
@@ -257,23 +271,31 @@ class ChatTemplate:
             return list(output.input_ids), [tuple(pair) for pair in output.offset_mapping]
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
-        at = 0
-        for match in [*trusted, None]:
-            end = len(string) if match is None else match.start()
-            if end > at:
+
+        def add_data(start: int, end: int) -> None:
+            if end > start:
                 output = self.tokenizer(
-                    string[at:end],
+                    string[start:end],
                     add_special_tokens=False,
                     return_offsets_mapping=True,
                     split_special_tokens=True,
                     verbose=False,
                 )
-                ids += output.input_ids
-                offsets += [(at + a, at + b) for a, b in output.offset_mapping]
-            if match is not None:
+                ids.extend(output.input_ids)
+                offsets.extend((start + a, start + b) for a, b in output.offset_mapping)
+
+        at = 0
+        for match in found:
+            if match in trusted:
+                add_data(at, match.start())
                 ids.append(self.tokenizer.convert_tokens_to_ids(match.group()))
                 offsets.append(match.span())
                 at = match.end()
+            elif match.group() in self._unflagged:
+                # The tokenizer splits what it calls special; this it would only miss in two halves.
+                add_data(at, match.start() + 1)
+                at = match.start() + 1
+        add_data(at, len(string))
         return ids, offsets
 
 

@@ -132,7 +132,7 @@ def export(
             f"the adapter's base is {info.model}, a folder of this machine that nobody else has; push the whole model "
             "(--merged), or train on a hub's model (ms: or hf:)"
         )
-    tokenizer = load_tokenizer(checkpoint, info.hub.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint, info.runs_code())
     tokenizer.chat_template = info.chat_template
     template = ChatTemplate(tokenizer)
     task = make_task(info.task, info.labels, info.prompt)
@@ -147,10 +147,10 @@ def export(
     with whole_folder(target) as folder:
         if adapter is None:
             say(f"writing the whole model in {form}")
-            model = whole_model(base, checkpoint if info.adapter else None, form, info.hub.trust_remote_code)
+            model = whole_model(base, checkpoint if info.adapter else None, form, info.runs_code())
             save_whole_model(model, template, folder)
             del model
-            commands["Serve with vLLM"] = vllm.merged_command(target, called, info.hub.trust_remote_code)
+            commands["Serve with vLLM"] = vllm.merged_command(target, called, info.runs_code())
         else:
             vllm.save_adapter(checkpoint, tokenizer, vllm.base_name(info.model), info.hub.revision, folder)
             commands["Serve with vLLM"] = vllm.adapter_command(

@@ -77,6 +77,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
     from labeltune.run_folder import RunInfo
     from labeltune.training.callbacks import ShowPredictions
     from labeltune.training.dataset import tokenize_rows
+    from labeltune.training.feasible import check_feasible
     from labeltune.training.trainer import run_training
 
     full = config.training.method == "full"
@@ -103,6 +104,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
 
     set_seed(config.training.seed)
     precision = pick_precision(config.training.precision, full=full)
+    check_feasible(config, precision, local.folder, len(train_tokens), validation_tokens is not None)
     quantized = config.training.method == "qlora"
     model = load_model(local.folder, precision.weights, trust_remote_code=trust, four_bit=quantized)
     if not full:
@@ -189,7 +191,7 @@ def _finish(
 
     best = result.best.resolve()
     if config.training.method == "full":
-        predictor = load_predictor(best)
+        predictor = load_predictor(best, trust_remote_code=config.hub.trust_remote_code)
     else:
         restore_adapter(predictor.model, best)
         predictor.engine.forget()
@@ -237,6 +239,8 @@ def summarize(config: RunConfig, splits: Splits) -> dict[str, Any]:
 def _report_splits(splits: Splits, say: Say) -> None:
     held_out = 0 if splits.validation is None else len(splits.validation)
     say(f"data: {len(splits.train)} training rows, {held_out} validation rows, {len(splits.labels)} labels")
+    if held_out > len(splits.train):
+        say("warning: there are more validation rows than training rows; are the two files swapped?")
     if splits.skipped:
         reasons = ", ".join(f"{kind} {count}" for kind, count in sorted(splits.skipped.items()))
         say(f"data: {splits.skipped_rows} faulty rows were skipped (data.on_error=skip): {reasons}")

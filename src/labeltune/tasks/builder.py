@@ -101,9 +101,7 @@ class PromptBuilder:
 
     def _answer_length(self, answer: str) -> int:
         if answer not in self._lengths:
-            alone = self.template.tokenizer(
-                answer, add_special_tokens=False, split_special_tokens=True
-            ).input_ids
+            alone = self.template.plain_ids(answer)
             if len(self._lengths) >= KEPT_ANSWERS:
                 self._lengths.clear()
             self._lengths[answer] = len(alone) + self.template.closing_length

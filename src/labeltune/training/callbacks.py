@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import time
@@ -13,7 +14,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from labeltune.run_folder import write_text
+from labeltune.errors import DivergedError
+from labeltune.run_folder import checkpoints, write_text
+
+#: Steps that a loss has to be beyond all reason before a run counts as diverged.
+DIVERGED_STEPS = 10
 
 
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
@@ -57,6 +62,62 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
             signal.signal(signal.SIGINT, self._previous[0])
             signal.signal(signal.SIGTERM, self._previous[1])
             self._installed = False
+
+
+class StopOnDivergence(TrainerCallback):  # type: ignore[misc]
+    """Ends a run whose loss has exploded without becoming infinite.
+
+    The rule: every loss logged over `DIVERGED_STEPS` steps in a row (three lines at least) is above twice the first logged
+    loss and above log(vocabulary), which is what guessing among all tokens costs. No run that learns is there for so long;
+    one whose learning rate is far too high stays there. It reads Trainer's history alone, so a resumed run decides alike.
+
+    Args:
+        vocabulary: number of tokens that the model chooses from.
+    """
+
+    def __init__(self, vocabulary: int, say: Callable[[str], None]) -> None:
+        self.vocabulary, self.say = vocabulary, say
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Raises `DivergedError` by the rule."""
+        losses = _losses(state)
+        if not losses:
+            return
+        bound = max(2 * losses[0][1], math.log(self.vocabulary))
+        begun = losses[0][0]
+        high: list[int] = []
+        for step, loss in reversed(losses):
+            if loss <= bound:
+                begun = step
+                break
+            high.append(step)
+        if len(high) < 3 or high[0] - begun < DIVERGED_STEPS:
+            return
+        good = [c for c in checkpoints(Path(args.output_dir)) if int(c.name.rpartition("-")[2]) <= begun]
+        kept = f"{good[-1]} was saved before that" if good else "no checkpoint had been saved before that"
+        raise DivergedError(
+            f"training diverged: the loss was {losses[0][1]:.2f} at step {losses[0][0]}, and since step {high[-1]} it has been "
+            f"above {bound:.2f} (now {losses[-1][1]:.2f} at step {high[0]}), worse than guessing among all tokens. {kept}. "
+            f"Lower training.learning_rate (it is {args.learning_rate:g}) or add training.warmup_steps"
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Warns when the last quarter of the losses is above the first one."""
+        losses = _losses(state)
+        last = [loss for _, loss in losses[-max(1, len(losses) // 4) :]]
+        if len(losses) < 4 or not state.is_world_process_zero:
+            return
+        mean = sum(last) / len(last)
+        if mean > 1.1 * losses[0][1]:
+            self.say(
+                f"warning: the loss rose from {losses[0][1]:.2f} to {mean:.2f}: training.learning_rate={args.learning_rate:g} "
+                "is probably too high"
+            )
+
+
+def _losses(state: Any) -> list[tuple[int, float]]:
+    """(step, training loss) of every logged line."""
+    return [(int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry]
 
 
 class WriteMetrics(TrainerCallback):  # type: ignore[misc]

@@ -136,7 +136,7 @@ def run_training(
     """
     from transformers.trainer_callback import PrinterCallback
 
-    from labeltune.training.callbacks import Progress, StopOnInterrupt, WriteMetrics
+    from labeltune.training.callbacks import Progress, StopOnDivergence, StopOnInterrupt, WriteMetrics
     from labeltune.training.resuming import ContinueSums
     from labeltune.training.stepping import PackTrainer, best_loss
 
@@ -144,6 +144,7 @@ def run_training(
     model.to(arguments.device)
     plan = prepare_steps(model, tokenizer, config, precision, train, arguments.device, say)
     stopper, progress = StopOnInterrupt(), Progress(config.training.batch_size)
+    watch = StopOnDivergence(model.config.get_text_config().vocab_size, say)
     trainer = PackTrainer(
         plan,
         config.training.batch_size,
@@ -157,7 +158,14 @@ def run_training(
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        callbacks=[progress, WriteMetrics(), stopper, *_early_stopping(config, validation), *callbacks],
+        callbacks=[
+            progress,
+            WriteMetrics(),
+            stopper,
+            watch,
+            *_early_stopping(config, validation),
+            *callbacks,
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     if resume_from is not None:

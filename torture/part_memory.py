@@ -1,0 +1,111 @@
+"""Memory over a million rows: `data check` as it is, `predict` with an engine that answers at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from torture.common import ROOT, PartResult, Settings
+
+ROWS = 1_000_000
+#: What is promised, in bytes of peak resident memory: in all, and a row.
+ALLOWED, A_ROW = 300e6, 64
+
+
+def run(settings: Settings) -> PartResult:
+    """Each command in a process of its own, whose peak resident memory is taken from the system."""
+    result = PartResult("memory")
+    rows = settings.count(ROWS, 20_000)
+    path = settings.folder / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(rows):
+            text = f"row {number} of the generated file, about {number % 977} and other things"
+            file.write(
+                json.dumps({"text": text, "category": ["a", "b", "c"], "output": "abc"[number % 3]}) + "\n"
+            )
+    result.inputs = rows
+    for what in ("check", "predict"):
+        command = [sys.executable, "-m", "torture.part_memory", what, str(path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if not result.check(done.returncode == 0, f"{what}: {done.stderr[-500:]}"):
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        allowed = ALLOWED + A_ROW * rows
+        figures = f"{what}: {found['peak'] / 1e6:.0f} MB at the peak over {rows:,} rows, {allowed / 1e6:.0f} MB promised"
+        result.check(found["peak"] <= allowed, figures)
+        result.notes.append(f"{figures} ({found['begin'] / 1e6:.0f} MB of it before the first row)")
+    result.notes.append(
+        "predict: real reading, writing and ledger; the model is a stand-in that answers at once"
+    )
+    return result
+
+
+class StandIn:
+    """What `predict_file` asks of a predictor, without a model."""
+
+    def __init__(self) -> None:
+        from labeltune.config import ColumnsConfig, PromptConfig
+        from labeltune.tasks import make_task
+
+        self.columns = ColumnsConfig()
+        self.task = make_task("classification", ("a", "b", "c"), PromptConfig())
+        self.engine = self
+
+    def forget(self) -> None:
+        """As the engine's."""
+
+    def fingerprint(self) -> str:
+        """As the predictor's."""
+        return "stand-in"
+
+    def check(self, example: Any) -> None:
+        """As the predictor's."""
+
+    def predict(self, examples: Any, *, min_confidence: Any = None, on_batch: Any = None) -> list[Any]:
+        """The first candidate."""
+        from labeltune.types import Prediction
+
+        ranking = (("a", 0.5), ("b", 0.3), ("c", 0.2))
+        if on_batch is not None:
+            on_batch(len(examples))
+        return [Prediction(e.id, "a", "a", ranking=ranking) for e in examples]
+
+
+def measure(what: str, path: Path) -> None:
+    """Run one command in this process, and print its memory in bytes."""
+    import contextlib
+    import io
+    import resource
+
+    peak_unit = 1 if sys.platform == "darwin" else 1024
+    import psutil
+
+    if what == "check":
+        import datasets  # noqa: F401
+
+        from labeltune.cli import main
+
+        begin = psutil.Process().memory_info().rss
+        sys.argv = ["labeltune", "data", "check", str(path)]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            main.run()
+    else:
+        from labeltune.inference.stream import predict_file
+
+        begin = psutil.Process().memory_info().rss
+        output = path.with_name("predictions.jsonl")
+        predictor: Any = StandIn()
+        predict_file(predictor, path, output)
+        with output.open("rb") as file:
+            lines = sum(1 for _ in file)
+        with path.open("rb") as file:
+            assert lines == sum(1 for _ in file), "a row is missing"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * peak_unit
+    print(json.dumps({"begin": begin, "peak": peak}))
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1], Path(sys.argv[2]))
