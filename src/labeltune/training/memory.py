@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,28 @@ def free_memory(device: Any) -> int:
     return max(free, 0)
 
 
+class Weights:
+    """Where the weights lie in memory while a model runs; shared-out ones are put together layer by layer."""
+
+    def __init__(self) -> None:
+        self.addresses: set[int] = set()
+
+    def _note(self, module: Any, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            self.addresses.add(local.untyped_storage().data_ptr())
+
+    @contextlib.contextmanager
+    def watched(self, model: Any) -> Iterator[None]:
+        """Inside, `addresses` grows with every module that is called."""
+        hooks = [module.register_forward_pre_hook(self._note) for module in model.modules()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 def activation_bytes(model: Any, rows: Sequence[Row], packing: Packing, pad_id: int, head: Any) -> int:
     """Bytes that the backward pass of one token keeps, from one forward pass over `rows` in training mode.
 
@@ -67,12 +90,12 @@ def activation_bytes(model: Any, rows: Sequence[Row], packing: Packing, pad_id: 
     import torch
 
     device = next(model.parameters()).device
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = Weights()
     sizes: dict[int, tuple[Any, int]] = {}
 
     def keep(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights.addresses:
             # The storage is held on to, so that its address is not given to another one meanwhile.
             sizes[storage.data_ptr()] = (storage, storage.nbytes())
         return tensor
@@ -81,6 +104,7 @@ def activation_bytes(model: Any, rows: Sequence[Row], packing: Packing, pad_id: 
     batch = make_batch(rows, pack, packing, pad_id).to(device)
     with (
         attention_for(model, packing),
+        weights.watched(model),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         answer_loss(model, head, batch.inputs, batch.index, batch.targets)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.modeling.precision import Precision
+from labeltune.ranks import reduced, world
 from labeltune.run_folder import RunInfo
 from labeltune.training.planner import Row
 
@@ -61,7 +62,6 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
     from transformers import TrainingArguments
 
     options = config.training
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     strategy = "epoch" if options.save_steps == "epoch" else "steps"
     every = 1 if options.save_steps == "epoch" else options.save_steps
     try:
@@ -89,7 +89,8 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
             fp16=precision.name == "fp16",
             use_cpu=precision.device == "cpu",
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False if processes > 1 else None,
+            ddp_find_unused_parameters=False if world() > 1 else None,
+            ddp_timeout=options.collective_timeout,
             seed=options.seed,
             data_seed=options.seed,
             report_to=["tensorboard"]
@@ -127,7 +128,7 @@ def run_training(
 
     Args:
         where: number of a training row -> its place, for messages.
-        measure: called at every validation on the main process; gives figures by name, among them the config's metric.
+        measure: called at every validation, on all processes; gives the same figures by name on each, among them the config's metric.
 
     Raises:
         DivergedError: a loss or gradient is infinite or no number; the last good checkpoint is untouched.
@@ -140,11 +141,9 @@ def run_training(
     from labeltune.training.stepping import PackTrainer, best_loss
 
     arguments = training_arguments(config, precision, validation is not None)
-    model.to(arguments.device)
-    plan = prepare_steps(model, tokenizer, config, precision, train, arguments.device, say)
     stopper, progress = StopOnInterrupt(), Progress(config.training.batch_size)
     trainer = PackTrainer(
-        plan,
+        lambda ready: prepare_steps(ready, tokenizer, config, precision, train, arguments.device, say),
         config.training.batch_size,
         config.training.seed,
         say,
@@ -159,6 +158,9 @@ def run_training(
         callbacks=[progress, WriteMetrics(), stopper, *_early_stopping(config, validation), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ConfigError("FSDP 1 is not supported; set fsdp_version: 2 as in configs/distributed/fsdp2.yaml")
     try:
         output = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
@@ -173,6 +175,7 @@ def run_training(
     measured = trainer.state.best_metric is not None
     if trainer.is_world_process_zero():
         point_best(Path(config.output_dir), best)
+    trainer.accelerator.wait_for_everyone()
     return TrainResult(
         last=last,
         best=Path(config.output_dir) / "best",
@@ -205,7 +208,7 @@ def prepare_steps(
     from labeltune.training.memory import activation_bytes, enable_checkpointing, plan_memory
     from labeltune.training.planner import step_order
     from labeltune.training.self_check import choose_packing, sample_rows
-    from labeltune.training.stepping import StepPlan, random_state_kept, smallest_everywhere, to_rows
+    from labeltune.training.stepping import StepPlan, random_state_kept, to_rows
 
     options = config.training
     steps = [
@@ -215,7 +218,11 @@ def prepare_steps(
         )
     ]
     sample = sample_rows(steps[0])
-    pad_id, processes = tokenizer.pad_token_id, int(os.environ.get("WORLD_SIZE", "1"))
+    pad_id = tokenizer.pad_token_id
+
+    def smallest(value: int) -> int:
+        return int(reduced([value], "min")[0])
+
     with random_state_kept():
         head = chunkable_head(model, torch_ids(sample[0], device))
         choice = choose_packing(model, sample, options.packing, precision, pad_id, head, say)
@@ -224,11 +231,11 @@ def prepare_steps(
             None if options.gradient_checkpointing == "auto" else options.gradient_checkpointing,
             steps,
             choice.packing,
-            processes,
-            smallest_everywhere(activation_bytes(model, sample, choice.packing, pad_id, head), device),
+            world(),
+            smallest(activation_bytes(model, sample, choice.packing, pad_id, head)),
             model.config.get_text_config().vocab_size,
             device,
-            lambda value: smallest_everywhere(value, device),
+            smallest,
         )
         if memory.checkpointing:
             enable_checkpointing(model)
