@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
+
+from labeltune.errors import PeerError, first_line
 
 Value = TypeVar("Value")
 
@@ -29,6 +31,16 @@ def connected() -> bool:
 
     found = torch.distributed.is_available() and torch.distributed.is_initialized()
     return found and torch.distributed.get_world_size() > 1
+
+
+def connect(timeout: int) -> None:
+    """On CPUs: join the other processes. (accelerate does it on accelerators; here it would forget the time-out, in seconds.)"""
+    import datetime
+
+    import torch
+
+    if world() > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
 
 
 def dealt(costs: Sequence[int], processes: int) -> list[int]:
@@ -61,6 +73,44 @@ def reduced(values: Sequence[float], how: str) -> list[float]:
     found = torch.tensor(values, dtype=torch.float64, device=_device())
     torch.distributed.all_reduce(found, op=getattr(torch.distributed.ReduceOp, how.upper()))
     return [float(value) for value in found.tolist()]
+
+
+#: What the backends' errors say when the others cannot be reached; most are a bare RuntimeError.
+_LOST = (
+    "gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "NCCL",
+    "TCPStore",
+)
+
+
+@contextlib.contextmanager
+def loss_of_others_named(timeout: int, then: Callable[[], str]) -> Iterator[None]:
+    """Inside, a collective that fails is one clear error.
+
+    Args:
+        timeout: seconds that this job waits for a process.
+        then: how to go on.
+
+    Raises:
+        PeerError: another process has ended, or has not answered in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not connected() or not any(sign in text for sign in _LOST):
+            raise
+        late = "timed out" in text.lower() or "timeout" in text.lower()
+        what = (
+            f"another process of the job did not answer within training.collective_timeout={timeout} s; it hangs or is stopped"
+            if late
+            else "another process of the job has ended; its own error stands above or in its log, and torchrun names its exit "
+            "code (-9: killed from outside, often for taking too much memory)"
+        )
+        raise PeerError(f"{what}. {then()}. What the backend said: {first_line(error)}") from error
 
 
 def _device() -> Any:

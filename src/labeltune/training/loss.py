@@ -46,7 +46,7 @@ def answer_loss(model: Any, head: Any, inputs: dict[str, Any], index: Any, targe
 
     def loss_for_logits(hidden: Any) -> Any:
         states = hidden.reshape(-1, hidden.shape[-1])[picked]
-        return chunked_cross_entropy(head, states, targets, layer=plain).reshape(1, 1, 1)
+        return chunked_cross_entropy(head, states, targets, layer=plain).reshape(1, 1, 1).clone()
 
     with _replaced(head, loss_for_logits):
         return model(**inputs).logits.sum()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.modeling.precision import Precision
-from labeltune.ranks import reduced, world
-from labeltune.run_folder import RunInfo
+from labeltune.ranks import connect, loss_of_others_named, reduced, world
+from labeltune.run_folder import RunInfo, checkpoints
 from labeltune.training.planner import Row
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ def run_training(
     from labeltune.training.callbacks import Progress, StopOnInterrupt, WriteMetrics
     from labeltune.training.stepping import PackTrainer, best_loss
 
+    if precision.device == "cpu":
+        connect(config.training.collective_timeout)
     arguments = training_arguments(config, precision, validation is not None)
     stopper, progress = StopOnInterrupt(), Progress(config.training.batch_size)
     trainer = PackTrainer(
@@ -161,8 +163,16 @@ def run_training(
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ConfigError("FSDP 1 is not supported; set fsdp_version: 2 as in configs/distributed/fsdp2.yaml")
+
+    def how_to_go_on() -> str:
+        saved = checkpoints(Path(config.output_dir))
+        return (
+            f"{saved[-1].name} is saved, --resume continues it" if saved else "No checkpoint had been saved"
+        )
+
     try:
-        output = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        with loss_of_others_named(config.training.collective_timeout, how_to_go_on):
+            output = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         stopper.restore()
         progress.close()
