@@ -34,20 +34,12 @@ def prepare_backend(self: PartialState, *given: Any) -> Any:
 
 
 PartialState._prepare_backend = prepare_backend
-add_up = PackTrainer._add_up_gradients
-
-
-def add_up_gradients(self: PackTrainer, model: Any) -> None:
-    if job.get("signal") and self.state.global_step == 2 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), job["signal"])
-    add_up(self, model)
-
-
-PackTrainer._add_up_gradients = add_up_gradients
 clip = PackTrainer._clip_grad_norm
 
 
 def clip_grad_norm(self: PackTrainer, model: Any) -> Any:
+    if job.get("signal") and self.state.global_step == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), job["signal"])
     assert is_sharded(self.model) == ("ACCELERATE_USE_FSDP" in job["environment"]), "the weights are sharded"
     return clip(self, model)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from labeltune.training.balance import PAIRS_PER_TOKEN
 from labeltune.training.loss import CHUNK, answer_loss
 from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Packing, Row, plan_step
@@ -167,6 +168,23 @@ def useful_tokens(steps: Sequence[Sequence[Row]], packing: Packing, processes: i
     while size < whole and computed(size) > SLACK * best:
         size = size * 5 // 4
     return min(size, whole)
+
+
+def pairs_per_token(model: Any) -> int:
+    """How many pairs of a query and a key cost as much as one token's matrix products, by the model's shape.
+
+    A forward pass takes 2 operations a weight and token, and 4 a pair, layer and dimension of the heads.
+    """
+    shape = model.config.get_text_config()
+    heads, size = getattr(shape, "num_attention_heads", None), getattr(shape, "head_dim", None)
+    layers = getattr(shape, "num_hidden_layers", None)
+    if not heads or not layers:
+        return PAIRS_PER_TOKEN
+    embeddings = {
+        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    return max(1, int(weights // (2 * layers * heads * (size or shape.hidden_size // heads))))
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from labeltune.errors import DivergedError, ModelError
-from labeltune.ranks import dealt, in_step, reduced
+from labeltune.ranks import add_up_gradients, dealt, in_step, reduced
 from labeltune.run_folder import RunInfo, checkpoints
 from labeltune.training import sharded
+from labeltune.training.balance import PAIRS_PER_TOKEN
+from labeltune.training.batches import StepBatches, to_rows
 from labeltune.training.checkpoints import clear_staging, failures_named, publish, staging_folder
 from labeltune.training.loss import answer_loss
 from labeltune.training.packs import attention_for, make_batch
@@ -35,39 +37,14 @@ class StepPlan:
 
     Attributes:
         head: output layer that is run in chunks, or None (see `answer_loss`).
+        pairs_per_token: see `labeltune.training.balance`.
     """
 
     packing: Packing
     max_tokens: int
     pad_id: int
     head: Any
-
-
-class StepBatches:
-    """Batch sampler: the row numbers of every step of the current epoch, the same on every process."""
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Trainer calls this at the beginning of an epoch."""
-        self.epoch = epoch
-
-    @property
-    def batch_sampler(self) -> StepBatches:
-        """Trainer looks for `set_epoch` one level down, where it expects accelerate's wrapper (which a resumed epoch has)."""
-        return self
-
-    def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return step_order(self.count, self.batch_size, self.seed, self.epoch)
-
-
-def to_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
-    """Rows of a tokenized data set -> rows of the planner."""
-    return [Row.of(r["input_ids"], int(r["answer_start"]), int(r["answer_end"])) for r in records]
+    pairs_per_token: int = PAIRS_PER_TOKEN
 
 
 class PackTrainer(Trainer):  # type: ignore[misc]
@@ -155,7 +132,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             self._shrink(model, max(len(row.ids) for row in inputs))
             torch.set_rng_state(before)
         if not self._reduces_by_itself:
-            self._add_up_gradients(model)
+            add_up_gradients(model)
         # The loss of the whole step, so that all processes stop together; Trainer logs the mean over them.
         (loss,) = reduced([float(total)], "sum")
         self._stop_unless_finite("loss", loss)
@@ -196,7 +173,8 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         plan, processes = self.plan, self.accelerator.num_processes
         answers = sum(len(row.answer) for row in rows)
         total = torch.zeros((), device=self.args.device)
-        packs = plan_step(rows, plan.max_tokens, plan.packing, processes)[self.accelerator.process_index]
+        shares = plan_step(rows, plan.max_tokens, plan.packing, processes, plan.pairs_per_token)
+        packs = shares[self.accelerator.process_index]
         self._given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
         self._computed += sum(pack.tokens(rows, plan.packing) for pack in packs)
         quiet = contextlib.nullcontext() if self._reduces_by_itself else self.accelerator.no_sync(model)
@@ -237,20 +215,6 @@ class PackTrainer(Trainer):  # type: ignore[misc]
 
     def _any_process(self, flag: bool) -> bool:
         return bool(reduced([float(flag)], "max")[0])
-
-    def _add_up_gradients(self, model: Any) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for p in trained:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        flat = torch.nn.utils.parameters_to_vector([p.grad for p in trained])
-        torch.distributed.all_reduce(flat)
-        at = 0
-        for p in trained:
-            p.grad.copy_(flat[at : at + p.numel()].view_as(p))
-            at += p.numel()
 
     def evaluation_loop(
         self,

@@ -214,11 +214,12 @@ def prepare_steps(
 
     Leaves the random state as it was.
     """
+    from labeltune.training.batches import to_rows
     from labeltune.training.loss import chunkable_head
-    from labeltune.training.memory import activation_bytes, enable_checkpointing, plan_memory
+    from labeltune.training.memory import activation_bytes, enable_checkpointing, pairs_per_token, plan_memory
     from labeltune.training.planner import step_order
     from labeltune.training.self_check import choose_packing, sample_rows
-    from labeltune.training.stepping import StepPlan, random_state_kept, to_rows
+    from labeltune.training.stepping import StepPlan, random_state_kept
 
     options = config.training
     steps = [
@@ -252,7 +253,8 @@ def prepare_steps(
         if options.compile:
             compile_layers(model)
             choice = choose_packing(model, sample, choice.packing, precision, pad_id, head, say)
-    plan = StepPlan(choice.packing, 1 if choice.one_by_one else memory.max_tokens, pad_id, head)
+    tokens = 1 if choice.one_by_one else memory.max_tokens
+    plan = StepPlan(choice.packing, tokens, pad_id, head, pairs_per_token(model))
     say(describe(plan, memory, steps))
     return plan
 
