@@ -27,11 +27,18 @@ def reshard(model: Any) -> None:
 
 
 def trained_weights(model: Any) -> dict[str, Any]:
-    """The trained weights by name, whole and on the CPU, on the first process; one at a time goes over the wire."""
+    """The weights that a checkpoint needs, by name, whole and on the CPU, on the first process: one at a time goes over the wire.
+
+    These are the trained ones, and embeddings that carry an adapter, which peft saves with it.
+    """
     reshard(model)
+    adapted = [
+        m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if hasattr(m, "base_layer")
+    ]
+    embeddings = {id(p) for module in adapted for p in module.parameters()}
     found: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or id(parameter) in embeddings:
             value = whole(parameter.detach())
             if rank() == 0:
                 found[name] = value.cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,7 @@ def run_training(
         Interrupted: Ctrl-C; a checkpoint has been saved.
         ModelError: one example alone does not fit into the device's memory.
     """
+    import torch
     from transformers.trainer_callback import PrinterCallback
 
     from labeltune.training.callbacks import Progress, StopOnInterrupt, WriteMetrics
@@ -163,6 +164,10 @@ def run_training(
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ConfigError("FSDP 1 is not supported; set fsdp_version: 2 as in configs/distributed/fsdp2.yaml")
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        # As without FSDP: losses are not rounded to bf16, and gradients are added up over processes in fp32.
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
     def how_to_go_on() -> str:
         saved = checkpoints(Path(config.output_dir))
