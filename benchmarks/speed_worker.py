@@ -251,7 +251,8 @@ def ours(model: Any, tokenizer: Any, options: dict[str, Any], meter: Meter) -> A
 
     from labeltune.config import build_config
     from labeltune.modeling.precision import pick_precision
-    from labeltune.training.stepping import PackTrainer, to_rows
+    from labeltune.training.batches import to_rows
+    from labeltune.training.stepping import PackTrainer
     from labeltune.training.trainer import prepare_steps, training_arguments
 
     training = {"packing": options["variant"], "epochs": 1, "compile": options["compile"]}
@@ -273,7 +274,9 @@ def ours(model: Any, tokenizer: Any, options: dict[str, Any], meter: Meter) -> A
     plan = prepare_steps(model, tokenizer, config, precision, rows, arguments.device, say)
     options["notes"] = {"packing": plan.packing, "max_tokens_per_pack": plan.max_tokens}
     meter.first_tokens = meter.tokens = 0
-    return InFileOrder(plan, 16, 0, say, model=model, args=arguments, train_dataset=rows, callbacks=[meter])
+    # Nothing is saved, so no run has to be described.
+    given = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": [meter]}
+    return InFileOrder(lambda _: plan, 16, 0, say, None, str, **given)
 
 
 def matmul_rate(options: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "labeltune"
 LAYERS = (
     ("types", "errors"),
     ("config", "config_sections", "yaml_text"),
-    ("progress", "run_folder", "folder_lock", "config_table", "pages", "untrusted"),
+    ("progress", "run_folder", "folder_lock", "config_table", "pages", "untrusted", "ranks"),
     ("prompts", "data"),
     ("modeling", "tasks"),
     ("evaluation", "training", "inference", "tracking"),

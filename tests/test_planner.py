@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from labeltune.inference.scoring import common_prefix
+from labeltune.training.balance import Work, divide
 from labeltune.training.planner import Group, Pack, Packing, Row, plan_step, step_order
 
 
@@ -108,7 +111,48 @@ def test_work_is_spread_evenly() -> None:
     ]
     shares = plan_step(rows, 128, "shared_prefix", 4)
     loads = [sum(pack.tokens(rows) for pack in share) for share in shares]
-    assert max(loads) <= 1.2 * min(loads)
+    assert max(loads) <= 1.03 * min(loads)
+
+
+def test_long_rows_count_for_their_attention() -> None:
+    """One row of 1,000 tokens attends to more pairs than five of 200; with as many tokens they would be equal."""
+    rows = [row([n] * 1000, [1]) for n in range(2)] + [row([9 + n] * 200, [1]) for n in range(10)]
+
+    def tokens(pairs_per_token: int) -> list[int]:
+        shares = plan_step(rows, 5000, "packed", 3, pairs_per_token)
+        return sorted(sum(pack.tokens(rows, "packed") for pack in share) for share in shares)
+
+    assert tokens(10_000_000) == [1200, 1400, 1400]
+    least, _, most = tokens(1)
+    assert least == 1000 and most > 1400
+
+
+def naive_work(rows: list[Row], per_token: int) -> int:
+    """Every different beginning of a prompt once, every token of the answers for each row."""
+    beginnings = {r.prompt[:n] for r in rows for n in range(1, len(r.prompt) + 1)}
+    answers = [n for r in rows for n in range(r.answer_start + 1, len(r.ids) + 1)]
+    return sum(per_token + len(b) for b in beginnings) + sum(per_token + n for n in answers)
+
+
+@given(rows_of_few_tokens, st.integers(1, 3), st.sampled_from([1, 10]))
+@settings(max_examples=200, deadline=None)
+def test_rows_are_divided_about_as_well_as_they_can_be(
+    rows: list[Row], processes: int, per_token: int
+) -> None:
+    rows = sorted(rows[:6], key=lambda r: (r.prompt, r.answer))
+    common = [0] + [common_prefix(a.prompt, b.prompt) for a, b in itertools.pairwise(rows)]
+    parts = divide(Work(rows, common, per_token), len(rows), processes)
+    assert sorted(itertools.chain(*parts)) == list(range(len(rows)))
+
+    def largest(owners: Sequence[int]) -> int:
+        return max(
+            naive_work([r for r, owner in zip(rows, owners, strict=True) if owner == p], per_token)
+            for p in range(processes)
+        )
+
+    owners = [next(p for p, part in enumerate(parts) if i in part) for i in range(len(rows))]
+    best = min(largest(each) for each in itertools.product(range(processes), repeat=len(rows)))
+    assert largest(owners) <= 4 / 3 * best, "what taking the largest first guarantees without anything shared"
 
 
 def test_a_process_without_rows_is_kept_busy_with_a_copy_that_does_not_count() -> None:

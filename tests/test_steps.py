@@ -18,10 +18,10 @@ from labeltune.prompts.template import ChatTemplate
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
 from labeltune.training import memory, stepping
+from labeltune.training.batches import StepBatches
 from labeltune.training.dataset import content_key, tokenize_rows
 from labeltune.training.memory import activation_bytes, plan_memory, useful_tokens
 from labeltune.training.planner import Row, plan_step
-from labeltune.training.stepping import StepBatches
 from labeltune.types import Example
 from test_packing import lora_model, random_rows
 from test_training import adapter_weights, config_for, without_dropout

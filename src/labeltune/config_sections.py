@@ -187,6 +187,11 @@ class TrainingConfig(Section):
     compile: bool = Field(
         False, description="torch.compile the layers: minutes at the start, then faster steps on a GPU"
     )
+    collective_timeout: int = Field(
+        1800,
+        ge=1,
+        description="seconds after which a process that waits for others gives up and ends the job",
+    )
     seed: int = Field(42, ge=0, description="seed of the split, the order, the adapter and dropout")
 
     @model_validator(mode="after")

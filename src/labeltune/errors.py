@@ -72,6 +72,10 @@ class ParityError(LabeltuneError):
     exit_code = 1
 
 
+class PeerError(LabeltuneError):
+    """Another process of the job ended or did not answer in time, so that this one cannot go on."""
+
+
 class SweepError(LabeltuneError):
     """A trial cannot be compared with the others, or no trial of a sweep succeeded."""
 

@@ -56,6 +56,11 @@ def run() -> None:
     run_app(app, "labeltune")
 
 
+def _on_rank() -> str:
+    """Which process of a training job speaks, where there are several."""
+    return f" on rank {os.environ.get('RANK', '0')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
 def run_app(command: typer.Typer, name: str | None = None) -> None:
     """Errors a user can repair become one message and an exit code, without a traceback."""
     for stream, errors in (
@@ -71,7 +76,7 @@ def run_app(command: typer.Typer, name: str | None = None) -> None:
         finally:
             sys.stdout.flush()
     except LabeltuneError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{_on_rank()}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -12,6 +12,7 @@ from labeltune.evaluation.confidence import ENOUGH_ROWS, calibration_report
 from labeltune.evaluation.headline import SELECTION
 from labeltune.inference.answers import Calibration
 from labeltune.inference.predictor import Predictor
+from labeltune.ranks import rank
 from labeltune.types import Example
 
 
@@ -28,7 +29,8 @@ def calibrate(
     right = [row.labels.index(example.label or "") for row, example in zip(rows, examples, strict=True)]
     temperature, report = calibration_report([np.array(row.comparable(norm)) for row in rows], right)
     calibration = Calibration(temperature, norm)
-    calibration.save(folder, report)
+    if rank() == 0:
+        calibration.save(folder, report)
     few = f", fewer than {ENOUGH_ROWS}: a rough guess" if len(rows) < ENOUGH_ROWS else ""
     say(
         f"confidence: temperature {temperature:.2f} from {len(rows)} validation rows{few}; "

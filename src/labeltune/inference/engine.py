@@ -45,15 +45,31 @@ class Engine:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.max_tokens = PASS_TOKENS.get(next(model.parameters()).device.type, 1024)
+        self._max_tokens: int | None = None
         self._cache = PrefixCache()
         self._lock = threading.RLock()
         self._fast: bool | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of one pass; by the device that the model is on when it is first asked."""
+        if self._max_tokens is None:
+            self._max_tokens = PASS_TOKENS.get(next(self.model.parameters()).device.type, 1024)
+        return self._max_tokens
+
+    @max_tokens.setter
+    def max_tokens(self, value: int) -> None:
+        self._max_tokens = value
 
     def forget(self) -> None:
         """Drop what was kept of earlier prompts; needed when the model's weights have changed."""
         with self._lock:
             self._cache.clear()
+
+    def settle(self, prompt: Sequence[int]) -> None:
+        """Compare the two ways on this prompt, if no call has done so yet."""
+        with self._lock, predicting(self.model):
+            self._is_fast(prompt)
 
     def score(
         self, questions: Sequence[Question], on_rows: Callable[[int], None] | None = None

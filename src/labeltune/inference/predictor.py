@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -26,6 +27,7 @@ from labeltune.inference.engine import Engine
 from labeltune.inference.generation import generate_answers
 from labeltune.inference.runner import Runner
 from labeltune.inference.scoring import Question
+from labeltune.inference.sharing import shared_out
 from labeltune.inference.trie import LabelTrie
 from labeltune.prompts.template import ChatTemplate
 from labeltune.run_folder import file_hash
@@ -37,6 +39,8 @@ from labeltune.types import Entity, Example, Prediction
 
 #: Label sets whose tries are kept; most files have one.
 KEPT_TRIES = 1000
+
+Answer = TypeVar("Answer")
 
 
 class Predictor:
@@ -52,6 +56,9 @@ class Predictor:
         calibration: what was fitted on validation rows.
         source: names the base model.
         weights: file that tells these weights from others, for `fingerprint`.
+
+    Attributes:
+        share: the processes of a training run ask together, with the same examples, and each computes a part of them.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class Predictor:
         self.engine = Engine(model)
         self._grammars: Grammars | None = None
         self._tries: dict[tuple[str, ...], LabelTrie] = {}
+        self.share = False
 
     def predict(
         self,
@@ -101,9 +109,9 @@ class Predictor:
         """
         examples = self._examples(texts, labels)
         if self.generation.decoding == "free":
-            return self._generated(examples, on_batch)
+            return self._together(examples, self._generated, on_batch)
         if isinstance(self.task, NerTask):
-            return self._extracted(self.task, examples, on_batch)
+            return self._together(examples, partial(self._extracted, self.task), on_batch)
         rows = self._probabilities(self.log_probabilities(examples, on_batch))
         return [ranked(example.id, row, min_confidence) for example, row in zip(examples, rows, strict=True)]
 
@@ -158,9 +166,30 @@ class Predictor:
         """
         if not isinstance(self.task, ClassificationTask):
             raise ModelError("this run extracts entities; ask it with .predict or .extract")
+        return self._together(examples, partial(self._scored, self.task), on_rows)
+
+    def settle(self, example: Example) -> None:
+        """Find out with this example, if it is not known yet, whether the fast way is right for the model."""
+        if self.generation.decoding != "free":
+            self.engine.settle(self.builder.views(example, self.generation.long_text)[0].ids)
+
+    def _together(
+        self,
+        examples: Sequence[Example],
+        answer: Callable[[Sequence[Example], Callable[[int], None] | None], list[Answer]],
+        on_rows: Callable[[int], None] | None,
+    ) -> list[Answer]:
+        return shared_out(self, examples, answer, on_rows) if self.share else answer(examples, on_rows)
+
+    def _scored(
+        self,
+        task: ClassificationTask,
+        examples: Sequence[Example],
+        on_rows: Callable[[int], None] | None,
+    ) -> list[LabelScores]:
         questions, shapes = [], []
         for example in examples:
-            labels = self.task.candidates(example)
+            labels = task.candidates(example)
             trie = self._trie(example, labels)
             views = self.builder.views(example, self.generation.long_text)
             shapes.append((labels, tuple(map(len, trie.paths)), len(views)))

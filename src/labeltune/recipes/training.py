@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from labeltune.errors import MissingExtraError
 from labeltune.evaluation.headline import SELECTION, headline
 from labeltune.folder_lock import alone_with
 from labeltune.progress import row_progress
+from labeltune.ranks import is_sharded, rank
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
 from labeltune.recipes.selection import save_selection
 from labeltune.run_folder import check_output, public_name, remove_checkpoints, remove_leftovers
@@ -35,7 +35,7 @@ CALIBRATION_ROWS = 2000
 
 
 def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         print(line, file=sys.stderr, flush=True)
 
 
@@ -52,7 +52,7 @@ def train(
         LabeltuneError: any of its kinds; config, data and output folder are checked before weights are loaded.
         Interrupted: Ctrl-C; the message names the checkpoint that was saved.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if rank() != 0:
         return _train(config, resume, overwrite, say)
     writing = f"another training writes into {config.output_dir}"
     with alone_with(Path(config.output_dir) / ".lock", writing, "wait for it, or choose another output_dir"):
@@ -62,7 +62,7 @@ def train(
 def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainResult:
     _check_tracker(config)
     resume_from = check_output(config, resume, overwrite, say)
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         remove_leftovers(Path(config.output_dir))
     splits = load_splits(config.task, config.data, config.hub, config.training.seed)
     _report_splits(splits, say)
@@ -81,7 +81,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
     from labeltune.training.trainer import run_training
 
     full = config.training.method == "full"
-    main_process = os.environ.get("RANK", "0") == "0"
+    main_process = rank() == 0
     local = resolve_model(config.model, config.hub)
     trust = config.hub.trust_remote_code
     tokenizer = load_tokenizer(local.folder, trust)
@@ -120,23 +120,22 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
     predictor = Predictor(
         model, task, template, config.generation, calibrate=config.calibrate, source=config.model
     )
+    predictor.share = True
     measured = validation_rows(splits, config.eval.max_rows)
 
     def measure() -> dict[str, float]:
-        predictor.engine.forget()
         # A terminal shows the bar over steps already, and cannot show two.
-        alone = not sys.stderr.isatty()
+        alone = main_process and not sys.stderr.isatty()
         with row_progress(len(measured), "validation", alone, last_line=False) as advance:
-            found = headline(measured, predictor.predict(measured, on_batch=advance))
-        predictor.engine.forget()
-        return found
+            return headline(measured, predictor.predict(measured, on_batch=advance))
 
     shown = _fixed_handful(splits, config.swanlab.prediction_rows)
-    if tracker is not None and shown:
+    if config.tracking == "swanlab" and shown:
 
         def show(step: int, when: str) -> None:
-            predictor.engine.forget()
             predictions = predictor.predict(shown)
+            if tracker is None:
+                return
             tracker.log_predictions(
                 step,
                 [
@@ -163,7 +162,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
             lambda number: str(splits.train[number]["source"]),
             measure if measured else None,
         )
-        if main_process and measured:
+        if measured:
             _finish(predictor, result, config, splits, measured, tracker, say)
     except BaseException as error:
         if tracker is not None:
@@ -188,21 +187,26 @@ def _finish(
     from labeltune.inference.calibrate import calibrate, calibration_figures
     from labeltune.inference.load import load_predictor
     from labeltune.modeling.lora import restore_adapter
+    from labeltune.training.sharded import load_weights
 
     best = result.best.resolve()
-    if config.training.method == "full":
+    if is_sharded(predictor.model):
+        load_weights(predictor.model, best)
+    elif config.training.method == "full":
         predictor = load_predictor(best, trust_remote_code=config.hub.trust_remote_code)
+        predictor.share = True
     else:
         restore_adapter(predictor.model, best)
-        predictor.engine.forget()
     if config.calibrate.temperature and config.task == "classification":
         calibration, report = calibrate(predictor, _fixed_handful(splits, CALIBRATION_ROWS), best, say)
         predictor.calibration = calibration
         if tracker is not None:
             tracker.log(calibration_figures(report), result.steps)
     assert splits.validation is not None
-    save_selection(best, splits.validation["text"])
     predictions = predictor.predict(measured)
+    if rank() != 0:
+        return
+    save_selection(best, splits.validation["text"])
     where = "validation rows of the training run"
     about = {"run": str(result.best), "base": False, "decoding": predictor.generation.decoding, "data": where}
     about |= {"rows_are": SELECTION, "selection_rows": len(measured)}

@@ -15,10 +15,14 @@ from typing import Any
 from transformers import TrainerCallback
 
 from labeltune.errors import DivergedError
+from labeltune.ranks import reduced, world
 from labeltune.run_folder import checkpoints, write_text
 
 #: Steps that a loss has to be beyond all reason before a run counts as diverged.
 DIVERGED_STEPS = 10
+
+#: Seconds within which a second signal is the same press of Ctrl-C.
+SAME_PRESS = 1.0
 
 
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
@@ -26,6 +30,7 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.interrupted = False
+        self._pressed = 0.0
         self._previous: Any = None
         self._installed = False
 
@@ -42,17 +47,21 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
+            # Ctrl-C reaches a process twice when torchrun hands on what the terminal has sent already.
+            if world() > 1 and time.monotonic() - self._pressed < SAME_PRESS:
+                return
             self.restore()
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.interrupted, self._pressed = True, time.monotonic()
         print(
             "\nlabeltune: stopping after this step and saving; press Ctrl-C again to stop at once",
             file=sys.stderr,
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Asks the Trainer for a checkpoint and the end."""
-        if self.interrupted:
+        """Asks the Trainer for a checkpoint and the end: on all processes after the same step, whoever got the signal."""
+        if reduced([float(self.interrupted)], "max")[0]:
+            self.interrupted = True
             control.should_save = True
             control.should_training_stop = True
 
@@ -244,14 +253,14 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
 
 class ShowPredictions(TrainerCallback):  # type: ignore[misc]
-    """Calls `show(step, when)` before training, at every epoch and at the end, on the main process."""
+    """Calls `show(step, when)` before training, at every epoch and at the end, on all processes."""
 
     def __init__(self, show: Callable[[int, str], None]) -> None:
         self.show = show
         self._last_step = -1
 
     def _show(self, state: Any, when: str) -> None:
-        if state.is_world_process_zero and self._last_step != state.global_step:
+        if self._last_step != state.global_step:
             self._last_step = state.global_step
             self.show(state.global_step, when)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 #: Answer positions whose logits exist at once: 128 x 151,936 x 4 bytes are 78 MB for Qwen2.
@@ -41,12 +41,20 @@ def answer_loss(model: Any, head: Any, inputs: dict[str, Any], index: Any, targe
         logits = model(**inputs).logits
         logits = logits.reshape(-1, logits.shape[-1])[picked]
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-    with _bypassed(head):
-        hidden = model(**inputs).logits
-    return chunked_cross_entropy(head, hidden.reshape(-1, hidden.shape[-1])[picked], targets)
+    # Inside the output layer's own call, as that is where its weights are whole when they are shared out over processes.
+    plain = head.forward
+
+    def loss_for_logits(hidden: Any) -> Any:
+        states = hidden.reshape(-1, hidden.shape[-1])[picked]
+        return chunked_cross_entropy(head, states, targets, layer=plain).reshape(1, 1, 1).clone()
+
+    with _replaced(head, loss_for_logits):
+        return model(**inputs).logits.sum()
 
 
-def chunked_cross_entropy(head: Any, hidden: Any, targets: Any, chunk: int = CHUNK) -> Any:
+def chunked_cross_entropy(
+    head: Any, hidden: Any, targets: Any, chunk: int = CHUNK, layer: Callable[[Any], Any] | None = None
+) -> Any:
     """Sum of cross-entropies of `head(hidden)`, with the logits of at most `chunk` positions in memory.
 
     A frozen output layer gets the gradient for `hidden` in the same pass as the loss, so its logits are neither kept nor
@@ -55,16 +63,19 @@ def chunked_cross_entropy(head: Any, hidden: Any, targets: Any, chunk: int = CHU
     Args:
         hidden: shape [positions, hidden size].
         targets: shape [positions].
+        layer: what computes logits in place of `head(...)`: its plain `forward` when this runs inside the call of `head`.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
+
+    apply = layer or head
 
     weights = list(head.parameters())
     if type(head) is torch.nn.Linear and not any(w.requires_grad for w in weights) and hidden.requires_grad:
         return _frozen_function().apply(hidden, head.weight, head.bias, targets, chunk)
 
     def part(states: Any, right: Any) -> Any:
-        logits = head(states.to(weights[0].dtype) if weights[0].is_floating_point() else states)
+        logits = apply(states.to(weights[0].dtype) if weights[0].is_floating_point() else states)
         return torch.nn.functional.cross_entropy(logits.float(), right, reduction="sum")
 
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -137,9 +148,9 @@ def _frozen_function() -> Any:
 
 
 @contextlib.contextmanager
-def _bypassed(head: Any) -> Iterator[None]:
-    """Let an output layer hand its input through, so that the model returns hidden states for logits."""
-    head.forward = lambda states: states
+def _replaced(head: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
+    """Give a module another `forward`; hooks around it run as before."""
+    head.forward = forward
     try:
         yield
     finally:
@@ -157,12 +168,14 @@ def chunkable_head(model: Any, ids: Any) -> Any:
     head = model.get_output_embeddings()
     if head is None or "forward" in vars(head):
         return None
-    with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-        with _bypassed(head):
-            hidden = model(input_ids=ids, use_cache=False).logits
-        if hidden.shape[:2] != expected.shape[:2] or hidden.shape[-1] != getattr(head, "in_features", -1):
-            return None
-        return (
-            head if torch.allclose(head(hidden).to(expected.dtype), expected, rtol=1e-3, atol=1e-4) else None
-        )
+    plain, given = head.forward, []
+
+    def remembered(hidden: Any) -> Any:
+        given.append(plain(hidden))
+        return given[-1]
+
+    with torch.no_grad(), _replaced(head, remembered):
+        logits = model(input_ids=ids, use_cache=False).logits
+    if len(given) != 1 or given[0].shape != logits.shape or logits.shape[:2] != ids.shape:
+        return None
+    return head if torch.allclose(given[0].to(logits.dtype), logits, rtol=1e-3, atol=1e-4) else None

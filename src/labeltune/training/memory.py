@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from labeltune.training.balance import PAIRS_PER_TOKEN
 from labeltune.training.loss import CHUNK, answer_loss
 from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Packing, Row, plan_step
@@ -59,6 +61,28 @@ def free_memory(device: Any) -> int:
     return max(free, 0)
 
 
+class Weights:
+    """Where the weights lie in memory while a model runs; shared-out ones are put together layer by layer."""
+
+    def __init__(self) -> None:
+        self.addresses: set[int] = set()
+
+    def _note(self, module: Any, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            self.addresses.add(local.untyped_storage().data_ptr())
+
+    @contextlib.contextmanager
+    def watched(self, model: Any) -> Iterator[None]:
+        """Inside, `addresses` grows with every module that is called."""
+        hooks = [module.register_forward_pre_hook(self._note) for module in model.modules()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 def activation_bytes(model: Any, rows: Sequence[Row], packing: Packing, pad_id: int, head: Any) -> int:
     """Bytes that the backward pass of one token keeps, from one forward pass over `rows` in training mode.
 
@@ -67,12 +91,12 @@ def activation_bytes(model: Any, rows: Sequence[Row], packing: Packing, pad_id: 
     import torch
 
     device = next(model.parameters()).device
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = Weights()
     sizes: dict[int, tuple[Any, int]] = {}
 
     def keep(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights.addresses:
             # The storage is held on to, so that its address is not given to another one meanwhile.
             sizes[storage.data_ptr()] = (storage, storage.nbytes())
         return tensor
@@ -81,6 +105,7 @@ def activation_bytes(model: Any, rows: Sequence[Row], packing: Packing, pad_id: 
     batch = make_batch(rows, pack, packing, pad_id).to(device)
     with (
         attention_for(model, packing),
+        weights.watched(model),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         answer_loss(model, head, batch.inputs, batch.index, batch.targets)
@@ -143,6 +168,23 @@ def useful_tokens(steps: Sequence[Sequence[Row]], packing: Packing, processes: i
     while size < whole and computed(size) > SLACK * best:
         size = size * 5 // 4
     return min(size, whole)
+
+
+def pairs_per_token(model: Any) -> int:
+    """How many pairs of a query and a key cost as much as one token's matrix products, by the model's shape.
+
+    A forward pass takes 2 operations a weight and token, and 4 a pair, layer and dimension of the heads.
+    """
+    shape = model.config.get_text_config()
+    heads, size = getattr(shape, "num_attention_heads", None), getattr(shape, "head_dim", None)
+    layers = getattr(shape, "num_hidden_layers", None)
+    if not heads or not layers:
+        return PAIRS_PER_TOKEN
+    embeddings = {
+        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    return max(1, int(weights // (2 * layers * heads * (size or shape.hidden_size // heads))))
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from labeltune.training.balance import PAIRS_PER_TOKEN, Work, divide
+
 Packing = Literal["shared_prefix", "packed", "padded"]
 
 
@@ -101,40 +103,72 @@ def step_order(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[l
 
 
 def plan_step(
-    rows: Sequence[Row], max_tokens: int, packing: Packing = "shared_prefix", processes: int = 1
+    rows: Sequence[Row],
+    max_tokens: int,
+    packing: Packing = "shared_prefix",
+    processes: int = 1,
+    pairs_per_token: int = PAIRS_PER_TOKEN,
 ) -> list[list[Pack]]:
     """Cut one step into packs of at most `max_tokens` tokens (an example longer than that has a pack of its own).
 
     Args:
         rows: all examples of the step, the same list on every process.
         processes: number of processes that share the step.
+        pairs_per_token: see `labeltune.training.balance`; for dividing the rows over processes.
 
     Returns:
-        For every process its packs: the same number each, of similar size.
+        For every process its packs: the same number each, the largest first, with about the same work in all.
     """
     if not rows:
         raise ValueError("a step without rows")
     order = sorted(range(len(rows)), key=lambda i: (rows[i].prompt, rows[i].answer, i))
+    parts = [order] if processes == 1 else _divided(rows, order, packing, processes, pairs_per_token)
+    shares = [_packs(rows, part, max_tokens, packing) if part else [] for part in parts]
+    most = max(map(len, shares))
+    return [
+        sorted(
+            _as_many(share, most, rows, packing),
+            key=lambda pack: (-pack.tokens(rows, packing), pack.rows, pack.counted),
+        )
+        for share in shares
+    ]
+
+
+def _divided(
+    rows: Sequence[Row], order: list[int], packing: Packing, processes: int, pairs_per_token: int
+) -> list[list[int]]:
+    """The sorted rows, divided over processes."""
+    common = [0] * len(rows)
     if packing == "shared_prefix":
-        packs = _fill(_share(rows, order, max_tokens), rows, max_tokens)
-    else:
-        order.sort(key=lambda i: -len(rows[i].ids))
-        packs = _fill([Group(0, (i,)) for i in order], rows, max_tokens, packing)
-    while len(packs) % processes:
-        packs.sort(key=lambda pack: (-len(pack.rows), pack.rows))
-        first = packs[0]
-        if len(first.rows) > 1:
-            packs[:1] = _halves(first)
+        for at, (a, b) in enumerate(itertools.pairwise(order), start=1):
+            longest = min(rows[a].answer_start, rows[b].answer_start)
+            common[at] = min(longest, _common(rows[a].prompt, rows[b].prompt))
+    work = Work([rows[i] for i in order], common, pairs_per_token)
+    return [[order[place] for place in places] for places in divide(work, len(rows), processes)]
+
+
+def _packs(rows: Sequence[Row], order: list[int], max_tokens: int, packing: Packing) -> list[Pack]:
+    """Packs of these rows, which come in the order of their tokens."""
+    if packing == "shared_prefix":
+        return _fill(_share(rows, order, max_tokens), rows, max_tokens)
+    longest_first = sorted(order, key=lambda i: -len(rows[i].ids))
+    return _fill([Group(0, (i,)) for i in longest_first], rows, max_tokens, packing)
+
+
+def _as_many(packs: list[Pack], count: int, rows: Sequence[Row], packing: Packing) -> list[Pack]:
+    """The same rows in `count` packs: some are halved, and where each has one row already, one is repeated without
+    counting."""
+    found = list(packs)
+    while len(found) < count:
+        divisible = [pack for pack in found if len(pack.rows) > 1]
+        if divisible:
+            largest = max(divisible, key=lambda pack: (pack.tokens(rows, packing), pack.rows))
+            found.remove(largest)
+            found += _halves(largest)
         else:
-            smallest = min(packs, key=lambda pack: (pack.tokens(rows), pack.rows))
-            packs.append(Pack(smallest.groups, counted=False))
-    packs.sort(key=lambda pack: (-pack.tokens(rows, packing), pack.rows, pack.counted))
-    shares: list[list[Pack]] = [[] for _ in range(processes)]
-    # Largest first, each round to the processes in turn and back, so that their sums stay close.
-    for at, pack in enumerate(packs):
-        turn, place = divmod(at, processes)
-        shares[place if turn % 2 == 0 else processes - 1 - place].append(pack)
-    return shares
+            shortest = min(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
+            found.append(Pack((Group(0, (shortest,)),), counted=False))
+    return found
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -15,9 +15,11 @@ from typing import Any
 
 from labeltune.errors import first_line
 from labeltune.modeling.precision import Precision
+from labeltune.ranks import is_sharded, reduced
 from labeltune.training.loss import answer_loss
 from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Group, Pack, Packing, Row, plan_step
+from labeltune.training.sharded import whole
 
 #: Relative difference of loss and gradients in fp32 that needs no second look.
 TOLERANCE = 1e-4
@@ -43,12 +45,17 @@ class Gradients:
 
     def error(self, exact: Gradients) -> float:
         """The larger of two relative differences: of the losses, and of all gradients taken as one vector (2-norm)."""
-        differences = sum(float((g - exact.weights[n]).square().sum()) for n, g in self.weights.items())
-        size = sum(float(g.square().sum()) for g in exact.weights.values())
+        differences = sum(_square(g - exact.weights[n]) for n, g in self.weights.items())
+        size = sum(_square(g) for g in exact.weights.values())
         of_loss = abs(self.loss - exact.loss) / max(abs(exact.loss), 1e-12)
         of_weights = (differences / max(size, 1e-30)) ** 0.5
         # A NaN on either side is an error, whatever `max` makes of it.
         return max(of_loss, of_weights) if of_loss == of_loss and of_weights == of_weights else float("inf")
+
+
+def _square(tensor: Any) -> float:
+    """Squared 2-norm, over all processes where they hold parts of it."""
+    return float(whole(tensor.square().sum()))
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,12 @@ def choose_packing(
         second_look = precision.name == "fp32"
         for packing in PLAINER[PLAINER.index(wanted) :]:
             reason = _disagreement(model, rows, packing, precision, pad_id, head, exact, limit)
-            agreed = _everywhere(reason is None, precision.device)
+            agreed = _everywhere(reason is None)
             if not agreed and second_look:
                 second_look = False
                 exact, limit = _rounding(model, rows, precision, pad_id, head, plain)
                 reason = _disagreement(model, rows, packing, precision, pad_id, head, exact, limit)
-                agreed = _everywhere(reason is None, precision.device)
+                agreed = _everywhere(reason is None)
             if agreed:
                 chosen = Choice(packing)
                 break
@@ -197,7 +204,8 @@ def _in_format(
     parameters = list(model.parameters())
     needed = dtype.itemsize * sum(p.numel() for p in parameters if p.dtype != dtype)
     quantized = any(not p.is_floating_point() for p in parameters)
-    if not _everywhere(not quantized and needed < 0.8 * free_memory(parameters[0].device), precision.device):
+    possible = not quantized and not is_sharded(model) and needed < 0.8 * free_memory(parameters[0].device)
+    if not _everywhere(possible):
         return None
     kept = [(t, t.data) for t in [*parameters, *model.buffers()] if t.is_floating_point()]
     try:
@@ -209,15 +217,9 @@ def _in_format(
             tensor.data = data
 
 
-def _everywhere(verdict: bool, device: str) -> bool:
+def _everywhere(verdict: bool) -> bool:
     """Whether all processes say so; they must take the same way."""
-    import torch
-
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return verdict
-    flag = torch.tensor(int(verdict), device=torch.device("cuda") if device == "cuda" else "cpu")
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-    return bool(flag.item())
+    return bool(reduced([float(verdict)], "min")[0])
 
 
 @contextlib.contextmanager

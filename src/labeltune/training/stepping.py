@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,15 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from labeltune.errors import DivergedError, ModelError
+from labeltune.ranks import add_up_gradients, dealt, in_step, reduced
 from labeltune.run_folder import RunInfo, checkpoints
+from labeltune.training import sharded
+from labeltune.training.balance import PAIRS_PER_TOKEN
+from labeltune.training.batches import StepBatches, to_rows
 from labeltune.training.checkpoints import clear_staging, failures_named, publish, staging_folder
 from labeltune.training.loss import answer_loss
 from labeltune.training.packs import attention_for, make_batch
-from labeltune.training.planner import Packing, Row, plan_step, step_order
+from labeltune.training.planner import Pack, Packing, Row, plan_step, step_order
 from labeltune.training.resuming import LogSums, is_finished
 
 #: Rows of one planning unit in validation; sorted rows are alike, so many share much.
@@ -34,39 +38,14 @@ class StepPlan:
 
     Attributes:
         head: output layer that is run in chunks, or None (see `answer_loss`).
+        pairs_per_token: see `labeltune.training.balance`.
     """
 
     packing: Packing
     max_tokens: int
     pad_id: int
     head: Any
-
-
-class StepBatches:
-    """Batch sampler: the row numbers of every step of the current epoch, the same on every process."""
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Trainer calls this at the beginning of an epoch."""
-        self.epoch = epoch
-
-    @property
-    def batch_sampler(self) -> StepBatches:
-        """Trainer looks for `set_epoch` one level down, where it expects accelerate's wrapper (which a resumed epoch has)."""
-        return self
-
-    def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return step_order(self.count, self.batch_size, self.seed, self.epoch)
-
-
-def to_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
-    """Rows of a tokenized data set -> rows of the planner."""
-    return [Row.of(r["input_ids"], int(r["answer_start"]), int(r["answer_end"])) for r in records]
+    pairs_per_token: int = PAIRS_PER_TOKEN
 
 
 class PackTrainer(Trainer):  # type: ignore[misc]
@@ -78,7 +57,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        plan: StepPlan,
+        plan: Callable[[Any], StepPlan],
         batch_size: int,
         seed: int,
         say: Say,
@@ -90,8 +69,31 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         super().__init__(data_collator=to_rows, **options)
         self.info, self.where = info, where
         self._saving_into: Path | None = None
-        self.plan, self.batch_size, self.seed, self.say, self.measure = plan, batch_size, seed, say, measure
+        self._make_plan, self.batch_size, self.seed, self.say, self.measure = (
+            plan,
+            batch_size,
+            seed,
+            say,
+            measure,
+        )
+        self._plan: StepPlan | None = None
         self._given = self._computed = 0
+
+    @property
+    def plan(self) -> StepPlan:
+        """How steps are computed; decided once, with the model as it is then: sharded when it will be."""
+        if self._plan is None:
+            self._plan = self._make_plan(self.model)
+        return self._plan
+
+    def _prepare_for_training(self, *given: Any) -> Any:
+        """Trainer's own; the plan is made before the model is wrapped, or after it where it is cut into shards."""
+        if not self.is_fsdp_enabled:
+            self.model.to(self.args.device)
+            _ = self.plan
+        prepared = super()._prepare_for_training(*given)
+        _ = self.plan
+        return prepared
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Every process reads every step and takes its own packs from it."""
@@ -121,23 +123,27 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         while True:
             before = torch.get_rng_state()
             try:
-                total = self._sum_over_packs(model, inputs, train=True)
+                total = self._sum_over_packs(model, inputs)
                 full = False
             except torch.OutOfMemoryError:
                 full = True
-            # All processes repeat the step, or none does.
-            if not self._any_process(full):
+            # All processes repeat the step, or none does; where weights are shared out the others wait inside a pass.
+            if not (full if self._reduces_by_itself else self._any_process(full)):
                 break
             self._shrink(model, max(len(row.ids) for row in inputs))
             torch.set_rng_state(before)
-        self._add_up_gradients(model)
-        self._stop_unless_finite("loss", float(total))
-        # Trainer logs the mean over processes.
-        return total.detach() * self.accelerator.num_processes
+        if not self._reduces_by_itself:
+            add_up_gradients(model)
+        # The loss of the whole step, so that all processes stop together; Trainer logs the mean over them.
+        (loss,) = reduced([float(total)], "sum")
+        self._stop_unless_finite("loss", loss)
+        return total.new_tensor(loss)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Trainer's own; a gradient that is no number stops the run before it reaches the weights."""
         norm = super()._clip_grad_norm(model)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
         # A loss scaler leaves out steps whose gradients overflow by itself.
         if norm is not None and getattr(self.accelerator, "scaler", None) is None:
             self._stop_unless_finite("gradient's norm", float(norm))
@@ -158,29 +164,45 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             f"{self.args.learning_rate:g}) or add training.warmup_steps, and look at these rows"
         )
 
-    def _sum_over_packs(self, model: Any, rows: list[Row], train: bool) -> Any:
-        """This process's share of the loss of `rows`, with gradients when training."""
+    @property
+    def _reduces_by_itself(self) -> bool:
+        """FSDP2 and DeepSpeed take the mean of gradients over processes in the backward pass of every pack."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _sum_over_packs(self, model: Any, rows: list[Row]) -> Any:
+        """This process's share of the loss of `rows`, with gradients."""
         plan, processes = self.plan, self.accelerator.num_processes
         answers = sum(len(row.answer) for row in rows)
         total = torch.zeros((), device=self.args.device)
-        packs = plan_step(rows, plan.max_tokens, plan.packing, processes)[self.accelerator.process_index]
-        if train:
-            self._given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
-            self._computed += sum(pack.tokens(rows, plan.packing) for pack in packs)
-        with attention_for(self.model, plan.packing), self.accelerator.no_sync(model):
-            for pack in packs:
-                batch = make_batch(rows, pack, plan.packing, plan.pad_id).to(self.args.device)
-                with self.compute_loss_context_manager():
-                    loss = answer_loss(model, plan.head, batch.inputs, batch.index, batch.targets)
-                loss = loss * (float(pack.counted) / answers)
-                if train:
-                    self.accelerator.backward(loss)
+        shares = plan_step(rows, plan.max_tokens, plan.packing, processes, plan.pairs_per_token)
+        packs = shares[self.accelerator.process_index]
+        self._given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
+        self._computed += sum(pack.tokens(rows, plan.packing) for pack in packs)
+        quiet = contextlib.nullcontext() if self._reduces_by_itself else self.accelerator.no_sync(model)
+        with attention_for(self.model, plan.packing), quiet:
+            for number, pack in enumerate(packs, start=1):
+                loss = self._pack_loss(model, rows, pack, plan.packing) * (float(pack.counted) / answers)
+                # DeepSpeed makes its optimizer step in the backward pass of the last pack.
+                self.accelerator.gradient_state._set_sync_gradients(number == len(packs))
+                self.accelerator.backward(loss * processes if self._reduces_by_itself else loss)
                 total += loss.detach()
         return total
+
+    def _pack_loss(self, model: Any, rows: list[Row], pack: Pack, packing: Packing) -> Any:
+        """Sum of the cross-entropies of a pack's answer tokens."""
+        batch = make_batch(rows, pack, packing, self.plan.pad_id).to(self.args.device)
+        with self.compute_loss_context_manager():
+            return answer_loss(model, self.plan.head, batch.inputs, batch.index, batch.targets)
 
     def _shrink(self, model: Any, longest: int) -> None:
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
+        if self._reduces_by_itself:
+            raise ModelError(
+                f"out of memory with packs of {self.plan.max_tokens} tokens; set training.max_tokens_per_pack="
+                f"{max(longest, self.plan.max_tokens // 2)} and start again with --resume (a step of sharded weights cannot "
+                "be repeated by one process alone)"
+            )
         if self.plan.max_tokens <= longest:
             raise ModelError(
                 f"an example of {longest} tokens does not fit into the device's memory; lower prompt.max_length, set "
@@ -193,25 +215,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _any_process(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        found = torch.tensor(int(flag), device=self.args.device)
-        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-        return bool(found.item())
-
-    def _add_up_gradients(self, model: Any) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for p in trained:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        flat = torch.nn.utils.parameters_to_vector([p.grad for p in trained])
-        torch.distributed.all_reduce(flat)
-        at = 0
-        for p in trained:
-            p.grad.copy_(flat[at : at + p.numel()].view_as(p))
-            at += p.numel()
+        return bool(reduced([float(flag)], "max")[0])
 
     def evaluation_loop(
         self,
@@ -221,25 +225,32 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Mean cross-entropy over all answer tokens of the rows."""
-        model = self.model_wrapped
+        """Mean cross-entropy over all answer tokens of the rows, and the figures that the recipe measures.
+
+        Each unit of rows is computed by one process as it would be by a single one; sums are added in the order of units.
+        """
+        model = self.model
         was_training = model.training
         model.eval()
-        total = torch.zeros((), device=self.args.device, dtype=torch.float64)
-        answers = count = 0
-        with torch.no_grad():
-            for rows in dataloader:
-                found = sum(len(row.answer) for row in rows)
-                total += self._evaluated(model, rows) * found
-                answers += found
-                count += len(rows)
-        if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(total)
+        units = list(dataloader)
+        costs = [sum(len(row.ids) for row in rows) for rows in units]
+        owners = dealt(costs, self.accelerator.num_processes)
+        sums = [0.0] * len(units)
+        with torch.no_grad(), in_step(model):
+            for number, rows in enumerate(units):
+                if owners[number] == self.accelerator.process_index:
+                    sums[number] = self._evaluated(model, rows)
+        total = math.fsum(reduced(sums, "sum"))
+        answers = sum(len(row.answer) for rows in units for row in rows)
+        # Whoever ran out of memory went on with smaller packs.
+        self.plan.max_tokens = int(reduced([self.plan.max_tokens], "min")[0])
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_loss": float(total / answers)}
-        for name, value in self._measured().items():
+        metrics = {f"{metric_key_prefix}_loss": total / answers}
+        for name, value in (self.measure() if self.measure is not None else {}).items():
             metrics[f"{metric_key_prefix}_{name}"] = value
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=metrics, num_samples=sum(map(len, units))
+        )
 
     def _run_epoch(self, **options: Any) -> None:
         """Trainer's own; a run that was killed behind its last checkpoint has nothing left to do."""
@@ -313,6 +324,40 @@ class PackTrainer(Trainer):  # type: ignore[misc]
                 )
             self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's own; of sharded weights only the trained ones are collected, on the main process."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = sharded.trained_weights(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Trainer's own; FSDP2's state is put together into the files of one process."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = sharded.optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            sharded.load_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        sharded.load_optimizer_state(self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Of checkpoints with the same figure the one with the least loss: macro-F1 on few rows often stands still."""
         name, state = f"{self.args.metric_for_best_model}", self.state
@@ -321,15 +366,6 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             state.best_global_step = state.global_step
             return True
         return bool(super()._determine_best_metric(metrics, trial))
-
-    def _measured(self) -> dict[str, float]:
-        """Figures of the main process, known to all of them."""
-        if self.measure is None:
-            return {}
-        found = [self.measure() if self.is_world_process_zero() else {}]
-        if self.accelerator.num_processes > 1:
-            torch.distributed.broadcast_object_list(found, src=0)
-        return found[0]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to a line of training the share of tokens that sharing saved since the last one, and memory.
@@ -344,16 +380,16 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             self._given = self._computed = 0
         super().log(logs, start_time)
 
-    def _evaluated(self, model: Any, rows: list[Row]) -> Any:
+    def _evaluated(self, model: Any, rows: list[Row]) -> float:
+        """Sum of the cross-entropies of a unit's answer tokens, by this process alone."""
         while True:
-            full = False
+            packing = self.plan.packing
             try:
-                total = self._sum_over_packs(model, rows, train=False)
+                with attention_for(self.model, packing):
+                    (packs,) = plan_step(rows, self.plan.max_tokens, packing)
+                    return math.fsum(float(self._pack_loss(model, rows, pack, packing)) for pack in packs)
             except torch.OutOfMemoryError:
-                full = True
-            if not self._any_process(full):
-                return total
-            self._shrink(model, max(len(row.ids) for row in rows))
+                self._shrink(model, max(len(row.ids) for row in rows))
 
 
 def best_loss(state: Any) -> float:
@@ -373,15 +409,6 @@ def _memory_in_use(device: Any) -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
-
-
-def smallest_everywhere(value: int, device: Any) -> int:
-    """The smallest of the processes' numbers."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return value
-    found = torch.tensor(value, device=device, dtype=torch.int64)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
-    return int(found.item())
 
 
 @contextlib.contextmanager

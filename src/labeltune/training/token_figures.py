@@ -167,8 +167,8 @@ def _common_beginning(tokens: Dataset) -> int:
 
 def _plan(tokens: Dataset, training: TrainingConfig) -> tuple[int, int, dict[str, int]]:
     """(rows planned, tokens of a pack, tokens computed in each of the three ways), on one process with memory to spare."""
+    from labeltune.training.batches import to_rows
     from labeltune.training.memory import ENOUGH, useful_tokens
-    from labeltune.training.stepping import to_rows
     from labeltune.training.trainer import SAMPLED_STEPS
 
     order = step_order(len(tokens), training.batch_size, training.seed, 0)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.modeling.precision import Precision
-from labeltune.run_folder import RunInfo, writing
+from labeltune.ranks import connect, loss_of_others_named, reduced, world
+from labeltune.run_folder import RunInfo, checkpoints, writing
 from labeltune.training.planner import Row
 
 if TYPE_CHECKING:
@@ -61,7 +62,6 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
     from transformers import TrainingArguments
 
     options = config.training
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     strategy = "epoch" if options.save_steps == "epoch" else "steps"
     every = 1 if options.save_steps == "epoch" else options.save_steps
     try:
@@ -89,7 +89,8 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
             fp16=precision.name == "fp16",
             use_cpu=precision.device == "cpu",
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False if processes > 1 else None,
+            ddp_find_unused_parameters=False if world() > 1 else None,
+            ddp_timeout=options.collective_timeout,
             seed=options.seed,
             data_seed=options.seed,
             report_to=["tensorboard"]
@@ -127,26 +128,27 @@ def run_training(
 
     Args:
         where: number of a training row -> its place, for messages.
-        measure: called at every validation on the main process; gives figures by name, among them the config's metric.
+        measure: called at every validation, on all processes; gives the same figures by name on each, among them the config's metric.
 
     Raises:
         DivergedError: a loss or gradient is infinite or no number; the last good checkpoint is untouched.
         Interrupted: Ctrl-C; a checkpoint has been saved.
         ModelError: one example alone does not fit into the device's memory.
     """
+    import torch
     from transformers.trainer_callback import PrinterCallback
 
     from labeltune.training.callbacks import Progress, StopOnDivergence, StopOnInterrupt, WriteMetrics
     from labeltune.training.resuming import ContinueSums
     from labeltune.training.stepping import PackTrainer, best_loss
 
+    if precision.device == "cpu":
+        connect(config.training.collective_timeout)
     arguments = training_arguments(config, precision, validation is not None)
-    model.to(arguments.device)
-    plan = prepare_steps(model, tokenizer, config, precision, train, arguments.device, say)
     stopper, progress = StopOnInterrupt(), Progress(config.training.batch_size)
     watch = StopOnDivergence(model.config.get_text_config().vocab_size, say)
     trainer = PackTrainer(
-        plan,
+        lambda ready: prepare_steps(ready, tokenizer, config, precision, train, arguments.device, say),
         config.training.batch_size,
         config.training.seed,
         say,
@@ -170,8 +172,23 @@ def run_training(
     trainer.remove_callback(PrinterCallback)
     if resume_from is not None:
         trainer.add_callback(ContinueSums(trainer, resume_from))
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ConfigError("FSDP 1 is not supported; set fsdp_version: 2 as in configs/distributed/fsdp2.yaml")
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        # As without FSDP: losses are not rounded to bf16, and gradients are added up over processes in fp32.
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+
+    def how_to_go_on() -> str:
+        saved = checkpoints(Path(config.output_dir))
+        return (
+            f"{saved[-1].name} is saved, --resume continues it" if saved else "No checkpoint had been saved"
+        )
+
     try:
-        output = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        with loss_of_others_named(config.training.collective_timeout, how_to_go_on):
+            output = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         stopper.restore()
         progress.close()
@@ -184,6 +201,7 @@ def run_training(
     measured = trainer.state.best_metric is not None
     if trainer.is_world_process_zero():
         point_best(Path(config.output_dir), best)
+    trainer.accelerator.wait_for_everyone()
     return TrainResult(
         # With save_total_limit=1 only the best one is kept.
         last=last if last.is_dir() else best,
@@ -213,11 +231,12 @@ def prepare_steps(
 
     Leaves the random state as it was.
     """
+    from labeltune.training.batches import to_rows
     from labeltune.training.loss import chunkable_head
-    from labeltune.training.memory import activation_bytes, enable_checkpointing, plan_memory
+    from labeltune.training.memory import activation_bytes, enable_checkpointing, pairs_per_token, plan_memory
     from labeltune.training.planner import step_order
     from labeltune.training.self_check import choose_packing, sample_rows
-    from labeltune.training.stepping import StepPlan, random_state_kept, smallest_everywhere, to_rows
+    from labeltune.training.stepping import StepPlan, random_state_kept
 
     options = config.training
     steps = [
@@ -227,7 +246,11 @@ def prepare_steps(
         )
     ]
     sample = sample_rows(steps[0])
-    pad_id, processes = tokenizer.pad_token_id, int(os.environ.get("WORLD_SIZE", "1"))
+    pad_id = tokenizer.pad_token_id
+
+    def smallest(value: int) -> int:
+        return int(reduced([value], "min")[0])
+
     with random_state_kept():
         head = chunkable_head(model, torch_ids(sample[0], device))
         choice = choose_packing(model, sample, options.packing, precision, pad_id, head, say)
@@ -236,18 +259,19 @@ def prepare_steps(
             None if options.gradient_checkpointing == "auto" else options.gradient_checkpointing,
             steps,
             choice.packing,
-            processes,
-            smallest_everywhere(activation_bytes(model, sample, choice.packing, pad_id, head), device),
+            world(),
+            smallest(activation_bytes(model, sample, choice.packing, pad_id, head)),
             model.config.get_text_config().vocab_size,
             device,
-            lambda value: smallest_everywhere(value, device),
+            smallest,
         )
         if memory.checkpointing:
             enable_checkpointing(model)
         if options.compile:
             compile_layers(model)
             choice = choose_packing(model, sample, choice.packing, precision, pad_id, head, say)
-    plan = StepPlan(choice.packing, 1 if choice.one_by_one else memory.max_tokens, pad_id, head)
+    tokens = 1 if choice.one_by_one else memory.max_tokens
+    plan = StepPlan(choice.packing, tokens, pad_id, head, pairs_per_token(model))
     say(describe(plan, memory, steps))
     return plan
 
