@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -130,46 +130,63 @@ def iter_records(path: Path) -> Iterator[Record]:
     elif suffix == ".parquet":
         yield from _iter_parquet(path)
     else:
-        yield from _iter_jsonl(path)
+        yield from json_records(str(path), _iter_lines(path))
+
+
+def decoded_lines(
+    name: str, lines: Iterable[bytes], number: int = 1, offset: int = 0
+) -> Iterator[tuple[int, str | Record]]:
+    """Lines with their numbers, decoded; one that is not UTF-8 becomes a record and ends the file.
+
+    Args:
+        name: the file's name for messages.
+        number: of the first line.
+        offset: bytes before it.
+    """
+    for at, raw in enumerate(lines, start=number):
+        if at == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            yield at, _encoding_fault(name, at, 0, "the file is UTF-16", "UTF-16")
+            return
+        if at == 1 and raw.startswith(b"\xef\xbb\xbf"):
+            raw, offset = raw[3:], 3
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield at, _encoding_fault(name, at, offset + error.start, "not valid UTF-8")
+            return
+        yield at, text
+        offset += len(raw)
 
 
 def _iter_lines(path: Path) -> Iterator[tuple[int, str | Record]]:
-    """Decoded lines with their number; a line that is not UTF-8 becomes a record and ends the file."""
-    offset = 0
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                yield number, _encoding_fault(path, number, 0, "the file is UTF-16", "UTF-16")
-                return
-            if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
-                raw, offset = raw[3:], 3
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield number, _encoding_fault(path, number, offset + error.start, "not valid UTF-8")
-                return
-            yield number, text
-            offset += len(raw)
+        yield from decoded_lines(str(path), file)
 
 
-def _encoding_fault(path: Path, line: int, offset: int, what: str, encoding: str = "GB18030") -> Record:
-    fix = f"convert it with: iconv -f {encoding} -t UTF-8 {path.name} (or from whatever encoding it has)"
+def _encoding_fault(name: str, line: int, offset: int, what: str, encoding: str = "GB18030") -> Record:
+    last = name.replace("\\", "/").rpartition("/")[2]
+    fix = f"convert it with: iconv -f {encoding} -t UTF-8 {last} (or from whatever encoding it has)"
     return Record(
-        f"{path}:{line}", None, "encoding", f"{what} at byte {offset}; {fix}; the rest was not read"
+        f"{name}:{line}", None, "encoding", f"{what} at byte {offset}; {fix}; the rest was not read"
     )
 
 
-def _iter_jsonl(path: Path) -> Iterator[Record]:
-    lines = _iter_lines(path)
-    first = True
+def json_records(
+    name: str, lines: Iterable[tuple[int, str | Record]], first: bool = True
+) -> Iterator[Record]:
+    """Decoded lines -> records.
+
+    Args:
+        first: no record stands before these lines.
+    """
     for number, line in lines:
-        where = f"{path}:{number}"
+        where = f"{name}:{number}"
         if isinstance(line, Record):
             yield line
             return
-        if not line.strip():
+        if not line or line.isspace():
             continue
-        if first and path.suffix.lower() == ".json" and line.lstrip().startswith("["):
+        if first and is_json_array(name, line):
             yield Record(
                 where, None, "unparsable_line", "a JSON array; write one JSON object a line (jsonl) instead"
             )
@@ -186,6 +203,11 @@ def _iter_jsonl(path: Path) -> Iterator[Record]:
             yield Record(
                 where, None, "unparsable_line", f"a JSON object is expected, not a {type(values).__name__}"
             )
+
+
+def is_json_array(name: str, first_line: str) -> bool:
+    """Whether a file is one JSON array, by its name and its first line that is not blank; it is read no further."""
+    return name.lower().endswith(".json") and first_line.lstrip().startswith("[")
 
 
 @lru_cache(maxsize=1)

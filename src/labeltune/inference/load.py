@@ -9,7 +9,7 @@ from typing import Any
 
 from labeltune.config import HubConfig, RunConfig
 from labeltune.inference.answers import Calibration
-from labeltune.inference.predictor import Predictor
+from labeltune.inference.predictor import Predictor, changed_generation, fingerprint
 from labeltune.modeling.hub import load_model, load_tokenizer, resolve_model, snapshot
 from labeltune.modeling.lora import load_adapter
 from labeltune.modeling.precision import pick_precision
@@ -62,7 +62,6 @@ def predictor_on(model: Any, folder: Path) -> Predictor:
     tokenizer.chat_template = info.chat_template
     task = make_task(info.task, info.labels, info.prompt)
     calibration = Calibration.load(folder)
-    weights = folder / ("adapter_model.safetensors" if info.adapter else "model.safetensors.index.json")
     return Predictor(
         model,
         task,
@@ -72,7 +71,39 @@ def predictor_on(model: Any, folder: Path) -> Predictor:
         info.calibrate,
         calibration,
         source=info.model,
-        weights=weights,
+        weights=weights_file(folder, info),
+    )
+
+
+def weights_file(folder: Path, info: RunInfo) -> Path:
+    """The file that tells a checkpoint's weights from others."""
+    return folder / ("adapter_model.safetensors" if info.adapter else "model.safetensors.index.json")
+
+
+def load_changed(run: str, changes: dict[str, Any]) -> Predictor:
+    """A run's predictor with other values for keys of `generation`; a worker on another machine can call it."""
+    predictor = load_predictor(run)
+    predictor.change(**changes)
+    return predictor
+
+
+def run_fingerprint(run: str, changes: dict[str, Any]) -> str:
+    """`fingerprint` of what `load_changed` would load, without loading weights.
+
+    Raises:
+        ConfigError: a change is not possible.
+        HubError: the hub cannot be reached or has no such checkpoint.
+        ModelError: there is no complete checkpoint.
+    """
+    folder = checkpoint_of(run)
+    info = RunInfo.load(folder)
+    return fingerprint(
+        info.model,
+        weights_file(folder, info),
+        make_task(info.task, info.labels, info.prompt),
+        changed_generation(info.generation, changes),
+        info.calibrate,
+        Calibration.load(folder),
     )
 
 
