@@ -286,6 +286,10 @@ def test_files_are_read_and_written_through_pyarrow_and_fsspec(tmp_path: Path, p
     with place.inside("a.txt").open() as file:
         file.seek(2)
         assert file.read(2) == b"re"
+    place.inside("lines.txt").write(b"one\ntwo")
+    with place.inside("lines.txt").open() as file:
+        assert list(file) == [b"one\n", b"two"]
+    place.inside("lines.txt").remove()
     assert {name: about["size"] for name, about in place.files().items()} == {"a.txt": 5}
     assert place.inside("a.txt").files()["a.txt"]["size"] == 5
     assert list(place.files(hidden=True)) == ["_b.txt", "a.txt"]

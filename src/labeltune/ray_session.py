@@ -50,6 +50,8 @@ def ray_session(
 ) -> Iterator[None]:
     """A Ray of our own on this machine that is shut down afterwards, or with an address the cluster there.
 
+    Where this process is connected to a Ray already, that one is used, and left as it is.
+
     Args:
         address: `auto`, `host:port` or `ray://host:port`.
         cpus: cores of a Ray of our own.
@@ -58,6 +60,9 @@ def ray_session(
     Raises:
         ConfigError: there is no Ray at the address.
     """
+    if ray.is_initialized():
+        yield
+        return
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         if address is not None and address != "local":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from uuid import uuid4
@@ -72,7 +73,7 @@ class Place:
             if not self.remote:
                 return Path(self.where).open("rb")
             system, path = self.system()
-            return cast(BinaryIO, system.open_input_file(path))
+            return cast(BinaryIO, BufferedReader(system.open_input_file(path), 1 << 20))
         except OSError as error:
             raise DataError(f"{self.name} cannot be read: {first_line(error)}") from error
 

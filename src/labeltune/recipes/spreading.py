@@ -1,12 +1,17 @@
-"""Prediction spread over processes and machines."""
+"""Prediction and measurement spread over processes and machines."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from labeltune.types import Example, Prediction
+
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
 
 
 def predict_spread(
@@ -39,12 +44,12 @@ def predict_spread(
         LabeltuneError: see `predict_blocks`.
     """
     from labeltune.data.places import Place
-    from labeltune.inference.load import load_changed, run_fingerprint
+    from labeltune.inference.load import load_changed
     from labeltune.inference.ray_engine import Cluster, Settings, predict_blocks
     from labeltune.inference.stream import alone_with_output
 
     where = Place.of(output)
-    known = run_fingerprint(run, changes or {})
+    known = run_fingerprint_of(run, changes or {})
     load = partial(load_changed, everywhere(run), changes or {})
     alone = contextlib.nullcontext() if where.remote else alone_with_output(where.where, where.name)
     with alone, _bar() as advance:
@@ -61,6 +66,49 @@ def predict_spread(
             block_rows=block_rows,
             progress=advance,
         )
+
+
+def run_fingerprint_of(run: str, changes: dict[str, Any]) -> str:
+    """Names everything that a run's answers follow from but the rows."""
+    from labeltune.inference.load import run_fingerprint
+
+    return run_fingerprint(run, changes)
+
+
+def answer_spread(
+    run: str,
+    overrides: Sequence[str],
+    base: bool,
+    changes: dict[str, Any],
+    examples: Sequence[Example],
+    workers: int | None,
+    address: str | None,
+    advance: Callable[[int], None],
+) -> list[Prediction]:
+    """Predictions of checked examples, on Ray Data; for `evaluate`, whose arguments these are."""
+    from labeltune.inference.ray_engine import Cluster, answer_blocks
+
+    load = partial(_measured_predictor, everywhere(run), tuple(overrides), base, changes)
+    return answer_blocks(load, examples, Cluster(workers, address), progress=advance)
+
+
+_held: list[contextlib.AbstractContextManager[None]] = []
+
+
+def _measured_predictor(
+    run: str, overrides: tuple[str, ...], base: bool, changes: dict[str, Any]
+) -> Predictor:
+    """What a worker of `evaluate` asks."""
+    from labeltune.recipes.evaluation import predictor_of
+
+    predictor, _, _ = predictor_of(run, overrides)
+    predictor.change(**changes)
+    if base:
+        # Never put back, as the worker does nothing else; a context that nobody holds would be closed.
+        context = predictor.base_model()
+        context.__enter__()
+        _held.append(context)
+    return predictor
 
 
 def everywhere(run: str) -> str:
