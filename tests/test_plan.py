@@ -109,8 +109,19 @@ def rows_of(count: int, prefix: int = 40) -> list[Row]:
 def test_operations_are_those_that_pytorch_counts(
     in_folder: Path, kind: str, method: str, packing: Any
 ) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(grad, query, key, value))
+
+    # PyTorch does not count its attention for the CPU by itself.
+    kernels = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer), kind)
     model.save_pretrained(in_folder / "model")
@@ -121,7 +132,7 @@ def test_operations_are_those_that_pytorch_counts(
     rows = rows_of(6)
     pack = plan_step(rows, 10_000, packing)[0][0]
     batch = make_batch(rows, pack, packing, 0)
-    with FlopCounterMode(display=False) as counter, attention_for(model, packing):
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter, attention_for(model, packing):
         head = model.get_output_embeddings()
         answer_loss(model, head, batch.inputs, batch.index, batch.targets).backward()
     shape = model_shape(in_folder / "model", config, pick_precision("fp32"))

@@ -124,7 +124,7 @@ def test_folders_and_addresses_are_read_and_only_missing_parts_are_made_again(
     def predict(resume: bool, top_k: int | None = None) -> int:
         return predict_spread(str(run), source, output, top_k=top_k, resume=resume, block_rows=512, workers=1)
 
-    with load_predictor(run) as predictor, ray_session(cpus=2):
+    with load_predictor(run) as predictor, ray_session(cpus=1):
         assert predict(resume=False) == 0
         for file in (one, in_folder / "in" / "b.parquet"):
             predict_file(predictor, file, in_folder / f"{file.stem}.out")
