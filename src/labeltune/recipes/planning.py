@@ -145,7 +145,7 @@ def plan(
         gflops = layer_rate(shape, rows, pack, packing, memory.checkpointing, two.seconds - one.seconds) / 1e9
     if gflops is not None:
         seconds = flops.total / (gflops * 1e9)
-    gradients = shape.trained * 4
+    gradients = shape.gradient_bytes
     return RunPlan(
         model=config.model,
         parameters=shape.parameters,

@@ -38,6 +38,7 @@ class ModelShape:
         trained_matrix: trained ones.
         weight_bytes: frozen weights in memory; of a model that is trained whole, all its weights.
         trained_bytes: the adapter's weights in memory, 0 for a model that is trained whole.
+        gradient_bytes: of all trained weights, in their type; Adam keeps twice as much.
         layers: how many.
         attention_width: heads times the size of a head.
         hidden: width of what the output layer reads.
@@ -52,6 +53,7 @@ class ModelShape:
     trained_matrix: int
     weight_bytes: int
     trained_bytes: int
+    gradient_bytes: int
     layers: int
     attention_width: int
     hidden: int
@@ -95,6 +97,7 @@ def model_shape(folder: Path, config: RunConfig, precision: Precision) -> ModelS
         trained_matrix=trained,
         weight_bytes=weight_bytes,
         trained_bytes=0 if full else sizes[True],
+        gradient_bytes=sizes[True],
         layers=text.num_hidden_layers,
         attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
         hidden=int(head.weight.shape[1]),
