@@ -11,6 +11,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+PROMPT = {"system": "Sort the text.", "user": "Text: {text}\nLabels: {category}"}
 LABELS = ["Sports", "Space", "Art", "Economy"]
 SYLLABLES = [
     "ka",
@@ -152,6 +153,6 @@ def run_config(model: Path, data: Path, output: Path, **training: Any) -> dict[s
         "output_dir": str(output),
         "tracking": "none",
         "data": {"train": str(data), "validation_fraction": 0.0},
-        "prompt": {"max_length": 384},
+        "prompt": PROMPT,
         "training": {"packing": "shared_prefix", "save_steps": 100_000, "logging_steps": 1000, **training},
     }

@@ -21,7 +21,8 @@ from typing import Any
 import made_up
 
 HERE = Path(__file__).resolve().parent
-CASES = ["qwen2-small", "qwen2-large", "llama-small", "llama-large"]
+#: shape -> optimizer steps, so that each run takes some 20 seconds
+CASES = {"qwen2-small": 20, "qwen2-large": 5, "llama-small": 20, "llama-large": 5}
 
 
 def train(config_file: Path) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def compare(shape: str, folder: Path, steps: int, rows: Path) -> dict[str, Any]:
     """One row of the table."""
     model = made_up.make_model(folder / shape, shape)
     config = folder / f"{shape}.yaml"
-    values = made_up.run_config(model, rows, folder / f"{shape}-out", max_steps=steps, batch_size=32)
+    values = made_up.run_config(model, rows, folder / f"{shape}-out", max_steps=steps)
     config.write_text(json.dumps(values), encoding="utf-8")
     planned = child("-m", "labeltune", "plan", str(config), "--measure", "--json")
     ran = child(str(Path(__file__)), "--run", str(config))
@@ -102,7 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument(
+        "--steps", type=int, help="of every run; 20 of small and 5 of large models when left out"
+    )
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--json")
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -116,7 +119,7 @@ def main() -> None:
         os.environ["LABELTUNE_CACHE"] = str(folder / "cache")
         rows = made_up.write_rows(folder / "rows.jsonl", 500)
         for shape in given.cases.split(","):
-            found.append(compare(shape, folder, given.steps, rows))
+            found.append(compare(shape, folder, given.steps or CASES[shape], rows))
             print(found[-1], file=sys.stderr)
     print(
         "| model | weights | tokens planned | computed | MB planned | measured | ratio | s planned | measured | ratio |"

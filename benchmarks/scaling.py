@@ -77,7 +77,7 @@ def stages(rows_file: Path, tokenizer_folder: Path, workers: int) -> dict[str, A
     from labeltune.training.token_plan import plan_tokens
 
     data = {"train": str(rows_file), "workers": workers}
-    config = build_config({"data": data, "training": {"epochs": 1}})
+    config = build_config({"data": data, "prompt": made_up.PROMPT, "training": {"epochs": 1}})
     template = ChatTemplate(load_tokenizer(tokenizer_folder))
     import datasets.arrow_writer  # noqa: F401 - imports are no cost of a row
 
@@ -127,7 +127,7 @@ def cost(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     made_up.make_tokenizer().save_pretrained(folder / "tokenizer")
     found = []
     for count in map(int, given.rows.split(",")):
-        file = made_up.write_rows(folder / f"{count}.jsonl", count)
+        file = made_up.write_rows(folder / f"{count}.jsonl", count, 3, 8)
         line = [
             str(Path(__file__)),
             "stages",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import statistics
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -194,7 +195,7 @@ class Measured:
 
     Attributes:
         peak: most bytes of tensors that were alive beside the weights.
-        seconds: the shortest of the repetitions.
+        seconds: the median of the repetitions, 0 without any.
         per_token: bytes that the backward pass keeps of a token (`activation_bytes`).
     """
 
@@ -253,7 +254,7 @@ class SmallModel:
                 self._step(small, pack, packing)
             seconds = [self._step(small, pack, packing) for _ in range(repeats)]
         self.model.zero_grad(set_to_none=True)
-        return Measured(peak[0], min(seconds, default=0.0), 0.0)
+        return Measured(peak[0], statistics.median(seconds) if seconds else 0.0, 0.0)
 
     def _step(self, rows: Sequence[Row], pack: Pack, packing: Packing) -> float:
         import torch
