@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.labeltune-ready
 DEMO ?= en
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test torture lint clean
 
 setup: $(READY)
 
@@ -28,6 +28,13 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Kills, faults, hostile input and memory, for about half an hour; docs/reliability.md has the last full run's table.
+# A part alone, or a tenth of everything: make torture TORTURE="training_kills --scale 0.1"
+# Fuzzer and auditor are extras that not every machine can have; the parts that need them say so where they are missing.
+torture: $(READY)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[torture]"
+	$(BIN)/python -m torture $(TORTURE)
 
 clean:
 	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -6,8 +6,8 @@
 The same adapter and rows for all; every variant runs in a process of its own, rounds are interleaved, ratios are medians over
 rounds of ratios taken within a round. Classification rows are offered 20 candidates: the run's labels and made-up ones.
 
-`original`: one row at a time, the chat template applied, `generate` with up to 512 new tokens. `free_batched`: the same prompts in
-batches. `per_label`: one forward pass for every candidate. `labeltune`: label scoring, or constrained extraction.
+`original`: one row at a time, the chat template applied, `generate` with up to 512 new tokens; `original_bf16` the same with
+the weights in bf16, as the original loads them (the others have fp32 on a CPU). `free_batched`: the same prompts in batches. `per_label`: one forward pass for every candidate. `labeltune`: label scoring, or constrained extraction.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ MADE_UP = [
 ]
 CANDIDATES = 20
 VARIANTS = {
-    "classification": ("original", "free_batched", "per_label", "labeltune"),
-    "ner": ("original", "free_batched", "labeltune"),
+    "classification": ("original", "original_bf16", "free_batched", "per_label", "labeltune"),
+    "ner": ("original", "original_bf16", "free_batched", "labeltune"),
 }
 
 
@@ -87,7 +87,8 @@ def run_variant(given: argparse.Namespace) -> dict[str, Any]:
     from labeltune.tasks import make_task
     from labeltune.tasks.builder import PromptBuilder
 
-    predictor = load_predictor(given.model, device=given.device)
+    # As `labeltune predict` loads it; the original leaves its adapter beside the weights.
+    predictor = load_predictor(given.model, device=given.device, merge=given.variant == "labeltune")
     task = make_task(
         given.task, predictor.task.labels, predictor.task.prompt.model_copy(update={"layout": given.layout})
     )
@@ -101,6 +102,8 @@ def run_variant(given: argparse.Namespace) -> dict[str, Any]:
         )
         rows = [replace(row, candidates=candidates) for row in rows]
     tokenizer, model = predictor.template.tokenizer, predictor.model
+    if given.variant == "original_bf16":
+        model.bfloat16()
 
     def generate(batch: list[Any], batch_size: int, limit: int) -> None:
         prompts = [predictor.builder.prompt(row).ids for row in batch]
@@ -114,7 +117,7 @@ def run_variant(given: argparse.Namespace) -> dict[str, Any]:
         )
 
     def ask(batch: list[Any]) -> None:
-        if given.variant == "original":
+        if given.variant.startswith("original"):
             for row in batch:
                 generate([row], 1, 512)
         elif given.variant == "free_batched":

@@ -20,12 +20,12 @@ import pytest
 
 from conftest import LABELS, classification_rows, make_tokenizer, ner_rows, write_jsonl
 from labeltune.config import DataConfig, build_config
-from labeltune.data import audit_blocks
+from labeltune.data import audit_blocks, sources
 from labeltune.data.audit import Audit
 from labeltune.data.blocks import Block, cut_lines, cut_parquet, read_block
 from labeltune.data.loading import Rows, load_rows, stratified_split, stratum
 from labeltune.data.places import Place
-from labeltune.data.sources import Record, iter_records
+from labeltune.data.sources import Record, bounded_lines, iter_records
 from labeltune.errors import DataError
 from labeltune.processes import mapped, worker_count
 from labeltune.prompts.template import ChatTemplate
@@ -44,6 +44,7 @@ PIECES = [
     b"[1, 2]\n",
     b'{"text": "b"}\r\n',
     b'{"a": 1, "a": 2}\n',
+    b'{"text": "' + b"far too long " * 30 + b'"}\n',
 ]
 ENDS = [
     b"",
@@ -65,14 +66,17 @@ def of_blocks(path: Path, found: list[Block]) -> list[Record]:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
-def test_blocks_of_lines_are_read_to_the_records_of_one_pass(tmp_path: Path, suffix: str) -> None:
+def test_blocks_of_lines_are_read_to_the_records_of_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 200)
     generator, path = random.Random(suffix), tmp_path / f"rows.{suffix}"
     for _ in range(300):
         middle = b"".join(generator.choices(PIECES, k=generator.randrange(12)))
         path.write_bytes(generator.choice(BEGINNINGS) + middle + generator.choice(ENDS))
         with path.open("rb") as file:
             options = generator.choice([{}, {"most_bytes": 20}, {"most_bytes": 20, "multiple": 2}])
-            found = list(cut_lines(str(path), file, generator.randrange(1, 6), **options))
+            found = list(cut_lines(str(path), bounded_lines(file), generator.randrange(1, 6), **options))
         assert [block.number for block in found] == list(range(len(found)))
         assert of_blocks(path, found) == list(iter_records(path)), path.read_bytes()
         if "multiple" in options:
@@ -82,7 +86,7 @@ def test_blocks_of_lines_are_read_to_the_records_of_one_pass(tmp_path: Path, suf
 def test_a_block_that_is_full_of_bytes_ends_at_a_whole_chunk(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "x" * 100}] * 50)
     with path.open("rb") as file:
-        found = list(cut_lines(str(path), file, 20, multiple=4, most_bytes=500))
+        found = list(cut_lines(str(path), bounded_lines(file), 20, multiple=4, most_bytes=500))
     assert [block.rows for block in found] == [8] * 6 + [2]
 
 
@@ -116,6 +120,15 @@ def faulty_rows(task: str) -> list[Any]:
     rows[91] = {"text": "no candidates", "output": "Space"}
     rows[222] = {"text": "x", "category": LABELS, "output": "Never"}
     return rows
+
+
+def test_a_repeated_column_is_one_record_in_blocks_too(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    table = pa.table([["a", "b"], ["c", "d"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, path)
+    with path.open("rb") as file:
+        found = list(cut_parquet(str(path), file, 1))
+    assert of_blocks(path, found) == list(iter_records(path)) and len(found) == 1
 
 
 @pytest.mark.parametrize("task", ["classification", "ner"])

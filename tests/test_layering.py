@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "labeltune"
 #: From low to high; a module may import from its own layer and the ones below it.
 LAYERS = (
     ("types", "errors"),
-    ("config", "config_sections"),
+    ("config", "config_sections", "yaml_text"),
     ("progress", "processes", "run_folder", "folder_lock", "config_table", "pages", "ray_session"),
     ("prompts", "data"),
     ("modeling", "tasks"),

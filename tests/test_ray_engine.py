@@ -20,6 +20,7 @@ from labeltune import recipes
 from labeltune.cli.predict import predict as predict_command
 from labeltune.data.blocks import cut_lines
 from labeltune.data.places import Place
+from labeltune.data.sources import bounded_lines
 from labeltune.errors import DataError, LabeltuneError, ModelError, OutputError
 from labeltune.inference.load import load_predictor
 from labeltune.inference.predictor import Predictor
@@ -90,7 +91,7 @@ def killed_run(in_folder: Path, run: Path, count: int, block_rows: int) -> None:
     _, said = process.communicate(timeout=600)
     assert process.returncode == 1, said
     assert "2 rows could not be predicted" in said and "Traceback" not in said
-    with load_predictor(run) as predictor:
+    with load_predictor(run, merge=True) as predictor:
         assert predict_file(predictor, Path("rows.jsonl"), in_folder / "local.jsonl", top_k=2) == 2
     assert len(parts(in_folder / "parts")) == blocks
     assert joined(in_folder / "parts") == (in_folder / "local.jsonl").read_bytes()
@@ -124,7 +125,7 @@ def test_folders_and_addresses_are_read_and_only_missing_parts_are_made_again(
     def predict(resume: bool, top_k: int | None = None) -> int:
         return predict_spread(str(run), source, output, top_k=top_k, resume=resume, block_rows=512, workers=1)
 
-    with load_predictor(run) as predictor, ray_session(cpus=1):
+    with load_predictor(run, merge=True) as predictor, ray_session(cpus=1):
         assert predict(resume=False) == 0
         for file in (one, in_folder / "in" / "b.parquet"):
             predict_file(predictor, file, in_folder / f"{file.stem}.out")
@@ -162,7 +163,7 @@ def writer(in_folder: Path, session: str) -> PartWriter:
 
 def asked(source: Path) -> dict[str, list[Any]]:
     with source.open("rb") as file:
-        (block,) = cut_lines(str(source), file, 256)
+        (block,) = cut_lines(str(source), bounded_lines(file), 256)
     return {"part": [7], "block": [json.dumps({"block": asdict(block), "where": str(source)})]}
 
 

@@ -200,7 +200,7 @@ def test_the_shapes_of_category(category: Any) -> None:
     assert example.text == "t" and example.id == "0" and example.source == "f:1"
 
 
-@pytest.mark.parametrize("value", ["[" * 20_000 + "]", "['a', 1]", "[a, b]", "__import__('os')", ""])
+@pytest.mark.parametrize("value", ["a]", "[a", "__import__('os')", ""])
 def test_odd_categories_are_read_as_plain_text(value: str) -> None:
     assert all(isinstance(label, str) for label in parse_candidates(value))
 

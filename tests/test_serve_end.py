@@ -31,7 +31,7 @@ def test_a_full_queue_a_lost_client_and_the_end(tmp_path: Path, model_folder: Pa
         # A client that goes away gives its place back long before the batch is due.
         with socket.create_connection((host, int(port))) as line:
             body = b'{"text": ["a", "b", "c"]}'
-            head = f"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            head = f"POST /v1/classify HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
             line.sendall(head.encode() + body)
             waiting(3)
             started = time.monotonic()

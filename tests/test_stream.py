@@ -136,3 +136,41 @@ def test_two_predicts_onto_one_file_are_told_apart(in_folder: Path) -> None:
 
     predict_file(predictor, path, in_folder / "out.jsonl", progress=meanwhile)
     assert seen and (in_folder / "out.jsonl").read_text() == (in_folder / "other.jsonl").read_text()
+
+
+def test_damage_behind_a_whole_chunk_is_written_anew(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a crash of the machine a file may end in zeros, and its note may be empty."""
+    monkeypatch.setattr(stream, "CHUNK_ROWS", 4)
+    path = write_jsonl(in_folder / "rows.jsonl", classification_rows(11))
+    predictor, output = predictor_for(), in_folder / "out.jsonl"
+    predict_file(predictor, path, output)
+    whole = output.read_bytes()
+    part, note = in_folder / ".out.jsonl.part", in_folder / ".out.jsonl.part.json"
+
+    def stop(_: int) -> None:
+        if part.stat().st_size:
+            raise KeyboardInterrupt
+
+    for damage in (b"\0" * 200 + b"\n", b"[]\n", b'{"id": "\xff"}\n'):
+        output.unlink()
+        with pytest.raises(KeyboardInterrupt):
+            predict_file(predictor, path, output, progress=stop)
+        with part.open("ab") as file:
+            file.write(damage)
+        seen: list[int] = []
+        predict_file(predictor, path, output, resume=True, progress=seen.append)
+        assert output.read_bytes() == whole and seen[0] == 4, "the first chunk is kept"
+    note.write_text("")
+    with pytest.raises(OutputError, match=r"part\.json cannot be read.*start without --resume"):
+        predict_file(predictor, path, output, resume=True)
+
+
+def test_notes_that_killed_processes_left_half_written_are_removed(in_folder: Path) -> None:
+    path = write_jsonl(in_folder / "rows.jsonl", [{"text": "a"}])
+    mine, other = in_folder / "..out.jsonl.part.json-x.tmp", in_folder / "..else.jsonl.part.json-x.tmp"
+    mine.write_text("half")
+    other.write_text("half")
+    predict_file(predictor_for(), path, in_folder / "out.jsonl")
+    assert not mine.exists() and other.exists()

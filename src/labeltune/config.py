@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from labeltune.config_sections import CLASSIFICATION_SYSTEM as CLASSIFICATION_SYSTEM
@@ -29,7 +28,8 @@ from labeltune.config_sections import Section as Section
 from labeltune.config_sections import SwanlabConfig as SwanlabConfig
 from labeltune.config_sections import TaskName as TaskName
 from labeltune.config_sections import TrainingConfig as TrainingConfig
-from labeltune.errors import ConfigError
+from labeltune.errors import ConfigError, clipped
+from labeltune.yaml_text import read_yaml
 
 
 class RunConfig(Section):
@@ -41,7 +41,9 @@ class RunConfig(Section):
         min_length=1,
         description="local folder, `ms:org/name` (ModelScope), `hf:org/name` (Hugging Face), `pocket` or `pocket-zh`",
     )
-    output_dir: str = Field("./output/Qwen2", description="folder of the checkpoints (default by task)")
+    output_dir: str = Field(
+        "./output/Qwen2", min_length=1, description="folder of the checkpoints (default by task)"
+    )
     tracking: Literal["none", "swanlab", "tensorboard", "wandb"] = Field(
         "swanlab", description="where the run is shown"
     )
@@ -115,10 +117,7 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"config file {path} cannot be read: {error}") from None
-        try:
-            loaded = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
+        loaded = read_yaml(text, f"config file {path}")
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(
                 f"config file {path} must hold `key: value` lines, not a {type(loaded).__name__}"
@@ -135,11 +134,27 @@ def build_config(values: dict[str, Any], where: str = "config") -> RunConfig:
     Raises:
         ConfigError: every wrong key and value at once, each with its dotted name.
     """
+    unwritable = next(_unwritable(values), None)
+    if unwritable is not None:
+        raise ConfigError(f"{where}: {unwritable}: holds a NUL character or half a surrogate pair")
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         problems = [_describe(problem) for problem in error.errors()]
         raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+
+
+def _unwritable(value: Any, key: str = "") -> Iterator[str]:
+    """Dotted names of strings that no file could hold."""
+    if isinstance(value, str):
+        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            yield key
+    elif isinstance(value, dict):
+        for name, child in value.items():
+            yield from _unwritable(child, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for child in value:
+            yield from _unwritable(child, key)
 
 
 def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
@@ -164,8 +179,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"override {override!r} must look like key=value, e.g. training.epochs=3")
     try:
-        value = yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError:
+        value = read_yaml(text, f"override {key}") if text.strip() else None
+    except ConfigError:
         value = text
     *parents, leaf = key.split(".")
     node = values
@@ -182,9 +197,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 def _describe(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_suggestion(key)}"
+        return f"unknown key {clipped(key, 200)!r}{_suggestion(key)}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {problem['input']!r})" if key else message
+    return f"{key}: {message} (got {clipped(repr(problem['input']), 200)})" if key else message
 
 
 #: What other tools call a key, where it is spelled too differently to be found.

@@ -25,12 +25,28 @@ NER_LABELS = ("地点", "人名", "地理实体", "组织")
 METRICS: dict[str, tuple[str, ...]] = {"classification": ("macro_f1", "accuracy"), "ner": ("span_f1",)}
 
 
+#: No step, row, token or seed has a larger number: libraries keep them in 32 bits.
+LARGEST = 2**31 - 1
+
+
 class Section(BaseModel):
     """Base of every section: immutable, and strict about key names."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        coerce_numbers_to_str=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> Section:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, int) and value > LARGEST:
+                raise ValueError(f"{name} is larger than {LARGEST}")
+        return self
 
 
 class HubConfig(Section):
@@ -59,7 +75,9 @@ class ColumnsConfig(Section):
 class DataConfig(Section):
     """Where the rows come from."""
 
-    train: str = Field("train.jsonl", description="jsonl, csv or parquet file, or `ms:`/`hf:` data set")
+    train: str = Field(
+        "train.jsonl", min_length=1, description="jsonl, csv or parquet file, or `ms:`/`hf:` data set"
+    )
     validation: str | None = Field(
         None, description="validation file; when empty, a part of `train` is held out"
     )
@@ -90,7 +108,8 @@ class DataConfig(Section):
         if self.labels is not None:
             if not self.labels:
                 raise ValueError("data.labels is empty; leave it out to use the labels of the training rows")
-            if len(set(self.labels)) != len(self.labels) or not all(label.strip() for label in self.labels):
+            names = {label.strip() for label in self.labels}
+            if len(names) != len(self.labels) or "" in names:
                 raise ValueError("data.labels holds an empty or repeated label")
         return self
 
@@ -126,7 +145,7 @@ class PromptConfig(Section):
 class LoraConfig(Section):
     """The adapter (peft). Defaults are the original recipe's."""
 
-    r: int = Field(8, ge=1, description="rank")
+    r: int = Field(8, ge=1, le=65_536, description="rank")
     alpha: int = Field(32, ge=1, description="scaling: alpha / r, or alpha / sqrt(r) with rslora")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout before the adapter's first matrix")
     target_modules: str | tuple[str, ...] = Field("all-linear", description="layers that get an adapter")

@@ -8,6 +8,14 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
 
 
+def clipped(text: str, length: int) -> str:
+    """A text for a message, its middle left out when it is longer than `length` characters."""
+    if len(text) <= length:
+        return text
+    kept = length // 2
+    return f"{text[:kept]} ... {len(text) - 2 * kept} more characters ... {text[-kept:]}"
+
+
 class LabeltuneError(Exception):
     """Base of every error a user can cause or repair.
 

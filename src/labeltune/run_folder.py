@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -140,11 +141,15 @@ def public_name(spec: str) -> str:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints of an output folder, by step."""
+    return [path for path in _checkpoint_folders(output_dir) if (path / RUN_FILE).is_file()]
+
+
+def _checkpoint_folders(output_dir: Path) -> list[Path]:
+    """Everything called checkpoint-N, by N."""
     found = []
     if output_dir.is_dir():
         for path in output_dir.iterdir():
-            match = _CHECKPOINT.match(path.name)
-            if match and (path / RUN_FILE).is_file():
+            if (match := _CHECKPOINT.match(path.name)) and path.is_dir():
                 found.append((int(match.group(1)), path))
     return [path for _, path in sorted(found)]
 
@@ -174,10 +179,11 @@ def find_checkpoint(run: str | os.PathLike[str], prefer_newest: bool = False) ->
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files by its manifest, or None; one without a manifest is taken as it is."""
+    """What is wrong with a checkpoint's files by its manifest, or None."""
     manifest = checkpoint / MANIFEST_FILE
-    if not manifest.exists():
-        return None
+    for needed in (manifest, checkpoint / RUN_FILE):
+        if not needed.is_file():
+            return f"{needed.name} is missing"
     try:
         expected: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))
         for name, digest in expected.items():
@@ -215,7 +221,7 @@ def check_output(
             raise ModelError(
                 f"nothing to resume: {folder} holds no complete checkpoint; start without --resume"
             )
-        for checkpoint in reversed(found):
+        for checkpoint in reversed(_checkpoint_folders(folder)):
             reason = damage(checkpoint)
             if reason is None:
                 return checkpoint
@@ -265,7 +271,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -278,6 +284,22 @@ def write_bytes(path: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete what processes that were killed left of files they were writing.
+
+    Only for who holds the lock on these files, so that nobody is writing them now.
+
+    Args:
+        name: of a file in the folder; all files, at any depth, when None.
+    """
+    found = folder.rglob(".*-*.tmp") if name is None else folder.glob(f".{glob.escape(name)}-*.tmp")
+    for path in list(found):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

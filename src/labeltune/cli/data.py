@@ -84,15 +84,18 @@ def _check_target(
     from labeltune.config import load_config
     from labeltune.data.schemas import parse_candidates
     from labeltune.data.sources import resolve_data
+    from labeltune.errors import DataError
 
     if Path(file).suffix in (".yaml", ".yml"):
         config = load_config(file, [f"task={task}"] if task else [])
         return config, config.data.train, test or config.data.test
     overrides = [f"task={task or guess_task(resolve_data(file))}"]
     if labels:
-        overrides.append(
-            f"data.labels={json.dumps([x for x in parse_candidates(labels) if x], ensure_ascii=False)}"
-        )
+        try:
+            names = [label for label in parse_candidates(labels) if label]
+        except DataError as error:
+            raise DataError(f"--labels {error}") from None
+        overrides.append(f"data.labels={json.dumps(names, ensure_ascii=False)}")
     return load_config(None, overrides), file, test
 
 

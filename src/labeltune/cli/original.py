@@ -84,7 +84,7 @@ def predict_main() -> None:
         quiet_libraries()
         from labeltune.inference.load import load_predictor
 
-        with load_predictor(folder) as predictor:
+        with load_predictor(folder, merge=True) as predictor:
             prediction = predictor.predict([text], labels)[0]
         print(
             prediction.answer

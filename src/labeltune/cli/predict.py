@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,7 +66,10 @@ def predict(
     from labeltune.data.sources import resolve_data
     from labeltune.errors import ConfigError, DataError
 
-    labels = tuple(label for label in parse_candidates(category) if label) if category else ()
+    try:
+        labels = tuple(label for label in parse_candidates(category) if label) if category else ()
+    except DataError as error:
+        raise DataError(f"--category {error}") from None
     check_engine(engine, workers, address)
     changes = {"decoding": decoding, "long_text": long_text}
     changes = {key: value for key, value in changes.items() if value is not None}
@@ -86,7 +89,7 @@ def predict(
     if text:
         if file is not None:
             raise DataError("give --text or a file, not both")
-        given = [Example(str(i), t, labels) for i, t in enumerate(text)]
+        given = [_checked(i, {"text": t}, labels, f"--text {i + 1}") for i, t in enumerate(text)]
     elif file is None or file == "-":
         try:
             given = [_stdin_row(i, line, labels) for i, line in enumerate(sys.stdin) if line.strip()]
@@ -94,9 +97,6 @@ def predict(
             raise DataError(f"standard input is not UTF-8: {error}") from None
     else:
         path = resolve_data(file)
-    for row in given:
-        if not row.text.strip():
-            raise DataError(f"row {row.id}: the text is empty")
     if resume and (path is None or output is None):
         raise ConfigError("--resume needs an input file and --output")
     quiet_libraries()
@@ -105,7 +105,7 @@ def predict(
     from labeltune.progress import row_progress
 
     bad = 0
-    with load_predictor(run) as predictor:
+    with load_predictor(run, merge=True) as predictor:
         predictor.change(**changes)
         total = len(given) if path is None else count_rows(path)
         shown = total is None or total > predictor.generation.batch_size
@@ -159,23 +159,32 @@ def check_engine(engine: str, workers: int | None, address: str | None) -> None:
 
 def _stdin_row(number: int, line: str, labels: tuple[str, ...]) -> Example:
     """A JSON object with a `text` is a row; every other line is a document."""
-    from labeltune.config import ColumnsConfig
-    from labeltune.data.schemas import parse_record
-    from labeltune.data.sources import Record
-    from labeltune.errors import DataError
-
+    where = f"stdin:{number + 1}"
     stripped = line.strip()
     if stripped.startswith("{"):
         try:
             values = json.loads(stripped)
-        except ValueError:
+        except (ValueError, RecursionError):
             values = None
         if isinstance(values, dict) and "text" in values:
-            record = Record(f"stdin:{number + 1}", values)
-            example, faults = parse_record(
-                record, number, "classification", ColumnsConfig(), answers_required=False
-            )
-            if example is None:
-                raise DataError(str(faults[0]))
-            return example
-    return Example(str(number), line.rstrip("\n"), labels, source=f"stdin:{number + 1}")
+            return _checked(number, values, (), where)
+    return _checked(number, {"text": line.rstrip("\n")}, labels, where)
+
+
+def _checked(number: int, values: dict[str, Any], labels: tuple[str, ...], where: str) -> Example:
+    """The example of these values, which choose from `labels` unless they bring candidates.
+
+    Raises:
+        DataError: the text is empty, or cannot be written.
+    """
+    from labeltune.config import ColumnsConfig
+    from labeltune.data.schemas import parse_record
+    from labeltune.data.sources import Record
+    from labeltune.errors import DataError
+    from labeltune.inference.stream import with_labels
+
+    record = Record(where, values)
+    example, faults = parse_record(record, number, "classification", ColumnsConfig(), answers_required=False)
+    if example is None:
+        raise DataError(str(faults[0]))
+    return with_labels(example, labels)

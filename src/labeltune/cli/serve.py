@@ -24,6 +24,12 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with the API key; LABELTUNE_API_KEY when missing.")
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name in the Host header that a server on localhost without a key answers to (may be repeated)."
+        ),
+    ] = None,
     max_wait_ms: Annotated[
         float, typer.Option(help="Milliseconds the first text of a batch waits for others.", min=0)
     ] = 5.0,
@@ -78,6 +84,7 @@ def serve(
         api_key=read_api_key(api_key_file),
         log_texts=log_texts,
         playground=playground,
+        allow_hosts=tuple(name.lower() for name in allow_host or ()),
     )
     adapters = [parse_adapter(given) for given in adapter or []]
     with bind(host, port) as bound:

@@ -22,6 +22,8 @@ from labeltune.types import Example
 #: Fault messages kept; beyond it they are counted only.
 MAX_LISTED = 100_000
 _BATCH = 1000
+#: Characters of texts that wait to be counted, at most (and one text more).
+_BATCH_CHARACTERS = 8_000_000
 
 
 @dataclass
@@ -151,6 +153,7 @@ def add_records(
     columns: ColumnsConfig = data.columns if data is not None else ColumnsConfig()
     labels = data.labels if data is not None else None
     pending: list[str] = []
+    waiting = 0
 
     def flush() -> None:
         if not pending:
@@ -175,8 +178,10 @@ def add_records(
             audit.without_candidates += 1
             audit.first_without = audit.first_without or record.where
         pending.append(example.text)
-        if len(pending) >= _BATCH:
+        waiting += len(example.text)
+        if len(pending) >= _BATCH or waiting >= _BATCH_CHARACTERS:
             flush()
+            waiting = 0
         if write is not None:
             write(example)
     flush()

@@ -15,6 +15,7 @@ from typing import Any
 from labeltune.config import DataConfig, TaskName
 from labeltune.data.audit import Audit, add_records, finished
 from labeltune.data.blocks import Block, cut_lines, cut_parquet, read_block
+from labeltune.data.sources import bounded_lines
 from labeltune.processes import mapped
 
 _ROWS = 8192
@@ -91,7 +92,7 @@ def _blocks(path: Path, max_rows: int | None) -> Iterator[Block]:
         if path.suffix.lower() == ".parquet":
             blocks = cut_parquet(str(path), file, _ROWS)
         else:
-            blocks = cut_lines(str(path), file, _ROWS, most_bytes=_BYTES)
+            blocks = cut_lines(str(path), bounded_lines(file), _ROWS, most_bytes=_BYTES)
         for block in blocks:
             if max_rows is not None and block.first + block.rows >= max_rows:
                 if block.first < max_rows:

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import islice
 from typing import Any, BinaryIO
 
-from labeltune.data.sources import Record, decoded_lines, is_json_array, json_records
+from labeltune.data.sources import (
+    LongLine,
+    Record,
+    bounded_lines,
+    decoded_lines,
+    is_json_array,
+    json_records,
+    parquet_records,
+    repeated_column,
+)
 
 #: A block that has as many bytes ends, also before it has all its rows.
 MOST_BYTES = 32 << 20
-_PARQUET_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class _Counted:
 
     def __iter__(self) -> Iterator[bytes]:
         for raw in self.lines:
-            self.bytes += len(raw)
+            self.bytes += raw.size if isinstance(raw, LongLine) else len(raw)
             yield raw
 
 
@@ -60,6 +67,7 @@ def cut_lines(
 
     Args:
         name: the file's name; with `.json`, an array is one record that cannot be read.
+        lines: as `bounded_lines` gives them.
         rows: records of a block.
         multiple: a block that ends early, because of its bytes, has a multiple of this many records.
     """
@@ -67,7 +75,7 @@ def cut_lines(
     number = first = count = start = 0
     begin = 1
     for at, line in decoded_lines(name, counted):
-        last = isinstance(line, Record)
+        last = isinstance(line, Record) and line.kind == "encoding"
         if not isinstance(line, Record):
             if not line or line.isspace():
                 continue
@@ -89,6 +97,8 @@ def cut_parquet(name: str, file: Any, rows: int) -> Iterator[Block]:
     import pyarrow.parquet
 
     total = int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
+    if repeated_column(file) is not None:
+        total = 1  # a row that says so
     for number, first in enumerate(range(0, total, rows)):
         yield Block(name, number, first, min(rows, total - first))
 
@@ -105,32 +115,30 @@ def read_block(block: Block, file: BinaryIO) -> Iterator[Record]:
     if block.file.lower().endswith(".parquet"):
         return _parquet_rows(block, file)
     file.seek(block.start)
-    lines = BytesIO(file.read(block.end - block.start))
-    decoded = decoded_lines(block.file, lines, block.line, block.start)
+    lines = _Counted(bounded_lines(file))
+    decoded = decoded_lines(block.file, _until(lines, block.end - block.start), block.line, block.start)
     return json_records(block.file, decoded, first=block.first == 0)
+
+
+def _until(lines: _Counted, size: int) -> Iterator[bytes]:
+    for raw in lines:
+        yield raw
+        if lines.bytes >= size:
+            return
 
 
 def _parquet_rows(block: Block, file: Any) -> Iterator[Record]:
     """Only the row groups that hold the block are read; what stands before it in its first one is passed over."""
     import pyarrow.parquet
 
-    parquet = pyarrow.parquet.ParquetFile(file)
+    metadata = pyarrow.parquet.ParquetFile(file).metadata
     groups: list[int] = []
     before = at = 0
-    for group in range(parquet.metadata.num_row_groups):
-        size = parquet.metadata.row_group(group).num_rows
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).num_rows
         if at < block.first + block.rows and at + size > block.first:
             if not groups:
                 before = block.first - at
             groups.append(group)
         at += size
-    rows = _rows(parquet.iter_batches(batch_size=_PARQUET_BATCH, row_groups=groups), before)
-    for number, values in enumerate(islice(rows, block.rows), start=block.first + 1):
-        yield Record(f"{block.file}:row {number}", values)
-
-
-def _rows(batches: Iterable[Any], before: int) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        if before < len(batch):
-            yield from batch.slice(before).to_pylist()
-        before = max(0, before - len(batch))
+    return islice(parquet_records(block.file, file, groups, block.first, before), block.rows)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _SHOWN_FAULTS = 10
+#: Characters of texts that wait to be written, at most (and one text more).
+_WAITING_CHARACTERS = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,25 @@ def _audit_into(
             task,
             data,
             token_counts=token_counts,
-            write=lambda example: writer.write(example.to_row()),
+            write=_Writing(writer),
             max_rows=max_rows,
         )
         writer.finalize()
     return audit
+
+
+class _Writing:
+    """Hands examples to an Arrow writer, which keeps a thousand of them: fewer where texts are long."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer, self.waiting = writer, 0
+
+    def __call__(self, example: Example) -> None:
+        self.writer.write(example.to_row())
+        self.waiting += len(example.text)
+        if self.waiting >= _WAITING_CHARACTERS:
+            self.writer.write_examples_on_file()
+            self.waiting = 0
 
 
 _temporary: list[Path] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from labeltune.config import ColumnsConfig, TaskName
 from labeltune.data.sources import Record
+from labeltune.errors import DataError, clipped
 from labeltune.types import Entity, Example
 
 Severity = Literal["error", "warning"]
@@ -37,6 +39,11 @@ FAULT_KINDS: dict[str, tuple[Severity, str]] = {
 }
 
 
+_MESSAGE_LENGTH = 400
+#: Characters of candidates that are written as one string; beyond it Python's own reader takes minutes and gigabytes.
+_MAX_WRITTEN_LIST = 2**20
+
+
 @dataclass(frozen=True)
 class Fault:
     """One finding of the audit."""
@@ -49,6 +56,10 @@ class Fault:
     def severity(self) -> Severity:
         """`error` or `warning`, by kind."""
         return FAULT_KINDS[self.kind][0]
+
+    def __post_init__(self) -> None:
+        # A hundred thousand of them are kept, and a row may name ten thousand labels.
+        object.__setattr__(self, "message", clipped(self.message, _MESSAGE_LENGTH))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.severity}: {self.kind}: {self.message}"
@@ -178,19 +189,34 @@ def parse_candidates(value: str) -> list[str]:
     ['Military', 'Space']
     >>> parse_candidates("Military,Space")
     ['Military', 'Space']
+
+    Raises:
+        DataError: it stands in brackets and is no list of strings, or it is longer than any list of labels.
     """
+    if len(value) > _MAX_WRITTEN_LIST:
+        raise DataError(f"has more than {_MAX_WRITTEN_LIST} characters; write it as a list, not as a string")
     stripped = value.strip()
     if stripped.startswith("[") and stripped.endswith("]"):
-        for reader in (json.loads, ast.literal_eval):
+        for reader in (json.loads, _python_value):
             try:
                 parsed = reader(stripped)
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
             if isinstance(parsed, list) and all(isinstance(label, str) for label in parsed):
                 return [label.strip() for label in parsed]
+        raise DataError(
+            f"stands in brackets but is no JSON or Python list of strings: {clipped(stripped, 100)!r}; write it "
+            'as ["a", "b"], or between commas without brackets'
+        )
     for separator in "，、":
         stripped = stripped.replace(separator, ",")
     return [label.strip() for label in stripped.split(",")]
+
+
+def _python_value(text: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a backslash in a label is not ours to warn about
+        return ast.literal_eval(text)
 
 
 def _candidates(values: dict[str, Any], column: str) -> tuple[str, ...]:
@@ -198,7 +224,10 @@ def _candidates(values: dict[str, Any], column: str) -> tuple[str, ...]:
     if value is None or value == "":
         return ()
     if isinstance(value, str):
-        labels = parse_candidates(value)
+        try:
+            labels = parse_candidates(value)
+        except DataError as error:
+            raise _Problem("wrong_type", f"{column} {error}") from None
     elif isinstance(value, (list, tuple)) and all(isinstance(label, str) for label in value):
         labels = [label.strip() for label in value]
     else:

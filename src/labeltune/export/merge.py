@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from labeltune.errors import ModelError
 from labeltune.modeling.hub import load_model
-from labeltune.modeling.lora import load_adapter
+from labeltune.modeling.lora import load_adapter, merge_adapter
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -60,7 +60,7 @@ def whole_model(base: Path, adapter: Path | None, dtype: Dtype, trust_remote_cod
     """
     model = load_model(base, torch_dtype(stored_dtype(base)), trust_remote_code=trust_remote_code)
     if adapter is not None:
-        model = _merged(load_adapter(model, adapter), torch_dtype(dtype))
+        model = merge_adapter(load_adapter(model, adapter), torch_dtype(dtype))
     model.to(torch_dtype(dtype))
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
@@ -70,30 +70,6 @@ def whole_model(base: Path, adapter: Path | None, dtype: Dtype, trust_remote_cod
                 else f"{name} is not finite: the run's weights are damaged"
             )
     return model
-
-
-def _merged(model: Any, dtype: Any) -> Any:
-    import torch
-    from peft.tuners.lora import LoraLayer
-
-    for layer in model.modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        inner = layer.get_base_layer()
-        # A parameter of its own: one shared with the input embedding would take the merge there as well.
-        inner.weight = torch.nn.Parameter(
-            inner.weight.detach().to(torch.float32).clone(), requires_grad=False
-        )
-        try:
-            layer.merge(safe_merge=True)
-        except (ValueError, NotImplementedError) as error:
-            raise ModelError(f"the adapter cannot be merged: {error}") from error
-        inner.weight = torch.nn.Parameter(inner.weight.detach().to(dtype), requires_grad=False)
-    merged = model.unload()
-    inputs, outputs = merged.get_input_embeddings(), merged.get_output_embeddings()
-    if merged.config.tie_word_embeddings and outputs is not None and inputs.weight is not outputs.weight:
-        merged.config.tie_word_embeddings = False
-    return merged
 
 
 def save_whole_model(model: Any, template: Any, folder: Path) -> None:

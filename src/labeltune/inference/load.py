@@ -11,7 +11,7 @@ from labeltune.config import HubConfig, RunConfig
 from labeltune.inference.answers import Calibration
 from labeltune.inference.predictor import Predictor, changed_generation, fingerprint
 from labeltune.modeling.hub import load_model, load_tokenizer, resolve_model, snapshot
-from labeltune.modeling.lora import load_adapter
+from labeltune.modeling.lora import load_adapter, merge_adapter
 from labeltune.modeling.precision import pick_precision
 from labeltune.prompts.template import ChatTemplate
 from labeltune.run_folder import RunInfo, find_checkpoint
@@ -24,6 +24,7 @@ def load_predictor(
     device: str | None = None,
     precision: Any = "auto",
     base_folder: str | os.PathLike[str] | None = None,
+    merge: bool = False,
 ) -> Predictor:
     """Load a checkpoint (or the best one of a run folder) with the base model it was trained on.
 
@@ -32,11 +33,15 @@ def load_predictor(
         device: `cuda`, `cpu` ...; the best there is when None.
         precision: `auto`, `bf16`, `fp16` or `fp32`.
         base_folder: where the base model's files are, when they have moved since training.
+        merge: make an adapter part of fp32 weights, which is faster and the same up to rounding; there is no untuned model to
+            go back to then. Other weights are left as they are, as the merge would be rounded to them.
 
     Raises:
         HubError: the hub cannot be reached or has no such checkpoint.
         ModelError: there is no complete checkpoint, or its base model cannot be found.
     """
+    import torch
+
     folder = checkpoint_of(run)
     info = RunInfo.load(folder)
     picked = pick_precision(precision)
@@ -44,7 +49,10 @@ def load_predictor(
     trust = info.hub.trust_remote_code
     if info.adapter:
         base = Path(base_folder) if base_folder is not None else resolve_model(info.model, info.hub).folder
-        model = load_adapter(load_model(base, picked.weights, trust_remote_code=trust), folder).to(where)
+        model = load_adapter(load_model(base, picked.weights, trust_remote_code=trust), folder)
+        if merge and model.get_base_model().dtype == torch.float32:
+            model = merge_adapter(model, torch.float32)
+        model.to(where)
     else:
         model = load_model(folder, picked.weights, device=where, trust_remote_code=trust)
     model.eval()
@@ -81,8 +89,11 @@ def weights_file(folder: Path, info: RunInfo) -> Path:
 
 
 def load_changed(run: str, changes: dict[str, Any]) -> Predictor:
-    """A run's predictor with other values for keys of `generation`; a worker on another machine can call it."""
-    predictor = load_predictor(run)
+    """The predictor of `labeltune predict`: a run's with other values for keys of `generation`, its adapter merged.
+
+    A worker on another machine can call it.
+    """
+    predictor = load_predictor(run, merge=True)
     predictor.change(**changes)
     return predictor
 

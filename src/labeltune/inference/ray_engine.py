@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow
 import ray.data
 import ray.exceptions
 
 from labeltune.data.blocks import Block, cut_lines, cut_parquet, read_block
 from labeltune.data.places import Place
+from labeltune.data.sources import bounded_lines
 from labeltune.errors import ConfigError, DataError, LabeltuneError, ModelError, OutputError, first_line
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.stream import CHUNK_ROWS, BadRow, predict_rows, rows_of, to_line
@@ -100,11 +102,17 @@ class PartWriter(_Actor):
         attempts = self._attempts(number, block)
         settings, bad = self._settings, 0
         written: list[str] = []
-        with Place(block.file, values["where"]).open() as file:
-            rows = rows_of(read_block(block, file), self.predictor, settings.labels, block.first)
-            for chunk in predict_rows(self.predictor, rows, min_confidence=settings.min_confidence):
-                bad += sum(isinstance(row, BadRow) for row in chunk)
-                written += [to_line(row, settings.top_k) for row in chunk]
+        try:
+            with Place(block.file, values["where"]).open() as file:
+                rows = rows_of(read_block(block, file), self.predictor, settings.labels, block.first)
+                for chunk in predict_rows(self.predictor, rows, min_confidence=settings.min_confidence):
+                    bad += sum(isinstance(row, BadRow) for row in chunk)
+                    written += [to_line(row, settings.top_k) for row in chunk]
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            first, last = block.first + 1, block.first + block.rows
+            raise DataError(
+                f"{block.file}: rows {first} to {last} cannot be read: {first_line(error)}"
+            ) from error
         if len(written) != block.rows:
             raise DataError(
                 f"{block.file} has changed: block {block.number} had {block.rows} rows and has {len(written)}"
@@ -270,7 +278,7 @@ def _cut(where: Place, rows: int) -> list[Block]:
     with where.open() as file:
         if where.name.lower().endswith(".parquet"):
             return list(cut_parquet(where.name, file, rows))
-        return list(cut_lines(where.name, file, rows, CHUNK_ROWS))
+        return list(cut_lines(where.name, bounded_lines(file), rows, CHUNK_ROWS))
 
 
 def _cut_all(inputs: dict[str, Place], rows: int) -> list[Block]:

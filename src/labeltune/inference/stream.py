@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from labeltune.data.schemas import Fault, parse_record
-from labeltune.data.sources import Record, iter_records
+from labeltune.data.sources import Record, bounded_lines, iter_records
 from labeltune.errors import DataError, OutputError, PromptError
 from labeltune.folder_lock import alone_with
 from labeltune.inference.predictor import Predictor
-from labeltune.run_folder import file_hash, write_json
+from labeltune.run_folder import file_hash, remove_leftovers, write_json
 from labeltune.types import Example, Prediction
 
 #: Rows that are predicted together and committed together; memory does not grow with the file.
@@ -167,6 +167,7 @@ def _predict_into(
     progress: Callable[[int], None] | None,
 ) -> int:
     part, note = output.with_name(f".{output.name}.part"), output.with_name(f".{output.name}.part.json")
+    remove_leftovers(note.parent, note.name)
     mine = {
         "input": file_hash(path),
         "run": predictor.fingerprint(),
@@ -209,7 +210,10 @@ def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tu
     """(rows, bad rows) in the whole chunks of an unfinished output; what is behind them is cut off."""
     if not note.exists():
         raise OutputError(f"nothing to resume: there is no unfinished {output}; start without --resume")
-    theirs = json.loads(note.read_text(encoding="utf-8"))
+    try:
+        theirs = dict(json.loads(note.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(f"{note} cannot be read: {error}; start without --resume to begin again") from error
     if theirs != mine:
         differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
         raise OutputError(
@@ -220,24 +224,38 @@ def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tu
     lines = bad = keep = kept_bad = at = end = 0
     with part.open("r+b") as file:
         for line in file:
-            if not line.endswith(b"\n"):
+            values = _row(line)
+            if values is None:
                 break
             lines += 1
             at += len(line)
-            bad += "error" in json.loads(line)
+            bad += "error" in values
             if lines % CHUNK_ROWS == 0:
                 keep, kept_bad, end = lines, bad, at
         file.truncate(end)
     return keep, kept_bad
 
 
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row of an unfinished output; None when it is torn or was damaged by a crash of the machine."""
+    try:
+        values = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
 def count_rows(path: Path) -> int | None:
     """Rows of a file where they are quickly counted (jsonl, parquet), for a progress bar."""
     if path.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        return int(pq.ParquetFile(path).metadata.num_rows)
+        try:
+            return int(pq.read_metadata(path).num_rows)
+        except (pa.ArrowException, OSError):
+            return None  # reading the rows says what is wrong
     if path.suffix != ".jsonl":
         return None
     with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+        return sum(1 for line in bounded_lines(file) if line.strip())

@@ -64,3 +64,32 @@ def restore_adapter(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+def merge_adapter(model: Any, dtype: Any) -> Any:
+    """The base model with the adapter as part of its weights: every adapted layer is merged in fp32, then rounded to `dtype`.
+
+    Raises:
+        ModelError: the adapter is of a kind that cannot be merged, or not finite.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        inner = layer.get_base_layer()
+        # A parameter of its own: one shared with the input embedding would take the merge there as well.
+        inner.weight = torch.nn.Parameter(
+            inner.weight.detach().to(torch.float32).clone(), requires_grad=False
+        )
+        try:
+            layer.merge(safe_merge=True)
+        except (ValueError, NotImplementedError) as error:
+            raise ModelError(f"the adapter cannot be merged: {error}") from error
+        inner.weight = torch.nn.Parameter(inner.weight.detach().to(dtype), requires_grad=False)
+    merged = model.unload()
+    inputs, outputs = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if merged.config.tie_word_embeddings and outputs is not None and inputs.weight is not outputs.weight:
+        merged.config.tie_word_embeddings = False
+    return merged

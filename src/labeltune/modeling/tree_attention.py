@@ -12,8 +12,9 @@ found out by comparing numbers (`labeltune.inference.engine`), never assumed.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from labeltune.modeling.shared_prefix import attend_to, attention_on, refuse_unknown
@@ -99,6 +100,44 @@ class Segment:
     visible: Any = None
     wanted: Sequence[int] = ()
     begins_at: int | None = None
+    _masks: dict[tuple[int, int | None], Any] = field(default_factory=dict, init=False, repr=False)
+
+    def mask(self, keys: int, window: int | None, like: Any) -> Any:
+        """What the tokens see of `keys` tokens, theirs the last, shape [tokens, keys]; None for everything.
+
+        Built once for all layers that ask for the same.
+
+        Args:
+            window: a token sees this many positions, itself included; None for all.
+            like: a tensor with the device and number format of the queries.
+        """
+        window = None if window is None or window >= keys else window
+        if len(self.ids) == 1 and window is None:
+            return None
+        if (keys, window) not in self._masks:
+            seen = self._seen(keys, window, like.device)
+            if like.device.type == "cpu":
+                # What PyTorch's kernel would make of it again in every layer.
+                seen = like.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)
+            self._masks[keys, window] = seen
+        return self._masks[keys, window]
+
+    def _seen(self, keys: int, window: int | None, device: Any) -> Any:
+        import torch
+
+        tokens = len(self.ids)
+        before = keys - tokens
+        own = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        if self.visible is not None:
+            own = self.visible.to(device)
+        seen = torch.cat([torch.ones(tokens, before, dtype=torch.bool, device=device), own], dim=1)
+        if window is not None:
+            places = torch.tensor(
+                list(self.depths) if self.depths is not None else range(tokens), device=device
+            )
+            at_key = torch.cat([torch.arange(before, device=device), before + places])
+            seen &= (before + places)[:, None] - at_key[None, :] < window
+        return seen
 
     def positions(self) -> list[int]:
         """Position ids."""
@@ -139,30 +178,9 @@ def segment_attention(
             before = segment.past.view(layer)
             if before is not None:
                 k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
-        mask = _mask(segment, k.shape[2], sliding_window, q.device)
+        mask = segment.mask(k.shape[2], sliding_window, q)
         outputs.append(attend_to(q, k, v, mask, scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-def _mask(segment: Segment, keys: int, window: int | None, device: Any) -> Any:
-    """What the segment's tokens see, shape [tokens, keys]; None for everything."""
-    import torch
-
-    tokens = len(segment.ids)
-    if tokens == 1 and (window is None or window >= keys):
-        return None
-    before = keys - tokens
-    own = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-    if segment.visible is not None:
-        own = segment.visible.to(device)
-    mask = torch.cat([torch.ones(tokens, before, dtype=torch.bool, device=device), own], dim=1)
-    if window is not None and window < keys:
-        places = torch.tensor(
-            list(segment.depths) if segment.depths is not None else range(tokens), device=device
-        )
-        at_key = torch.cat([torch.arange(before, device=device), before + places])
-        mask &= (before + places)[:, None] - at_key[None, :] < window
-    return mask
 
 
 def segment_attention_on(model: Any) -> contextlib.AbstractContextManager[None]:

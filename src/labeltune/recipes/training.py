@@ -18,7 +18,7 @@ from labeltune.folder_lock import alone_with
 from labeltune.progress import row_progress
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
 from labeltune.recipes.selection import save_selection
-from labeltune.run_folder import check_output, public_name, remove_checkpoints
+from labeltune.run_folder import check_output, public_name, remove_checkpoints, remove_leftovers
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
 from labeltune.types import Example, Prediction
@@ -62,6 +62,8 @@ def train(
 def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainResult:
     _check_tracker(config)
     resume_from = check_output(config, resume, overwrite, say)
+    if os.environ.get("RANK", "0") == "0":
+        remove_leftovers(Path(config.output_dir))
     splits = load_splits(config.task, config.data, config.hub, config.training.seed)
     _report_splits(splits, say)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from labeltune.serve.body import ClientGone, Receive, check_json, read_body
@@ -33,10 +34,15 @@ class Guard:
 
     Everything below `/v1` needs the key, if there is one, and a JSON body within its limits; the rest passes through with a
     log line. What the application raises becomes a 500 without details.
+
+    Args:
+        local: only this machine is to get in; without a key, names that are not this machine's are then refused, as a web
+            page can have its own name point here (DNS rebinding) and read the answers.
     """
 
-    def __init__(self, inner: Application, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, inner: Application, settings: Settings, metrics: Metrics, local: bool = False) -> None:
         self._inner, self._settings, self._metrics = inner, settings, metrics
+        self._only_here = local and settings.api_key is None
         self._pages: set[asyncio.Task[Any]] = set()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -83,6 +89,8 @@ class Guard:
     async def _guarded(
         self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes], receive: Receive, answer: _Answer
     ) -> None:
+        if self._only_here:
+            check_host(headers.get(b"host", b""), self._settings.allow_hosts)
         if not scope["path"].startswith("/v1/"):
             await self._page(scope, receive, answer)
             return
@@ -135,6 +143,29 @@ class Guard:
         self._stopping = True
         for task in list(self._pages):
             task.cancel()
+
+
+def check_host(header: bytes, allowed: Sequence[str]) -> None:
+    """Refuse names that a web page of somebody else may have chosen; addresses cannot be rebound.
+
+    Args:
+        header: `Host`, with or without a port.
+
+    Raises:
+        ApiError: the name is neither localhost nor an address nor allowed (403).
+    """
+    name = header.decode("latin-1").strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    if name == "localhost" or name.endswith(".localhost") or name in allowed:
+        return
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        raise ApiError(
+            403,
+            "without an API key this server answers to localhost only; start it with --allow-host NAME or with a key",
+            "host",
+        ) from None
 
 
 def _route(scope: MutableMapping[str, Any]) -> str:

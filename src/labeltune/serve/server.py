@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import signal
 import socket
 from types import FrameType
@@ -47,8 +48,9 @@ def serve(models: Models, settings: Settings, bound: socket.socket) -> None:
         from labeltune.serve.playground import add_playground
 
         app = add_playground(app, service)
-    guard = Guard(app, settings, metrics)
     host, port = bound.getsockname()[:2]
+    local = ipaddress.ip_address(host).is_loopback
+    guard = Guard(app, settings, metrics, local)
     config = uvicorn.Config(
         guard,
         log_config=None,
@@ -58,7 +60,7 @@ def serve(models: Models, settings: Settings, bound: socket.socket) -> None:
         backlog=2048,
     )
     server = _Server(config, guard, f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    if host not in ("127.0.0.1", "::1") and settings.api_key is None:
+    if not local and settings.api_key is None:
         log("warning: this address can be reached by others and there is no API key")
     # uvicorn raises the signal again when it is done; a finished server has nothing to die of.
     for number in (signal.SIGTERM, signal.SIGINT):

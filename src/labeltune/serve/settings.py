@@ -29,6 +29,7 @@ class Settings:
         api_key: what clients have to send, None for an open server; left out of `repr`.
         log_texts: documents are written into the logs.
         playground: the page at `/` is served.
+        allow_hosts: names in the `Host` header that a server without a key answers to, beside localhost and addresses.
     """
 
     max_wait_ms: float = 5.0
@@ -43,6 +44,7 @@ class Settings:
     api_key: bytes | None = None
     log_texts: bool = False
     playground: bool = True
+    allow_hosts: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Settings(queue_rows={self.queue_rows}, api_key={'set' if self.api_key else 'none'})"

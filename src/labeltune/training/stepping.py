@@ -20,6 +20,7 @@ from labeltune.training.checkpoints import clear_staging, failures_named, publis
 from labeltune.training.loss import answer_loss
 from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Packing, Row, plan_step, step_order
+from labeltune.training.resuming import LogSums, is_finished
 
 #: Rows of one planning unit in validation; sorted rows are alike, so many share much.
 EVALUATION_ROWS = 64
@@ -240,6 +241,44 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             metrics[f"{metric_key_prefix}_{name}"] = value
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
 
+    def _run_epoch(self, **options: Any) -> None:
+        """Trainer's own; a run that was killed behind its last checkpoint has nothing left to do."""
+        if self._is_finished():
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**options)
+
+    def _finalize_training(self, *values: Any) -> Any:
+        """Trainer's own; with `save_total_limit=1` it removes all but the best checkpoint, which a stopped run goes on from."""
+        limit = self.args.save_total_limit
+        if not self._is_finished():
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*values)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _is_finished(self) -> bool:
+        return is_finished(self.state, self.callback_handler.callbacks)
+
+    def mean_loss(self) -> float:
+        """The mean over all steps of the run, also those before it was resumed."""
+        return float(self._total_loss_scalar / max(self.state.global_step, 1))
+
+    def continue_sums(self, sums: LogSums) -> None:
+        """Go on adding up where a checkpoint was saved."""
+        self._tr_loss.fill_(sums.loss)
+        self._total_loss_scalar, self._globalstep_last_logged = sums.total, sums.logged_step
+        self._given, self._computed = sums.given, sums.computed
+
+    def _sums(self) -> LogSums:
+        loss = self._tr_loss
+        if self.accelerator.num_processes > 1:
+            loss = self.accelerator.gather(loss).mean()
+        return LogSums(
+            float(loss), self._total_loss_scalar, self._globalstep_last_logged, self._given, self._computed
+        )
+
     def _get_output_dir(self, trial: Any) -> str:
         """Trainer asks where a checkpoint goes: aside, until it is whole."""
         return str(self._saving_into or self.args.output_dir)
@@ -261,9 +300,11 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             finally:
                 self._saving_into = None
             state.best_model_checkpoint = str(output / best) if best else None
+            sums = self._sums()
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 state.save_to_json(str(staging_folder(output) / name / "trainer_state.json"))
+                sums.save(staging_folder(output) / name)
                 publish(output, name, self.info)
                 rotate_checkpoints(
                     output_dir=str(output),
@@ -291,7 +332,12 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         return found[0]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a line of training the share of tokens that sharing saved since the last one, and memory."""
+        """Adds to a line of training the share of tokens that sharing saved since the last one, and memory.
+
+        Trainer's mean loss of a resumed run is that of its last part.
+        """
+        if "train_loss" in logs:
+            logs["train_loss"] = self.mean_loss()
         if "loss" in logs and self._given:
             logs["tokens_saved"] = round(1 - self._computed / self._given, 4)
             logs["memory_gb"] = round(_memory_in_use(self.args.device) / 1e9, 3)

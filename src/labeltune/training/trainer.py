@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
-from labeltune.errors import ConfigError, Interrupted
+from labeltune.errors import ConfigError, Interrupted, OutputError
 from labeltune.modeling.precision import Precision
 from labeltune.run_folder import RunInfo
 from labeltune.training.planner import Row
@@ -137,6 +137,7 @@ def run_training(
     from transformers.trainer_callback import PrinterCallback
 
     from labeltune.training.callbacks import Progress, StopOnInterrupt, WriteMetrics
+    from labeltune.training.resuming import ContinueSums
     from labeltune.training.stepping import PackTrainer, best_loss
 
     arguments = training_arguments(config, precision, validation is not None)
@@ -159,6 +160,8 @@ def run_training(
         callbacks=[progress, WriteMetrics(), stopper, *_early_stopping(config, validation), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    if resume_from is not None:
+        trainer.add_callback(ContinueSums(trainer, resume_from))
     try:
         output = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
@@ -174,10 +177,11 @@ def run_training(
     if trainer.is_world_process_zero():
         point_best(Path(config.output_dir), best)
     return TrainResult(
-        last=last,
+        # With save_total_limit=1 only the best one is kept.
+        last=last if last.is_dir() else best,
         best=Path(config.output_dir) / "best",
         steps=trainer.state.global_step,
-        train_loss=float(output.training_loss),
+        train_loss=trainer.mean_loss(),
         metric_name=config.metric if measured else None,
         metric=trainer.state.best_metric if measured else None,
         validation_loss=best_loss(trainer.state) if measured else None,
@@ -278,13 +282,22 @@ def compile_layers(model: Any) -> None:
 
 
 def point_best(output_dir: Path, checkpoint: Path) -> None:
-    """Make `output_dir/best` a relative link to a checkpoint, or a copy where links are not allowed; atomically."""
+    """Make `output_dir/best` a relative link to a checkpoint, or a copy where links are not allowed; atomically.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
     best = output_dir / "best"
-    temporary = output_dir / f".best-{os.getpid()}"
+    temporary = output_dir / f".best-{os.getpid()}.tmp"
     try:
-        temporary.symlink_to(checkpoint.name, target_is_directory=True)
-    except (OSError, NotImplementedError):
-        shutil.copytree(checkpoint, temporary)
-    if best.is_dir() and not best.is_symlink():
-        shutil.rmtree(best)
-    temporary.replace(best)
+        try:
+            temporary.symlink_to(checkpoint.name, target_is_directory=True)
+        except (OSError, NotImplementedError):
+            shutil.copytree(checkpoint, temporary)
+        if best.is_dir() and not best.is_symlink():
+            shutil.rmtree(best)
+        temporary.replace(best)
+    except OSError as error:
+        raise OutputError(
+            f"{best} cannot be written: {error.strerror or error}. {checkpoint} is whole; make room and finish with --resume"
+        ) from error

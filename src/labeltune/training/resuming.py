@@ -1,0 +1,69 @@
+"""What a resumed run needs beside Trainer's own state: the sums that log lines are made of, and whether there is anything left to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from labeltune.run_folder import write_json
+
+if TYPE_CHECKING:
+    from labeltune.training.stepping import PackTrainer
+
+SUMS_FILE = "log_sums.json"
+
+
+@dataclass(frozen=True)
+class LogSums:
+    """What was added up since the last log line and since the start; Trainer keeps none of it in checkpoints.
+
+    Attributes:
+        loss: sum of the losses of the steps since the last log line (mean over processes).
+        total: sum of the losses up to that line.
+        logged_step: step of that line.
+        given: tokens of the rows since that line.
+        computed: tokens that were computed for them.
+    """
+
+    loss: float = 0.0
+    total: float = 0.0
+    logged_step: int = 0
+    given: int = 0
+    computed: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Write them into a checkpoint; JSON keeps every bit of a float."""
+        write_json(folder / SUMS_FILE, asdict(self))
+
+    @staticmethod
+    def load(folder: Path) -> LogSums | None:
+        """Those of a checkpoint; None when it has none."""
+        file = folder / SUMS_FILE
+        return LogSums(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+class ContinueSums(TrainerCallback):  # type: ignore[misc]
+    """Sets the sums of a checkpoint when training begins, where Trainer has just set them to zero."""
+
+    def __init__(self, trainer: PackTrainer, checkpoint: Path) -> None:
+        self.trainer, self.sums = trainer, LogSums.load(checkpoint)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See the class."""
+        if self.sums is not None:
+            self.trainer.continue_sums(self.sums)
+
+
+def is_finished(state: Any, callbacks: Iterable[Any]) -> bool:
+    """Whether all steps are done, or early stopping has ended the run; Trainer would do one more step."""
+    patience_used_up = any(
+        isinstance(callback, EarlyStoppingCallback)
+        and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+        for callback in callbacks
+    )
+    return bool(state.global_step >= state.max_steps or patience_used_up)

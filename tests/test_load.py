@@ -1,0 +1,44 @@
+"""Runs loaded with their adapter as part of the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from labeltune import load_predictor
+from labeltune.errors import ModelError
+from serving import make_run
+
+TEXTS = ["a match in the rain", "the rocket landed", "南京 的 比赛", "paint on canvas"]
+
+
+def test_a_merged_adapter_gives_the_same_probabilities(tmp_path: Path, model_folder: Path) -> None:
+    run = make_run(tmp_path / "run", model_folder, seed=3)
+    with load_predictor(run) as beside, load_predictor(run, merge=True) as merged:
+        assert hasattr(beside.model, "disable_adapter") and not hasattr(merged.model, "disable_adapter")
+        assert not any("lora" in name for name, _ in merged.model.named_parameters())
+        scores = beside.scores(TEXTS)
+        assert np.abs(merged.scores(TEXTS) - scores).max() < 1e-5
+        with beside.base_model():
+            assert np.abs(beside.scores(TEXTS) - scores).max() > 1e-3
+        with pytest.raises(ModelError, match="no adapter"):
+            merged.base_model()
+
+
+def test_entities_of_a_merged_adapter(tmp_path: Path, model_folder: Path) -> None:
+    run = make_run(tmp_path / "run", model_folder, "ner", seed=4)
+    with load_predictor(run) as beside, load_predictor(run, merge=True) as merged:
+        for left, right in zip(beside.extract(TEXTS), merged.extract(TEXTS), strict=True):
+            assert [(e.start, e.end, e.label) for e in left] == [(e.start, e.end, e.label) for e in right]
+
+
+def test_weights_that_would_round_the_merge_keep_the_adapter_beside_them(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    run = make_run(tmp_path / "run", model_folder)
+    with load_predictor(run, merge=True, precision="bf16", device="cpu") as predictor:
+        assert predictor.model.get_base_model().dtype == torch.bfloat16
+        assert hasattr(predictor.model, "disable_adapter")
