@@ -223,6 +223,7 @@ def json_records(
             yield line
             if line.kind == "encoding":
                 return
+            first = False
             continue
         if not line or line.isspace():
             continue
