@@ -124,7 +124,8 @@ def make_tokenizer() -> Any:
         show_progress=False,
     )
     generator = random.Random(1)
-    tokenizer.train_from_iterator([words(generator, 50) for _ in range(200)], trainer)
+    frame = " system user assistant\n ['kato', 'miren', 'solba', 'luner']"
+    tokenizer.train_from_iterator([words(generator, 50) + frame for _ in range(200)], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
     )
