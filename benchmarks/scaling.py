@@ -64,7 +64,7 @@ class Memory:
         return found
 
 
-def stages(rows_file: Path, tokenizer_folder: Path, workers: int) -> dict[str, Any]:
+def stages(rows_file: Path, tokenizer_folder: Path, workers: int, until: str) -> dict[str, Any]:
     """In a process of its own: the stages of preparing a run, as training and `data check` do them."""
     from labeltune.config import build_config
     from labeltune.data.audit import add_duplicates
@@ -81,7 +81,7 @@ def stages(rows_file: Path, tokenizer_folder: Path, workers: int) -> dict[str, A
     template = ChatTemplate(load_tokenizer(tokenizer_folder))
     import datasets.arrow_writer  # noqa: F401 - imports are no cost of a row
 
-    memory, found = Memory(), {}
+    memory = Memory()
     seconds: dict[str, float] = {}
     peaks: dict[str, int] = {"before": memory.peak()}
     wall: dict[str, float] = {}
@@ -100,6 +100,9 @@ def stages(rows_file: Path, tokenizer_folder: Path, workers: int) -> dict[str, A
     done("check")
     held_out = stratified_split(rows, 0.1, 42)
     done("split")
+    found = {"rows": rows.audit.rows, "held_out": len(held_out)}
+    if until == "split":
+        return {**found, "seconds": seconds, "wall": wall, "peak": peaks}
     builder = PromptBuilder(make_task("classification", rows.audit.label_set(), config.prompt), template)
     tokens, account = tokenize_rows(rows.dataset, builder, workers)
     done("tokenize")
@@ -107,8 +110,8 @@ def stages(rows_file: Path, tokenizer_folder: Path, workers: int) -> dict[str, A
     done("read again")
     plan = plan_tokens(tokens, config.training, 2048, "shared_prefix", workers=workers)
     done("plan")
-    found = {"rows": rows.audit.rows, "held_out": len(held_out), "tokens": account.tokens}
-    return {**found, "computed": plan.computed, "seconds": seconds, "wall": wall, "peak": peaks}
+    found |= {"tokens": account.tokens, "computed": plan.computed}
+    return {**found, "seconds": seconds, "wall": wall, "peak": peaks}
 
 
 def _clocks() -> tuple[float, float]:
@@ -145,6 +148,8 @@ def cost(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             str(folder / "tokenizer"),
             "--workers",
             str(given.workers),
+            "--until",
+            given.until,
         ]
         printed = child(line, LABELTUNE_CACHE=str(folder / "cache"), TOKENIZERS_PARALLELISM="false")
         record = {
@@ -155,7 +160,7 @@ def cost(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         print(record, file=sys.stderr, flush=True)
         found.append(record)
         file.unlink()
-        shutil.rmtree(folder / "cache")
+        shutil.rmtree(folder / "cache", ignore_errors=True)
     return found
 
 
@@ -169,15 +174,18 @@ def cost_table(found: list[dict[str, Any]]) -> str:
     for record in found:
         shown = []
         for stage in STAGES:
+            if stage not in record["seconds"]:
+                shown.append("")
+                continue
             value = record["seconds"][stage]
             ratio = f" ({value / before[stage]:.1f}x)" if stage in before else ""
             shown.append(f"{value:.2f}{ratio}")
         before = record["seconds"]
-        most = max(record["peak"][stage] for stage in ("check", "split", "tokenize", "read again"))
+        most = max(size for stage, size in record["peak"].items() if stage != "plan")
         allowed = 300e6 + 64 * record["rows"]
         lines.append(
             f"| {record['rows']:,} | {record['workers']} | {' | '.join(shown)} | {record['peak']['before'] / 1e6:.0f} "
-            f"| {most / 1e6:.0f} | {allowed / 1e6:.0f} | {record['peak']['plan'] / 1e6:.0f} |"
+            f"| {most / 1e6:.0f} | {allowed / 1e6:.0f} | {record['peak'].get('plan', 0) / 1e6:.0f} |"
         )
     return "\n".join(lines)
 
@@ -245,6 +253,7 @@ def main() -> None:
     costs = commands.add_parser("cost")
     costs.add_argument("--rows", default="1000,10000,100000,1000000")
     costs.add_argument("--workers", type=int, default=1)
+    costs.add_argument("--until", choices=["split", "plan"], default="plan", help="last stage")
     predicts = commands.add_parser("predict")
     predicts.add_argument("--rows", type=int, default=20_000)
     for command in (costs, predicts):
@@ -253,9 +262,10 @@ def main() -> None:
     one.add_argument("file", type=Path)
     one.add_argument("tokenizer", type=Path)
     one.add_argument("--workers", type=int)
+    one.add_argument("--until")
     given = parser.parse_args()
     if given.what == "stages":
-        print(json.dumps(stages(given.file, given.tokenizer, given.workers)))
+        print(json.dumps(stages(given.file, given.tokenizer, given.workers, given.until)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         found = (cost if given.what == "cost" else predict)(given, Path(temporary))
