@@ -14,7 +14,17 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "labeltune"
 LAYERS = (
     ("types", "errors"),
     ("config", "config_sections", "yaml_text"),
-    ("progress", "run_folder", "folder_lock", "config_table", "pages", "untrusted", "ranks"),
+    (
+        "progress",
+        "processes",
+        "run_folder",
+        "folder_lock",
+        "config_table",
+        "pages",
+        "untrusted",
+        "ranks",
+        "ray_session",
+    ),
     ("prompts", "data"),
     ("modeling", "tasks"),
     ("evaluation", "training", "inference", "tracking"),
@@ -98,6 +108,14 @@ def test_one_module_knows_swanlab(path: Path) -> None:
 def test_one_module_knows_gradio(path: Path) -> None:
     found = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"), "labeltune")}
     assert ("gradio" in found) == (module_name(path) == "serve.playground")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_ray_stays_behind_one_session_and_its_two_users(path: Path) -> None:
+    found = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"), "labeltune")}
+    assert ("ray" in found) == (
+        module_name(path) in ("ray_session", "sweep.parallel", "inference.ray_engine")
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)

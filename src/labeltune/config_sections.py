@@ -98,6 +98,10 @@ class DataConfig(Section):
         "stop", description="what training does with faulty rows: stop, or skip them and say how many"
     )
     max_rows: int | None = Field(None, ge=1, description="use only the first rows of `train`")
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="processes that check and tokenize, never the result; auto: one a core, one alone for small files",
+    )
 
     @model_validator(mode="after")
     def _labels_are_distinct(self) -> DataConfig:

@@ -39,6 +39,9 @@ def check(
         Path | None,
         typer.Option(help="HTML page to write: near-duplicates, labels that look wrong, token account."),
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; data.workers of the config when missing.", min=1)
+    ] = None,
 ) -> None:
     """List every fault with file:line; exit 1 on errors, 0 otherwise."""
     from labeltune import recipes
@@ -48,6 +51,8 @@ def check(
 
         check_report(report)
     config, train_file, test_file = _check_target(file, test, task, labels)
+    if workers is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     model = _model_at_hand(tokenizer, config if Path(file).suffix in (".yaml", ".yml") else None)
     loaded = _load_tokenizer(model) if model is not None else None
     counter = _token_counter(loaded) if loaded is not None else None

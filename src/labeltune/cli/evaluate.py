@@ -30,13 +30,20 @@ def evaluate(
         Path | None,
         typer.Option("--output", "-o", help="Folder for metrics.json, predictions.jsonl and report.html."),
     ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: on many processes or machines.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="Models loaded side by side by ray.", min=1)] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster, e.g. auto; this machine when missing.")
+    ] = None,
 ) -> None:
     """Measure a run on labelled rows; JSON on standard output."""
+    from labeltune.cli.predict import check_engine
     from labeltune.cli.quiet import quiet_libraries
     from labeltune.errors import ConfigError
 
     if on_error not in ("stop", "skip"):
         raise ConfigError(f"--on-error must be stop or skip, not {on_error!r}")
+    check_engine(engine, workers, address)
     quiet_libraries()
     from labeltune import recipes
 
@@ -50,6 +57,9 @@ def evaluate(
         overrides=overrides or [],
         train_data=train_data,
         decoding=decoding,
+        engine="ray" if engine == "ray" else "local",
+        workers=workers,
+        address=address,
     )
     print_summary(metrics)
     print(json.dumps(metrics, ensure_ascii=False, indent=2))

@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from labeltune import __version__
-from labeltune.cli import board, compare, data, doctor, evaluate, export, init, predict, serve, sweep, train
+from labeltune.cli import (
+    board,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    export,
+    init,
+    plan,
+    predict,
+    serve,
+    sweep,
+    train,
+)
 from labeltune.errors import LabeltuneError
 from labeltune.run_folder import why_not_written
 
@@ -41,6 +54,7 @@ def _main(
 app.command("init")(init.init)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("sweep")(sweep.sweep)
 app.command("evaluate")(evaluate.evaluate)

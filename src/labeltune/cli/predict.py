@@ -25,7 +25,7 @@ def predict(
         str | None, typer.Option(help="Candidate labels, as a list or between commas.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="jsonl to write; standard output when missing.")
+        str | None, typer.Option("--output", "-o", help="jsonl to write; standard output when missing.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an output that was left unfinished.")
@@ -40,6 +40,22 @@ def predict(
     long_text: Annotated[
         str | None, typer.Option(help="truncate or window; the run's own when missing.")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="local, or ray: blocks of FILE on many processes or machines, OUTPUT is a folder."),
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Models loaded side by side by ray; one a GPU, or one a machine without GPUs.", min=1
+        ),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster, e.g. auto; this machine when missing.")
+    ] = None,
+    block_rows: Annotated[
+        int, typer.Option(help="Rows of a part that ray writes; a multiple of 256.", min=256)
+    ] = 4096,
 ) -> None:
     """Predict; one JSON line a row, with its id, in the order of the input. On stdin every line is a document.
 
@@ -54,6 +70,20 @@ def predict(
         labels = tuple(label for label in parse_candidates(category) if label) if category else ()
     except DataError as error:
         raise DataError(f"--category {error}") from None
+    check_engine(engine, workers, address)
+    changes = {"decoding": decoding, "long_text": long_text}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if engine == "ray":
+        if file is None or file == "-" or output is None or text:
+            raise ConfigError(
+                "--engine ray needs an input file or folder, and --output for a folder of parts"
+            )
+        quiet_libraries()
+        from labeltune.recipes.spreading import predict_spread
+
+        how = top_k, min_confidence
+        _end(predict_spread(run, file, output, labels, *how, changes, resume, block_rows, workers, address))
+        return
     given: list[Example] = []
     path: Path | None = None
     if text:
@@ -74,8 +104,6 @@ def predict(
     from labeltune.inference.stream import BadRow, count_rows, predict_file, predict_rows, read_rows, to_line
     from labeltune.progress import row_progress
 
-    changes = {"decoding": decoding, "long_text": long_text}
-    changes = {key: value for key, value in changes.items() if value is not None}
     bad = 0
     with load_predictor(run, merge=True) as predictor:
         predictor.change(**changes)
@@ -86,7 +114,7 @@ def predict(
                 bad = predict_file(
                     predictor,
                     path,
-                    output,
+                    Path(output),
                     labels=labels,
                     resume=resume,
                     min_confidence=min_confidence,
@@ -105,10 +133,28 @@ def predict(
                     else:
                         written.append(lines)
                 if output is not None:
-                    write_text(output, "".join(written))
+                    write_text(Path(output), "".join(written))
+    _end(bad)
+
+
+def _end(bad: int) -> None:
     if bad:
         print(f"{bad} rows could not be predicted; their lines hold an error", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def check_engine(engine: str, workers: int | None, address: str | None) -> None:
+    """Raise what is wrong with `--engine`, `--workers` and `--address`."""
+    import importlib.util
+
+    from labeltune.errors import ConfigError, MissingExtraError
+
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"--engine must be local or ray, not {engine!r}")
+    if engine == "local" and (workers is not None or address is not None):
+        raise ConfigError("--workers and --address need --engine ray")
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("--engine ray", "ray")
 
 
 def _stdin_row(number: int, line: str, labels: tuple[str, ...]) -> Example:

@@ -6,8 +6,9 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy
 
 from labeltune.config import ColumnsConfig, DataConfig, TaskName
 from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record, readable_mentions
-from labeltune.data.sources import iter_records
+from labeltune.data.sources import Record, iter_records
 from labeltune.types import Example
 
 #: Fault messages kept; beyond it they are counted only.
@@ -38,6 +39,7 @@ class Audit:
         repeated_mentions: readable NER rows that name the same (text, label) pair more than once. Readable are rows
             whose text and pairs can be read, also where they are unusable, e.g. because a span does not match: what a
             file holds must not depend on which of its rows have other faults.
+        without_candidates: usable classification rows that name no candidates; `first_without` is the place of the first.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Audit:
     labels: Counter[str] = field(default_factory=Counter)
     candidates: set[str] = field(default_factory=set)
     without_candidates: int = 0
+    first_without: str = ""
     text_hashes: array[int] = field(default_factory=lambda: array("Q"))
     answer_hashes: array[int] = field(default_factory=lambda: array("Q"))
     lengths: array[int] = field(default_factory=lambda: array("I"))
@@ -61,6 +64,22 @@ class Audit:
         self.counts[fault.kind] += 1
         if len(self.faults) < MAX_LISTED:
             self.faults.append(fault)
+
+    def extend(self, other: Audit) -> None:
+        """Take over what was found in the records that follow in the same file."""
+        self.rows += other.rows
+        self.usable += other.usable
+        self.without_entities += other.without_entities
+        self.repeated_mentions += other.repeated_mentions
+        self.without_candidates += other.without_candidates
+        self.first_without = self.first_without or other.first_without
+        self.faults += other.faults[: MAX_LISTED - len(self.faults)]
+        self.counts.update(other.counts)
+        self.labels.update(other.labels)
+        self.candidates |= other.candidates
+        self.text_hashes.extend(other.text_hashes)
+        self.answer_hashes.extend(other.answer_hashes)
+        self.lengths.extend(other.lengths)
 
     @property
     def errors(self) -> int:
@@ -117,12 +136,24 @@ def audit_file(
         write: called with every usable example, in order.
         max_rows: stop after this many records.
     """
+    audit = Audit(path, task, length_unit="tokens" if token_counts else "characters")
+    add_records(audit, islice(iter_records(path), max_rows), 0, data, token_counts, write)
+    return finished(audit, data)
+
+
+def add_records(
+    audit: Audit,
+    records: Iterable[Record],
+    first: int,
+    data: DataConfig | None,
+    token_counts: Callable[[list[str]], list[int]] | None,
+    write: Callable[[Example], None] | None,
+) -> None:
+    """Check records, the first of which has the number `first` in its file."""
     columns: ColumnsConfig = data.columns if data is not None else ColumnsConfig()
     labels = data.labels if data is not None else None
-    audit = Audit(path, task, length_unit="tokens" if token_counts else "characters")
     pending: list[str] = []
     waiting = 0
-    first_without = ""
 
     def flush() -> None:
         if not pending:
@@ -130,24 +161,22 @@ def audit_file(
         audit.lengths.extend(token_counts(pending) if token_counts else map(len, pending))
         pending.clear()
 
-    for number, record in enumerate(iter_records(path)):
-        if max_rows is not None and number >= max_rows:
-            break
+    for number, record in enumerate(records, start=first):
         audit.rows += 1
-        example, faults = parse_record(record, number, task, columns, labels)
+        example, faults = parse_record(record, number, audit.task, columns, labels)
         for fault in faults:
             audit.add_fault(fault)
         if example is None:
-            if task == "ner":
+            if audit.task == "ner":
                 _count_mentions(audit, readable_mentions(record, columns, labels))
             continue
         audit.usable += 1
         audit.text_hashes.append(text_hash(example.text))
         audit.answer_hashes.append(_answer_hash(example))
         _count_labels(audit, example)
-        if task == "classification" and not example.candidates:
+        if audit.task == "classification" and not example.candidates:
             audit.without_candidates += 1
-            first_without = first_without or record.where
+            audit.first_without = audit.first_without or record.where
         pending.append(example.text)
         waiting += len(example.text)
         if len(pending) >= _BATCH or waiting >= _BATCH_CHARACTERS:
@@ -156,11 +185,17 @@ def audit_file(
         if write is not None:
             write(example)
     flush()
+
+
+def finished(audit: Audit, data: DataConfig | None) -> Audit:
+    """An audit of all records, with the faults that only the whole file shows."""
+    columns: ColumnsConfig = data.columns if data is not None else ColumnsConfig()
+    labels = data.labels if data is not None else None
     if 0 < audit.without_candidates < audit.usable and labels is None:
         audit.add_fault(
             Fault(
                 "missing_field",
-                first_without,
+                audit.first_without,
                 f"{audit.without_candidates} of {audit.usable} rows (this is the first) have no candidates in "
                 f"{columns.category!r} while others have; add them, or set data.labels",
             )

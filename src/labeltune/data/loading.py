@@ -16,9 +16,11 @@ import numpy
 
 from labeltune.config import DataConfig, HubConfig, TaskName
 from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file
+from labeltune.data.audit_blocks import ENOUGH_BYTES, audit_blocks, can_be_cut
 from labeltune.data.schemas import FAULT_KINDS, Fault
 from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError, OutputError
+from labeltune.processes import worker_count
 from labeltune.run_folder import writing
 from labeltune.types import Example
 
@@ -105,7 +107,6 @@ def load_rows(
         OutputError: there is no room for the Arrow file.
     """
     from datasets import Dataset
-    from datasets.arrow_writer import ArrowWriter
 
     path = resolve_data(spec, hub)
     folder = folder or _temporary_folder()
@@ -113,18 +114,8 @@ def load_rows(
         # A name of its own: rows loaded earlier are still mapped from theirs.
         handle, target = tempfile.mkstemp(dir=folder, prefix=f"{task}-", suffix=".arrow")
         os.close(handle)
-    schema = features()
     try:
-        with ArrowWriter(path=target, features=schema, writer_batch_size=1000) as writer:
-            audit = audit_file(
-                path,
-                task,
-                data,
-                token_counts=token_counts,
-                write=_Writing(writer),
-                max_rows=max_rows,
-            )
-            writer.finalize()
+        audit = _audit_into(target, path, task, data, token_counts, max_rows)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(
@@ -134,9 +125,49 @@ def load_rows(
     dataset = (
         Dataset.from_file(target)
         if audit.usable
-        else Dataset.from_dict({k: [] for k in schema}, features=schema)
+        else Dataset.from_dict({k: [] for k in features()}, features=features())
     )
     return Rows(dataset, audit)
+
+
+def _audit_into(
+    target: str,
+    path: Path,
+    task: TaskName,
+    data: DataConfig | None,
+    token_counts: Callable[[list[str]], list[int]] | None,
+    max_rows: int | None,
+) -> Audit:
+    """Check a file, in several processes where that pays and gives the same; usable rows go to the Arrow file `target`."""
+    import pyarrow as pa
+    from datasets.arrow_writer import ArrowWriter
+
+    schema = features()
+    wanted = data.workers if data is not None else "auto"
+    workers = worker_count(wanted, path.stat().st_size >= ENOUGH_BYTES)
+    if workers > 1 and can_be_cut(path):
+        arrow = schema.arrow_schema
+        try:
+            with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, arrow) as stream:
+                write = stream.write_table
+                return audit_blocks(
+                    path, task, data, arrow, write, workers, token_counts=token_counts, max_rows=max_rows
+                )
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            if path.suffix.lower() != ".parquet":
+                raise
+            # A damaged file: one process, below, says from which row on.
+    with ArrowWriter(path=target, features=schema, writer_batch_size=1000) as writer:
+        audit = audit_file(
+            path,
+            task,
+            data,
+            token_counts=token_counts,
+            write=_Writing(writer),
+            max_rows=max_rows,
+        )
+        writer.finalize()
+    return audit
 
 
 class _Writing:
@@ -255,26 +286,38 @@ def stratified_split(rows: Rows, fraction: float, seed: int) -> numpy.ndarray[An
     A stratum is a label (classification) or the set of a row's entity types (NER). A stratum of one text stays in
     training.
     """
-    strata: dict[str, dict[int, list[int]]] = {}
-    hashes = rows.audit.text_hashes
-    columns = rows.dataset.select_columns(["label", "entities"])
-    for number, row in enumerate(columns):
-        strata.setdefault(stratum(row), {}).setdefault(hashes[number], []).append(number)
+    codes, names = _strata(rows)
+    hashes = numpy.frombuffer(rows.audit.text_hashes, dtype=numpy.uint64)
+    order = numpy.argsort(codes, kind="stable")
+    ends = numpy.cumsum(numpy.bincount(codes, minlength=len(names)))
     generator = numpy.random.default_rng(seed)
-    held_out: list[int] = []
-    taken: set[int] = set()
+    taken = []
     carry = 0.0
-    for name in sorted(strata):
-        groups = strata[name]
-        keys = sorted(groups, key=lambda key: groups[key][0])
-        if len(keys) == 1:
+    for name in sorted(names):
+        code = names[name]
+        inside = hashes[order[ends[code - 1] if code else 0 : ends[code]]]
+        texts, firsts = numpy.unique(inside, return_index=True)
+        if len(texts) == 1:
             continue
-        want = fraction * len(keys) + carry
-        count = min(round(want), len(keys) - 1)
+        want = fraction * len(texts) + carry
+        count = min(round(want), len(texts) - 1)
         carry = min(want - count, 0.5)
-        chosen = generator.permutation(len(keys))[:count]
-        taken.update(keys[index] for index in chosen)
-    for number, key in enumerate(hashes):
-        if key in taken:
-            held_out.append(number)
-    return numpy.array(held_out, dtype=numpy.int64)
+        chosen = generator.permutation(len(texts))[:count]
+        taken.append(texts[numpy.argsort(firsts)[chosen]])
+    if not taken:
+        return numpy.zeros(0, dtype=numpy.int64)
+    return numpy.flatnonzero(numpy.isin(hashes, numpy.concatenate(taken)))
+
+
+def _strata(rows: Rows) -> tuple[numpy.ndarray[Any, Any], dict[str, int]]:
+    """The stratum of every row as a number, shape [rows], int32; and the numbers by name."""
+    names: dict[str, int] = {}
+    codes = numpy.zeros(len(rows.dataset), dtype=numpy.int32)
+    at = 0
+    for batch in (
+        rows.dataset.select_columns(["label", "entities"]).with_format("arrow").iter(batch_size=1000)
+    ):
+        for row in batch.to_pylist():
+            codes[at] = names.setdefault(stratum(row), len(names))
+            at += 1
+    return codes, names

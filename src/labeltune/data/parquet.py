@@ -20,25 +20,56 @@ def iter_rows(path: Path, max_length: int) -> Iterator[dict[str, Any] | str]:
         max_length: characters that a string may have.
     """
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        schema = pyarrow.parquet.read_schema(path)
-        twice = next((name for i, name in enumerate(schema.names) if name in schema.names[:i]), None)
-        if twice is not None:
-            yield f"two columns are called {twice!r}; rename one; the rest was not read"
-            return
-        # As dictionaries, so that a value that stands in a million rows is read once.
-        strings = [
-            f.name for f in schema if pyarrow.types.is_string(f.type) or pyarrow.types.is_large_string(f.type)
-        ]
-        with pyarrow.parquet.ParquetFile(
-            path, read_dictionary=strings, page_checksum_verification=True
-        ) as file:
-            for batch in file.iter_batches(batch_size=_batch_rows(file)):
-                yield from _rows(batch, max_length)
+        yield from read_rows(path, max_length)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         yield f"not readable parquet: {error}"
+
+
+def read_rows(
+    source: Any, max_length: int, groups: list[int] | None = None, skip: int = 0
+) -> Iterator[dict[str, Any] | str]:
+    """The same for a path or an open file, or for some of its row groups.
+
+    Args:
+        groups: numbers of row groups; all when None.
+        skip: rows of these groups that are passed over.
+
+    Raises:
+        pyarrow.ArrowException: the file is damaged.
+    """
+    import pyarrow.parquet
+
+    twice = repeated_column(source)
+    if twice is not None:
+        yield f"two columns are called {twice!r}; rename one; the rest was not read"
+        return
+    # As dictionaries, so that a value that stands in a million rows is read once.
+    strings = [
+        f.name
+        for f in pyarrow.parquet.read_schema(source)
+        if pyarrow.types.is_string(f.type) or pyarrow.types.is_large_string(f.type)
+    ]
+    with pyarrow.parquet.ParquetFile(
+        source, read_dictionary=strings, page_checksum_verification=True
+    ) as file:
+        for batch in file.iter_batches(batch_size=_batch_rows(file), row_groups=groups):
+            wanted = batch.slice(min(skip, len(batch)))
+            skip -= len(batch) - len(wanted)
+            yield from _rows(wanted, max_length)
+
+
+def repeated_column(source: Any) -> str | None:
+    """The name that two columns of a parquet file have, if any.
+
+    Raises:
+        pyarrow.ArrowException: the file is damaged.
+    """
+    import pyarrow.parquet
+
+    names = pyarrow.parquet.read_schema(source).names
+    return next((str(name) for i, name in enumerate(names) if name in names[:i]), None)
 
 
 def _batch_rows(file: Any) -> int:

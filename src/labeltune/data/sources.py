@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -141,7 +141,7 @@ def iter_records(path: Path) -> Iterator[Record]:
     elif suffix == ".parquet":
         yield from _iter_parquet(path)
     else:
-        yield from _iter_jsonl(path)
+        yield from json_records(str(path), _iter_lines(path))
 
 
 class LongLine(bytes):
@@ -169,53 +169,72 @@ def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
         yield long
 
 
+def decoded_lines(
+    name: str, lines: Iterable[bytes], number: int = 1, offset: int = 0
+) -> Iterator[tuple[int, str | Record]]:
+    """Lines with their numbers, decoded. A line that is too long becomes a record; so does one that is not UTF-8, and that
+    ends the file.
+
+    Args:
+        name: the file's name for messages.
+        lines: as `bounded_lines` gives them.
+        number: of the first line.
+        offset: bytes before it.
+    """
+    for at, raw in enumerate(lines, start=number):
+        if isinstance(raw, LongLine):
+            problem = (
+                f"the line has {raw.size} bytes, and a row may have {MAX_LINE_BYTES}; split the document"
+            )
+            yield at, Record(f"{name}:{at}", None, "unparsable_line", problem)
+            offset += raw.size
+            continue
+        if at == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            yield at, _encoding_fault(name, at, 0, "the file is UTF-16", "UTF-16")
+            return
+        if at == 1 and raw.startswith(b"\xef\xbb\xbf"):
+            raw, offset = raw[3:], 3
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield at, _encoding_fault(name, at, offset + error.start, "not valid UTF-8")
+            return
+        yield at, text
+        offset += len(raw)
+
+
 def _iter_lines(path: Path) -> Iterator[tuple[int, str | Record]]:
-    """Decoded lines with their number. A line that is too long becomes a record; so does one that is not UTF-8, and that
-    ends the file."""
-    offset = 0
     with path.open("rb") as file:
-        for number, raw in enumerate(bounded_lines(file), start=1):
-            if isinstance(raw, LongLine):
-                problem = (
-                    f"the line has {raw.size} bytes, and a row may have {MAX_LINE_BYTES}; split the document"
-                )
-                yield number, Record(f"{path}:{number}", None, "unparsable_line", problem)
-                offset += raw.size
-                continue
-            if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                yield number, _encoding_fault(path, number, 0, "the file is UTF-16", "UTF-16")
-                return
-            if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
-                raw, offset = raw[3:], 3
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield number, _encoding_fault(path, number, offset + error.start, "not valid UTF-8")
-                return
-            yield number, text
-            offset += len(raw)
+        yield from decoded_lines(str(path), bounded_lines(file))
 
 
-def _encoding_fault(path: Path, line: int, offset: int, what: str, encoding: str = "GB18030") -> Record:
-    fix = f"convert it with: iconv -f {encoding} -t UTF-8 {path.name} (or from whatever encoding it has)"
+def _encoding_fault(name: str, line: int, offset: int, what: str, encoding: str = "GB18030") -> Record:
+    last = name.replace("\\", "/").rpartition("/")[2]
+    fix = f"convert it with: iconv -f {encoding} -t UTF-8 {last} (or from whatever encoding it has)"
     return Record(
-        f"{path}:{line}", None, "encoding", f"{what} at byte {offset}; {fix}; the rest was not read"
+        f"{name}:{line}", None, "encoding", f"{what} at byte {offset}; {fix}; the rest was not read"
     )
 
 
-def _iter_jsonl(path: Path) -> Iterator[Record]:
-    lines = _iter_lines(path)
-    first = True
+def json_records(
+    name: str, lines: Iterable[tuple[int, str | Record]], first: bool = True
+) -> Iterator[Record]:
+    """Decoded lines -> records.
+
+    Args:
+        first: no record stands before these lines.
+    """
     for number, line in lines:
-        where = f"{path}:{number}"
+        where = f"{name}:{number}"
         if isinstance(line, Record):
             yield line
             if line.kind == "encoding":
                 return
+            first = False
             continue
-        if not line.strip():
+        if not line or line.isspace():
             continue
-        if first and path.suffix.lower() == ".json" and line.lstrip().startswith("["):
+        if first and is_json_array(name, line):
             yield Record(
                 where, None, "unparsable_line", "a JSON array; write one JSON object a line (jsonl) instead"
             )
@@ -232,6 +251,11 @@ def _iter_jsonl(path: Path) -> Iterator[Record]:
             yield Record(
                 where, None, "unparsable_line", f"a JSON object is expected, not a {type(values).__name__}"
             )
+
+
+def is_json_array(name: str, first_line: str) -> bool:
+    """Whether a file is one JSON array, by its name and its first line that is not blank; it is read no further."""
+    return name.lower().endswith(".json") and first_line.lstrip().startswith("[")
 
 
 @lru_cache(maxsize=1)
@@ -318,8 +342,18 @@ def _iter_csv(path: Path) -> Iterator[Record]:
 def _iter_parquet(path: Path) -> Iterator[Record]:
     from labeltune.data.parquet import iter_rows
 
-    for row, values in enumerate(iter_rows(path, MAX_LINE_BYTES), start=1):
+    return parquet_records(str(path), iter_rows(path, MAX_LINE_BYTES))
+
+
+def parquet_records(name: str, rows: Iterable[dict[str, Any] | str], first: int = 0) -> Iterator[Record]:
+    """Rows of `labeltune.data.parquet` as records.
+
+    Args:
+        name: the file's name for messages.
+        first: number of the first row, from 0.
+    """
+    for row, values in enumerate(rows, start=first + 1):
         if isinstance(values, dict):
-            yield Record(f"{path}:row {row}", values)
+            yield Record(f"{name}:row {row}", values)
         else:
-            yield Record(f"{path}:row {row}", None, "unparsable_line", values)
+            yield Record(f"{name}:row {row}", None, "unparsable_line", values)

@@ -9,7 +9,7 @@ from typing import Any
 
 from labeltune.config import HubConfig, RunConfig
 from labeltune.inference.answers import Calibration
-from labeltune.inference.predictor import Predictor
+from labeltune.inference.predictor import Predictor, changed_generation, fingerprint
 from labeltune.modeling.hub import load_model, load_tokenizer, resolve_model, snapshot
 from labeltune.modeling.lora import load_adapter, merge_adapter
 from labeltune.modeling.precision import pick_precision
@@ -72,7 +72,6 @@ def predictor_on(model: Any, folder: Path, trust_remote_code: bool = False) -> P
     tokenizer.chat_template = info.chat_template
     task = make_task(info.task, info.labels, info.prompt)
     calibration = Calibration.load(folder)
-    weights = folder / ("adapter_model.safetensors" if info.adapter else "model.safetensors.index.json")
     return Predictor(
         model,
         task,
@@ -82,7 +81,42 @@ def predictor_on(model: Any, folder: Path, trust_remote_code: bool = False) -> P
         info.calibrate,
         calibration,
         source=info.model,
-        weights=weights,
+        weights=weights_file(folder, info),
+    )
+
+
+def weights_file(folder: Path, info: RunInfo) -> Path:
+    """The file that tells a checkpoint's weights from others."""
+    return folder / ("adapter_model.safetensors" if info.adapter else "model.safetensors.index.json")
+
+
+def load_changed(run: str, changes: dict[str, Any]) -> Predictor:
+    """The predictor of `labeltune predict`: a run's with other values for keys of `generation`, its adapter merged.
+
+    A worker on another machine can call it.
+    """
+    predictor = load_predictor(run, merge=True)
+    predictor.change(**changes)
+    return predictor
+
+
+def run_fingerprint(run: str, changes: dict[str, Any]) -> str:
+    """`fingerprint` of what `load_changed` would load, without loading weights.
+
+    Raises:
+        ConfigError: a change is not possible.
+        HubError: the hub cannot be reached or has no such checkpoint.
+        ModelError: there is no complete checkpoint.
+    """
+    folder = checkpoint_of(run)
+    info = RunInfo.load(folder)
+    return fingerprint(
+        info.model,
+        weights_file(folder, info),
+        make_task(info.task, info.labels, info.prompt),
+        changed_generation(info.generation, changes),
+        info.calibrate,
+        Calibration.load(folder),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -121,14 +121,7 @@ class Predictor:
         Raises:
             ConfigError: there is no such key, or it does not take the value.
         """
-        try:
-            values = {**self.generation.model_dump(), **generation}
-            self.generation = GenerationConfig.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(
-                f"generation.{'.'.join(map(str, first['loc']))}={first['input']}: {first['msg']}"
-            ) from None
+        self.generation = changed_generation(self.generation, generation)
 
     def scores(self, texts: str | Iterable[str | Example], labels: Sequence[str] | None = None) -> Any:
         """Probabilities of labels as an array of shape [rows, labels], in the order of `labels` (the run's own when None).
@@ -289,13 +282,9 @@ class Predictor:
 
     def fingerprint(self) -> str:
         """Names everything that answers follow from but the rows: weights by their adapter or model file, and settings."""
-        known = ""
-        if self.weights is not None:
-            found = self.weights.exists()
-            known = file_hash(self.weights) if found else str(self.weights.parent.resolve())
-        settings = [self.generation, self.calibrate, self.task.prompt]
-        values = [f"{self.source} {known}", *(s.model_dump_json() for s in settings), repr(self.calibration)]
-        return hashlib.sha256("\n".join([*values, *self.task.labels]).encode()).hexdigest()
+        return fingerprint(
+            self.source, self.weights, self.task, self.generation, self.calibrate, self.calibration
+        )
 
     def base_model(self) -> AbstractContextManager[None]:
         """Inside this context the adapter is switched off: the untuned model answers, with uncalibrated probabilities.
@@ -351,6 +340,38 @@ class Predictor:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def changed_generation(generation: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
+    """Other values for keys of `generation`.
+
+    Raises:
+        ConfigError: there is no such key, or it does not take the value.
+    """
+    try:
+        return GenerationConfig.model_validate({**generation.model_dump(), **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"generation.{'.'.join(map(str, first['loc']))}={first['input']}: {first['msg']}"
+        ) from None
+
+
+def fingerprint(
+    source: str,
+    weights: Path | None,
+    task: Task,
+    generation: GenerationConfig,
+    calibrate: CalibrateConfig,
+    calibration: Calibration,
+) -> str:
+    """See `Predictor.fingerprint`; this one needs no model."""
+    known = ""
+    if weights is not None:
+        known = file_hash(weights) if weights.exists() else str(weights.parent.resolve())
+    settings = [generation, calibrate, task.prompt]
+    values = [f"{source} {known}", *(s.model_dump_json() for s in settings), repr(calibration)]
+    return hashlib.sha256("\n".join([*values, *task.labels]).encode()).hexdigest()
 
 
 def _in_rows(parts: int, rows: int, on_rows: Callable[[int], None] | None) -> Callable[[int], None] | None:

@@ -7,13 +7,14 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from labeltune.data.schemas import Fault, parse_record
-from labeltune.data.sources import bounded_lines, iter_records
+from labeltune.data.sources import Record, bounded_lines, iter_records
 from labeltune.errors import DataError, OutputError, PromptError
 from labeltune.folder_lock import alone_with
 from labeltune.inference.predictor import Predictor
@@ -42,9 +43,16 @@ Row = Example | BadRow
 
 def read_rows(path: Path, predictor: Predictor, labels: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of a file, each an example or the reason why not; `labels` are for rows that bring no candidates."""
+    return rows_of(iter_records(path), predictor, labels)
+
+
+def rows_of(
+    records: Iterable[Record], predictor: Predictor, labels: Sequence[str] = (), first: int = 0
+) -> Iterator[Row]:
+    """The rows of records, of which `first` is the number of the first one in its file."""
     task = predictor.task
     labels_known = task.labels if task.name == "ner" else None
-    for number, record in enumerate(iter_records(path)):
+    for number, record in enumerate(records, start=first):
         example, faults = parse_record(
             record, number, task.name, predictor.columns, labels_known, answers_required=False
         )
@@ -136,13 +144,16 @@ def predict_file(
     Raises:
         OutputError: nothing to resume, the rest belongs to another input, run or setting, or another process writes it.
     """
-    # Not beside the output, where it would stay behind.
-    lock = (
-        Path(tempfile.gettempdir())
-        / f"labeltune-{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:32]}.lock"
-    )
-    with alone_with(lock, f"another predict writes {output}", "wait for it, or choose another --output"):
+    with alone_with_output(str(output.resolve()), str(output)):
         return _predict_into(predictor, path, output, labels, resume, min_confidence, top_k, progress)
+
+
+def alone_with_output(where: str, name: str) -> AbstractContextManager[None]:
+    """Keep other predicts on this machine away from an output while the context is open."""
+    # Not beside the output, where it would stay behind.
+    digest = hashlib.sha256(where.encode()).hexdigest()[:32]
+    lock = Path(tempfile.gettempdir()) / f"labeltune-{digest}.lock"
+    return alone_with(lock, f"another predict writes {name}", "wait for it, or choose another --output")
 
 
 def _predict_into(

@@ -35,11 +35,12 @@ class LocalModel:
     cache_dir: str | None = None
 
 
-def resolve_model(spec: str, hub: HubConfig | None = None) -> LocalModel:
+def resolve_model(spec: str, hub: HubConfig | None = None, *, weights: bool = True) -> LocalModel:
     """Find or fetch the files of a model.
 
     Args:
         spec: a folder, `ms:org/name` (ModelScope), `hf:org/name` (Hugging Face), `pocket` or `pocket-zh`.
+        weights: False where configuration and tokenizer will do; a hub's weights are then not fetched.
 
     Raises:
         HubError: a hub cannot be reached or has no such model.
@@ -50,7 +51,7 @@ def resolve_model(spec: str, hub: HubConfig | None = None) -> LocalModel:
     if spec in POCKET_MODELS:
         return LocalModel(pocket_folder(spec, hub.accept_license), spec)
     if spec.startswith(("ms:", "hf:")):
-        folder = snapshot(spec, hub)
+        folder = snapshot(spec, hub, weights=weights)
     else:
         folder = Path(spec).expanduser()
         if not folder.is_dir():
@@ -58,11 +59,11 @@ def resolve_model(spec: str, hub: HubConfig | None = None) -> LocalModel:
                 f"model folder {spec} does not exist (looked in {Path.cwd()}). For a hub write ms:org/name or hf:org/name; "
                 f"{ALTERNATIVES}"
             )
-    _check_files(folder, spec)
+    _check_files(folder, spec, weights)
     return LocalModel(folder, spec, hub.revision, hub.cache_dir)
 
 
-def snapshot(spec: str, hub: HubConfig) -> Path:
+def snapshot(spec: str, hub: HubConfig, *, weights: bool = True) -> Path:
     """Fetch a hub's model repository, of which only what `IGNORED_FILES` leaves.
 
     Args:
@@ -75,9 +76,10 @@ def snapshot(spec: str, hub: HubConfig) -> Path:
     repo = spec[3:]
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ModelError(f"model {spec!r} must look like {spec[:3]}org/name")
+    ignored = IGNORED_FILES if weights else [*IGNORED_FILES, "*.safetensors"]
     name = "ModelScope" if spec.startswith("ms:") else "Hugging Face"
     try:
-        folder = _fetch(spec, repo, hub)
+        folder = _fetch(spec, repo, hub, ignored)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise HubError(
@@ -89,24 +91,22 @@ def snapshot(spec: str, hub: HubConfig) -> Path:
     return folder
 
 
-def _fetch(spec: str, repo: str, hub: HubConfig) -> Path:
+def _fetch(spec: str, repo: str, hub: HubConfig, ignored: list[str]) -> Path:
     if spec.startswith("ms:"):
         from modelscope import snapshot_download as ms_download
 
         return Path(
-            ms_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=IGNORED_FILES)
+            ms_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=ignored)
         )
     from huggingface_hub import snapshot_download as hf_download
 
-    return Path(
-        hf_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=IGNORED_FILES)
-    )
+    return Path(hf_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=ignored))
 
 
-def _check_files(folder: Path, spec: str) -> None:
+def _check_files(folder: Path, spec: str, weights: bool) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"model {spec}: {folder} holds no config.json; it is no model folder")
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
         found = f"only {', '.join(pickles)}, which are pickles and never loaded" if pickles else "no weights"
         raise ModelError(f"model {spec}: {folder} holds {found}; labeltune reads safetensors")

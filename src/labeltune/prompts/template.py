@@ -110,6 +110,7 @@ class ChatTemplate:
         specials = {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
         specials |= {str(token) for token in tokenizer.all_special_tokens}
         self._frames: dict[bool, _Frame] = {}
+        self._structures: dict[str, list[int]] = {}
         self._merges_system = False
         self._strips = False
         self._frames[False] = self._probe(False)
@@ -228,7 +229,10 @@ class ChatTemplate:
         return self._frames[bool(conversation.system) and not self._merges_system]
 
     def _structure_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []
+        if text not in self._structures:
+            found = self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+            self._structures[text] = list(found)
+        return self._structures[text]
 
     def _prompt_string(
         self, conversation: Conversation

@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from labeltune.config import DataConfig, HubConfig, TaskName, load_config
+from labeltune.config import DataConfig, GenerationConfig, HubConfig, RunConfig, TaskName, load_config
 from labeltune.data.loading import Rows, load_rows, load_splits
-from labeltune.errors import DataError
+from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.headline import SELECTION
 from labeltune.evaluation.metrics import classification_metrics
 from labeltune.evaluation.report import report_page
 from labeltune.evaluation.slices import slices
 from labeltune.evaluation.spans import entity_dictionary, ner_metrics
 from labeltune.recipes.selection import count_selection
-from labeltune.run_folder import write_json, write_text
+from labeltune.run_folder import RunInfo, write_json, write_text
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def evaluate(
     train_data: str | None = None,
     progress: bool = True,
     decoding: str | None = None,
+    engine: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+    address: str | None = None,
 ) -> dict[str, Any]:
     """Measure a run on labelled rows.
 
@@ -49,29 +53,56 @@ def evaluate(
         overrides: `key=value` changes when `run` is a config file.
         train_data: training rows for the dictionary baseline of NER.
         decoding: `exact` or `free`; the run's own when None.
+        engine: `ray` predicts on Ray Data; figures are those of `local` up to rounding of probabilities.
+        workers: models that `ray` loads; one a GPU, or one a machine without GPUs, when None.
+        address: a Ray cluster; this machine when None.
 
     Raises:
+        ConfigError: `calibrate.prior=batch` on Ray: it needs all rows at once.
         DataError: the rows have faults (with `on_error="stop"`), or none is usable.
         ModelError: there is no such run.
     """
-    predictor, data_config, hub = predictor_of(run, overrides)
-    with predictor:
-        if decoding is not None:
-            predictor.change(decoding=decoding)
-        rows = labelled_rows(predictor.task.name, data, data_config, hub, on_error, max_rows)
+    changes = {} if decoding is None else {"decoding": decoding}
+    with contextlib.ExitStack() as stack:
+        if engine == "local":
+            predictor, data_config, hub = predictor_of(run, overrides)
+            stack.enter_context(predictor)
+            predictor.change(**changes)
+            about_run = RunDescription(
+                predictor.task.name,
+                predictor.task.labels,
+                data_config,
+                hub,
+                predictor.generation,
+                predictor.weights,
+            )
+        else:
+            about_run = describe_run(run, overrides, changes)
+        task, labels = about_run.task, about_run.labels
+        rows = labelled_rows(task, data, about_run.data, about_run.hub, on_error, max_rows)
         examples = [rows.example(i) for i in range(len(rows.dataset))]
-        with (
-            predictor.base_model() if base else contextlib.nullcontext(),
-            row_bar(len(examples), progress) as advance,
-        ):
+        advance = stack.enter_context(row_bar(len(examples), progress))
+        if engine == "local":
+            stack.enter_context(predictor.base_model() if base else contextlib.nullcontext())
             predictions = predictor.predict(examples, on_batch=advance)
-        used = {"decoding": predictor.generation.decoding}
-        labels, task = predictor.task.labels, predictor.task.name
+        else:
+            from labeltune.recipes.spreading import answer_spread
+
+            predictions = answer_spread(
+                str(run), overrides, base, changes, examples, workers, address, advance
+            )
+    used = {"decoding": about_run.generation.decoding}
     dictionary = None
     if train_data is not None and task == "ner":
-        known = load_rows(train_data, task, data_config, hub)
+        known = load_rows(train_data, task, about_run.data, about_run.hub)
         dictionary = entity_dictionary([known.example(i) for i in range(len(known.dataset))])
-    about = {"run": str(run), "base": base, **used, "data": data, **_what_rows_are(predictor, examples)}
+    about = {
+        "run": str(run),
+        "base": base,
+        **used,
+        "data": data,
+        **_what_rows_are(about_run.weights, examples),
+    }
     metrics = all_metrics(about, examples, predictions, labels, dictionary)
     if rows.audit.errors:
         metrics["skipped"] = dict(rows.audit.counts)
@@ -108,9 +139,9 @@ def write_evaluation(
     write_text(folder / "report.html", report_page(metrics, examples, predictions))
 
 
-def _what_rows_are(predictor: Predictor, examples: Sequence[Example]) -> dict[str, Any]:
+def _what_rows_are(weights: Path | None, examples: Sequence[Example]) -> dict[str, Any]:
     """`rows_are`: test rows, or rows that this run's checkpoint and temperature were chosen on, as soon as one is."""
-    folder = predictor.weights.parent if predictor.weights is not None else None
+    folder = weights.parent if weights is not None else None
     seen = count_selection(folder, (example.text for example in examples))
     return {"rows_are": SELECTION, "selection_rows": seen} if seen else {"rows_are": "test"}
 
@@ -139,6 +170,59 @@ def labelled_rows(
     return rows
 
 
+@dataclass(frozen=True)
+class RunDescription:
+    """What measuring has to know of a run, beside its answers.
+
+    Attributes:
+        data: how its rows are read.
+        weights: file that tells its weights from others.
+    """
+
+    task: TaskName
+    labels: tuple[str, ...]
+    data: DataConfig
+    hub: HubConfig | None
+    generation: GenerationConfig
+    weights: Path | None
+
+
+def describe_run(
+    run: str | os.PathLike[str], overrides: Sequence[str], changes: Mapping[str, Any]
+) -> RunDescription:
+    """Of a run, or of the untuned model of a config file; no weights are loaded.
+
+    Raises:
+        ConfigError: a change is not possible, or its answers depend on all rows at once.
+    """
+    from labeltune.inference.load import checkpoint_of, weights_file
+    from labeltune.inference.predictor import changed_generation
+
+    weights: Path | None = None
+    hub: HubConfig | None = None
+    if Path(run).suffix in {".yaml", ".yml"}:
+        config = load_config(run, overrides)
+        task, labels, data, hub = config.task, _labels_of(config), config.data, config.hub
+        generation, calibrate = config.generation, config.calibrate
+    else:
+        folder = checkpoint_of(run)
+        info = RunInfo.load(folder)
+        task, labels, generation, calibrate = info.task, info.labels, info.generation, info.calibrate
+        data = DataConfig(labels=labels if task == "ner" else None, columns=info.columns)
+        weights = weights_file(folder, info)
+    if calibrate.prior == "batch":
+        raise ConfigError(
+            "calibrate.prior=batch looks at all rows at once; measure this run with the local engine"
+        )
+    return RunDescription(task, labels, data, hub, changed_generation(generation, changes), weights)
+
+
+def _labels_of(config: RunConfig) -> tuple[str, ...]:
+    if config.data.labels is not None:
+        return config.data.labels
+    return load_splits(config.task, config.data, config.hub, config.training.seed).labels
+
+
 def predictor_of(
     run: str | os.PathLike[str], overrides: Sequence[str] = ()
 ) -> tuple[Predictor, DataConfig, HubConfig | None]:
@@ -147,10 +231,7 @@ def predictor_of(
 
     if Path(run).suffix in {".yaml", ".yml"}:
         config = load_config(run, overrides)
-        labels = config.data.labels
-        if labels is None:
-            labels = load_splits(config.task, config.data, config.hub, config.training.seed).labels
-        return base_predictor(config, labels), config.data, config.hub
+        return base_predictor(config, _labels_of(config)), config.data, config.hub
     predictor = load_predictor(run)
     labels = predictor.task.labels if predictor.task.name == "ner" else None
     return predictor, DataConfig(labels=labels, columns=predictor.columns), None

@@ -88,9 +88,10 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
     template = ChatTemplate(tokenizer)
     task = make_task(config.task, splits.labels, config.prompt)
     builder = PromptBuilder(task, template)
-    train_tokens, account = tokenize_rows(splits.train, builder)
+    workers = config.data.workers
+    train_tokens, account = tokenize_rows(splits.train, builder, workers)
     validation_tokens = (
-        tokenize_rows(splits.validation, builder)[0] if splits.validation is not None else None
+        tokenize_rows(splits.validation, builder, workers)[0] if splits.validation is not None else None
     )
     say(
         f"tokens: {account.tokens} in {account.rows} rows, {account.answer_tokens} of them answers; "

@@ -11,16 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Ray reads these when it is imported: it listens to this machine alone, nothing is reported anywhere, relative paths keep their
-# meaning in workers, and Ctrl-C is ours to handle.
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+from labeltune.ray_session import local_cores, ray_session
+
+# Ray Tune reads these when it is imported: relative paths keep their meaning in workers, and Ctrl-C is ours to handle.
 os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
-import ray
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -128,30 +125,18 @@ def run_parallel(ledger: Ledger, workers: int) -> None:
     """
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads, gpus = max(1, cores // workers), torch.cuda.device_count()
+    threads, gpus = max(1, local_cores() // workers), torch.cuda.device_count()
     resources = {"cpu": threads, "gpu": 1 / math.ceil(workers / gpus) if gpus else 0}
     try:
-        _train_all(ledger, workers, threads, resources, gpus)
+        with ray_session(cpus=threads * workers, gpus=gpus):
+            _train_all(ledger, workers, threads, resources)
     except Exception as error:
         # What our own code raised inside Ray Tune comes out as its cause.
         cause = error.__cause__ if isinstance(error.__cause__, LabeltuneError) else error
         raise SweepError(f"Ray Tune stopped: {first_line(cause)}; the same command goes on") from error
-    finally:
-        ray.shutdown()
 
 
-def _train_all(ledger: Ledger, workers: int, threads: int, resources: dict[str, float], gpus: int) -> None:
-    ray.init(
-        address="local",
-        num_cpus=threads * workers,
-        num_gpus=gpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        # Trials hand over a line of text; Ray would reserve a third of the memory.
-        object_store_memory=100 * 2**20,
-    )
+def _train_all(ledger: Ledger, workers: int, threads: int, resources: dict[str, float]) -> None:
     with tempfile.TemporaryDirectory(prefix="labeltune-ray-") as scratch:
         tune.Tuner(
             tune.with_resources(TrialWorker, resources),

@@ -6,12 +6,16 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from labeltune.errors import OutputError
 from labeltune.modeling.pocket import cache_folder
+from labeltune.processes import mapped, worker_count
+from labeltune.progress import row_progress
 from labeltune.run_folder import writing
 from labeltune.tasks.builder import PromptBuilder
 from labeltune.types import Example
@@ -21,7 +25,13 @@ if TYPE_CHECKING:
 
 
 #: Part of the cache key; raised when the same rows are tokenized differently.
-VERSION = 2
+VERSION = 3
+#: Rows of a token file. Each file is held open while it is mapped, and 1,024 open files are a usual limit.
+SHARD_ROWS = 131_072
+#: Rows that a process tokenizes at once.
+_UNIT_ROWS = 2_048
+#: Fewer rows are tokenized before other processes would have started.
+ENOUGH_ROWS = 8_192
 #: Token files that no run has used for this long are removed.
 KEPT_SECONDS = 30 * 24 * 3600
 _OTHER_CACHE = "set LABELTUNE_CACHE to a folder that can be written"
@@ -46,7 +56,9 @@ class TokenAccount:
     cut_entities: int
 
 
-def tokenize_rows(dataset: Dataset, builder: PromptBuilder) -> tuple[Dataset, TokenAccount]:
+def tokenize_rows(
+    dataset: Dataset, builder: PromptBuilder, workers: int | Literal["auto"] = "auto"
+) -> tuple[Dataset, TokenAccount]:
     """What training reads of `token_columns`, and where the tokens go.
 
     Columns of the result: `input_ids` list of int32, `answer_start` and `answer_end` int32 (end exclusive), `length`.
@@ -55,7 +67,7 @@ def tokenize_rows(dataset: Dataset, builder: PromptBuilder) -> tuple[Dataset, To
         PromptError: a row's instruction, candidates and answer do not fit the budget.
         OutputError: the cache folder cannot be written.
     """
-    tokens = token_columns(dataset, builder)
+    tokens = token_columns(dataset, builder, workers)
     spans = tokens.with_format("numpy")
     account = TokenAccount(
         rows=len(tokens),
@@ -67,41 +79,51 @@ def tokenize_rows(dataset: Dataset, builder: PromptBuilder) -> tuple[Dataset, To
     return tokens.select_columns(["input_ids", "answer_start", "answer_end", "length"]), account
 
 
-def token_columns(dataset: Dataset, builder: PromptBuilder) -> Dataset:
-    """Token ids of every row, and which part stands where, in an Arrow file of the cache folder.
+def token_columns(
+    dataset: Dataset, builder: PromptBuilder, workers: int | Literal["auto"] = "auto"
+) -> Dataset:
+    """Token ids of every row, and which part stands where, in Arrow files of the cache folder, one for `SHARD_ROWS` rows.
 
-    The file is named by everything the tokens follow from: rows, task, prompt and tokenizer. A second run with the same
-    ones reads it; processes of one run wait for the first to write it.
+    A file is named by everything its tokens follow from: rows, task, prompt and tokenizer, but not the rows' places, so that a
+    run on the same rows reads it, on any machine that shares the folder. Processes that want the same file wait for the first to
+    write it.
 
     Columns of the result: `input_ids` list of int32; int32 each `text_start`, `text_end`, `answer_start`, `answer_end`
     (positions of tokens, ends exclusive), `length`, `excess` (tokens that the whole document has beyond the budget) and
     `cut_entities`; `shortened` bool; `cut_characters` int32, characters of the document that were cut away.
 
+    Args:
+        workers: processes; never the result. `auto`: one a core where there are many rows.
+
     Raises:
         PromptError: a row's instruction, candidates and answer do not fit the budget.
         OutputError: the cache folder cannot be written.
     """
+    import datasets
+    from filelock import FileLock
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        example = Example.from_row(row)
-        encoded = builder.training(example)
-        return {
-            "input_ids": encoded.ids,
-            "text_start": encoded.text_span[0],
-            "text_end": encoded.text_span[1],
-            "answer_start": encoded.answer_span[0],
-            "answer_end": encoded.answer_span[1],
-            "length": len(encoded.ids),
-            "shortened": encoded.text.strip() != example.text.strip(),
-            "excess": encoded.excess,
-            "cut_characters": max(0, len(example.text.strip()) - len(encoded.text.strip())),
-            "cut_entities": sum(entity.text not in encoded.text for entity in example.entities or ()),
-        }
+    folder = _token_folder()
+    _remove_unused(folder)
+    count = worker_count(workers, len(dataset) >= ENOUGH_ROWS)
+    shards = range(0, max(len(dataset), 1), SHARD_ROWS)
+    ends = [min(start + SHARD_ROWS, len(dataset)) for start in shards]
+    parts = []
+    with row_progress(len(dataset), "tokenize", len(dataset) >= ENOUGH_ROWS, last_line=False) as advance:
+        for start, end, name in zip(shards, ends, _shard_keys(dataset, builder, count), strict=True):
+            file = folder / f"{name}.arrow"
+            with writing(folder, _OTHER_CACHE), FileLock(folder / f"{name}.lock"):
+                if not file.exists():
+                    _write_tokens(file, dataset, builder, range(start, end), count, advance)
+                os.utime(file)
+            parts.append(datasets.Dataset.from_file(str(file)))
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
+
+def _features() -> Any:
     import datasets
 
     integer = datasets.Value("int32")
-    columns = datasets.Features(
+    return datasets.Features(
         {
             "input_ids": datasets.List(integer),
             "text_start": integer,
@@ -115,49 +137,109 @@ def token_columns(dataset: Dataset, builder: PromptBuilder) -> Dataset:
             "cut_entities": integer,
         }
     )
-    from filelock import FileLock
 
-    folder = _token_folder()
-    name = content_key(dataset, builder)
-    file = folder / f"{name}.arrow"
-    was_enabled = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+
+@dataclass(frozen=True)
+class _Tokenize:
+    """Numbers of rows -> their tokens, as an Arrow table's bytes."""
+
+    dataset: Dataset
+    builder: PromptBuilder
+    schema: Any
+
+    def __call__(self, rows: range) -> bytes:
+        import pyarrow as pa
+
+        columns: dict[str, list[Any]] = {name: [] for name in self.schema.names}
+        for row in self.dataset.select(rows):
+            for name, value in self._encoded(row).items():
+                columns[name].append(value)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.schema) as writer:
+            writer.write_table(pa.Table.from_pydict(columns, schema=self.schema))
+        return bytes(sink.getvalue().to_pybytes())
+
+    def _encoded(self, row: dict[str, Any]) -> dict[str, Any]:
+        example = Example.from_row(row)
+        encoded = self.builder.training(example)
+        return {
+            "input_ids": encoded.ids,
+            "text_start": encoded.text_span[0],
+            "text_end": encoded.text_span[1],
+            "answer_start": encoded.answer_span[0],
+            "answer_end": encoded.answer_span[1],
+            "length": len(encoded.ids),
+            "shortened": encoded.text.strip() != example.text.strip(),
+            "excess": encoded.excess,
+            "cut_characters": max(0, len(example.text.strip()) - len(encoded.text.strip())),
+            "cut_entities": sum(entity.text not in encoded.text for entity in example.entities or ()),
+        }
+
+
+def _write_tokens(
+    file: Path,
+    dataset: Dataset,
+    builder: PromptBuilder,
+    rows: range,
+    workers: int,
+    advance: Callable[[int], None],
+) -> None:
+    """A file that is there is whole: it is written aside and renamed."""
+    import pyarrow as pa
+
+    schema = _features().arrow_schema
+    aside = file.with_name(f".{file.name}-{os.getpid()}")
+    units = [range(at, min(at + _UNIT_ROWS, rows.stop)) for at in range(rows.start, rows.stop, _UNIT_ROWS)]
     try:
-        # `map` writes a temporary file and renames it, so a file that is there is whole.
-        with writing(folder, _OTHER_CACHE), FileLock(folder / f"{name}.lock"):
-            _remove_unused(folder)
-            tokens = dataset.map(
-                encode,
-                remove_columns=dataset.column_names,
-                features=columns,
-                cache_file_name=str(file),
-                new_fingerprint=name,
-            )
-            os.utime(file)
+        with (
+            pa.OSFile(str(aside), "wb") as sink,
+            pa.ipc.new_stream(sink, schema) as writer,
+            closing(mapped(_Tokenize(dataset, builder, schema), units, workers)) as found,
+        ):
+            for unit, table in zip(units, found, strict=True):
+                writer.write_table(pa.ipc.open_stream(table).read_all())
+                advance(len(unit))
+        aside.replace(file)
     finally:
-        if not was_enabled:
-            datasets.enable_progress_bars()
-    return tokens
+        aside.unlink(missing_ok=True)
 
 
 def content_key(dataset: Dataset, builder: PromptBuilder) -> str:
     """A hash of everything that the tokens of a data set follow from; 40 hexadecimal digits."""
-    import pyarrow as pa
+    return hashlib.sha256("".join(_shard_keys(dataset, builder, 1)).encode()).hexdigest()[:40]
 
-    tokenizer = builder.template.tokenizer
-    task = builder.task
-    digest = hashlib.sha256()
+
+def _shard_keys(dataset: Dataset, builder: PromptBuilder, workers: int) -> Iterator[str]:
+    """The key of every `SHARD_ROWS` rows."""
+    tokenizer, task = builder.template.tokenizer, builder.task
+    common = hashlib.sha256()
     prompt = {"task": task.name, "labels": task.labels, "prompt": task.prompt.model_dump(mode="json")}
-    digest.update(json.dumps([VERSION, prompt, tokenizer.chat_template], sort_keys=True).encode())
-    digest.update(json.dumps(sorted(map(str, tokenizer.all_special_tokens))).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for table in dataset.with_format("arrow").iter(batch_size=1000):
-        # Written out and read nowhere: the stream holds the values alone, however the rows lie in their files.
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
-            writer.write_table(table.replace_schema_metadata(None).combine_chunks())
-        digest.update(sink.getvalue())
-    return digest.hexdigest()[:40]
+    common.update(json.dumps([VERSION, prompt, tokenizer.chat_template], sort_keys=True).encode())
+    common.update(json.dumps(sorted(map(str, tokenizer.all_special_tokens))).encode())
+    common.update(tokenizer.backend_tokenizer.to_str().encode())
+    starts = range(0, max(len(dataset), 1), _UNIT_ROWS)
+    units = [range(start, min(start + _UNIT_ROWS, len(dataset))) for start in starts]
+    with closing(mapped(_Hash(dataset), units, workers)) as found:
+        digests = list(found)
+    for at in range(0, len(digests), SHARD_ROWS // _UNIT_ROWS):
+        digest = common.copy()
+        for unit in digests[at : at + SHARD_ROWS // _UNIT_ROWS]:
+            digest.update(unit)
+        yield digest.hexdigest()[:40]
+
+
+@dataclass(frozen=True)
+class _Hash:
+    """Numbers of rows -> a hash of what their tokens follow from."""
+
+    dataset: Dataset
+
+    def __call__(self, rows: range) -> bytes:
+        columns = ["text", "candidates", "label", "entities"]
+        table = self.dataset.select(rows).select_columns(columns).with_format("arrow")[:]
+        # As JSON, not as Arrow's bytes: those depend on how the rows lie in their file.
+        values = [[row[name] for name in columns] for row in table.to_pylist()]
+        return hashlib.sha256(json.dumps(values).encode()).digest()
 
 
 def _token_folder() -> Path:

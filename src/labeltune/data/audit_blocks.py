@@ -1,0 +1,101 @@
+"""The audit in several processes: blocks of a file are checked side by side and put together in their order.
+
+The result is that of one process, to the last byte of the Arrow file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from labeltune.config import DataConfig, TaskName
+from labeltune.data.audit import Audit, add_records, finished
+from labeltune.data.blocks import Block, cut_lines, cut_parquet, read_block
+from labeltune.data.sources import bounded_lines
+from labeltune.processes import mapped
+
+_ROWS = 8192
+_BYTES = 4 << 20
+#: Smaller files are checked before other processes would have started.
+ENOUGH_BYTES = 8 << 20
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What a process does with a block: (what it found, usable rows as an Arrow stream)."""
+
+    path: Path
+    task: TaskName
+    data: DataConfig | None
+    token_counts: Callable[[list[str]], list[int]] | None
+    schema: Any
+
+    def __call__(self, block: Block) -> tuple[Audit, bytes]:
+        import pyarrow as pa
+
+        audit = Audit(self.path, self.task, length_unit="tokens" if self.token_counts else "characters")
+        rows: list[dict[str, Any]] = []
+        with self.path.open("rb") as file:
+            records = islice(read_block(block, file), block.rows)
+            add_records(
+                audit, records, block.first, self.data, self.token_counts, lambda e: rows.append(e.to_row())
+            )
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.schema) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, schema=self.schema))
+        return audit, sink.getvalue().to_pybytes()
+
+
+def can_be_cut(path: Path) -> bool:
+    """Whether blocks of this file can be read by themselves; a csv field may hold line breaks, so those cannot."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def audit_blocks(
+    path: Path,
+    task: TaskName,
+    data: DataConfig | None,
+    schema: Any,
+    write_table: Callable[[Any], None],
+    workers: int,
+    *,
+    token_counts: Callable[[list[str]], list[int]] | None = None,
+    max_rows: int | None = None,
+) -> Audit:
+    """`audit_file` by several processes.
+
+    Args:
+        schema: Arrow schema of the columns of `Example.to_row`.
+        write_table: called with tables of the usable rows, in order.
+
+    Raises:
+        pyarrow.ArrowException: a parquet file is damaged; `audit_file` says where.
+    """
+    import pyarrow as pa
+
+    audit = Audit(path, task, length_unit="tokens" if token_counts else "characters")
+    check = _Check(path, task, data, token_counts, schema)
+    with closing(mapped(check, _blocks(path, max_rows), workers)) as found:
+        for part, rows in found:
+            audit.extend(part)
+            write_table(pa.ipc.open_stream(rows).read_all())
+    return finished(audit, data)
+
+
+def _blocks(path: Path, max_rows: int | None) -> Iterator[Block]:
+    with path.open("rb") as file:
+        if path.suffix.lower() == ".parquet":
+            blocks = cut_parquet(str(path), file, _ROWS)
+        else:
+            blocks = cut_lines(str(path), bounded_lines(file), _ROWS, most_bytes=_BYTES)
+        for block in blocks:
+            if max_rows is not None and block.first + block.rows >= max_rows:
+                if block.first < max_rows:
+                    yield replace(block, rows=max_rows - block.first)
+                return
+            yield block

@@ -1,0 +1,146 @@
+"""A file cut into blocks of neighbouring records, each of which can be read without the others, by another process or machine.
+
+A block is read to the same records, with the same places in the file, as a pass over the whole file gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, BinaryIO
+
+from labeltune.data.parquet import read_rows, repeated_column
+from labeltune.data.sources import (
+    MAX_LINE_BYTES,
+    LongLine,
+    Record,
+    bounded_lines,
+    decoded_lines,
+    is_json_array,
+    json_records,
+    parquet_records,
+)
+
+#: A block that has as many bytes ends, also before it has all its rows.
+MOST_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring records of a file.
+
+    Attributes:
+        file: name of the file, as messages show it.
+        number: the block's number in its file, from 0.
+        first: number of its first record in the file, from 0.
+        rows: how many records it has.
+        line: number of its first line, from 1 (text files).
+        start: where it begins, in bytes (text files).
+        end: where it ends, in bytes, exclusive.
+    """
+
+    file: str
+    number: int
+    first: int
+    rows: int
+    line: int = 1
+    start: int = 0
+    end: int = 0
+
+
+class _Counted:
+    """Lines, and how many bytes of them have been handed out."""
+
+    def __init__(self, lines: Iterable[bytes]) -> None:
+        self.lines, self.bytes = lines, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for raw in self.lines:
+            self.bytes += raw.size if isinstance(raw, LongLine) else len(raw)
+            yield raw
+
+
+def cut_lines(
+    name: str, lines: Iterable[bytes], rows: int, multiple: int = 1, most_bytes: int = MOST_BYTES
+) -> Iterator[Block]:
+    """Blocks of a jsonl file, in one pass that keeps no line.
+
+    Args:
+        name: the file's name; with `.json`, an array is one record that cannot be read.
+        lines: as `bounded_lines` gives them.
+        rows: records of a block.
+        multiple: a block that ends early, because of its bytes, has a multiple of this many records.
+    """
+    counted = _Counted(lines)
+    number = first = count = start = 0
+    begin = 1
+    for at, line in decoded_lines(name, counted):
+        last = isinstance(line, Record) and line.kind == "encoding"
+        if not isinstance(line, Record):
+            if not line or line.isspace():
+                continue
+            last = first + count == 0 and is_json_array(name, line)
+        count += 1
+        full = count >= rows or (counted.bytes - start >= most_bytes and count % multiple == 0)
+        if full or last:
+            yield Block(name, number, first, count, begin, start, counted.bytes)
+            number, first, count = number + 1, first + count, 0
+            begin, start = at + 1, counted.bytes
+        if last:
+            return
+    if count:
+        yield Block(name, number, first, count, begin, start, counted.bytes)
+
+
+def cut_parquet(name: str, file: Any, rows: int) -> Iterator[Block]:
+    """Blocks of a parquet file by its metadata."""
+    import pyarrow.parquet
+
+    total = int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
+    if repeated_column(file) is not None:
+        total = 1  # a row that says so
+    for number, first in enumerate(range(0, total, rows)):
+        yield Block(name, number, first, min(rows, total - first))
+
+
+def read_block(block: Block, file: BinaryIO) -> Iterator[Record]:
+    """The records of a block, with the places they have in the whole file.
+
+    Args:
+        file: the file, opened for reading; it can be positioned.
+
+    Raises:
+        pyarrow.ArrowException: a parquet file is damaged.
+    """
+    if block.file.lower().endswith(".parquet"):
+        return _parquet_rows(block, file)
+    file.seek(block.start)
+    lines = _Counted(bounded_lines(file))
+    decoded = decoded_lines(block.file, _until(lines, block.end - block.start), block.line, block.start)
+    return json_records(block.file, decoded, first=block.first == 0)
+
+
+def _until(lines: _Counted, size: int) -> Iterator[bytes]:
+    for raw in lines:
+        yield raw
+        if lines.bytes >= size:
+            return
+
+
+def _parquet_rows(block: Block, file: Any) -> Iterator[Record]:
+    """Only the row groups that hold the block are read; what stands before it in its first one is passed over."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.ParquetFile(file).metadata
+    groups: list[int] = []
+    before = at = 0
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).num_rows
+        if at < block.first + block.rows and at + size > block.first:
+            if not groups:
+                before = block.first - at
+            groups.append(group)
+        at += size
+    rows = read_rows(file, MAX_LINE_BYTES, groups, before)
+    return islice(parquet_records(block.file, rows, block.first), block.rows)
