@@ -28,13 +28,11 @@ from labeltune.config import (
     TaskName,
 )
 from labeltune.errors import ModelError, OutputError, first_line
-from labeltune.untrusted import PICKLES
+from labeltune.untrusted import PICKLES, may_run_code
 
 RUN_FILE = "labeltune.json"
 #: SHA-256 of every file of a checkpoint as it was saved.
 MANIFEST_FILE = "manifest.json"
-#: Set to 1 by a user who trusts the code of the models whose checkpoints are loaded.
-TRUST_VARIABLE = "LABELTUNE_TRUST_REMOTE_CODE"
 _FORMAT = 1
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
@@ -87,24 +85,8 @@ class RunInfo:
         )
 
     def runs_code(self, agreed: bool = False) -> bool:
-        """Whether Python code that comes with the model is run: only where this run asks for it and the user agreed.
-
-        A checkpoint may come from anybody, so what it says of itself is not enough.
-
-        Args:
-            agreed: the user's own config says so, as in the training that made this checkpoint.
-
-        Raises:
-            ModelError: it asks for it, and neither `agreed` nor `LABELTUNE_TRUST_REMOTE_CODE=1` in the environment.
-        """
-        if not self.hub.trust_remote_code:
-            return False
-        if not agreed and os.environ.get(TRUST_VARIABLE) != "1":
-            raise ModelError(
-                f"this checkpoint asks to run Python code that comes with {self.model} (hub.trust_remote_code in its "
-                f"{RUN_FILE}). If you trust it, set {TRUST_VARIABLE}=1 in the environment"
-            )
-        return True
+        """Whether Python code that comes with the model is run; see `may_run_code`."""
+        return self.hub.trust_remote_code and may_run_code(self.model, agreed)
 
     def save(self, folder: Path) -> None:
         """Write `labeltune.json`; it comes last, so a checkpoint that has it is complete."""
