@@ -9,6 +9,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from labeltune.errors import ModelError
 from labeltune.ranks import rank
 
 
@@ -73,7 +74,7 @@ def load_weights(model: Any, folder: Path) -> None:
     """Give a model whose weights are shared out the trained weights of a checkpoint of the same run.
 
     Raises:
-        ValueError: the checkpoint lacks some of them.
+        ModelError: the checkpoint lacks some of them.
     """
     import torch
 
@@ -89,7 +90,7 @@ def load_weights(model: Any, folder: Path) -> None:
                 parameter = names.pop(name)
                 parameter.copy_(_part(value.to(parameter.dtype), parameter))
     if names:
-        raise ValueError(f"{folder} lacks {', '.join(sorted(names)[:3])}")
+        raise ModelError(f"{folder} lacks {', '.join(sorted(names)[:3])}; go on from another checkpoint")
 
 
 def _gathered_by_deepspeed(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:

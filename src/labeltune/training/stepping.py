@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from labeltune.errors import DivergedError, ModelError
-from labeltune.ranks import add_up_gradients, dealt, in_step, reduced
+from labeltune.ranks import add_up_gradients, in_step, reduced
 from labeltune.run_folder import RunInfo, checkpoints
 from labeltune.training import sharded
 from labeltune.training.balance import PAIRS_PER_TOKEN
@@ -232,25 +232,22 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         model = self.model
         was_training = model.training
         model.eval()
-        units = list(dataloader)
-        costs = [sum(len(row.ids) for row in rows) for rows in units]
-        owners = dealt(costs, self.accelerator.num_processes)
-        sums = [0.0] * len(units)
+        sums: list[float] = []
+        answers = count = 0
         with torch.no_grad(), in_step(model):
-            for number, rows in enumerate(units):
-                if owners[number] == self.accelerator.process_index:
-                    sums[number] = self._evaluated(model, rows)
+            for number, rows in enumerate(dataloader):
+                mine = number % self.accelerator.num_processes == self.accelerator.process_index
+                sums.append(self._evaluated(model, rows) if mine else 0.0)
+                answers += sum(len(row.answer) for row in rows)
+                count += len(rows)
         total = math.fsum(reduced(sums, "sum"))
-        answers = sum(len(row.answer) for rows in units for row in rows)
         # Whoever ran out of memory went on with smaller packs.
         self.plan.max_tokens = int(reduced([self.plan.max_tokens], "min")[0])
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": total / answers}
         for name, value in (self.measure() if self.measure is not None else {}).items():
             metrics[f"{metric_key_prefix}_{name}"] = value
-        return EvalLoopOutput(
-            predictions=None, label_ids=None, metrics=metrics, num_samples=sum(map(len, units))
-        )
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
 
     def _run_epoch(self, **options: Any) -> None:
         """Trainer's own; a run that was killed behind its last checkpoint has nothing left to do."""
