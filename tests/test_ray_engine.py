@@ -79,7 +79,7 @@ def killed_run(in_folder: Path, run: Path, count: int, block_rows: int) -> None:
     ]
     spread = ["--engine", "ray", "--workers", "2", "--block-rows", str(block_rows)]
     process = subprocess.Popen([*command, *spread], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not parts(in_folder / "parts") and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
@@ -88,7 +88,7 @@ def killed_run(in_folder: Path, run: Path, count: int, block_rows: int) -> None:
     victims[0].kill()
     blocks = -(-(count + 2) // block_rows)
     assert 1 <= len(parts(in_folder / "parts")) < blocks, "killed too late to say anything"
-    _, said = process.communicate(timeout=600)
+    _, said = process.communicate(timeout=1800)
     assert process.returncode == 1, said
     assert "2 rows could not be predicted" in said and "Traceback" not in said
     with load_predictor(run, merge=True) as predictor:

@@ -85,6 +85,7 @@ def plan(
     from labeltune.modeling.precision import pick_precision
     from labeltune.prompts.template import ChatTemplate
     from labeltune.training.costs import (
+        ALLOCATOR,
         Measured,
         SmallModel,
         count_flops,
@@ -167,7 +168,7 @@ def plan(
             "adapter": shape.trained_bytes,
             "gradients": gradients,
             "optimizer": 2 * gradients,
-            "activations": max(0, int(whole.peak) - gradients),
+            "activations": int(ALLOCATOR.get(device.type, 1.0) * max(0, int(whole.peak) - gradients)),
             "output_layer": output_layer_bytes(shape),
         },
         free_memory=free_memory(device),
