@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO
 
+from labeltune.data.parquet import parquet_records, repeated_column
 from labeltune.data.sources import (
     LongLine,
     Record,
@@ -17,8 +18,6 @@ from labeltune.data.sources import (
     decoded_lines,
     is_json_array,
     json_records,
-    parquet_records,
-    repeated_column,
 )
 
 #: A block that has as many bytes ends, also before it has all its rows.
