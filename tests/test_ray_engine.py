@@ -14,6 +14,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 
 from conftest import LABELS, classification_rows, write_jsonl
 from labeltune import recipes
@@ -24,7 +25,7 @@ from labeltune.data.sources import bounded_lines
 from labeltune.errors import DataError, LabeltuneError, ModelError, OutputError
 from labeltune.inference.load import load_predictor
 from labeltune.inference.predictor import Predictor
-from labeltune.inference.ray_engine import MOST_ATTEMPTS, PartWriter, Settings
+from labeltune.inference.ray_engine import MOST_ATTEMPTS, PartWriter, Settings, _cut
 from labeltune.inference.stream import predict_file
 from labeltune.ray_session import ray_session
 from labeltune.recipes import spreading
@@ -158,13 +159,34 @@ def test_folders_and_addresses_are_read_and_only_missing_parts_are_made_again(
 
 
 def writer(in_folder: Path, session: str) -> PartWriter:
-    return PartWriter(predictor_for, 1, Settings(), Place.of(str(in_folder / "parts")), session)
+    return PartWriter(
+        predictor_for, torch.get_num_threads(), Settings(), Place.of(str(in_folder / "parts")), session
+    )
 
 
 def asked(source: Path) -> dict[str, list[Any]]:
     with source.open("rb") as file:
         (block,) = cut_lines(str(source), bounded_lines(file), 256)
     return {"part": [7], "block": [json.dumps({"block": asdict(block), "where": str(source)})]}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_parts_of_blocks_are_the_local_output(in_folder: Path, kind: str) -> None:
+    """What actors do, one block after the other in this process."""
+    rows = [{"text": f"{i % 97} rocket"} for i in range(600)]
+    rows[300] = {"text": ""}
+    source = in_folder / f"rows.{kind}"
+    if kind == "jsonl":
+        write_jsonl(source, rows)
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), source, row_group_size=250)
+    blocks = _cut(Place.of(str(source)), 256)
+    worker = writer(in_folder, "s")
+    for number, block in enumerate(blocks):
+        values = json.dumps({"block": asdict(block), "where": str(source)})
+        worker({"part": [number], "block": [values]})
+    assert predict_file(predictor_for(), source, in_folder / "local.jsonl") == 1
+    assert joined(in_folder / "parts") == (in_folder / "local.jsonl").read_bytes() and len(blocks) == 3
 
 
 def test_a_block_that_ends_its_workers_is_given_up(in_folder: Path) -> None:
