@@ -1,10 +1,11 @@
-"""Memory over a million rows: `data check` as it is, `predict` with an engine that answers at once."""
+"""Memory over a million rows: `data check` as it is, with its worker processes, and `predict` with an engine that answers at once."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ ALLOWED, A_ROW = 300e6, 64
 
 
 def run(settings: Settings) -> PartResult:
-    """Each command in a process of its own, whose peak resident memory is taken from the system."""
+    """Each command in a process of its own; memory is that of it and of all it starts, shared pages counted once."""
     result = PartResult("memory")
     rows = settings.count(ROWS, 20_000)
     path = settings.folder / "rows.jsonl"
@@ -29,18 +30,52 @@ def run(settings: Settings) -> PartResult:
     result.inputs = rows
     for what in ("check", "predict"):
         command = [sys.executable, "-m", "torture.part_memory", what, str(path)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if not result.check(done.returncode == 0, f"{what}: {done.stderr[-500:]}"):
+        log = settings.folder / f"{what}.log"
+        with log.open("w+", encoding="utf-8") as said:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=said, text=True)
+            peak, most = watch(process)
+            printed = process.stdout.read() if process.stdout is not None else ""
+        if not result.check(process.returncode == 0, f"{what}: {log.read_text(encoding='utf-8')[-500:]}"):
             continue
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(printed.splitlines()[-1])
+        peak = max(peak, found["peak"])
         allowed = ALLOWED + A_ROW * rows
-        figures = f"{what}: {found['peak'] / 1e6:.0f} MB at the peak over {rows:,} rows, {allowed / 1e6:.0f} MB promised"
-        result.check(found["peak"] <= allowed, figures)
+        figures = (
+            f"{what}: {peak / 1e6:.0f} MB at the peak in {most} processes over {rows:,} rows, "
+            f"{allowed / 1e6:.0f} MB promised"
+        )
+        result.check(peak <= allowed, figures)
         result.notes.append(f"{figures} ({found['begin'] / 1e6:.0f} MB of it before the first row)")
     result.notes.append(
         "predict: real reading, writing and ledger; the model is a stand-in that answers at once"
     )
     return result
+
+
+def watch(process: subprocess.Popen[str]) -> tuple[int, int]:
+    """Largest memory of a process and those it starts, looked at five times a second until it ends, and how many there were.
+
+    Returns:
+        Bytes (proportional set size, so that pages shared by forks count once; the process's own peak where the system does not
+        tell), and the number of processes.
+    """
+    import psutil
+
+    peak, most = 0, 1
+    while process.poll() is None:
+        total = 0
+        try:
+            family = [root := psutil.Process(process.pid), *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+        for each in family:
+            try:
+                total += int(getattr(each.memory_full_info(), "pss", 0))
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        peak, most = max(peak, total), max(most, len(family))
+        time.sleep(0.2)
+    return peak, most
 
 
 class StandIn:
