@@ -42,6 +42,7 @@ def refuse(*_: Any, **__: Any) -> Any:
             SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
             "File too large",
         ),
+        (Exception("No space left on device (os error 28)"), "No space left on device"),
     ],
 )
 def test_what_libraries_say_of_a_full_disk_is_understood(
@@ -54,7 +55,13 @@ def test_what_libraries_say_of_a_full_disk_is_understood(
 
 
 @pytest.mark.parametrize(
-    "error", [OSError("no file named config.json"), RuntimeError("shapes"), SafetensorError("bad header")]
+    "error",
+    [
+        OSError("no file named config.json"),
+        RuntimeError("shapes"),
+        SafetensorError("bad header"),
+        Exception("(os error 2)"),
+    ],
 )
 def test_other_errors_are_left_alone(error: Exception, tmp_path: Path) -> None:
     assert why_not_written(error) is None

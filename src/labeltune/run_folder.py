@@ -279,6 +279,7 @@ _REFUSED = {
     errno.EIO,
 }
 #: torch.save has no error of its own for a full disk: parts of what its writer says.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _TORCH_REFUSED = ("StreamWriter", "inline_container", "iostream error")
 
 
@@ -291,6 +292,9 @@ def why_not_written(error: BaseException) -> str | None:
         return f"the disk is full, or files may not grow larger ({first_line(error)})"
     if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
         return str(error).rpartition("I/O error: ")[2]
+    found = _OS_ERROR.search(str(error))  # tokenizers raises plain exceptions
+    if found is not None and int(found.group(1)) in _REFUSED:
+        return first_line(error)
     return None
 
 
