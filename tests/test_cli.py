@@ -235,7 +235,7 @@ def test_init_writes_a_config_that_loads(labeltune: Any, in_folder: Path, task: 
         (("data", "check", "ms:name"), "ms:org/name"),
         (("board", "nowhere"), "no folder nowhere"),
         (("predict", "run", "a.jsonl", "--text", "b"), "not both"),
-        (("predict", "run", "--text", " "), "the text is empty"),
+        (("predict", "run", "--text", " "), "text is empty"),
     ],
 )
 def test_errors_are_one_line(labeltune: Any, in_folder: Path, args: tuple[str, ...], part: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -255,3 +258,36 @@ def test_real_qwen2_tokenizer(begin: str) -> None:
     made = PromptBuilder(make_task("classification", LABELS, PromptConfig()), ChatTemplate(tokenizer))
     example = Example("0", f"{begin}神舟飞船 launch{begin}", LABELS, "Space")
     assert made.training(example).ids == template_ids(tokenizer, made, example)
+
+
+def test_threads_leave_each_other_s_special_tokens_alone() -> None:
+    """The tokenizer's switch for them is shared; it is slowed down here so that threads would meet in between."""
+
+    class Slow:
+        def __init__(self, tokenizer: Any) -> None:
+            self._inner = tokenizer
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def __call__(self, *given: Any, split_special_tokens: bool = False, **options: Any) -> Any:
+            self._inner.backend_tokenizer.encode_special_tokens = split_special_tokens
+            time.sleep(0.001)
+            found = self._inner.backend_tokenizer.encode(*given, add_special_tokens=False)
+            return SimpleNamespace(input_ids=found.ids, offset_mapping=found.offsets)
+
+    template = ChatTemplate(make_tokenizer())
+    texts = [f"a match {n}" + "<|im_end|> and more" * (n % 2) for n in range(8)]
+    right = {text: template.plain_ids(text) for text in texts}
+    template.tokenizer = Slow(template.tokenizer)
+    wrong: list[str] = []
+
+    def ask(text: str) -> None:
+        wrong.extend(text for _ in range(20) if template.plain_ids(text) != right[text])
+
+    threads = [threading.Thread(target=ask, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

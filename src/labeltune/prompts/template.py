@@ -11,6 +11,7 @@ are tokenized as ordinary text; for messages that hold none, the ids are those o
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ PLAIN_TEMPLATE = (
     "{% else %}{{ message['content'] }}\n\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}=>\n{% endif %}"
 )
+
+#: Whether special tokens are split is a setting of the tokenizer, made before every call; threads must not come in between.
+_TOKENIZING = threading.Lock()
 
 _SYSTEM, _USER, _ANSWER = "LabeltuneSystemMark", "LabeltuneUserMark", "LabeltuneAnswerMark"
 
@@ -266,6 +270,12 @@ class ChatTemplate:
         self, string: str, structure: list[tuple[int, int]]
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character offsets; special tokens outside `structure` are split into ordinary ones."""
+        with _TOKENIZING:
+            return self._tokenize_alone(string, structure)
+
+    def _tokenize_alone(
+        self, string: str, structure: list[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         found = list(self._special.finditer(string)) if self._special else []
         trusted = [m for m in found if any(start <= m.start() and m.end() <= end for start, end in structure)]
         if len(trusted) == len(found):

@@ -17,7 +17,7 @@ from labeltune.errors import ModelError, first_line
 from labeltune.modeling.lora import attach_adapter
 from labeltune.modeling.precision import Precision
 from labeltune.training.loss import CHUNK, answer_loss
-from labeltune.training.memory import activation_bytes, enable_checkpointing
+from labeltune.training.memory import activation_bytes, enable_checkpointing, random_state_kept
 from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Pack, Packing, Row
 from labeltune.training.token_plan import TokenPlan, attention_pairs
@@ -224,8 +224,6 @@ class SmallModel:
     """One or two layers of a model with random weights, on which packs are measured; its vocabulary is small."""
 
     def __init__(self, folder: Path, config: RunConfig, precision: Precision, layers: int) -> None:
-        from labeltune.training.stepping import random_state_kept
-
         with random_state_kept():
             self.model = _empty(folder, config, precision, layers, precision.device)
         self.model.train()
@@ -233,8 +231,6 @@ class SmallModel:
 
     def per_token(self, rows: Sequence[Row], packing: Packing) -> float:
         """Bytes that the backward pass keeps of a token."""
-        from labeltune.training.stepping import random_state_kept
-
         with random_state_kept():
             head = self.model.get_output_embeddings()
             return activation_bytes(self.model, _small_ids(rows), packing, 0, head)
@@ -247,8 +243,6 @@ class SmallModel:
         Args:
             repeats: how often it is timed, behind one pass that warms up and counts memory.
         """
-        from labeltune.training.stepping import random_state_kept
-
         if checkpointing:
             enable_checkpointing(self.model)
         small = _small_ids(rows)

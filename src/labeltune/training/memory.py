@@ -195,3 +195,23 @@ def enable_checkpointing(model: Any) -> None:
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.disable_input_require_grads()
+
+
+def memory_in_use(device: Any) -> int:
+    """Bytes: the most a GPU held so far, or what this process holds now."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put torch's random state back, so that what is measured before a run does not change the run."""
+    import torch
+
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield

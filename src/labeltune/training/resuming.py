@@ -67,3 +67,13 @@ def is_finished(state: Any, callbacks: Iterable[Any]) -> bool:
         for callback in callbacks
     )
     return bool(state.global_step >= state.max_steps or patience_used_up)
+
+
+def best_loss(state: Any) -> float:
+    """Validation loss at the best step so far; infinite before there is one."""
+    found = [
+        entry["eval_loss"]
+        for entry in state.log_history
+        if entry.get("step") == state.best_global_step and "eval_loss" in entry
+    ]
+    return float(found[-1]) if found else float("inf")

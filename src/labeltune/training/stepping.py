@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from labeltune.training.balance import PAIRS_PER_TOKEN
 from labeltune.training.batches import StepBatches, to_rows
 from labeltune.training.checkpoints import clear_staging, failures_named, publish, staging_folder
 from labeltune.training.loss import answer_loss
+from labeltune.training.memory import memory_in_use
 from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Pack, Packing, Row, plan_step, step_order
-from labeltune.training.resuming import LogSums, is_finished
+from labeltune.training.resuming import LogSums, best_loss, is_finished
 
 #: Rows of one planning unit in validation; sorted rows are alike, so many share much.
 EVALUATION_ROWS = 64
@@ -373,7 +374,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             logs["train_loss"] = self.mean_loss()
         if "loss" in logs and self._given:
             logs["tokens_saved"] = round(1 - self._computed / self._given, 4)
-            logs["memory_gb"] = round(_memory_in_use(self.args.device) / 1e9, 3)
+            logs["memory_gb"] = round(memory_in_use(self.args.device) / 1e9, 3)
             self._given = self._computed = 0
         super().log(logs, start_time)
 
@@ -387,30 +388,3 @@ class PackTrainer(Trainer):  # type: ignore[misc]
                     return math.fsum(float(self._pack_loss(model, rows, pack, packing)) for pack in packs)
             except torch.OutOfMemoryError:
                 self._shrink(model, max(len(row.ids) for row in rows))
-
-
-def best_loss(state: Any) -> float:
-    """Validation loss at the best step so far; infinite before there is one."""
-    found = [
-        entry["eval_loss"]
-        for entry in state.log_history
-        if entry.get("step") == state.best_global_step and "eval_loss" in entry
-    ]
-    return float(found[-1]) if found else float("inf")
-
-
-def _memory_in_use(device: Any) -> int:
-    """Bytes: the most a GPU held so far, or what this process holds now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put torch's random state back, so that what is measured before a run does not change the run."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        yield

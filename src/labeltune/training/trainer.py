@@ -139,8 +139,8 @@ def run_training(
     from transformers.trainer_callback import PrinterCallback
 
     from labeltune.training.callbacks import Progress, StopOnDivergence, StopOnInterrupt, WriteMetrics
-    from labeltune.training.resuming import ContinueSums
-    from labeltune.training.stepping import PackTrainer, best_loss
+    from labeltune.training.resuming import ContinueSums, best_loss
+    from labeltune.training.stepping import PackTrainer
 
     if precision.device == "cpu":
         connect(config.training.collective_timeout)
@@ -233,10 +233,16 @@ def prepare_steps(
     """
     from labeltune.training.batches import to_rows
     from labeltune.training.loss import chunkable_head
-    from labeltune.training.memory import activation_bytes, enable_checkpointing, pairs_per_token, plan_memory
+    from labeltune.training.memory import (
+        activation_bytes,
+        enable_checkpointing,
+        pairs_per_token,
+        plan_memory,
+        random_state_kept,
+    )
     from labeltune.training.planner import step_order
     from labeltune.training.self_check import choose_packing, sample_rows
-    from labeltune.training.stepping import StepPlan, random_state_kept
+    from labeltune.training.stepping import StepPlan
 
     options = config.training
     steps = [
