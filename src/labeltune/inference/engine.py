@@ -59,6 +59,7 @@ class Engine:
 
     @max_tokens.setter
     def max_tokens(self, value: int) -> None:
+        """Other passes from now on."""
         self._max_tokens = value
 
     def forget(self) -> None:
