@@ -56,6 +56,8 @@ def two(
     """While one works, the other is refused with the first one's number; then one is killed and does not block the next."""
     first = zygote.start(arguments, work, work / "first.log")
     wait_until(lambda: begun(work), first)
+    # It would be done before the second one has come as far.
+    os.kill(first, signal.SIGSTOP)
     code = zygote.run(arguments, work, work / "second.log")
     text = (work / "second.log").read_text(encoding="utf-8")
     named = re.search(r"error: another " + what + r" writes .*\(process (\d+)\)", text)
