@@ -122,7 +122,8 @@ def first_uses(work: Path, result: PartResult, killed: bool) -> None:
 
     first = use()
     if killed:
-        wait_until(lambda: (work / "made").exists(), first)
+        # Not empty: it exists before its line is written.
+        wait_until(lambda: (work / "made").exists() and (work / "made").stat().st_size > 0, first)
         os.kill(first, signal.SIGKILL)
         zygote.finish(first)
         first = use()
