@@ -24,6 +24,7 @@ from labeltune.cli import (
     train,
 )
 from labeltune.errors import LabeltuneError
+from labeltune.ranks import rank, world
 from labeltune.run_folder import why_not_written
 
 app = typer.Typer(
@@ -72,7 +73,7 @@ def run() -> None:
 
 def _on_rank() -> str:
     """Which process of a training job speaks, where there are several."""
-    return f" on rank {os.environ.get('RANK', '0')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    return f" on rank {rank()}" if world() > 1 else ""
 
 
 def run_app(command: typer.Typer, name: str | None = None) -> None:

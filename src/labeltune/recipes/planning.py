@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from labeltune.config import RunConfig
 from labeltune.data.loading import load_splits
 from labeltune.processes import worker_count
 from labeltune.progress import row_progress
+from labeltune.ranks import world
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
 
@@ -99,7 +99,7 @@ def plan(
     from labeltune.training.token_plan import largest_pack, plan_tokens, run_order, steps_in_all, to_rows
     from labeltune.training.trainer import SAMPLED_STEPS
 
-    options, processes = config.training, int(os.environ.get("WORLD_SIZE", "1"))
+    options, processes = config.training, world()
     splits = load_splits(config.task, config.data, config.hub, options.seed)
     local = resolve_model(config.model, config.hub, weights=False)
     template = ChatTemplate(load_tokenizer(local.folder, config.hub.trust_remote_code))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from labeltune.config import RunConfig, apply_override, build_config, config_keys
 from labeltune.errors import ConfigError
+from labeltune.ranks import world
 
 #: Finished trials when nothing else is said.
 DEFAULT_TRIALS = 20
@@ -117,7 +117,7 @@ def plan_sweep(
             raise ConfigError(f"{name} must be at least 1, not {number}")
     if seed < 0:
         raise ConfigError(f"--seed must be at least 0, not {seed}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world() > 1:
         raise ConfigError(
             "a sweep starts its own processes (--workers); run it without torchrun or accelerate"
         )
