@@ -147,3 +147,15 @@ def test_a_link_to_the_best_that_cannot_be_made_is_one_error(
         with pytest.raises(OutputError, match=r"best cannot be written: No space left.*--resume"):
             recipes.train(config)
     assert recipes.train(config, resume=True).best.resolve().name == "checkpoint-1"
+
+
+def test_an_adapter_s_configuration_has_the_same_bytes_whichever_process_wrote_it(
+    in_folder: Path, model_folder: Path
+) -> None:
+    """peft's own order is that of a set of names, which changes with Python's hash seed."""
+    config = config_for(in_folder, model_folder, max_steps=1)
+    recipes.train(config)
+    saved = json.loads((checkpoints(Path(config.output_dir))[-1] / "adapter_config.json").read_text("utf-8"))
+    targets = saved["target_modules"]
+    assert targets == sorted(targets)
+    assert len({name.rsplit(".")[-1] for name in targets}) == 7

@@ -36,11 +36,16 @@ def attach_adapter(model: Any, lora: LoraConfig, *, quantized: bool = False) -> 
         bias="none",
     )
     try:
-        return peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
         raise ModelError(
             f"lora.target_modules={lora.target_modules!r} does not fit this model: {error}"
         ) from error
+    # peft keeps the names in a set and saves them in its order, which changes from process to process; a checkpoint's
+    # adapter_config.json has to have the same bytes whichever process wrote it.
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)
+    return adapted
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
