@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
 import sys
+import time
+from pathlib import Path
+
+import httpx
 
 from torture.common import PartResult, Settings, use_tests
 
@@ -13,7 +18,7 @@ VARIABLES = ("SWANLAB_API_KEY", "HF_TOKEN", "MODELSCOPE_API_TOKEN", "LABELTUNE_A
 
 
 def run(settings: Settings) -> PartResult:
-    """train, evaluate, predict, export (with its model card) and data check --report; then every byte is searched."""
+    """train, evaluate, predict, export (with its model card), data check --report and serve; then every byte is searched."""
     use_tests()
     from conftest import classification_rows, make_model, make_tokenizer, write_jsonl
 
@@ -40,17 +45,17 @@ def run(settings: Settings) -> PartResult:
         "LABELTUNE_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
     }
-    commands = (
-        ["train", "run.yaml"],
-        ["evaluate", "out", "--data", "train.jsonl", "-o", "evaluation"],
-        ["predict", "out", "train.jsonl", "-o", "predictions.jsonl"],
-        ["export", "out", "exported"],
-        ["export", "out", "merged", "--merged"],
-        ["data", "check", "train.jsonl", "--report", "data.html"],
-        ["train", "run.yaml", "model=hf:nobody/nothing", "output_dir=none"],
-        ["doctor"],
+    commands: tuple[tuple[int, list[str]], ...] = (
+        (0, ["train", "run.yaml"]),
+        (0, ["evaluate", "out", "--data", "train.jsonl", "-o", "evaluation"]),
+        (0, ["predict", "out", "train.jsonl", "-o", "predictions.jsonl"]),
+        (0, ["export", "out", "exported"]),
+        (0, ["export", "out", "merged", "--merged"]),
+        (0, ["data", "check", "train.jsonl", "--report", "data.html"]),
+        (2, ["train", "run.yaml", "model=hf:nobody/nothing", "output_dir=none"]),
+        (0, ["doctor"]),
     )
-    for number, command in enumerate(commands):
+    for number, (expected, command) in enumerate(commands):
         done = subprocess.run(
             [sys.executable, "-m", "labeltune", *command],
             cwd=folder,
@@ -59,8 +64,8 @@ def run(settings: Settings) -> PartResult:
             timeout=300,
         )
         (folder / f"shown-{number}.txt").write_bytes(done.stdout + done.stderr)
-        expected = (0, 1, 2) if number >= 3 else (0,)
-        result.check(done.returncode in expected, f"{command[0]}: {done.stderr[-300:]!r}")
+        result.check(done.returncode == expected, f"{command[0]}: {done.returncode}: {done.stderr[-300:]!r}")
+    requests = serve(folder, environment, result)
     searched = 0
     for path in sorted([*folder.rglob("*"), *home.rglob("*")]):
         if path.is_file() and not path.is_symlink():
@@ -77,6 +82,61 @@ def run(settings: Settings) -> PartResult:
     result.check("swanlog" in made and "out" in made, f"the run left too little to search: {made}")
     result.inputs = searched
     result.notes.append(
-        f"{len(VARIABLES)} keys in the environment, none in {searched} files: {', '.join(made)}, caches and what was printed"
+        f"{len(VARIABLES)} keys in the environment, none in {searched} files: {', '.join(made)}, caches, what was printed, "
+        f"and a server's log of {requests} requests with the right key and wrong ones"
     )
     return result
+
+
+def serve(folder: Path, environment: dict[str, str], result: PartResult) -> int:
+    """A server whose log and answers are kept in `folder`; returns how many requests it answered."""
+    key = environment["LABELTUNE_API_KEY"]
+    with (folder / "serve.log").open("wb") as log:
+        command = [sys.executable, "-m", "labeltune", "serve", "out", "--port", "0", "--log-texts"]
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    answered = 0
+    try:
+        url = wait_for_url(folder / "serve.log", process)
+        body = {"text": "a document"}
+        with httpx.Client(base_url=url, timeout=60) as client, (folder / "answers.txt").open("wb") as file:
+            for name, value, expected in (
+                ("Authorization", f"Bearer {key}", 200),
+                ("Authorization", f"Bearer {key}x", 401),
+                ("Authorization", f"Basic {key}", 401),
+                ("X-Api-Key", key[:-1], 401),
+            ):
+                answer = client.post("/v1/classify", json=body, headers={name: value})
+                result.check(
+                    answer.status_code == expected, f"serve: {name}: {answer.status_code}, not {expected}"
+                )
+                file.write(answer.content)
+                answered += 1
+            for path in ("/v1/models", "/metrics", "/healthz", "/", "/login"):
+                file.write(client.get(path, headers={"Authorization": f"Bearer {key}"}).content)
+                answered += 1
+            file.write(client.post("/login", data={"username": "me", "password": key}).content)
+            file.write(
+                client.post("/v1/classify", content=b"{", headers={"Authorization": f"Bearer {key}"}).content
+            )
+            answered += 2
+    finally:
+        process.terminate()
+        code = process.wait(60)
+    result.check(code == 0, f"serve: exit code {code}")
+    return answered
+
+
+def wait_for_url(log: Path, process: subprocess.Popen[bytes]) -> str:
+    """The address a server says it answers at.
+
+    Raises:
+        RuntimeError: it ended, or said nothing for two minutes.
+    """
+    for _ in range(1200):
+        for line in log.read_text("utf-8").splitlines():
+            if '"ready"' in line:
+                return str(json.loads(line)["url"])
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise RuntimeError(f"the server did not start; see {log}")
