@@ -145,3 +145,46 @@ def test_with_a_key_the_page_asks_for_it_first() -> None:
     for password, status in (("wrong", 400), ("secret-key", 200)):
         assert client.post("/login", data={"username": "me", "password": password}).status_code == status
     service.close()
+
+
+def test_uploads_stay_in_their_folder_and_no_other_file_can_be_named(server: Server, tmp_path: Path) -> None:
+    """Of a name that leads out of the folder the last part is kept, and a path that was not uploaded is refused."""
+    row = b'{"text": "a document"}\n'
+    kept = []
+    for name in ("../../../rows.jsonl", "/etc/rows.jsonl", "..\\..\\rows.jsonl"):
+        answer = server.client.post(f"{server.url}/gradio_api/upload", files={"files": (name, row)})
+        assert answer.status_code == 200
+        (path,) = map(Path, answer.json())
+        assert path.name.endswith("rows.jsonl") and path.read_bytes() == row and ".." not in path.parts
+        kept.append(path)
+    assert len({path.parent.parent for path in kept}) == 1
+    refused = server.client.post(f"{server.url}/gradio_api/upload", files={"files": ("..", row)})
+    assert refused.status_code == 400
+    private = tmp_path / "private.jsonl"
+    private.write_bytes(row)
+    assert '"success":true' in events_of(server, "try_file", ["news", None, as_file(kept[0])], "own")
+    elsewhere = [
+        private,
+        f"{kept[0].parent}/../../../{private}",
+        "http://127.0.0.1:9/x.jsonl",
+        "relative.jsonl",
+    ]
+    for number, path in enumerate(elsewhere):
+        said = events_of(server, "try_file", ["news", None, as_file(path)], f"file-{number}")
+        assert "was not uploaded here" in said and '"success":true' not in said and "a document" not in said
+        said = events_of(server, "try_text", ["ents", None, as_file(path)], f"text-{number}")
+        assert "was not uploaded here" in said and '"success":true' not in said, "as the text of a text box"
+    assert server.get(f"/gradio_api/file={private}").status_code == 403
+
+
+def as_file(path: Path | str) -> dict[str, Any]:
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+
+def events_of(server: Server, name: str, data: list[Any], session: str) -> str:
+    """What the page's own protocol answers to an event."""
+    known = server.get("/config").json()["dependencies"]
+    (number,) = (event["id"] for event in known if event["api_name"] == name)
+    body = {"data": data, "fn_index": number, "session_hash": session}
+    assert server.post("/gradio_api/queue/join", body).status_code == 200
+    return server.get(f"/gradio_api/queue/data?session_hash={session}").text

@@ -17,6 +17,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.utils import get_upload_folder
+from gradio_client.utils import is_file_obj, traverse
 
 from labeltune.errors import LabeltuneError
 from labeltune.inference.stream import BadRow, count_rows, read_rows, to_line
@@ -58,11 +60,41 @@ def add_playground(app: FastAPI, service: Service) -> FastAPI:
     return mounted
 
 
+class Page(gr.Blocks):  # type: ignore[misc]
+    """A page whose events take no file but those that were uploaded here.
+
+    gradio looks after that on pages it launches itself. On one that is mounted in another application, as here, it
+    copies any file this process may read, and whatever an address answers, to where the client can fetch it, whichever
+    component the client names it for.
+    """
+
+    async def preprocess_data(
+        self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
+    ) -> list[Any]:
+        """gradio's own, behind the check.
+
+        Raises:
+            gr.Error: a path outside of the folder of uploads, or an address.
+        """
+        folder = Path(get_upload_folder()).resolve()
+
+        def uploaded(file: dict[str, Any]) -> dict[str, Any]:
+            if not Path(file["path"]).resolve().is_relative_to(folder):
+                raise gr.Error(
+                    "this file was not uploaded here · 该文件不是在此上传的", print_exception=False
+                )
+            return file
+
+        traverse(inputs, uploaded, is_file_obj)
+        found: list[Any] = await super().preprocess_data(block_fn, inputs, state, explicit_call)
+        return found
+
+
 def page(service: Service) -> Any:
     """Its components and what they do."""
     served = list(service.models.served.values())
     first = served[0]
-    with gr.Blocks(title="labeltune", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+    with Page(title="labeltune", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown("# labeltune")
         model = gr.Dropdown([s.name for s in served], value=first.name, label="Model · 模型", elem_id="model")
         labels = gr.Dropdown(
