@@ -178,7 +178,7 @@ def cost_table(found: list[dict[str, Any]]) -> str:
                 shown.append("")
                 continue
             value = record["seconds"][stage]
-            ratio = f" ({value / before[stage]:.1f}x)" if stage in before else ""
+            ratio = f" ({value / before[stage]:.1f}x)" if before.get(stage) else ""
             shown.append(f"{value:.2f}{ratio}")
         before = record["seconds"]
         most = max(size for stage, size in record["peak"].items() if stage != "plan")

@@ -18,8 +18,8 @@ from labeltune.config import RunConfig
 from labeltune.errors import ConfigError
 from labeltune.modeling.lora import attach_adapter
 from labeltune.modeling.precision import pick_precision
-from labeltune.training import stepping, token_plan
-from labeltune.training.costs import SmallModel, count_flops, model_shape, peak_bytes
+from labeltune.training import stepping, timing, token_plan
+from labeltune.training.costs import Flops, SmallModel, count_flops, model_shape, peak_bytes
 from labeltune.training.loss import answer_loss
 from labeltune.training.memory import activation_bytes
 from labeltune.training.packs import attention_for, make_batch
@@ -162,12 +162,51 @@ def test_memory_of_many_layers_follows_from_one_and_two(in_folder: Path, kind: s
     kept = [model.per_token(rows, "shared_prefix") for model in (one, two)]
     measured = activation_bytes(real, rows, "shared_prefix", 0, real.get_output_embeddings())
     assert kept[0] + 4 * (kept[1] - kept[0]) == pytest.approx(measured, rel=0.03)
-    peaks = [model.measure(rows, pack, "shared_prefix", False, 0).peak for model in (one, two)]
+    peaks = [model.peak(rows, pack, "shared_prefix", False) for model in (one, two)]
     with peak_bytes() as peak, attention_for(real, "shared_prefix"):
         batch = make_batch(rows, pack, "shared_prefix", 0)
         head = real.get_output_embeddings()
         answer_loss(real, head, batch.inputs, batch.index, batch.targets).backward()
     assert peaks[0] + 4 * (peaks[1] - peaks[0]) == pytest.approx(peak[0], rel=0.1)
+
+
+def test_seconds_of_a_run_follow_from_those_of_its_parts(in_folder: Path, model_folder: Path) -> None:
+    """A clock that stands still but for what each layer, each pack's rest, and the output layer are said to take."""
+    config, precision = config_for(in_folder, model_folder), pick_precision("fp32")
+    shape = model_shape(model_folder, config, precision)
+    rows = rows_of(6)
+    packs = plan_step(rows, 120)[0]
+    assert len(packs) > 1
+    few, many = (SmallModel(model_folder, config, precision, layers) for layers in (1, 4))
+    slow = iter([1.0, 1.5, 0.5, *[1.0] * 999])  # the machine's moods, the same for both models
+
+    def passes(model: SmallModel, mood: list[float]) -> Any:
+        def step(*_: Any) -> float:
+            if model is few:
+                mood[0] = next(slow)
+            return mood[0] * (0.25 + 0.5 * model.layers)
+
+        return step
+
+    mood = [1.0]
+    few.step, many.step = passes(few, mood), passes(many, mood)  # type: ignore[method-assign]
+    rest, layer = timing.layer_seconds(few, many, [(rows, packs)], "shared_prefix", False)
+    assert (rest, layer) == pytest.approx((0.25 * len(packs), 0.5 * len(packs)))
+    sample, whole = Flops(70.0, 30.0, 10.0), Flops(700.0, 300.0, 200.0)
+    found = timing.run_seconds(shape, sample, whole, 9, 2, (rest, layer), 0.125, 0.0625)
+    layers = 10 * layer * shape.layers
+    assert found == pytest.approx(layers + 20 * 0.125 + 9 * (rest / 2 + 0.0625))
+
+
+def test_parts_of_a_step_take_some_time(in_folder: Path, model_folder: Path) -> None:
+    config, precision = config_for(in_folder, model_folder), pick_precision("fp32")
+    shape = model_shape(model_folder, config, precision)
+    model = SmallModel(model_folder, config, precision, 1)
+    one, hundred = (timing.optimizer_seconds(model, trained) for trained in (1_000, 100_000))
+    assert 0 < one < hundred
+    before = torch.random.get_rng_state()
+    assert timing.output_seconds(shape, 300, torch.float32, torch.device("cpu")) > 0
+    assert torch.equal(torch.random.get_rng_state(), before), "what is measured does not change a run"
 
 
 def test_living_bytes_are_counted() -> None:

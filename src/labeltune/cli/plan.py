@@ -26,7 +26,8 @@ def plan(
         ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure the rate on this machine, on two layers of the model.")
+        bool,
+        typer.Option("--measure", help="Measure the rate on this machine, on a few layers of the model."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
 ) -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _SHOWN_FAULTS = 10
 #: Characters of texts that wait to be written, at most (and one text more).
 _WAITING_CHARACTERS = 8_000_000
+#: Hashes that are looked up at once.
+_AT_ONCE = 65_536
 _OTHER_TEMPORARY = "make room, or set TMPDIR to a folder that has it"
 
 
@@ -306,7 +308,17 @@ def stratified_split(rows: Rows, fraction: float, seed: int) -> numpy.ndarray[An
         taken.append(texts[numpy.argsort(firsts)[chosen]])
     if not taken:
         return numpy.zeros(0, dtype=numpy.int64)
-    return numpy.flatnonzero(numpy.isin(hashes, numpy.concatenate(taken)))
+    return _places(hashes, numpy.sort(numpy.concatenate(taken)))
+
+
+def _places(values: numpy.ndarray[Any, Any], wanted: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+    """Where `values` are among `wanted`, which is sorted; `numpy.isin` would sort them all, in 50 bytes each."""
+    found = numpy.zeros(len(values), dtype=bool)
+    for at in range(0, len(values) if len(wanted) else 0, _AT_ONCE):
+        part = values[at : at + _AT_ONCE]
+        places = numpy.searchsorted(wanted, part)
+        found[at : at + _AT_ONCE] = wanted[numpy.minimum(places, len(wanted) - 1)] == part
+    return numpy.flatnonzero(found)
 
 
 def _strata(rows: Rows) -> tuple[numpy.ndarray[Any, Any], dict[str, int]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
 from labeltune.data.loading import load_splits
@@ -13,9 +15,16 @@ from labeltune.ranks import world
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from labeltune.modeling.precision import Precision
+    from labeltune.training.costs import ModelShape
+    from labeltune.training.memory import MemoryPlan
+    from labeltune.training.token_plan import TokenPlan
+
 #: Fewer rows are planned before other processes would have started.
 _ENOUGH_ROWS = 4_000
-_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ def plan(
 
     Args:
         gflops: a rate to count hours with, in thousand million operations a second.
-        measure: measure the rate on this machine, on two of the model's layers with random weights.
+        measure: measure the rate on this machine, on a few of the model's layers with random weights.
 
     Raises:
         LabeltuneError: config, data or model are refused, as training would.
@@ -86,10 +95,9 @@ def plan(
     from labeltune.prompts.template import ChatTemplate
     from labeltune.training.costs import (
         ALLOCATOR,
-        Measured,
         SmallModel,
         count_flops,
-        layer_rate,
+        extrapolated,
         model_shape,
         output_layer_bytes,
     )
@@ -117,8 +125,8 @@ def plan(
     packing = options.packing
     small = [SmallModel(local.folder, config, precision, layers) for layers in (1, 2)]
     sample = sample_rows(steps[0])
-    kept = [Measured(0, 0, model.per_token(sample, packing)) for model in small]
-    per_token = int(Measured.extrapolated(kept[0], kept[1], shape.layers).per_token)
+    kept = [model.per_token(sample, packing) for model in small]
+    per_token = int(extrapolated(kept[0], kept[1], shape.layers))
     memory = plan_memory(
         None if options.max_tokens_per_pack == "auto" else options.max_tokens_per_pack,
         None if options.gradient_checkpointing == "auto" else options.gradient_checkpointing,
@@ -137,15 +145,12 @@ def plan(
         found = plan_tokens(tokens, options, memory.max_tokens, packing, processes, workers, advance)
 
     rows, pack = largest_pack(found, tokens, memory.max_tokens, packing, processes)
-    repeats = _REPEATS if measure else 0
-    one, two = (model.measure(rows, pack, packing, memory.checkpointing, repeats) for model in small)
-    whole = Measured.extrapolated(one, two, shape.layers)
+    peaks = [model.peak(rows, pack, packing, memory.checkpointing) for model in small]
     flops = count_flops(shape, found, memory.checkpointing)
-    seconds = None
+    seconds = None if gflops is None else flops.total / (gflops * 1e9)
     if measure:
-        gflops = layer_rate(shape, rows, pack, packing, memory.checkpointing, two.seconds - one.seconds) / 1e9
-    if gflops is not None:
-        seconds = flops.total / (gflops * 1e9)
+        seconds = _measured_seconds(config, local.folder, precision, shape, found, tokens, memory, processes)
+        gflops = flops.total / seconds / 1e9
     gradients = shape.gradient_bytes
     return RunPlan(
         model=config.model,
@@ -168,11 +173,57 @@ def plan(
             "adapter": shape.trained_bytes,
             "gradients": gradients,
             "optimizer": 2 * gradients,
-            "activations": int(ALLOCATOR.get(device.type, 1.0) * max(0, int(whole.peak) - gradients)),
+            "activations": int(
+                ALLOCATOR.get(device.type, 1.0)
+                * max(0, int(extrapolated(peaks[0], peaks[1], shape.layers)) - gradients)
+            ),
             "output_layer": output_layer_bytes(shape),
         },
         free_memory=free_memory(device),
         gflops=None if gflops is None else round(gflops, 3),
         hours=None if seconds is None else seconds / 3600,
         device=precision.device,
+    )
+
+
+def _measured_seconds(
+    config: RunConfig,
+    folder: Path,
+    precision: Precision,
+    shape: ModelShape,
+    plan: TokenPlan,
+    tokens: Dataset,
+    memory: MemoryPlan,
+    processes: int,
+) -> float:
+    """Seconds of the run's optimizer steps in one process on this machine, from some of its first steps."""
+    import torch
+
+    from labeltune.training import timing
+    from labeltune.training.costs import SmallModel, count_flops
+    from labeltune.training.planner import plan_step
+    from labeltune.training.token_plan import plan_steps, run_order, to_rows
+    from labeltune.training.trainer import SAMPLED_STEPS
+
+    options = config.training
+    chosen = list(islice(run_order(len(tokens), options), SAMPLED_STEPS))
+    steps = []
+    for numbers in chosen:
+        rows = to_rows([tokens[i] for i in numbers])
+        shares = plan_step(rows, memory.max_tokens, options.packing, processes)
+        steps.append((rows, [pack for share in shares for pack in share]))
+    few, many = (SmallModel(folder, config, precision, layers) for layers in (timing.FEW, timing.MANY))
+    sampled = plan_steps(tokens, chosen, memory.max_tokens, options.packing, processes)
+    layers = timing.layer_seconds(few, many, steps, options.packing, memory.checkpointing)
+    optimizer = timing.optimizer_seconds(few, shape.trained)
+    output = timing.output_seconds(shape, sampled.answers, precision.weights, torch.device(precision.device))
+    return timing.run_seconds(
+        shape,
+        count_flops(shape, sampled, memory.checkpointing),
+        count_flops(shape, plan, memory.checkpointing),
+        plan.steps,
+        len(chosen),
+        layers,
+        output,
+        optimizer,
     )

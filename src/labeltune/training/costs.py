@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import statistics
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from labeltune.training.loss import CHUNK, answer_loss
 from labeltune.training.memory import activation_bytes, enable_checkpointing, random_state_kept
 from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Pack, Packing, Row
-from labeltune.training.token_plan import TokenPlan, attention_pairs
+from labeltune.training.token_plan import TokenPlan
 
 #: Tokens that the small models know; an embedding of the real size would hold more than their layers.
 _VOCABULARY = 512
@@ -134,7 +133,8 @@ def _empty(folder: Path, config: RunConfig, precision: Precision, layers: int | 
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             # From the end: where kinds of layers differ, the first ones are often special.
-            text.layer_types = list(text.layer_types)[-layers:]
+            kinds = list(text.layer_types)
+            text.layer_types = (kinds * layers)[-layers:]
         text.vocab_size = _VOCABULARY
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(text, name, None)
@@ -179,51 +179,16 @@ def count_flops(shape: ModelShape, plan: TokenPlan, checkpointing: bool) -> Flop
     return Flops(layers, attention, 2.0 * products * shape.hidden * shape.vocabulary * plan.answers)
 
 
-def layer_rate(
-    shape: ModelShape,
-    rows: Sequence[Row],
-    pack: Pack,
-    packing: Packing,
-    checkpointing: bool,
-    seconds: float,
-) -> float:
-    """Operations a second, from the time that one layer takes for a pack."""
-    alone = TokenPlan(1, 1, 0, pack.tokens(rows, packing), 0, attention_pairs(pack, rows, packing), 1, 0, ())
-    return count_flops(shape, alone, checkpointing).total / shape.layers / max(seconds, 1e-9)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One pack forward and backward on a model of so many of the real one's layers.
-
-    Attributes:
-        peak: most bytes of tensors that were alive beside the weights.
-        seconds: the median of the repetitions, 0 without any.
-        per_token: bytes that the backward pass keeps of a token (`activation_bytes`).
-    """
-
-    peak: float
-    seconds: float
-    per_token: float
-
-    @staticmethod
-    def extrapolated(one: Measured, two: Measured, layers: int) -> Measured:
-        """Of a model with more layers, which are all alike."""
-        values = (
-            a + (b - a) * (layers - 1)
-            for a, b in (
-                (one.peak, two.peak),
-                (one.seconds, two.seconds),
-                (one.per_token, two.per_token),
-            )
-        )
-        return Measured(*values)
+def extrapolated(one: float, two: float, layers: int) -> float:
+    """What a model of so many layers takes, which are all alike, from what one and two of them take."""
+    return one + (two - one) * (layers - 1)
 
 
 class SmallModel:
-    """One or two layers of a model with random weights, on which packs are measured; its vocabulary is small."""
+    """A few layers of a model with random weights, on which packs are measured; its vocabulary is small."""
 
     def __init__(self, folder: Path, config: RunConfig, precision: Precision, layers: int) -> None:
+        self.layers = layers
         with random_state_kept():
             self.model = _empty(folder, config, precision, layers, precision.device)
         self.model.train()
@@ -235,27 +200,24 @@ class SmallModel:
             head = self.model.get_output_embeddings()
             return activation_bytes(self.model, _small_ids(rows), packing, 0, head)
 
-    def measure(
-        self, rows: Sequence[Row], pack: Pack, packing: Packing, checkpointing: bool, repeats: int
-    ) -> Measured:
-        """Forward and backward of one pack.
+    def peak(self, rows: Sequence[Row], pack: Pack, packing: Packing, checkpointing: bool) -> int:
+        """Most bytes of tensors that are alive beside the weights, forward and backward, gradients included."""
+        self.prepare(checkpointing)
+        with random_state_kept(), peak_bytes() as peak:
+            self.step(rows, pack, packing)
+        self.model.zero_grad(set_to_none=True)
+        return peak[0]
 
-        Args:
-            repeats: how often it is timed, behind one pass that warms up and counts memory.
-        """
+    def prepare(self, checkpointing: bool) -> None:
+        """Whether `step` recomputes activations."""
         if checkpointing:
             enable_checkpointing(self.model)
-        small = _small_ids(rows)
-        with random_state_kept():
-            with peak_bytes() as peak:
-                self._step(small, pack, packing)
-            seconds = [self._step(small, pack, packing) for _ in range(repeats)]
-        self.model.zero_grad(set_to_none=True)
-        return Measured(peak[0], statistics.median(seconds) if seconds else 0.0, 0.0)
 
-    def _step(self, rows: Sequence[Row], pack: Pack, packing: Packing) -> float:
+    def step(self, rows: Sequence[Row], pack: Pack, packing: Packing) -> float:
+        """Seconds of a pack, forward and backward; gradients are summed."""
         import torch
 
+        rows = _small_ids(rows)
         device = torch.device(self._precision.device)
         started = time.perf_counter()
         batch = make_batch(rows, pack, packing, 0).to(device)

@@ -157,6 +157,13 @@ def plan_tokens(
     return total
 
 
+def plan_steps(
+    tokens: Dataset, steps: list[list[int]], max_tokens: int, packing: Packing, processes: int = 1
+) -> TokenPlan:
+    """Plan some steps, given by their rows' numbers."""
+    return _Planner(tokens, max_tokens, packing, processes)(steps)
+
+
 def largest_pack(
     plan: TokenPlan, tokens: Dataset, max_tokens: int, packing: Packing, processes: int = 1
 ) -> tuple[list[Row], Pack]:
