@@ -26,8 +26,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A file's tests stay together; every process computes in one thread.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Kills, faults, hostile input and memory, for about half an hour; docs/reliability.md has the last full run's table.
 # A part alone, or a tenth of everything: make torture TORTURE="training_kills --scale 0.1"

@@ -155,6 +155,22 @@ def test_rows_are_divided_about_as_well_as_they_can_be(
     assert largest(owners) <= 4 / 3 * best, "what taking the largest first guarantees without anything shared"
 
 
+def test_a_large_step_is_divided_evenly_too() -> None:
+    """More rows and processes than are compared with each other: neighbours far apart, 64 of a process's rows tried."""
+    generator = random.Random(0)
+    prompts = [tuple(generator.randrange(3) for _ in range(generator.randint(2, 60))) for _ in range(2_500)]
+    rows = sorted((row(list(prompt), [7, 8]) for prompt in prompts), key=lambda r: r.prompt)
+    common = [0] + [common_prefix(a.prompt, b.prompt) for a, b in itertools.pairwise(rows)]
+    work = Work(rows, common, 100)
+    for before, place in ((0, 2_499), (5, 38), (5, 37), (1_000, 1_512), (77, 1_900)):
+        assert work.shared(before, place) == min(common[before + 1 : place + 1])
+    for processes in (2, 30):
+        parts = divide(work, len(rows), processes)
+        assert sorted(itertools.chain(*parts)) == list(range(len(rows)))
+        loads = [naive_work([rows[i] for i in part], 100) for part in parts]
+        assert max(loads) <= 1.01 * sum(loads) / processes
+
+
 def test_a_process_without_rows_is_kept_busy_with_a_copy_that_does_not_count() -> None:
     shares = plan_step([row([1, 2], [3])], 100, "shared_prefix", 3)
     assert [share[0].counted for share in shares].count(True) == 1

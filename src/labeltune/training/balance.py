@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from labeltune.training.planner import Row
 
-#: Rounds of moving and swapping rows between the process with the most work and the one with the least.
-ROUNDS = 16
+#: Rounds of moving and swapping rows between the process with the most work and the one with the least, until they differ
+#: by less than this part of it.
+ROUNDS, ENOUGH = 16, 1 / 1024
+#: Processes with the least work that are compared for a row. More make planning a large cluster's steps slow.
+CANDIDATES = 8
+#: Rows of a process that are tried for moving or swapping.
+_TRIED = 64
+#: Rows that lie this far apart look their minimum up in a table.
+_FAR = 32
 #: Without a model: attention counts for little.
 PAIRS_PER_TOKEN = 10_000
 
@@ -28,6 +35,7 @@ class Work:
 
     def __init__(self, rows: Sequence[Row], common: Sequence[int], pairs_per_token: int) -> None:
         self.common = common
+        self._least: list[Sequence[int]] = [common]
         self._prefix = [self._pairs(n, pairs_per_token) for n in range(max(len(r.ids) for r in rows) + 1)]
         self._whole = [self._prefix[len(row.ids)] for row in rows]
 
@@ -39,7 +47,19 @@ class Work:
         """What a row costs when this one was computed before it."""
         if before is None:
             return self._whole[place]
-        return self._whole[place] - self._prefix[min(self.common[before + 1 : place + 1])]
+        return self._whole[place] - self._prefix[self.shared(before, place)]
+
+    def shared(self, before: int, place: int) -> int:
+        """Tokens that two rows, and all that lie between them, begin with in common."""
+        start, end = before + 1, place + 1
+        if end - start <= _FAR:
+            return min(self.common[start:end])
+        # The minima of all ranges of 1, 2, 4 ... rows; two of them cover any range.
+        level = (end - start).bit_length() - 1
+        while len(self._least) <= level:
+            below, half = self._least[-1], 1 << (len(self._least) - 1)
+            self._least.append(list(map(min, below, below[half:])))
+        return min(self._least[level][start], self._least[level][end - (1 << level)])
 
 
 class Share:
@@ -94,12 +114,15 @@ def divide(work: Work, count: int, processes: int) -> list[list[int]]:
 
 
 def _largest_first(work: Work, count: int, processes: int) -> list[Share]:
-    """Each row to the process that has the least to compute with it."""
+    """Each row to the process that has the least to compute with it, of those that have the least without."""
     shares = [Share(work) for _ in range(processes)]
+    loads = [(0, number) for number in range(processes)]  # sorted
     own = [work.behind(place - 1 if place else None, place) for place in range(count)]
     for place in sorted(range(count), key=lambda p: (-own[p], p)):
-        loads = [share.load + share.cost(place) for share in shares]
-        shares[loads.index(min(loads))].add(place)
+        costs = [load + shares[number].cost(place) for load, number in loads[:CANDIDATES]]
+        _, number = loads.pop(costs.index(min(costs)))
+        shares[number].add(place)
+        bisect.insort(loads, (shares[number].load, number))
     return shares
 
 
@@ -135,15 +158,20 @@ def _ranges(work: Work, count: int, allowed: int) -> list[list[int]]:
     return found
 
 
+def _some(places: list[int]) -> list[int]:
+    """All of them where they are few."""
+    return places[:: max(1, -(-len(places) // _TRIED))]
+
+
 def _improved(shares: list[Share]) -> bool:
     """Move a row from the largest share to the smallest, or swap two of theirs, if that makes the larger of both smaller."""
     most = max(shares, key=lambda share: share.load)
     least = min(shares, key=lambda share: share.load)
-    if most.load == least.load:
+    if most.load - least.load <= most.load * ENOUGH:
         return False
     best, change = most.load, None
-    saved = {place: most.saved(place) for place in most.places}
-    freed = {place: least.saved(place) for place in least.places}
+    saved = {place: most.saved(place) for place in _some(most.places)}
+    freed = {place: least.saved(place) for place in _some(least.places)}
     for given, gain in saved.items():
         larger = max(most.load - gain, least.load + least.cost(given))
         if larger < best:
