@@ -3,6 +3,7 @@
     python benchmarks/scaling.py cost --rows 1000,10000,100000,1000000 --json cost.json
     python benchmarks/scaling.py cost --rows 1000000 --workers 2
     python benchmarks/scaling.py predict --rows 20000 --json predict.json
+    python benchmarks/scaling.py steps
 
 `cost`: every number of rows in a process of its own, on generated rows of about 40 tokens; seconds of CPU of each stage (all processes
 together, so that other programs do not change them; `wall` in the JSON is the clock's) without imports, and the memory of the process with those it starts: anonymous pages, shared ones counted once (`Pss_Anon`), the largest seen four times a second. Pages of
@@ -10,6 +11,8 @@ memory-mapped files are left out, as the system takes them back when it needs th
 
 `predict`: `labeltune predict` as a command, a two-layer model; `rows/s` counts the whole command, `steady` the time between the first
 and the last part, without starting processes and loading models.
+
+`steps`: cutting one step for so many processes, which every one of them does by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +34,8 @@ from typing import Any
 import made_up
 
 HERE = Path(__file__).resolve().parent
+#: (rows of a step, processes)
+STEPS = ((16, 1), (16, 2), (64, 8), (1_024, 64), (16_384, 8), (16_384, 1_000))
 STAGES = ["check", "split", "tokenize", "read again", "plan"]
 
 
@@ -244,6 +251,37 @@ def predict_table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def steps() -> list[dict[str, Any]]:
+    """A record for a number of rows and processes: seconds to cut one step of rows of about 90 tokens, the median of three."""
+    from labeltune.training.planner import Row, plan_step
+
+    generator, prefix, found = random.Random(0), tuple(range(3, 35)), []
+    for count, processes in STEPS:
+        rows = []
+        for _ in range(count):
+            text = tuple(generator.randrange(100, 9_000) for _ in range(generator.randint(20, 80)))
+            ids = (*prefix, *text, 7, 8, 9, generator.randrange(4), 2)
+            rows.append(Row.of(ids, len(ids) - 4, len(ids)))
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            plan_step(rows, 2048, "shared_prefix", processes)
+            times.append(time.perf_counter() - started)
+        seconds = statistics.median(times)
+        found.append(
+            {"rows": count, "processes": processes, "seconds": seconds, "ms_a_row": 1000 * seconds / count}
+        )
+    return found
+
+
+def steps_table(found: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| rows a step | processes | s a step | ms a row |", "|---|---|---|---|"]
+    for r in found:
+        lines.append(f"| {r['rows']:,} | {r['processes']:,} | {r['seconds']:.3f} | {r['ms_a_row']:.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Prints a table, writes the JSON."""
     parser = argparse.ArgumentParser(
@@ -256,7 +294,7 @@ def main() -> None:
     costs.add_argument("--until", choices=["split", "plan"], default="plan", help="last stage")
     predicts = commands.add_parser("predict")
     predicts.add_argument("--rows", type=int, default=20_000)
-    for command in (costs, predicts):
+    for command in (costs, predicts, commands.add_parser("steps")):
         command.add_argument("--json")
     one = commands.add_parser("stages")
     one.add_argument("file", type=Path)
@@ -267,9 +305,13 @@ def main() -> None:
     if given.what == "stages":
         print(json.dumps(stages(given.file, given.tokenizer, given.workers, given.until)))
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        found = (cost if given.what == "cost" else predict)(given, Path(temporary))
-    print((cost_table if given.what == "cost" else predict_table)(found))
+    if given.what == "steps":
+        found, table = steps(), steps_table
+    else:
+        measure, table = (cost, cost_table) if given.what == "cost" else (predict, predict_table)
+        with tempfile.TemporaryDirectory() as temporary:
+            found = measure(given, Path(temporary))
+    print(table(found))
     if given.json:
         Path(given.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
