@@ -93,9 +93,8 @@ def killed_run(in_folder: Path, run: Path, count: int, block_rows: int) -> None:
     assert process.returncode == 1, said
     assert "2 rows could not be predicted" in said and "Traceback" not in said
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        max(1, local_cores() // 2)
-    )  # as each of the two workers: sums differ in their last bit else
+    # As each of the two workers: with other threads, sums differ in their last bit.
+    torch.set_num_threads(max(1, local_cores() // 2))
     try:
         with load_predictor(run, merge=True) as predictor:
             assert predict_file(predictor, Path("rows.jsonl"), in_folder / "local.jsonl", top_k=2) == 2

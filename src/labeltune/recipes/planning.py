@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,10 @@ from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from labeltune.modeling.precision import Precision
-    from labeltune.training.costs import ModelShape
+    from labeltune.training.costs import ModelShape, SmallModel
     from labeltune.training.memory import MemoryPlan
+    from labeltune.training.planner import Row
     from labeltune.training.token_plan import TokenPlan
 
 #: Fewer rows are planned before other processes would have started.
@@ -117,11 +117,8 @@ def plan(
     shape = model_shape(local.folder, config, precision)
     device = torch.device(precision.device)
 
-    first = run_order(len(tokens), options)
-    steps = [
-        to_rows([tokens[i] for i in next(first)])
-        for _ in range(min(SAMPLED_STEPS, steps_in_all(len(tokens), options)))
-    ]
+    first = islice(run_order(len(tokens), options), SAMPLED_STEPS)
+    steps = [to_rows([tokens[i] for i in numbers]) for numbers in first]
     packing = options.packing
     small = [SmallModel(local.folder, config, precision, layers) for layers in (1, 2)]
     sample = sample_rows(steps[0])
@@ -146,10 +143,13 @@ def plan(
 
     rows, pack = largest_pack(found, tokens, memory.max_tokens, packing, processes)
     peaks = [model.peak(rows, pack, packing, memory.checkpointing) for model in small]
+    peak = int(extrapolated(peaks[0], peaks[1], shape.layers))
     flops = count_flops(shape, found, memory.checkpointing)
     seconds = None if gflops is None else flops.total / (gflops * 1e9)
     if measure:
-        seconds = _measured_seconds(config, local.folder, precision, shape, found, tokens, memory, processes)
+        seconds = _measured_seconds(
+            config, precision, shape, found, steps, memory, processes, small[0], local.folder
+        )
         gflops = flops.total / seconds / 1e9
     gradients = shape.gradient_bytes
     return RunPlan(
@@ -173,10 +173,7 @@ def plan(
             "adapter": shape.trained_bytes,
             "gradients": gradients,
             "optimizer": 2 * gradients,
-            "activations": int(
-                ALLOCATOR.get(device.type, 1.0)
-                * max(0, int(extrapolated(peaks[0], peaks[1], shape.layers)) - gradients)
-            ),
+            "activations": int(ALLOCATOR.get(device.type, 1.0) * max(0, peak - gradients)),
             "output_layer": output_layer_bytes(shape),
         },
         free_memory=free_memory(device),
@@ -188,42 +185,42 @@ def plan(
 
 def _measured_seconds(
     config: RunConfig,
-    folder: Path,
     precision: Precision,
     shape: ModelShape,
     plan: TokenPlan,
-    tokens: Dataset,
+    steps: list[list[Row]],
     memory: MemoryPlan,
     processes: int,
+    few: SmallModel,
+    folder: Path,
 ) -> float:
-    """Seconds of the run's optimizer steps in one process on this machine, from some of its first steps."""
+    """Seconds of the run's optimizer steps in one process on this machine, from some of its first steps.
+
+    Args:
+        few: a model of one layer, without gradients.
+        folder: the model's, for one of more layers.
+    """
     import torch
 
     from labeltune.training import timing
     from labeltune.training.costs import SmallModel, count_flops
     from labeltune.training.planner import plan_step
-    from labeltune.training.token_plan import plan_steps, run_order, to_rows
-    from labeltune.training.trainer import SAMPLED_STEPS
+    from labeltune.training.token_plan import TokenPlan, sums
 
-    options = config.training
-    chosen = list(islice(run_order(len(tokens), options), SAMPLED_STEPS))
-    steps = []
-    for numbers in chosen:
-        rows = to_rows([tokens[i] for i in numbers])
-        shares = plan_step(rows, memory.max_tokens, options.packing, processes)
-        steps.append((rows, [pack for share in shares for pack in share]))
-    few, many = (SmallModel(folder, config, precision, layers) for layers in (timing.FEW, timing.MANY))
-    sampled = plan_steps(tokens, chosen, memory.max_tokens, options.packing, processes)
-    layers = timing.layer_seconds(few, many, steps, options.packing, memory.checkpointing)
-    optimizer = timing.optimizer_seconds(few, shape.trained)
-    output = timing.output_seconds(shape, sampled.answers, precision.weights, torch.device(precision.device))
+    packing, checkpointing = config.training.packing, memory.checkpointing
+    cut = []
+    for rows in steps:
+        shares = plan_step(rows, memory.max_tokens, packing, processes)
+        cut.append((rows, [pack for share in shares for pack in share]))
+    sampled = reduce(TokenPlan.plus, (sums(rows, packs, packing) for rows, packs in cut))
+    many = SmallModel(folder, config, precision, timing.MANY)
     return timing.run_seconds(
         shape,
-        count_flops(shape, sampled, memory.checkpointing),
-        count_flops(shape, plan, memory.checkpointing),
+        count_flops(shape, sampled, checkpointing),
+        count_flops(shape, plan, checkpointing),
         plan.steps,
-        len(chosen),
-        layers,
-        output,
-        optimizer,
+        len(steps),
+        timing.layer_seconds(few, many, cut, packing, checkpointing),
+        timing.output_seconds(shape, sampled.answers, precision.weights, torch.device(precision.device)),
+        timing.optimizer_seconds(few, shape.trained),
     )

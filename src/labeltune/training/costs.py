@@ -6,7 +6,7 @@ import contextlib
 import copy
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,13 +198,14 @@ class SmallModel:
         """Bytes that the backward pass keeps of a token."""
         with random_state_kept():
             head = self.model.get_output_embeddings()
-            return activation_bytes(self.model, _small_ids(rows), packing, 0, head)
+            return activation_bytes(self.model, small_ids(rows), packing, 0, head)
 
     def peak(self, rows: Sequence[Row], pack: Pack, packing: Packing, checkpointing: bool) -> int:
         """Most bytes of tensors that are alive beside the weights, forward and backward, gradients included."""
         self.prepare(checkpointing)
+        small = small_ids(rows)
         with random_state_kept(), peak_bytes() as peak:
-            self.step(rows, pack, packing)
+            self.step(small, pack, packing)
         self.model.zero_grad(set_to_none=True)
         return peak[0]
 
@@ -214,22 +215,32 @@ class SmallModel:
             enable_checkpointing(self.model)
 
     def step(self, rows: Sequence[Row], pack: Pack, packing: Packing) -> float:
-        """Seconds of a pack, forward and backward; gradients are summed."""
+        """Seconds of a pack of rows in the small vocabulary (`small_ids`), forward and backward; gradients are summed."""
         import torch
 
-        rows = _small_ids(rows)
         device = torch.device(self._precision.device)
-        started = time.perf_counter()
-        batch = make_batch(rows, pack, packing, 0).to(device)
-        with attention_for(self.model, packing):
-            head = self.model.get_output_embeddings()
-            answer_loss(self.model, head, batch.inputs, batch.index, batch.targets).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+
+        def work() -> None:
+            batch = make_batch(rows, pack, packing, 0).to(device)
+            with attention_for(self.model, packing):
+                head = self.model.get_output_embeddings()
+                answer_loss(self.model, head, batch.inputs, batch.index, batch.targets).backward()
+
+        return seconds_of(work, device)
 
 
-def _small_ids(rows: Sequence[Row]) -> list[Row]:
+def seconds_of(work: Callable[[], object], device: Any) -> float:
+    """How long it takes, to the end of what it leaves to the device (a `torch.device`)."""
+    import torch
+
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def small_ids(rows: Sequence[Row]) -> list[Row]:
     """The same rows in the small vocabulary."""
     return [
         Row(

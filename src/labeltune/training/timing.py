@@ -5,17 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from labeltune.training.costs import Flops, ModelShape, SmallModel
+from labeltune.training.costs import Flops, ModelShape, SmallModel, seconds_of, small_ids
 from labeltune.training.loss import chunked_cross_entropy
 from labeltune.training.memory import random_state_kept
 
 if TYPE_CHECKING:
     from labeltune.training.planner import Pack, Packing, Row
 
-#: Layers of the two models that are timed. The longer one's depth divides the error of a layer's time.
-FEW, MANY = 1, 4
+Found = TypeVar("Found")
+
+#: Layers of the deeper one of the two models that are timed. They divide the error of a layer's time.
+MANY = 4
 #: Rounds over the sampled steps: as many as fit into these seconds, but so many at least and at most.
 SECONDS, LEAST, MOST = 8.0, 4, 20
 
@@ -29,14 +31,14 @@ def layer_seconds(
 ) -> tuple[float, float]:
     """Seconds of all packs, forward and backward: (what a model without layers would take, one layer).
 
-    Both models take turns, so that a machine that is slow for a while is slow for both; a round's first difference warms up
-    and is not counted.
+    Both models take turns, so that a machine that is slow for a while is slow for both.
     """
+    small = [(small_ids(rows), packs) for rows, packs in steps]
     for model in (few, many):
         model.prepare(checkpointing)
 
     def passes(model: SmallModel) -> float:
-        return sum(model.step(rows, pack, packing) for rows, packs in steps for pack in packs)
+        return sum(model.step(rows, pack, packing) for rows, packs in small for pack in packs)
 
     with random_state_kept():
         found = _rounds(lambda: (passes(few), passes(many)))
@@ -54,13 +56,10 @@ def output_seconds(shape: ModelShape, answers: int, dtype: Any, device: Any) -> 
         hidden = torch.randn(answers, shape.hidden, device=device, dtype=dtype, requires_grad=True)
     targets = torch.zeros(answers, dtype=torch.long, device=device)
 
-    def once() -> tuple[float]:
-        started = time.perf_counter()
-        chunked_cross_entropy(head, hidden, targets).backward()
-        _wait(device)
-        return (time.perf_counter() - started,)
+    def once() -> float:
+        return seconds_of(lambda: chunked_cross_entropy(head, hidden, targets).backward(), device)
 
-    return statistics.median(seconds for (seconds,) in _rounds(once, seconds=SECONDS / 4))
+    return statistics.median(_rounds(once, SECONDS / 4))
 
 
 def optimizer_seconds(model: SmallModel, trained: int) -> float:
@@ -73,14 +72,11 @@ def optimizer_seconds(model: SmallModel, trained: int) -> float:
         copy.grad = torch.zeros_like(copy)
     optimizer = torch.optim.AdamW(copies)
 
-    def once() -> tuple[float]:
-        started = time.perf_counter()
+    def work() -> None:
         torch.nn.utils.clip_grad_norm_(copies, 1.0)
         optimizer.step()
-        _wait(copies[0].device)
-        return (time.perf_counter() - started,)
 
-    seconds = statistics.median(seconds for (seconds,) in _rounds(once, seconds=SECONDS / 8))
+    seconds = statistics.median(_rounds(lambda: seconds_of(work, copies[0].device), SECONDS / 8))
     return seconds * trained / sum(p.numel() for p in copies)
 
 
@@ -108,17 +104,10 @@ def run_seconds(
     return inside + output * whole.output / sample.output + (rest / sampled_steps + optimizer) * steps
 
 
-def _wait(device: Any) -> None:
-    import torch
-
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _rounds(once: Callable[[], tuple[float, ...]], seconds: float = SECONDS) -> list[tuple[float, ...]]:
-    """What `once` finds, again and again, without the first time."""
+def _rounds(once: Callable[[], Found], seconds: float = SECONDS) -> list[Found]:
+    """What `once` finds, again and again, without the first time, which warms up."""
     once()
-    found: list[tuple[float, ...]] = []
+    found: list[Found] = []
     began = time.perf_counter()
     while len(found) < LEAST or (len(found) < MOST and time.perf_counter() - began < seconds):
         found.append(once())

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,24 @@ def attention_pairs(pack: Pack, rows: Sequence[Row], packing: Packing) -> int:
     return total
 
 
+def sums(
+    rows: Sequence[Row], packs: Sequence[Pack], packing: Packing, numbers: tuple[int, ...] = ()
+) -> TokenPlan:
+    """Of one step, whose rows have these numbers and are cut into these packs."""
+    sizes = [pack.tokens(rows, packing) for pack in packs]
+    return TokenPlan(
+        steps=1,
+        rows=len(rows),
+        given=sum(len(row.ids) for row in rows),
+        computed=sum(sizes),
+        answers=sum(len(row.answer) for row in rows),
+        pairs=sum(attention_pairs(pack, rows, packing) for pack in packs),
+        packs=len(packs),
+        largest=max(sizes),
+        largest_step=numbers,
+    )
+
+
 @dataclass(frozen=True)
 class _Planner:
     """Row numbers of steps -> their sums."""
@@ -111,22 +130,15 @@ class _Planner:
         columns = self.tokens[numbers]
         spans = zip(columns["input_ids"], columns["answer_start"], columns["answer_end"], strict=True)
         rows = [Row.of(ids, int(start), int(end)) for ids, start, end in spans]
-        given = sum(len(row.ids) for row in rows)
-        answers = sum(len(row.answer) for row in rows)
-        computed = pairs = packs = largest = at = 0
-        largest_step: tuple[int, ...] = ()
+        found, at = [], 0
         for step in steps:
             inside = rows[at : at + len(step)]
             at += len(step)
-            for share in plan_step(inside, self.max_tokens, self.packing, self.processes):
-                for pack in share:
-                    size = pack.tokens(inside, self.packing)
-                    computed += size
-                    pairs += attention_pairs(pack, inside, self.packing)
-                    packs += 1
-                    if size > largest:
-                        largest, largest_step = size, tuple(step)
-        return TokenPlan(len(steps), len(rows), given, computed, answers, pairs, packs, largest, largest_step)
+            shares = plan_step(inside, self.max_tokens, self.packing, self.processes)
+            found.append(
+                sums(inside, [pack for share in shares for pack in share], self.packing, tuple(step))
+            )
+        return reduce(TokenPlan.plus, found)
 
 
 def plan_tokens(
@@ -155,13 +167,6 @@ def plan_tokens(
             progress(part.rows)
             total = total.plus(part)
     return total
-
-
-def plan_steps(
-    tokens: Dataset, steps: list[list[int]], max_tokens: int, packing: Packing, processes: int = 1
-) -> TokenPlan:
-    """Plan some steps, given by their rows' numbers."""
-    return _Planner(tokens, max_tokens, packing, processes)(steps)
 
 
 def largest_pack(
