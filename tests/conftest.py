@@ -77,7 +77,7 @@ def make_model(vocabulary: int, kind: str = "qwen2", seed: int = 0) -> Any:
         "pad_token_id": 0,
         "bos_token_id": None,
     }
-    name, extra = MODEL_KINDS[kind]
+    name, extra = (MODEL_KINDS | HYBRID_KINDS)[kind]
     torch.manual_seed(seed)
     config = getattr(transformers, name)(**shape, **extra)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -90,6 +90,22 @@ MODEL_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "glm4": ("Glm4Config", {"head_dim": 8}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 8}),
+}
+
+#: Models with layers that carry a state along the row, which only the plain ways compute rightly.
+HYBRID_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5": (
+        "Qwen3_5TextConfig",
+        {
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
 }
 
 

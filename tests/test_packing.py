@@ -243,7 +243,7 @@ def test_a_layout_covers_its_row() -> None:
     layout = make_layout([(3, [2, 0, 4]), (0, [1]), (5, [0, 0])])
     assert [(g.start, g.prefix, g.tokens) for g in layout.groups] == [(0, 3, 9), (9, 0, 1), (10, 5, 5)]
     assert [g.rests for g in layout.groups] == [(2, 4), (1,), ()]
-    assert layout.groups[0].gather.tolist() == [[0, 1, 0, 0], [2, 3, 4, 5]]
+    assert layout.groups[0].gather.tolist() == [0, 1, 0, 0, 2, 3, 4, 5]
     assert layout.groups[0].scatter.tolist() == [0, 1, 4, 5, 6, 7]
     assert layout.groups[2].gather.numel() == layout.groups[2].scatter.numel() == 0
 
@@ -307,3 +307,12 @@ def test_a_capped_output_layer_stays_inside_the_model() -> None:
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     assert chunkable_head(model, torch.tensor([[5, 6, 7]])) is None
+
+
+@pytest.mark.parametrize("packing", ["shared_prefix", "packed", "padded"])
+def test_cudnn_is_kept_out_of_attention_over_changing_shapes(packing: Any) -> None:
+    """It would make a plan for every new shape; what a program has set is there again afterwards."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with attention_for(make_model(VOCABULARY), packing):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before

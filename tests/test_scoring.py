@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_model
-from labeltune.inference.engine import Engine
+from conftest import HYBRID_KINDS, make_model
+from labeltune.inference.engine import Engine, predicting, questions_to_check
 from labeltune.inference.scoring import PrefixCache, Question, plan_passes, score_answers, score_one_by_one
 from labeltune.inference.trie import LabelTrie
-from labeltune.modeling import tree_attention
+from labeltune.modeling import precision, tree_attention
 
 VOCABULARY = 300
 END = 2
@@ -173,3 +173,63 @@ def test_the_engine_uses_the_fast_way_for_a_sound_model(recwarn: pytest.Warnings
     assert_close(engine.score(asked), [brute_force(model, question) for question in asked])
     assert not [w for w in recwarn if "run plainly" in str(w.message)]
     assert engine._fast
+
+
+@pytest.mark.parametrize("memory", [1 << 40, 0])
+@pytest.mark.parametrize("kind", list(HYBRID_KINDS))
+def test_in_bf16_wrong_scores_are_no_rounding(
+    kind: str, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state that runs from row to row shifts labels; with and without memory to compare in fp32, the plain way is taken."""
+    monkeypatch.setattr(precision, "free_memory", lambda device: memory)
+    model, asked = make_model(VOCABULARY, kind).eval(), questions(7, count=8)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(6)  # as decided as a trained model
+    right = [brute_force(model, question) for question in asked]
+    model.to(torch.bfloat16)
+    plain = [score_one_by_one(model, question) for question in asked]
+    with pytest.warns(UserWarning, match="run plainly"):
+        found = Engine(model).score(asked)
+    assert found == plain
+    fast = score_answers(model, asked, 1024, PrefixCache())
+    assert farthest(fast, right) > 5 * farthest(plain, right)
+
+
+@pytest.mark.parametrize("memory", [1 << 40, 0])
+def test_in_bf16_a_sound_model_takes_the_fast_way(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "free_memory", lambda device: memory)
+    model, asked = make_model(VOCABULARY).eval().to(torch.bfloat16), questions(6, count=8)
+    engine = Engine(model)
+    found = engine.score(asked)
+    assert engine._fast
+    assert farthest(found, [brute_force(model, question) for question in asked]) < 0.1
+
+
+def test_the_checked_prompts_are_the_shortest_the_longest_and_one_between() -> None:
+    trie = LabelTrie.of([(5, END), (6, 7, 8, END), (6, END)])
+    prompts = [[9] * length for length in (70, 30, 50, 90, 40)]
+    chosen = questions_to_check([Question(prompt, trie) for prompt in prompts])
+    assert [len(question.prompt) for question in chosen] == [30, 50, 90]
+    assert chosen[0].trie == LabelTrie.of([(6, 7, 8, END), (6, END)])
+    (alone, backwards) = questions_to_check([Question(list(range(3, 100)), trie)])
+    assert list(alone.prompt) == list(range(3, 100))
+    assert list(backwards.prompt) == list(range(99, 35, -1))
+
+
+def farthest(found: list[list[float]], right: list[list[float]]) -> float:
+    return max(abs(x - y) for a, b in zip(found, right, strict=True) for x, y in zip(a, b, strict=True))
+
+
+def test_predicting_leaves_a_model_in_training_as_it_was() -> None:
+    """Meanwhile cuDNN's attention is off, and so is the autocast that accelerate puts around a model's forward."""
+    model = make_model(VOCABULARY).train()
+    unmixed, cudnn = model.forward, torch.backends.cuda.cudnn_sdp_enabled()
+    model._original_forward = unmixed
+    model.forward = mixed = torch.autocast("cpu", torch.bfloat16)(unmixed)
+    with predicting(model):
+        assert not model.training and not torch.backends.cuda.cudnn_sdp_enabled()
+        assert model(torch.tensor([[1, 2]])).logits.dtype == torch.float32
+    assert model.training and model.forward is mixed
+    assert torch.backends.cuda.cudnn_sdp_enabled() == cudnn

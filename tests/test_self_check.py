@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import make_model, make_tokenizer
+from conftest import HYBRID_KINDS, make_model, make_tokenizer
 from labeltune import recipes
-from labeltune.modeling import shared_prefix
+from labeltune.modeling import precision, shared_prefix
 from labeltune.modeling.precision import Precision
 from labeltune.training import self_check
 from labeltune.training.self_check import Choice, choose_packing, sample_rows
@@ -76,7 +76,7 @@ def test_a_backend_that_ignores_the_layout_is_caught(
 def test_rounding_alone_is_no_reason_to_go_another_way(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """How far right ways of computing come apart differs between models and machines; wrong ones are much farther off."""
     monkeypatch.setattr(self_check, "TOLERANCE", 1e-12)
-    monkeypatch.setattr("labeltune.training.memory.free_memory", lambda _: memory)
+    monkeypatch.setattr(precision, "free_memory", lambda _: memory)
     assert choose(lora_model()) == (Choice("shared_prefix"), [])
     assert next(lora_model().parameters()).dtype == torch.float32
     monkeypatch.setattr(shared_prefix, "shared_prefix_attention", ignores_layout)
@@ -168,11 +168,15 @@ def test_nothing_is_left_behind() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def check_of(model: Any, rows: Any, precision: Precision) -> self_check._Check:
+    return self_check._Check(model, rows, precision, 0, None)
+
+
 def test_the_reference_in_bf16_is_the_model_in_fp32_and_leaves_the_weights_alone() -> None:
     model = lora_model().to(torch.bfloat16)
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     rows = random_rows(prefixes=(12,))
-    exact = self_check._in_format(model, torch.float32, rows, BF16, 0, None)
+    exact = check_of(model, rows, BF16).exact
     assert exact is not None
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
@@ -181,10 +185,23 @@ def test_the_reference_in_bf16_is_the_model_in_fp32_and_leaves_the_weights_alone
 
 
 def test_without_memory_for_fp32_the_bf16_rows_are_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    from labeltune.training import memory
-
-    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    monkeypatch.setattr(precision, "free_memory", lambda device: 0)
+    assert check_of(lora_model().to(torch.bfloat16), random_rows(), BF16).exact is None
     assert choose(lora_model().to(torch.bfloat16), precision=BF16) == (Choice("shared_prefix"), [])
+
+
+@pytest.mark.parametrize("memory", [1 << 40, 0])
+@pytest.mark.parametrize("number_format", [FP32, BF16])
+@pytest.mark.parametrize("kind", list(HYBRID_KINDS))
+def test_a_state_that_runs_from_row_to_row_is_no_rounding(
+    kind: str, number_format: Precision, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little it changes: in bf16 as in fp32, and with and without memory for a wider format."""
+    monkeypatch.setattr(precision, "free_memory", lambda device: memory)
+    model = lora_model(kind).to(number_format.weights)
+    choice, (warning,) = choose(model, precision=number_format)
+    assert choice.packing == "padded"
+    assert warning.count("relative difference") + warning.count("with the tokens of another row") == 2
 
 
 def test_compiled_layers_agree_and_are_checked() -> None:

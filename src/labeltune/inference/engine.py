@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -10,36 +11,51 @@ from typing import Any, TypeVar
 
 from labeltune.errors import ModelError, first_line
 from labeltune.inference.runner import PlainRunner, Runner, SegmentRunner
-from labeltune.inference.scoring import PrefixCache, Question, score_answers, score_one_by_one
+from labeltune.inference.scoring import PrefixCache, Question, rows_felt, score_answers, score_one_by_one
 from labeltune.inference.trie import LabelTrie
+from labeltune.modeling.precision import weights_in
+from labeltune.modeling.shared_prefix import changing_shapes
 
 #: Tokens of one pass that keep the device busy.
 PASS_TOKENS = {"cuda": 16384, "mps": 4096, "cpu": 1024}
-#: Largest difference of a log-probability between the fast way and the plain one, by number format of the weights.
-TOLERANCE = {"torch.float32": 1e-3, "torch.float16": 0.1, "torch.bfloat16": 0.5}
+#: Largest difference of an answer's log-probability a token between the fast way and the plain one, in fp32.
+TOLERANCE = 1e-3
+#: In bf16 and fp16, once the two ways agree in fp32: this many times what the plain way itself differs from fp32, or this much.
+OWN_ROUNDING, SMALL_ROUNDING = 2, 0.02
+#: In bf16 and fp16 where the weights cannot be had in fp32.
+MIXED_TOLERANCE = 0.1
+#: Prompts and answers of each that the two ways are compared on.
+CHECKED_PROMPTS, CHECKED_ANSWERS = 3, 2
 
 Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
 def predicting(model: Any) -> Iterator[None]:
-    """Evaluation mode, without compiled layers (each new shape would be compiled); a model in training is put back."""
+    """Evaluation mode, without compiled layers (each new shape would be compiled) and without the autocast that accelerate
+    puts around a model in training: a run's own validation computes what `labeltune evaluate` will. All is put back.
+    """
     import torch
 
     was_training = model.training
     stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
+    mixed, unmixed = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
     model.eval()
     try:
-        with stance("force_eager") if stance else contextlib.nullcontext():
+        if unmixed is not None:
+            model.forward = unmixed
+        with stance("force_eager") if stance else contextlib.nullcontext(), changing_shapes():
             yield
     finally:
+        if unmixed is not None:
+            model.forward = mixed
         model.train(was_training)
 
 
 class Engine:
     """Runs a model for prediction. Calls from several threads wait for each other.
 
-    The first call compares the fast way with plain forward passes on its own first prompt; a model for which they disagree
+    The first call compares the fast way with plain forward passes on some of its own prompts; a model for which they disagree
     (capped attention, state-space layers, a backend that drops its arguments) is run the plain way, with one warning.
     """
 
@@ -67,10 +83,10 @@ class Engine:
         with self._lock:
             self._cache.clear()
 
-    def settle(self, prompt: Sequence[int]) -> None:
-        """Compare the two ways on this prompt, if no call has done so yet."""
+    def settle(self, questions: Sequence[Question]) -> None:
+        """Compare the two ways on some of these questions, if no call has done so yet."""
         with self._lock, predicting(self.model):
-            self._is_fast(prompt)
+            self._is_fast(questions)
 
     def score(
         self, questions: Sequence[Question], on_rows: Callable[[int], None] | None = None
@@ -79,7 +95,7 @@ class Engine:
         if not questions:
             return []
         with self._lock, predicting(self.model):
-            if self._is_fast(questions[0].prompt):
+            if self._is_fast(questions):
                 return self._within_memory(
                     lambda: score_answers(self.model, questions, self.max_tokens, self._cache, on_rows)
                 )
@@ -90,15 +106,15 @@ class Engine:
                     on_rows(1)
             return found
 
-    def decode(self, prompt: Sequence[int], run: Callable[[Runner], Result]) -> Result:
+    def decode(self, prompts: Sequence[Sequence[int]], run: Callable[[Runner], Result]) -> Result:
         """Run something that decodes step by step, in the way that is right for this model.
 
         Args:
-            prompt: one of the prompts, to find that out with.
+            prompts: its prompts, to find that out with.
             run: called with the runner; again after the device has run out of memory.
         """
         with self._lock, predicting(self.model):
-            if not self._is_fast(prompt):
+            if not self._is_fast([Question(prompt, MADE_UP) for prompt in prompts]):
                 return run(PlainRunner(self.model))
             return self._within_memory(lambda: run(SegmentRunner(self.model, self._cache, self.max_tokens)))
 
@@ -118,9 +134,9 @@ class Engine:
                     ) from error
                 self.max_tokens //= 2
 
-    def _is_fast(self, prompt: Sequence[int]) -> bool:
+    def _is_fast(self, questions: Sequence[Question]) -> bool:
         if self._fast is None:
-            reason = self._disagreement(prompt)
+            reason = self._disagreement(questions_to_check(questions))
             self._fast = reason is None
             if reason is not None:
                 warnings.warn(
@@ -129,22 +145,84 @@ class Engine:
                 )
         return self._fast
 
-    def _disagreement(self, prompt: Sequence[int]) -> str | None:
-        """Why the fast way cannot be used, or None: made-up answers to the prompt, and to it backwards, both ways."""
+    def _disagreement(self, questions: Sequence[Question]) -> str | None:
+        """Why the fast way cannot be used, or None.
+
+        Rounding must not hide a wrong result: weights in bf16 or fp16 are first compared in fp32; where that is impossible, no
+        row may feel what stands in another one.
+        """
         import torch
 
-        trie = LabelTrie.of([(0, 1, 2), (0, 2, 1), (1, 0, 2)])
-        tokens = list(prompt[-64:])
-        questions = [Question(tokens, trie), Question(tokens[::-1], trie)]
+        rounded = next(self.model.parameters()).dtype != torch.float32
         try:
-            found = score_answers(self.model, questions, self.max_tokens, PrefixCache())
+            exact = None
+            if rounded:
+                with weights_in(self.model, torch.float32) as possible:
+                    if possible:
+                        exact = self._plainly(questions)
+                        reason = _too_far(self._fast_scores(questions), exact, questions, TOLERANCE)
+                        if reason is not None:
+                            return f"{reason} in fp32"
+            plain = self._plainly(questions)
+            if exact is None:
+                allowed = MIXED_TOLERANCE if rounded else TOLERANCE
+                felt = rows_felt(self.model, questions) if rounded else None
+                return felt or _too_far(self._fast_scores(questions), plain, questions, allowed)
+            allowed = max(OWN_ROUNDING * _difference(plain, exact, questions), SMALL_ROUNDING)
+            return _too_far(self._fast_scores(questions), exact, questions, allowed)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a foreign model does with segments it does not know
             return first_line(error)
-        right = [score_one_by_one(self.model, question) for question in questions]
-        pairs = [pair for row in zip(found, right, strict=True) for pair in zip(*row, strict=True)]
-        difference = max(abs(x - y) / 3 for x, y in pairs)
-        allowed = TOLERANCE.get(str(next(self.model.parameters()).dtype), 0.5)
-        # NaN compares as a disagreement.
-        return None if difference <= allowed else f"log-probabilities differ by {difference:.1e}"
+
+    def _fast_scores(self, questions: Sequence[Question]) -> list[list[float]]:
+        return score_answers(self.model, questions, self.max_tokens, PrefixCache())
+
+    def _plainly(self, questions: Sequence[Question]) -> list[list[float]]:
+        return [score_one_by_one(self.model, question) for question in questions]
+
+
+#: Answers for prompts that come without any.
+MADE_UP = LabelTrie.of([(0, 1, 2), (0, 2, 1), (1, 0, 2)])
+
+
+def questions_to_check(questions: Sequence[Question]) -> list[Question]:
+    """Different prompts, the shortest, the longest and one between, each with its longest and its shortest answer; a prompt that
+    is alone gets its own end backwards for company."""
+    prompts = {tuple(question.prompt): question.trie for question in questions}
+    ordered = sorted(prompts, key=lambda prompt: (len(prompt), prompt))
+    count = min(CHECKED_PROMPTS, len(ordered))
+    chosen = [ordered[at * (len(ordered) - 1) // max(1, count - 1)] for at in range(count)]
+    asked = [(prompt, prompts[prompt]) for prompt in chosen]
+    if len(asked) == 1:
+        asked.append((asked[0][0][: -64 - 1 : -1], asked[0][1]))
+    return [Question(prompt, _few_answers(trie)) for prompt, trie in asked]
+
+
+def _few_answers(trie: LabelTrie) -> LabelTrie:
+    """The trie of its longest and shortest answers only."""
+    answers = sorted(([token for _, token in path] for path in trie.paths), key=len, reverse=True)
+    return LabelTrie.of([*answers[: CHECKED_ANSWERS - 1], *answers[1:][-1:]])
+
+
+def _difference(
+    found: Sequence[Sequence[float]], right: Sequence[Sequence[float]], questions: Sequence[Question]
+) -> float:
+    """The largest difference of an answer's log-probability, divided by its number of tokens; NaN where there is one."""
+    differences = [
+        abs(x - y) / len(path)
+        for xs, ys, question in zip(found, right, questions, strict=True)
+        for x, y, path in zip(xs, ys, question.trie.paths, strict=True)
+    ]
+    return max(differences) if all(d == d for d in differences) else math.nan
+
+
+def _too_far(
+    found: Sequence[Sequence[float]],
+    right: Sequence[Sequence[float]],
+    questions: Sequence[Question],
+    allowed: float,
+) -> str | None:
+    difference = _difference(found, right, questions)
+    # NaN compares as a disagreement.
+    return None if difference <= allowed else f"log-probabilities differ by {difference:.1e} a token"

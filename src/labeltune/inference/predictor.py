@@ -23,7 +23,7 @@ from labeltune.inference.answers import (
     remove_prior,
 )
 from labeltune.inference.constrained import Extracted, Grammars, extract
-from labeltune.inference.engine import Engine
+from labeltune.inference.engine import MADE_UP, Engine
 from labeltune.inference.generation import generate_answers
 from labeltune.inference.runner import Runner
 from labeltune.inference.scoring import Question
@@ -161,10 +161,21 @@ class Predictor:
             raise ModelError("this run extracts entities; ask it with .predict or .extract")
         return self._together(examples, partial(self._scored, self.task), on_rows)
 
-    def settle(self, example: Example) -> None:
-        """Find out with this example, if it is not known yet, whether the fast way is right for the model."""
-        if self.generation.decoding != "free":
-            self.engine.settle(self.builder.views(example, self.generation.long_text)[0].ids)
+    def settle(self, examples: Sequence[Example]) -> None:
+        """Find out with some of these examples, if it is not known yet, whether the fast way is right for the model."""
+        if self.generation.decoding == "free" or not examples:
+            return
+        by_length = sorted(examples, key=lambda example: len(example.text))
+        some = {
+            example.id: example for example in (by_length[0], by_length[len(examples) // 2], by_length[-1])
+        }
+        questions = []
+        for example in some.values():
+            trie = MADE_UP
+            if isinstance(self.task, ClassificationTask):
+                trie = self._trie(example, self.task.candidates(example))
+            questions.append(Question(self.builder.views(example, self.generation.long_text)[0].ids, trie))
+        self.engine.settle(questions)
 
     def _together(
         self,
@@ -244,7 +255,7 @@ class Predictor:
                 on_rows=_in_rows(len(prompts), len(examples), on_rows),
             )
 
-        found = iter(self.engine.decode(prompts[0][0], run) if prompts else ())
+        found = iter(self.engine.decode([ids for ids, _ in prompts], run) if prompts else ())
         predictions = []
         for example, each in zip(examples, views, strict=True):
             answers = [next(found) for _ in each]

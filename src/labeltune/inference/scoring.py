@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from labeltune.inference.trie import LabelTrie
@@ -97,7 +97,7 @@ def score_answers(
             if shared > begin:
                 behind = KeyValues(past)
                 segments.append(Segment(questions[rows[0]].prompt[begin:shared], behind, keep=True))
-            segments += [_segment(questions[row], shared, behind) for row in rows]
+            segments += [segment_of(questions[row], shared, behind) for row in rows]
             logits = run_segments(model, segments)
             start = 0
             for row in rows:
@@ -146,7 +146,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def _segment(question: Question, shared: int, past: KeyValues) -> Segment:
+def segment_of(question: Question, shared: int, past: KeyValues) -> Segment:
     """The row's own part of the prompt, and behind it the trie, every node of which sees the prompt and its ancestors."""
     import torch
 
@@ -192,3 +192,35 @@ def score_one_by_one(model: Any, question: Question) -> list[float]:
             picked = logits.log_softmax(-1)[range(len(answer)), answer]
             scores.append(math.fsum(picked.cpu().tolist()))
     return scores
+
+
+def rows_felt(model: Any, questions: Sequence[Question]) -> str | None:
+    """Whether other tokens in one row, or in one of its answers, change the logits of another, by more than computing the same
+    again changes them. None where rows leave each other alone; else what was seen, in words.
+
+    Shapes and places stay the same, so that rounding does too: it is compared without a tolerance.
+    """
+    import torch
+
+    def logits(asked: Sequence[Question]) -> list[Any]:
+        segments = [segment_of(question, 0, KeyValues()) for question in asked]
+        return list(run_segments(model, segments).split([len(question.trie) for question in asked]))
+
+    def others(tokens: Sequence[int]) -> list[int]:
+        return [tokens[at - 1] if tokens[at - 1] != token else 0 for at, token in enumerate(tokens)]
+
+    with torch.inference_mode(), segment_attention_on(model):
+        before, again = logits(questions), logits(questions)
+        for changed, question in enumerate(questions):
+            trie = question.trie
+            asked, branch = [*questions], [*questions]
+            asked[changed] = Question(others(question.prompt), trie)
+            branch[changed] = Question(question.prompt, replace(trie, tokens=(*trie.tokens[:-1], 0)))
+            for what, found in (("row", logits(asked)), ("answer", logits(branch))):
+                for k, rows in enumerate(found):
+                    # The last node of a trie has no children.
+                    kept = slice(None) if k != changed else slice(0, 0 if what == "row" else len(trie) - 1)
+                    difference = (rows - before[k])[kept].abs().amax() if len(rows[kept]) else 0.0
+                    if not difference <= (again[k] - before[k]).abs().amax():
+                        return f"logits change by {float(difference):.1e} with the tokens of another {what}"
+    return None

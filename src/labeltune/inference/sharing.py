@@ -33,8 +33,8 @@ def shared_out(
     units = [examples[at : at + UNIT] for at in range(0, len(examples), UNIT)]
     if not units:
         return []
-    # One verdict on one prompt for all processes.
-    predictor.settle(examples[0])
+    # One verdict, on the same prompts, for all processes.
+    predictor.settle(examples)
     # Generation calls parts of the model, so weights that are shared out are asked by all for everything.
     together = not connected() or (predictor.generation.decoding == "free" and is_sharded(predictor.model))
     owners = (

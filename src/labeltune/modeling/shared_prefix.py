@@ -31,7 +31,7 @@ class GroupLayout:
         start: its first position in the row.
         prefix: number of shared tokens.
         rests: number of tokens behind the prefix of every example that has any.
-        gather: shape [examples, longest rest], positions behind the prefix; 0 where a rest is shorter.
+        gather: shape [examples * longest rest], positions behind the prefix; 0 where a rest is shorter.
         scatter: shape [sum of rests], where each of these tokens stands in the flattened gather.
     """
 
@@ -74,12 +74,12 @@ def make_layout(groups: Sequence[tuple[int, Sequence[int]]]) -> PrefixLayout:
     for prefix, lengths in groups:
         rests = tuple(length for length in lengths if length)
         widest = max(rests, default=0)
-        gather = torch.zeros(len(rests), widest, dtype=torch.long)
+        gather = torch.zeros(len(rests) * widest, dtype=torch.long)
         scatter = torch.empty(sum(rests), dtype=torch.long)
         at = 0
         for k, length in enumerate(rests):
             own = torch.arange(length)
-            gather[k, :length] = at + own
+            gather[k * widest + own] = at + own
             scatter[at : at + length] = k * widest + own
             at += length
         made.append(GroupLayout(start, prefix, rests, gather, scatter))
@@ -199,7 +199,11 @@ def _one_by_one(query: Any, key: Any, value: Any, group: GroupLayout, attend: At
 
 
 def _side_by_side(query: Any, key: Any, value: Any, group: GroupLayout, attend: Attend) -> Iterator[Any]:
-    """The prefix, then all examples as one padded batch."""
+    """The prefix, then all examples as one padded batch.
+
+    Rows are taken by `index_select`: on CUDA its gradient adds them up in parallel, where that of advanced indexing adds
+    the rows of one index one after the other, and all padding has the same index.
+    """
     import torch
 
     sizes = [group.prefix, sum(group.rests)]
@@ -207,16 +211,17 @@ def _side_by_side(query: Any, key: Any, value: Any, group: GroupLayout, attend: 
     if group.prefix:
         yield attend(q, k, v)
     if group.rests:
+        examples, widest = len(group.rests), max(group.rests)
         # [1, heads, tokens, size] -> [examples, heads, longest rest, size]
         own_q, own_k, own_v = (
-            x[0].transpose(0, 1)[group.gather].transpose(1, 2) for x in (own_q, own_k, own_v)
+            x[0].index_select(1, group.gather).unflatten(1, (examples, widest)).transpose(0, 1)
+            for x in (own_q, own_k, own_v)
         )
         if group.prefix:
-            examples = len(group.rests)
             own_k = torch.cat([k.expand(examples, -1, -1, -1), own_k], dim=2)
             own_v = torch.cat([v.expand(examples, -1, -1, -1), own_v], dim=2)
         output = attend(own_q, own_k, own_v).transpose(1, 2).flatten(0, 1)
-        yield output[group.scatter].transpose(0, 1).unsqueeze(0)
+        yield output.index_select(0, group.scatter).transpose(0, 1).unsqueeze(0)
 
 
 def shared_prefix_attention_on(model: Any) -> contextlib.AbstractContextManager[None]:
@@ -240,7 +245,23 @@ def attention_on(model: Any, name: str, function: Any) -> Iterator[None]:
     try:
         for config in configs.values():
             config._attn_implementation = name
-        yield
+        with changing_shapes():
+            yield
     finally:
         for at, config in configs.items():
             config._attn_implementation = before[at]
+
+
+@contextlib.contextmanager
+def changing_shapes() -> Iterator[None]:
+    """Keep cuDNN out of PyTorch's attention: it is tried first on an H100 or H200 and makes a plan for every new shape, 55 ms
+    to 3 s each (measured, docs/benchmarks.md), and texts hardly ever have the same lengths twice. Changes nothing on a CPU.
+    """
+    import torch
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -91,7 +91,7 @@ def plan(
     import torch
 
     from labeltune.modeling.hub import load_tokenizer, resolve_model
-    from labeltune.modeling.precision import pick_precision
+    from labeltune.modeling.precision import free_memory, pick_precision
     from labeltune.prompts.template import ChatTemplate
     from labeltune.training.costs import (
         ALLOCATOR,
@@ -102,7 +102,7 @@ def plan(
         output_layer_bytes,
     )
     from labeltune.training.dataset import tokenize_rows
-    from labeltune.training.memory import free_memory, plan_memory
+    from labeltune.training.memory import plan_memory
     from labeltune.training.self_check import sample_rows
     from labeltune.training.token_plan import largest_pack, plan_tokens, run_order, steps_in_all, to_rows
     from labeltune.training.trainer import SAMPLED_STEPS

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from labeltune.modeling.precision import free_memory
 from labeltune.training.balance import PAIRS_PER_TOKEN
 from labeltune.training.loss import CHUNK, answer_loss
 from labeltune.training.packs import attention_for, make_batch
@@ -39,26 +39,6 @@ class MemoryPlan:
     checkpointing: bool
     bytes_per_token: int
     free: int
-
-
-def free_memory(device: Any) -> int:
-    """Bytes that can still be taken on a device; on the CPU within the limit of the control group."""
-    import psutil
-    import torch
-
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + unused)
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue  # no such control group, or no limit ("max")
-    return max(free, 0)
 
 
 class Weights:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labeltune.modeling.shared_prefix import make_layout, shared_prefix_attention_on
+from labeltune.modeling.shared_prefix import changing_shapes, make_layout, shared_prefix_attention_on
 from labeltune.training.planner import Pack, Packing, Row
 
 
@@ -46,7 +46,7 @@ def make_batch(rows: Sequence[Row], pack: Pack, packing: Packing, pad_id: int) -
 
 def attention_for(model: Any, packing: Packing) -> contextlib.AbstractContextManager[None]:
     """What must be on while a batch of this kind runs forward and backward."""
-    return shared_prefix_attention_on(model) if packing == "shared_prefix" else contextlib.nullcontext()
+    return shared_prefix_attention_on(model) if packing == "shared_prefix" else changing_shapes()
 
 
 def _one_row(groups: Sequence[tuple[int, Sequence[Row]]], with_layout: bool) -> PackBatch:

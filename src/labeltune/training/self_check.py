@@ -3,6 +3,9 @@
 A model may ignore the layout (its attention is written out, its forward drops unknown arguments), cap its attention, or
 keep a state across positions. Every run therefore begins with a few real rows, each by itself through the plain model,
 against the same rows in one pack: loss, and the gradient of every trained weight, with dropout off.
+
+Rounding must not hide a wrong result. No row of a pack may feel what stands in another one, which needs no tolerance, and a run
+in bf16 or fp16 is compared in fp32 first, with its own weights, unless they are quantized, spread over processes or too large.
 """
 
 from __future__ import annotations
@@ -10,12 +13,14 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from labeltune.errors import first_line
-from labeltune.modeling.precision import Precision
-from labeltune.ranks import is_sharded, reduced
+from labeltune.modeling.precision import Precision, weights_in
+from labeltune.ranks import reduced
 from labeltune.training.loss import answer_loss
 from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Group, Pack, Packing, Row, plan_step
@@ -27,8 +32,14 @@ TOLERANCE = 1e-4
 ROUNDING = 4
 #: Allowed in fp32 where the model does not fit into memory in fp64 for that.
 UNKNOWN_ROUNDING = 1e-3
-#: The same in bf16 and fp16 where the model does not fit into memory in fp32 for comparison.
+#: In bf16 and fp16 the plain way's own distance from fp32 is allowed this many times ...
+OWN_ROUNDING = 2
+#: ... but never more than this.
+MIXED_TOLERANCE = 0.2
+#: Allowed in bf16 and fp16 between the two ways where the weights cannot be had in fp32.
 LOOSE_TOLERANCE = 5e-2
+#: How far a row's logits may move in fp32 with the tokens of another row, as a part of the largest.
+FELT = 1e-5
 ROWS = 3
 #: From the fastest way to the one that asks least of a model.
 PLAINER: tuple[Packing, ...] = ("shared_prefix", "packed", "padded")
@@ -82,26 +93,12 @@ def choose_packing(
 
     The random state is as before, gradients are none.
     """
-    import torch
-
     with _undisturbed(model):
-        plain = _gradients(model, rows, _one_by_one(rows), "padded", precision, pad_id, head)
-        exact, limit = plain, TOLERANCE
-        if precision.name != "fp32":
-            in_fp32 = _in_format(model, torch.float32, rows, precision, pad_id, head)
-            limit = LOOSE_TOLERANCE if in_fp32 is None else max(2 * plain.error(in_fp32), TOLERANCE)
-            exact = in_fp32 or plain
+        check = _Check(model, rows, precision, pad_id, head)
         reasons: list[str] = []
-        second_look = precision.name == "fp32"
         for packing in PLAINER[PLAINER.index(wanted) :]:
-            reason = _disagreement(model, rows, packing, precision, pad_id, head, exact, limit)
-            agreed = _everywhere(reason is None)
-            if not agreed and second_look:
-                second_look = False
-                exact, limit = _rounding(model, rows, precision, pad_id, head, plain)
-                reason = _disagreement(model, rows, packing, precision, pad_id, head, exact, limit)
-                agreed = _everywhere(reason is None)
-            if agreed:
+            reason = check.disagreement(packing)
+            if _everywhere(reason is None):
                 chosen = Choice(packing)
                 break
             reasons.append(f"{packing}: {reason or 'another process disagrees'}")
@@ -116,105 +113,144 @@ def choose_packing(
     return chosen
 
 
-def _disagreement(
-    model: Any,
-    rows: Sequence[Row],
-    packing: Packing,
-    precision: Precision,
-    pad_id: int,
-    head: Any,
-    exact: Gradients,
-    limit: float,
-) -> str | None:
-    """Why this way cannot be used, or None."""
-    import torch
+class _Check:
+    """Compares ways of computing some rows with the rows one by one; what the rows one by one give is computed once."""
 
-    packs = plan_step(rows, sum(len(row.ids) for row in rows), packing)[0]
-    try:
-        found = _gradients(model, rows, packs, packing, precision, pad_id, head)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a foreign model does with a layout it does not know
-        return first_line(error)
-    difference = found.error(exact)
+    def __init__(self, model: Any, rows: Sequence[Row], precision: Precision, pad_id: int, head: Any) -> None:
+        self.model, self.rows, self.precision, self.pad_id, self.head = model, rows, precision, pad_id, head
+        self.alone = _one_by_one(rows)
+        self.plain = self._gradients(self.alone, "padded")
+        self.exact: Gradients | None = None
+        self.limit = TOLERANCE
+        if precision.name != "fp32":
+            self.exact = self._in_format(torch.float32, self.alone, "padded")
+
+    def disagreement(self, packing: Packing) -> str | None:
+        """Why this way cannot be used, or None."""
+        reason = self._compared(packing)
+        if self.precision.name == "fp32" and self.exact is None and not _everywhere(reason is None):
+            self._look_twice()
+            reason = self._compared(packing)
+        return reason
+
+    def _compared(self, packing: Packing) -> str | None:
+        packs = plan_step(self.rows, sum(len(row.ids) for row in self.rows), packing)[0]
+        try:
+            felt = None if packing == "padded" else self._rows_felt(packs, packing)
+            return self._gradients_differ(packs, packing) or felt
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a foreign model does with a layout it does not know
+            return first_line(error)
+
+    def _look_twice(self) -> None:
+        """In fp32: what to compare with, and how far a right computation may be from it, for this model and these rows.
+
+        How far fp32 sums in another order come apart depends on the model, the rows and the processor's own kernels.
+        """
+        exact = self._in_format(torch.float64, self.alone, "padded")
+        own = UNKNOWN_ROUNDING if exact is None else ROUNDING * self.plain.error(exact)
+        self.exact, self.limit = exact or self.plain, max(TOLERANCE, own)
+
+    def _gradients_differ(self, packs: Sequence[Pack], packing: Packing) -> str | None:
+        """Loss and gradients against those of rows one by one: with rounding out of the way, then in the format of the run."""
+        if self.precision.name == "fp32":
+            return _too_far(self._gradients(packs, packing).error(self.exact or self.plain), self.limit)
+        if self.exact is None:
+            return _too_far(self._gradients(packs, packing).error(self.plain), LOOSE_TOLERANCE)
+        in_fp32 = self._in_format(torch.float32, packs, packing)
+        assert in_fp32 is not None
+        own = OWN_ROUNDING * self.plain.error(self.exact)
+        return _too_far(in_fp32.error(self.exact), UNKNOWN_ROUNDING) or _too_far(
+            self._gradients(packs, packing).error(self.exact), min(max(own, TOLERANCE), MIXED_TOLERANCE)
+        )
+
+    def _rows_felt(self, packs: Sequence[Pack], packing: Packing) -> str | None:
+        """Whether other tokens in one row change the logits of another: by no more than computing the same again does, as
+        shapes and places stay the same. In fp32 a little more is allowed for experts, whose shapes follow the tokens.
+        """
+        found: str | None = None
+        with weights_in(self.model, torch.float32, _everywhere) as in_fp32:
+            before, again = (self._logits(self.rows, packs, packing, not in_fp32) for _ in range(2))
+            for changed in range(len(self.rows)):
+                rows = [*self.rows]
+                rows[changed] = _other_tokens(rows[changed], packs, changed)
+                after = self._logits(rows, packs, packing, not in_fp32)
+                for k, logits in after.items():
+                    allowed = (again[k] - before[k]).abs().max()
+                    if in_fp32:
+                        allowed = allowed + FELT * before[k].abs().max()
+                    difference = (logits - before[k]).abs().max()
+                    # Every process makes all passes, as those whose weights are spread wait for each other.
+                    if k != changed and not difference <= allowed:
+                        found = f"logits change by {float(difference):.1e} with the tokens of another row"
+        return found
+
+    def _logits(
+        self, rows: Sequence[Row], packs: Sequence[Pack], packing: Packing, autocast: bool
+    ) -> dict[int, Any]:
+        """Logits at each row's answer tokens, shape [answer tokens, vocabulary], when all are computed together."""
+        found: dict[int, Any] = {}
+        with torch.no_grad(), attention_for(self.model, packing):
+            for pack in packs:
+                batch = make_batch(rows, pack, packing, self.pad_id).to(self.device)
+                with self._mixed(autocast):
+                    logits = self.model(**batch.inputs, logits_to_keep=batch.index).logits[0]
+                sizes = [len(rows[k].answer) for k in pack.rows]
+                found |= dict(zip(pack.rows, logits.split(sizes), strict=True))
+        return found
+
+    @property
+    def device(self) -> Any:
+        return next(self.model.parameters()).device
+
+    def _mixed(self, autocast: bool = True) -> contextlib.AbstractContextManager[Any]:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision.name)
+        if dtype is None or not autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    def _in_format(self, dtype: Any, packs: Sequence[Pack], packing: Packing) -> Gradients | None:
+        """With the weights in a wider number format; None where that is impossible."""
+        with weights_in(self.model, dtype, _everywhere) as possible:
+            return self._gradients(packs, packing, autocast=False) if possible else None
+
+    def _gradients(self, packs: Sequence[Pack], packing: Packing, autocast: bool = True) -> Gradients:
+        self.model.zero_grad(set_to_none=True)
+        count = sum(len(row.answer) for row in self.rows)
+        total = 0.0
+        with attention_for(self.model, packing):
+            for pack in packs:
+                batch = make_batch(self.rows, pack, packing, self.pad_id).to(self.device)
+                with self._mixed(autocast):
+                    loss = answer_loss(self.model, self.head, batch.inputs, batch.index, batch.targets)
+                (loss / count).backward()
+                total += float(loss.detach()) / count
+        found = {
+            name: p.grad.detach().to(torch.promote_types(p.dtype, torch.float32)).clone()
+            if p.grad is not None
+            else torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        }
+        self.model.zero_grad(set_to_none=True)
+        return Gradients(total, found)
+
+
+def _too_far(difference: float, limit: float) -> str | None:
     return None if difference <= limit else f"relative difference {difference:.1e}, allowed {limit:.1e}"
+
+
+def _other_tokens(row: Row, packs: Sequence[Pack], number: int) -> Row:
+    """The row with other tokens in place of its own ones, where it shares nothing; never the same one twice in a row."""
+    prefix = next(group.prefix for pack in packs for group in pack.groups if number in group.rows)
+    own = row.ids[prefix:]
+    turned = tuple(own[at - 1] if own[at - 1] != token else row.ids[0] for at, token in enumerate(own))
+    return replace(row, ids=row.ids[:prefix] + turned)
 
 
 def _one_by_one(rows: Sequence[Row]) -> list[Pack]:
     return [Pack((Group(0, (i,)),)) for i in range(len(rows))]
-
-
-def _gradients(
-    model: Any,
-    rows: Sequence[Row],
-    packs: Sequence[Pack],
-    packing: Packing,
-    precision: Precision,
-    pad_id: int,
-    head: Any,
-    autocast: bool = True,
-) -> Gradients:
-    import torch
-
-    model.zero_grad(set_to_none=True)
-    device = next(model.parameters()).device
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.name)
-    mixed = torch.autocast(device.type, dtype=dtype) if dtype and autocast else contextlib.nullcontext()
-    count = sum(len(row.answer) for row in rows)
-    total = 0.0
-    with attention_for(model, packing):
-        for pack in packs:
-            batch = make_batch(rows, pack, packing, pad_id).to(device)
-            with mixed:
-                loss = answer_loss(model, head, batch.inputs, batch.index, batch.targets) / count
-            loss.backward()
-            total += float(loss.detach())
-    found = {
-        name: p.grad.detach().to(torch.promote_types(p.dtype, torch.float32)).clone()
-        if p.grad is not None
-        else torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-    model.zero_grad(set_to_none=True)
-    return Gradients(total, found)
-
-
-def _rounding(
-    model: Any, rows: Sequence[Row], precision: Precision, pad_id: int, head: Any, plain: Gradients
-) -> tuple[Gradients, float]:
-    """What to compare with, and how far a right computation in fp32 may be from it, for this model and these rows.
-
-    How far fp32 sums in another order come apart depends on the model, the rows and the processor's own kernels.
-    """
-    import torch
-
-    exact = _in_format(model, torch.float64, rows, precision, pad_id, head)
-    if exact is None:
-        return plain, UNKNOWN_ROUNDING
-    return exact, max(TOLERANCE, ROUNDING * plain.error(exact))
-
-
-def _in_format(
-    model: Any, dtype: Any, rows: Sequence[Row], precision: Precision, pad_id: int, head: Any
-) -> Gradients | None:
-    """Rows one by one with the weights in a wider number format; None where they are quantized or do not fit."""
-    from labeltune.training.memory import free_memory
-
-    parameters = list(model.parameters())
-    needed = dtype.itemsize * sum(p.numel() for p in parameters if p.dtype != dtype)
-    quantized = any(not p.is_floating_point() for p in parameters)
-    possible = not quantized and not is_sharded(model) and needed < 0.8 * free_memory(parameters[0].device)
-    if not _everywhere(possible):
-        return None
-    kept = [(t, t.data) for t in [*parameters, *model.buffers()] if t.is_floating_point()]
-    try:
-        for tensor, data in kept:
-            tensor.data = data.to(dtype)
-        return _gradients(model, rows, _one_by_one(rows), "padded", precision, pad_id, head, autocast=False)
-    finally:
-        for tensor, data in kept:
-            tensor.data = data
 
 
 def _everywhere(verdict: bool) -> bool:
@@ -226,7 +262,6 @@ def _everywhere(verdict: bool) -> bool:
 def _undisturbed(model: Any) -> Iterator[None]:
     """Training mode with every dropout off; random state, modes and gradients are put back."""
     import numpy as np
-    import torch
 
     states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
