@@ -58,11 +58,12 @@ def make_run(
 
 
 class Server:
-    """A running `labeltune serve`; its log is kept in memory."""
+    """A running `labeltune serve`; its log, and what it said on standard output, are kept in memory."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.lines: list[str] = []
+        self.said: list[str] = []
         self.url = ""
         # Made once: loading the system's certificates takes longer than an answer.
         self.client = httpx.Client(verify=False, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
@@ -78,6 +79,8 @@ class Server:
                 self.url = json.loads(line)["url"]
                 self._ready.set()
         self._ready.set()
+        assert self.process.stdout is not None
+        self.said.extend(self.process.stdout)
 
     def wait(self) -> None:
         assert self._ready.wait(120) and self.url, "".join(self.lines)
@@ -116,7 +119,9 @@ def serving(run: Path, *options: str, key: str | None = None, playground: bool =
     command = [sys.executable, "-m", "labeltune", "serve", str(run), "--port", "0", *options]
     if not playground:
         command.append("--no-playground")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     server = Server(process)
     try:
         server.wait()

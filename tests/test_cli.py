@@ -122,7 +122,7 @@ def test_check_of_good_rows(labeltune: Any, in_folder: Path) -> None:
     found = labeltune("data", "check", "rows.jsonl")
     assert found.code == 0
     assert "rows.jsonl: 9 rows, 9 usable, 0 errors, 0 warnings" in found.out
-    assert "33.3%  Space" in found.out and "text length in characters: p10" in found.out
+    assert "33.3%  Space" in found.out and "text length in characters: 10th percentile" in found.out
     assert labeltune("--version").out.startswith("labeltune 0.")
 
 

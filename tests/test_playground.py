@@ -131,6 +131,53 @@ def test_a_browser_classifies_extracts_and_uploads(
     assert text not in log and "Traceback" not in log
 
 
+@pytest.mark.parametrize(
+    ("locale", "words", "foreign"),
+    [
+        (
+            "zh-CN",
+            ["模型", "标签：", "单条", "批量", "示例", "文本（", "运行", "概率"],
+            ["Model", "Text", "Run"],
+        ),
+        (
+            "en-US",
+            ["Model", "Labels:", "One text", "File", "Examples", "Text (", "Run"],
+            ["模型", "运行", "概率"],
+        ),
+        (
+            "de-DE",
+            ["Model", "Labels:", "One text", "File", "Examples", "Text (", "Run"],
+            ["模型", "运行", "概率"],
+        ),
+    ],
+)
+def test_the_page_speaks_the_browser_s_language_alone(
+    browser: Any, server: Server, tmp_path: Path, locale: str, words: list[str], foreign: list[str]
+) -> None:
+    view = browser.new_context(locale=locale, viewport={"width": 390, "height": 800}).new_page()
+    view.goto(server.url)
+    view.get_by_role("tab", name=words[3]).wait_for()
+    one = view.inner_text("body")
+    view.get_by_role("tab", name=words[3]).click()
+    view.set_input_files("#upload input[type=file]", write_jsonl(tmp_path / "rows.jsonl", [{"text": ""}]))
+    view.wait_for_selector("#upload a, #upload .file-preview")
+    view.click("#run-file")
+    view.wait_for_selector("#download", state="visible")
+    many = view.inner_text("body")
+    assert all(word in one for word in words)
+    chinese = locale == "zh-CN"
+    shown = (
+        ["批量", "文件", "错误: 1", "前几行", "下载"]
+        if chinese
+        else ["File", "errors: 1", "First lines", "Download"]
+    )
+    assert all(word in many for word in shown)
+    assert "[object" not in one + many and not any(word in one + many for word in foreign)
+    assert '"source": "rows.jsonl:1"' in many, "and not where it lies on the server"
+    assert view.evaluate("document.documentElement.scrollWidth") == 390
+    view.context.close()
+
+
 def test_with_a_key_the_page_asks_for_it_first() -> None:
     from starlette.testclient import TestClient
 

@@ -250,4 +250,4 @@ def test_a_run_that_can_only_go_row_by_row_does(in_folder: Path, monkeypatch: py
 
     monkeypatch.setattr(trainer, "prepare_steps", with_bad_attention)
     recipes.train(config, say=said.append)
-    assert any("packing=padded, packs of at most 1 tokens" in line for line in said)
+    assert any("packing=padded, at most 1 tokens at a time" in line for line in said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -289,6 +290,224 @@ def test_openai_s_client_can_talk_to_it(server: Server, runs: dict[str, Path]) -
     assert refused.value.param == "messages[0].content"
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
+
+
+#: What becomes of each field of a chat completion, with a value that shows it.
+HONOURED: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "match"}]}
+    ],
+    "model": "news",
+    "stream": False,
+    "stream_options": None,
+    "logprobs": True,
+    "top_logprobs": None,
+    "stop": "nowhere in a label",
+    "max_completion_tokens": 50,
+    "max_tokens": 50,
+}
+NO_EFFECT: dict[str, Any] = {
+    "temperature": 2,
+    "top_p": 0.1,
+    "seed": 7,
+    "prediction": {"type": "content", "content": "Art"},
+    "parallel_tool_calls": True,
+    "reasoning_effort": "high",
+    "verbosity": "low",
+    "store": True,
+    "metadata": {"a": "b"},
+    "user": "me",
+    "safety_identifier": "me",
+    "prompt_cache_key": "k",
+    "prompt_cache_options": {"mode": "explicit"},
+    "prompt_cache_retention": "24h",
+    "service_tier": "flex",
+}
+REFUSED: dict[str, list[Any]] = {
+    "n": [2],
+    "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x"}}],
+    "tools": [[{"type": "function", "function": {"name": "f"}}]],
+    "tool_choice": ["auto", "required", {"type": "function", "function": {"name": "f"}}],
+    "functions": [[{"name": "f"}]],
+    "function_call": ["auto", {"name": "f"}],
+    "web_search_options": [{}],
+    "moderation": [{"model": "m"}],
+    "modalities": [["audio"], ["text", "audio"]],
+    "audio": [{"voice": "alloy", "format": "wav"}],
+    "logit_bias": [{"50256": -100}],
+    "frequency_penalty": [0.5],
+    "presence_penalty": [-1],
+}
+#: Values of the same fields that ask for nothing else than what is done anyway.
+NEUTRAL: dict[str, list[Any]] = {
+    "n": [None, 1],
+    "response_format": [None, {"type": "text"}],
+    "tools": [None, []],
+    "tool_choice": [None, "none"],
+    "functions": [[]],
+    "function_call": ["none"],
+    "modalities": [None, ["text"]],
+    "logit_bias": [None, {}],
+    "frequency_penalty": [None, 0, 0.0],
+    "presence_penalty": [0],
+    "audio": [None],
+    "moderation": [None],
+    "web_search_options": [None],
+}
+
+
+def test_every_field_of_openai_s_client_is_classified() -> None:
+    """A field that a new client brings fails here until somebody has decided about it; the server refuses it until then."""
+    from openai.types.chat import completion_create_params as params
+
+    known = set().union(*(kind.__annotations__ for kind in (
+        params.CompletionCreateParamsBase,
+        params.CompletionCreateParamsNonStreaming,
+        params.CompletionCreateParamsStreaming,
+    )))  # fmt: skip
+    assert known == {*HONOURED, *NO_EFFECT, *REFUSED}
+    assert set(REFUSED) == set(NEUTRAL) and not {*HONOURED, *NO_EFFECT} & {*REFUSED}
+
+
+def test_fields_are_honoured_or_without_effect_or_refused_by_name(server: Server) -> None:
+    def ask(**fields: Any) -> httpx.Response:
+        body = {"model": "news", "messages": [{"role": "user", "content": "a match"}], **fields}
+        return server.post("/v1/chat/completions", body, **AUTH)
+
+    def said(answer: httpx.Response) -> Any:
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["message"]
+
+    right = said(ask())
+    assert said(ask(**HONOURED)) == said(ask(**NO_EFFECT)) == right, "parts are joined"
+    for extension in ({"top_k": 20, "min_p": 0.1}, {"enable_thinking": False}, {"repetition_penalty": 1.0}):
+        assert said(ask(**extension)) == right
+    for name, values in NEUTRAL.items():
+        for value in values:
+            assert said(ask(**{name: value})) == right
+    refused = [(name, value) for name, values in REFUSED.items() for value in values]
+    unknown: list[tuple[str, Any]] = [
+        ("guided_choice", ["a"]),
+        ("repetition_penalty", 1.2),
+        ("top_logprob", 1),
+    ]
+    alone = [("stream_options", {"include_usage": True}), ("top_logprobs", 2)]
+    wrong = [("max_tokens", 0), ("top_logprobs", 21), ("stop", ["a"] * 5), ("stop", "")]
+    for name, value in [*refused, *unknown, *alone, *wrong]:
+        error = ask(**{name: value}).json()["error"]
+        assert error["param"].startswith(name) and error["message"].startswith(f"{name}"), error
+        assert error["type"] == "invalid_request_error"
+    assert ask(n=2).json()["error"]["message"] == "n: there is one answer; leave it out or send 1"
+    for kind in ("image_url", "input_audio", "file"):
+        parts = [{"type": "text", "text": "moon"}, {"type": kind, kind: {"url": "data:"}}]
+        error = ask(messages=[{"role": "user", "content": parts}]).json()["error"]
+        assert error["param"] == "messages[0].content[1].type"
+        assert error["message"] == "messages[0].content[1].type: only text parts are read"
+    history: list[Any] = [
+        {"role": "user", "content": "earlier"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "tool", "tool_call_id": "1", "content": "42"},
+        {"role": "user", "content": "a match"},
+    ]
+    assert said(ask(messages=history)) == right
+    assert ask(messages=[{"role": "user", "content": None}]).json()["error"]["param"] == "messages[0].content"
+
+
+def test_logprobs_are_the_exact_probabilities_of_labels(server: Server, runs: dict[str, Path]) -> None:
+    import openai
+
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+    messages: Any = [{"role": "user", "content": "a match"}]
+    with load_predictor(runs["news"]) as predictor:
+        (right,) = predictor.predict(["a match"])
+    found = client.chat.completions.create(model="news", messages=messages, logprobs=True, top_logprobs=2)
+    assert found.choices[0].logprobs is not None and found.choices[0].logprobs.content is not None
+    (token,) = found.choices[0].logprobs.content
+    assert token.token == right.label == found.choices[0].message.content
+    assert bytes(token.bytes or ()).decode() == right.label
+    assert token.logprob == pytest.approx(math.log(right.ranking[0][1]), abs=1e-4)
+    assert [top.token for top in token.top_logprobs] == [label for label, _ in right.ranking[:2]]
+    for top, (_, probability) in zip(token.top_logprobs, right.ranking, strict=False):
+        assert top.logprob == pytest.approx(math.log(probability), abs=1e-4)
+    (streamed,) = client.chat.completions.create(model="news", messages=messages, logprobs=True, stream=True)
+    assert streamed.choices[0].logprobs is not None and streamed.choices[0].logprobs.content is not None
+    assert streamed.choices[0].logprobs.content[0].token == right.label and streamed.usage is None
+    with pytest.raises(openai.UnprocessableEntityError, match="/v1/extract gives their scores"):
+        client.chat.completions.create(model="ents", messages=messages, logprobs=True)
+
+
+def test_a_stream_ends_with_its_usage_when_that_is_wanted(server: Server) -> None:
+    body = {"model": "news", "messages": [{"role": "user", "content": "a match"}], "stream": True}
+    whole = server.post("/v1/chat/completions", {**body, "stream": False}, **AUTH).json()
+
+    def lines(**fields: Any) -> list[str]:
+        text = server.post("/v1/chat/completions", {**body, **fields}, **AUTH).text
+        return [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+
+    *chunks, usage, end = lines(stream_options={"include_usage": True})
+    first = json.loads(chunks[0])
+    assert len(chunks) == 1 and end == "[DONE]"
+    assert first["usage"] is None and first["choices"][0]["finish_reason"] == "stop"
+    assert first["choices"][0]["delta"] == {
+        "role": "assistant",
+        "content": whole["choices"][0]["message"]["content"],
+    }
+    last = json.loads(usage)
+    assert last["choices"] == [] and last["usage"] == whole["usage"] and last["id"] == first["id"]
+    for fields in ({}, {"stream_options": {"include_usage": False}}, {"stream_options": None}):
+        only, end = lines(**fields)
+        assert "usage" not in json.loads(only) and end == "[DONE]"
+
+
+def test_answers_are_cut_where_the_client_says(server: Server, runs: dict[str, Path]) -> None:
+    with load_predictor(runs["ents"]) as predictor:
+        whole = predictor.predict(["他在南京"])[0].answer
+        ids = predictor.template.tokenizer(whole, add_special_tokens=False).input_ids
+
+    def ask(**fields: Any) -> Any:
+        body = {"model": "ents", "messages": [{"role": "user", "content": "他在南京"}], **fields}
+        found = server.post("/v1/chat/completions", body, **AUTH).json()
+        choice = found["choices"][0]
+        return choice["message"]["content"], choice["finish_reason"], found["usage"]["completion_tokens"]
+
+    assert ask() == (whole, "stop", len(ids))
+    assert ask(max_tokens=len(ids)) == (whole, "stop", len(ids))
+    for limit in range(1, len(ids)):
+        text, reason, tokens = ask(max_completion_tokens=limit, max_tokens=1000)
+        assert whole.startswith(text) and len(text) < len(whole)
+        assert (reason, tokens) == ("length", limit)
+    stop = whole[len(whole) // 2]
+    assert ask(stop=["\u2603", stop])[:2] == (whole.partition(stop)[0], "stop")
+    assert ask(stop="\u2603") == (whole, "stop", len(ids))
+
+
+def test_unknown_addresses_and_methods_get_the_protocol_s_error(server: Server) -> None:
+    import openai
+
+    for method, path in (
+        ("GET", "/v1/completions"),
+        ("POST", "/v1/embeddings"),
+        ("POST", "/v1/responses"),
+        ("GET", "/v1"),
+        ("GET", "/v1/"),
+        ("GET", "/v1/models/"),
+        ("GET", "/v1/models/gpt-4o"),
+    ):
+        answer = server.client.request(method, f"{server.url}{path}", headers=AUTH, data={"form": "1"})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"], error["code"]) == (404, "not_found_error", "404"), path
+    for method, path, allowed in (
+        ("GET", "/v1/chat/completions", "POST"),
+        ("DELETE", "/v1/models/news", "GET"),
+        ("PUT", "/v1/classify", "POST"),
+    ):
+        answer = server.client.request(method, f"{server.url}{path}", headers=AUTH)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+        assert answer.json()["error"]["message"] == f"this address takes {allowed}"
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+    with pytest.raises(openai.NotFoundError, match="there is no such address"):
+        client.embeddings.create(model="news", input="a")
+    assert client.models.retrieve("ents").id == "ents"
 
 
 def test_logs_hold_no_document_and_no_key(server: Server) -> None:

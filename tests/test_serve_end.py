@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
+from labeltune.serve.faults import ApiError
+from labeltune.serve.server import LaterApp
 from serving import make_run, serving
 
 
@@ -74,3 +78,40 @@ def test_a_full_queue_a_lost_client_and_the_end(tmp_path: Path, model_folder: Pa
         assert server.events("stopped")
         with pytest.raises(httpx.ConnectError):
             server.post("/v1/classify", {"text": "a"})
+
+
+def test_the_start_says_its_steps_and_the_page_comes_after_it(tmp_path: Path, model_folder: Path) -> None:
+    """The names of the runs are shown as they are; a request for the page waits until it is made."""
+    run = make_run(tmp_path / "意图", model_folder)
+    with serving(run, playground=True) as server:
+        assert server.events("ready")[0]["models"] == ["意图"]
+        assert server.post("/v1/classify", {"text": "a", "model": "意图"}).json()["model"] == "意图"
+        other = {"messages": [{"role": "user", "content": "a"}], "model": "gpt-4o"}
+        assert server.post("/v1/chat/completions", other).json()["model"] == "意图"
+        assert server.get("/v1/models/%E6%84%8F%E5%9B%BE").json()["id"] == "意图"
+        page = server.get("/")
+        assert page.status_code == 200 and "gradio" in page.text
+        missing = server.get("/v1/completions")
+        assert missing.status_code == 404 and missing.json()["error"]["code"] == "404"
+        assert server.stop() == 0
+    assert [line[9:] for line in server.said] == [
+        f"loading {run}\n",
+        "checking 意图: its first answer, against plain computation\n",
+        "serving 意图 (classification, 3 labels)\n",
+        f"ready at {server.url}: documentation /docs, page /; clients' base_url {server.url}/v1\n",
+    ]
+
+
+def test_a_page_that_cannot_be_made_takes_nothing_else_with_it() -> None:
+    def broken() -> FastAPI:
+        raise ImportError("no such library")
+
+    async def ask() -> None:
+        page = LaterApp(broken)
+        page.start()
+        with pytest.raises(ApiError, match="the page cannot be shown") as failed:
+            await page({}, None, None)
+        assert failed.value.status == 503
+        await page.stop()
+
+    asyncio.run(ask())

@@ -185,12 +185,31 @@ def test_names_of_runs_and_fields(tmp_path: Path) -> None:
         == "news"
     )
     assert run_name("ms:org/my model") == "my-model"
+    chinese = [run_name(f"output/{name}/best") for name in ("意图", "实体")]
+    assert chinese == ["意图", "实体"], "every language's letters are kept"
+    assert run_name("ms:组织/意图 分类") == "意图-分类" and run_name("运行/हिन्दी") == "हिन्दी"
+    assert run_name("cafe\u0301") == "café", "one spelling of the same name"
+    assert run_name("🙂") == run_name("..a/--") == "run" and run_name("意" * 80) == "意" * 64
+    assert parse_adapter("意图=output/x") == ("意图", "output/x")
     assert parse_adapter("a=b=c") == ("a", "b=c")
-    for wrong in ("a", "=b", "a=", "a b=c"):
+    for wrong in ("a", "=b", "a=", "a b=c", "--=c", "a/b=c", f"{'a' * 65}=c"):
         with pytest.raises(ConfigError, match="NAME=RUN"):
             parse_adapter(wrong)
     assert field_name(("messages", 0, "content")) == "messages[0].content" and field_name(()) == "body"
     assert field_name(("\ud800\n",)) == "\\ud800?"
+
+
+def test_a_single_run_answers_to_any_name() -> None:
+    """Clients come with other models' names, and `base_url` is all that is to be changed."""
+    service = service_for(predictor_for())
+    only = service.pick("m", None)
+    assert service.pick("gpt-4o", None) is service.pick("gpt-4o", "classification") is only
+    with pytest.raises(ApiError, match="model m does classification, not ner"):
+        service.pick("gpt-4o", "ner")
+    with pytest.raises(ApiError, match="this server has m") as missing:
+        service.named("gpt-4o")
+    assert missing.value.status == 404
+    service.close()
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +246,9 @@ def test_ports_in_use_and_other_bases_are_refused(
         load_models(str(first), None, [("second", str(second))])
     with pytest.raises(ConfigError, match="same name"):
         load_models(str(first), None, [("first", str(first))])
-    models = load_models(str(first), "n.1")
+    said: list[str] = []
+    models = load_models(str(first), "n.1", say=said.append)
+    assert said == [f"loading {first}", "checking n.1: its first answer, against plain computation"]
     assert models.served["n.1"].predictor.calibrate.prior == "none" and "left out" in capsys.readouterr().err
     assert documents(models.served["n.1"])[0] == "match number 0 match"
     assert models.served["n.1"].labels == tuple(LABELS)

@@ -26,7 +26,7 @@ from labeltune.sweep import run as sweep_run
 from labeltune.sweep.ledger import Ledger
 from labeltune.sweep.report import Trial, print_table
 from labeltune.sweep.run import conclude, run_sweep
-from labeltune.sweep.search import SweepPlan, combinations, plan_sweep
+from labeltune.sweep.search import SweepPlan, combinations, plan_sweep, startup_values
 from labeltune.sweep.trial import Outcome, validation_metric
 from labeltune.training.trainer import TrainResult
 from test_sweep_search import config_for
@@ -100,6 +100,38 @@ def test_a_study_finds_the_better_values_and_adds_trials(
 
     more = run_sweep(plan_sweep(config, [RATES, "lora.r=4,8,16"], trials=13), said.append)
     assert len(more) == 13 and len(trained) == 13 and more[:12] == trials
+
+
+def test_the_first_trials_cover_the_range_also_side_by_side_and_after_failures(
+    in_folder: Path, trained: list[RunConfig]
+) -> None:
+    """What `startup_values` says, whoever asks: three workers, a stop among them, trials that fail."""
+    searches = ["training.learning_rate=1e-5..1e-3:log", "lora.r=4,8"]
+    plan = plan_sweep(config_for(in_folder), searches, trials=14)
+    wanted = [startup_values(plan.space, 42, n) for n in range(14)]
+    rates = [str(values["training.learning_rate"]) for values in wanted]
+    plan.folder.mkdir()
+    ledger = Ledger(plan, said_nothing)
+    asked = [ledger.ask() for _ in range(3)]
+    assert [trial.values["training.learning_rate"] for trial in asked if trial] == rates[:3]
+    assert [trial.values["lora.r"] for trial in asked if trial] == [values["lora.r"] for values in wanted[:3]]
+    assert sorted(int((math.log10(float(rate)) + 5) * 1.5) for rate in rates[:3]) == [0, 1, 2]
+    ledger.tell(1, Outcome(1.0, failure="out of memory"))
+    # Killed with two running: they are asked for again, and then the sequence goes on.
+    ledger = Ledger(plan, said_nothing)
+    again = [trial for trial in (ledger.ask() for _ in range(4)) if trial]
+    assert [trial.values["training.learning_rate"] for trial in again] == [
+        rates[0],
+        rates[2],
+        rates[3],
+        rates[4],
+    ]
+    for trial in again:
+        ledger.tell(trial.number, Outcome(1.0, failure="out of memory"))
+    # Failed trials tell the sampler nothing, so covering goes on until ten have finished.
+    found = run_sweep(plan, said_nothing)
+    tried = [trial.values["training.learning_rate"] for trial in found if trial.counts]
+    assert sorted(tried) == sorted(rates) and len(trained) == 9
 
 
 def test_a_combination_is_not_trained_twice(in_folder: Path, trained: list[RunConfig]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from conftest import classification_rows, write_jsonl
 from labeltune.config import RunConfig, build_config
 from labeltune.errors import ConfigError
-from labeltune.sweep.search import Choices, Range, combinations, parse_search, plan_sweep
+from labeltune.sweep.search import Choices, Range, combinations, parse_search, plan_sweep, startup_values
 from labeltune.sweep.trial import trial_config
 
 
@@ -136,3 +138,52 @@ def test_a_trial_has_a_folder_and_an_experiment_of_its_own(in_folder: Path) -> N
     )
     named = config.model_copy(update={"swanlab": config.swanlab.model_copy(update={"group": "mine"})})
     assert trial_config(named, Path("my/sweep"), 7, values).swanlab.group == "mine"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42, 2**40])
+@pytest.mark.parametrize("begun", [0, 10, 70])
+def test_the_first_trials_cover_every_range(seed: int, begun: int) -> None:
+    """The first n of a round lie one in each n-th of a range, for every n; choices take turns."""
+    space = [
+        parse_search("training.learning_rate=1e-5..1e-3:log"),
+        parse_search("lora.dropout=0.1..0.5"),
+        parse_search("lora.r=1..60"),
+        parse_search("lora.alpha=4,8"),
+        parse_search("training.batch_size=8,16,32"),
+    ]
+    trials = [startup_values(space, seed, begun + n) for n in range(10)]
+    rates = [math.log10(trial["training.learning_rate"] / 1e-5) / 2 for trial in trials]
+    dropouts = [(trial["lora.dropout"] - 0.1) / 0.4 for trial in trials]
+    ranks = [(trial["lora.r"] - 0.5) / 60 for trial in trials]
+    assert all(isinstance(trial["lora.r"], int) for trial in trials)
+    for n in range(1, 11):
+        for shares in (rates, dropouts):
+            assert sorted(int(share * n) for share in shares[:n]) == list(range(n)), n
+    for n in (2, 3, 4, 5, 6, 10):  # sixty whole numbers can be cut into as many equal parts
+        assert sorted(int(share * n) for share in ranks[:n]) == list(range(n)), n
+    for n in range(0, 10, 2):
+        assert {trial["lora.alpha"] for trial in trials[:2]} == {"4", "8"}
+        assert set(Counter(trial["lora.alpha"] for trial in trials[: n + 2]).values()) == {n // 2 + 1}
+    for n in (3, 6, 9):
+        assert set(Counter(trial["training.batch_size"] for trial in trials[:n]).values()) == {n // 3}
+    assert trials == [startup_values(space, seed, begun + n) for n in range(10)], "the same for a seed"
+    assert trials != [startup_values(space, seed + 1, begun + n) for n in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("search", "low", "high"),
+    [
+        ("a=1..3", 1, 3),
+        ("a=1..1024:log", 1, 1024),
+        ("a=1e-300..1e300:log", 1e-300, 1e300),
+        ("a=-1e308..1e308", -1e308, 1e308),
+    ],
+)
+def test_values_stay_in_their_range(search: str, low: float, high: float) -> None:
+    space = [parse_search(search)]
+    values = [startup_values(space, seed, n)["a"] for seed in range(20) for n in range(10)]
+    assert all(low <= value <= high for value in values)
+    if search == "a=1..3":
+        assert set(values) == {1, 2, 3}
+    if search == "a=1..1024:log":
+        assert 70 < sum(value < 32 for value in values) < 130, "half of the trials, as half of the magnitudes"

@@ -100,7 +100,7 @@ class DataConfig(Section):
     max_rows: int | None = Field(None, ge=1, description="use only the first rows of `train`")
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="processes that check and tokenize, never the result; auto: one a core, one alone for small files",
+        description="processes that check and tokenize; the result is the same for any number; auto: one per core, one for small files",
     )
 
     @model_validator(mode="after")
@@ -166,10 +166,10 @@ class TrainingConfig(Section):
     batch_size: int = Field(16, ge=1, description="examples per optimizer step, over all processes")
     packing: Literal["shared_prefix", "packed", "padded"] = Field(
         "shared_prefix",
-        description="how examples go through the model: common beginnings once, end to end, or padded; never the result",
+        description="how examples go through the model: common beginnings once, end to end, or padded; the result is the same",
     )
     max_tokens_per_pack: int | Literal["auto"] = Field(
-        "auto", description="tokens pushed through the model at once; memory, never the result"
+        "auto", description="tokens pushed through the model at once; decides memory use, not the result"
     )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     scheduler: str = Field("linear", description="learning rate schedule, by its transformers name")

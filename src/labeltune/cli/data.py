@@ -177,8 +177,10 @@ def _print_audit(audit: Audit, limit: int) -> None:
     print(f"  labels ({len(audit.labels)}):")
     for label, count in audit.labels.most_common(50):
         print(f"  {count:8d}  {count / total:6.1%}  {label}")
-    percentiles = ", ".join(f"{name} {value}" for name, value in audit.length_percentiles().items())
-    print(f"  text length in {audit.length_unit}: {percentiles or 'no usable row'}\n")
+    words = {"p10": "10th percentile", "p50": "median", "p90": "90th percentile", "p99": "99th percentile"}
+    lengths = audit.length_percentiles().items()
+    shown = ", ".join(f"{words.get(name, 'longest')} {value:,}" for name, value in lengths)
+    print(f"  text length in {audit.length_unit}: {shown or 'no usable row'}\n")
 
 
 @app.command()

@@ -53,7 +53,7 @@ def _shown(plan: RunPlan) -> str:
     lines = [
         f"model            {plan.model}: {plan.parameters:,} weights, {plan.trained:,} of them trained",
         f"rows             {plan.rows:,} for training, {plan.validation_rows:,} for validation; {plan.steps:,} steps",
-        f"tokens           {plan.tokens_per_row:.1f} a row, {plan.computed_per_row:.1f} computed ({plan.packing}); "
+        f"tokens           {plan.tokens_per_row:.1f} per row, {plan.computed_per_row:.1f} computed ({plan.packing}); "
         f"{plan.computed_tokens:,} computed in all",
         f"packs            training.max_tokens_per_pack={plan.max_tokens_per_pack}; the largest has {plan.largest_pack} "
         f"tokens; checkpointing {'on' if plan.checkpointing else 'off'}",

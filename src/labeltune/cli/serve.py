@@ -48,11 +48,16 @@ def serve(
 ) -> None:
     """Answer over HTTP: /v1/classify, /v1/extract, /v1/chat/completions, documentation at /docs, a page at /.
 
-    SIGTERM and Ctrl-C finish what was accepted. Logs are JSON lines on standard error.
+    SIGTERM and Ctrl-C finish what was accepted. Logs are JSON lines on standard error, the steps of the start plain ones on
+    standard output.
     """
+    import contextlib
+    import time
     from importlib.util import find_spec
 
     from labeltune.errors import MissingExtraError
+
+    started = time.monotonic()
 
     for module in (
         "fastapi",
@@ -87,5 +92,10 @@ def serve(
         allow_hosts=tuple(name.lower() for name in allow_host or ()),
     )
     adapters = [parse_adapter(given) for given in adapter or []]
+
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads it; the server goes on
+            print(f"{time.monotonic() - started:5.1f} s  {line}", flush=True)
+
     with bind(host, port) as bound:
-        run_server(load_models(run, name, adapters, device), settings, bound)
+        run_server(load_models(run, name, adapters, device, say), settings, bound, say)

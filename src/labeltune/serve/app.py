@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from labeltune import __version__
 from labeltune.serve import schemas
-from labeltune.serve.chat import chunks, completion, question
+from labeltune.serve.chat import check, chunks, completion, question
 from labeltune.serve.examples import examples_for
 from labeltune.serve.faults import ApiError, field_name
 from labeltune.serve.metrics import Metrics
@@ -32,7 +32,7 @@ _FAULTS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "the body is not JSON or not UTF-8",
         401: "the API key is missing or wrong",
-        404: "there is no such model",
+        404: "there is no such model or address",
         408: "the body did not arrive in time",
         413: "a text, a list or the body is over its limit",
         415: "the body is not announced as JSON",
@@ -104,7 +104,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
         responses={status: _FAULTS[status] for status in (401, 404, 422)},
     )
     async def show_model(model: str) -> schemas.ModelCard:
-        return card(service.pick(model, None))
+        return card(service.named(model))
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
@@ -145,13 +145,22 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     )
     async def chat(request: Request, given: schemas.ChatRequest = chat_body) -> Response:
         served = service.pick(given.model, None)
+        check(given, served)
         text, labels, field = question(given, served)
         (answer,) = await service.ask(
-            served, [text], labels, field=field, count_tokens=True, receive=request.receive
+            served,
+            [text],
+            labels,
+            field=field,
+            count_tokens=True,
+            stop=given.stops,
+            max_tokens=given.max_completion_tokens or given.max_tokens,
+            receive=request.receive,
         )
-        whole = completion(served, answer)
+        whole = completion(served, answer, given)
         if given.stream:
-            return StreamingResponse(chunks(whole), media_type="text/event-stream")
+            usage = given.stream_options is not None and bool(given.stream_options.include_usage)
+            return StreamingResponse(chunks(whole, usage=usage), media_type="text/event-stream")
         return JSONResponse(whole.model_dump())
 
 
@@ -192,7 +201,10 @@ def _add_faults(app: FastAPI) -> None:
         first = error.errors()[0]
         # What was sent is not repeated: it may be a document, or impossible to encode.
         name = field_name([part for part in first["loc"] if part not in ("body", "path")])
-        return answer(ApiError(422, f"{name}: {first['msg'].removeprefix('Value error, ')}", name))
+        text = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            text = "there is no such field here; leave it out"
+        return answer(ApiError(422, f"{name}: {text}", name))
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:

@@ -32,13 +32,15 @@ class Row:
     Attributes:
         model: the name of the run that answers.
         cost: tokens, estimated from above.
-        count_tokens: the answer says how many tokens it took.
+        count_tokens: the answer says how many tokens it took, and is cut as `stop` and `max_tokens` say.
     """
 
     model: str
     example: Example
     cost: int
     count_tokens: bool = False
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Iterator
@@ -11,9 +12,19 @@ from labeltune.data.schemas import parse_candidates
 from labeltune.serve.batching import Answer
 from labeltune.serve.faults import ApiError
 from labeltune.serve.models import Served
-from labeltune.serve.schemas import ChatMessage, ChatRequest, ChatResponse, Choice, Usage
+from labeltune.serve.schemas import (
+    ChatMessage,
+    ChatRequest,
+    ChatResponse,
+    Choice,
+    Logprobs,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
 from labeltune.tasks.base import build_conversation
 from labeltune.tasks.classification import label_fault
+from labeltune.types import Prediction
 
 _MARK = "\x00labels\x00"
 
@@ -66,7 +77,23 @@ def read_prompt(content: str, served: Served) -> tuple[str, tuple[str, ...]]:
     return text, labels
 
 
-def completion(served: Served, answer: Answer) -> ChatResponse:
+def check(request: ChatRequest, served: Served) -> None:
+    """Refuse fields that do not go together, or not with this run.
+
+    Raises:
+        ApiError: with the field (422).
+    """
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(422, "stream_options: send it together with stream=true", "stream_options")
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError(422, "top_logprobs: send it together with logprobs=true", "top_logprobs")
+    if request.logprobs and served.task == "ner":
+        raise ApiError(
+            422, f"logprobs: {served.name} finds entities; /v1/extract gives their scores", "logprobs"
+        )
+
+
+def completion(served: Served, answer: Answer, request: ChatRequest) -> ChatResponse:
     """The answer as OpenAI writes it."""
     prompt, written = answer.prompt_tokens, answer.answer_tokens
     return ChatResponse(
@@ -77,25 +104,44 @@ def completion(served: Served, answer: Answer) -> ChatResponse:
             Choice(
                 message=ChatMessage(content=answer.prediction.answer),
                 finish_reason="length" if answer.prediction.truncated else "stop",
+                logprobs=_logprobs(answer.prediction, request.top_logprobs or 0)
+                if request.logprobs
+                else None,
             )
         ],
         usage=Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written),
     )
 
 
-def chunks(whole: ChatResponse) -> Iterator[str]:
-    """The same for a client that asked for a stream: one chunk with everything, and the end."""
+def _logprobs(prediction: Prediction, top: int) -> Logprobs:
+    """The whole answer as one token with the label's probability, beside the first `top` labels of the ranking."""
+    ranking = [(label, _log(probability)) for label, probability in prediction.ranking]
+    ranked = [
+        TopLogprob(token=label, logprob=logprob, bytes=list(label.encode()))
+        for label, logprob in ranking[:top]
+    ]
+    said, logprob = prediction.answer, dict(ranking)[str(prediction.label)]
+    return Logprobs(
+        content=[TokenLogprob(token=said, logprob=logprob, bytes=list(said.encode()), top_logprobs=ranked)]
+    )
+
+
+def _log(probability: float) -> float:
+    """JSON has no infinity; the protocol writes -9999 for what is very unlikely."""
+    return max(math.log(probability), -9999.0) if probability > 0 else -9999.0
+
+
+def chunks(whole: ChatResponse, *, usage: bool) -> Iterator[str]:
+    """The same for a client that asked for a stream: one chunk with everything, one with `usage` if wanted, and the end."""
     (choice,) = whole.choices
-    values = {
-        **whole.model_dump(exclude={"choices", "usage"}),
-        "object": "chat.completion.chunk",
-        "choices": [
-            {
-                "index": 0,
-                "delta": {"role": "assistant", "content": choice.message.content},
-                "finish_reason": choice.finish_reason,
-            }
-        ],
-    }
-    yield f"data: {json.dumps(values)}\n\n"
+    head = {**whole.model_dump(exclude={"choices", "usage"}), "object": "chat.completion.chunk"}
+    told = choice.model_dump()
+    told["delta"] = {"role": "assistant", "content": told.pop("message")["content"]}
+    first = {**head, "choices": [told]}
+    if usage:
+        first["usage"] = None
+    yield f"data: {json.dumps(first)}\n\n"
+    if usage:
+        last = {**head, "choices": [], "usage": whole.usage.model_dump()}
+        yield f"data: {json.dumps(last)}\n\n"
     yield "data: [DONE]\n\n"

@@ -31,17 +31,26 @@ class ApiError(Exception):
         message: what is wrong and how to repair it; never holds the document.
         param: the field of the request, e.g. `text[3]`.
         retry_after: seconds until it is worth trying again.
+        allow: methods that the address takes.
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        retry_after: int | None = None,
+        allow: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.retry_after = status, message, param, retry_after
+        self.allow = tuple(allow)
 
     def headers(self) -> dict[str, str]:
         """Headers that belong to the status."""
         found = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        if self.allow:
+            found["allow"] = ", ".join(self.allow)
         return {**found, "www-authenticate": "Bearer"} if self.status == 401 else found
 
     def body(self) -> dict[str, Any]:

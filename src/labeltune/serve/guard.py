@@ -13,6 +13,8 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from starlette.routing import BaseRoute, Match, Route
+
 from labeltune.serve.body import ClientGone, Receive, check_json, read_body
 from labeltune.serve.faults import ApiError
 from labeltune.serve.logs import frames, log, request_notes
@@ -91,10 +93,11 @@ class Guard:
     ) -> None:
         if self._only_here:
             check_host(headers.get(b"host", b""), self._settings.allow_hosts)
-        if not scope["path"].startswith("/v1/"):
+        if not _below_v1(scope["path"]):
             await self._page(scope, receive, answer)
             return
         self._check_key(headers)
+        check_route(getattr(self._inner, "routes", ()), scope)
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._inner(scope, receive, answer)
             return
@@ -168,12 +171,35 @@ def check_host(header: bytes, allowed: Sequence[str]) -> None:
         ) from None
 
 
+def check_route(routes: Sequence[BaseRoute], scope: MutableMapping[str, Any]) -> None:
+    """Refuse what no route below `/v1` takes, before its body is looked at; the page would answer it otherwise.
+
+    Raises:
+        ApiError: there is no such address (404), or it takes other methods (405).
+    """
+    ours = [route for route in routes if isinstance(route, Route) and _below_v1(route.path)]
+    found = [(route.matches(scope)[0], route) for route in ours]
+    if not ours or any(match is Match.FULL for match, _ in found):
+        return
+    methods = sorted(
+        {name for match, route in found if match is Match.PARTIAL for name in route.methods or ()}
+    )
+    if methods:
+        raise ApiError(405, f"this address takes {', '.join(methods)}", allow=methods)
+    addresses = ", ".join(dict.fromkeys(route.path for route in ours))
+    raise ApiError(404, f"there is no such address; this server has {addresses}")
+
+
+def _below_v1(path: str) -> bool:
+    return path == "/v1" or path.startswith("/v1/")
+
+
 def _route(scope: MutableMapping[str, Any]) -> str:
     """The pattern of a path, as paths themselves are made up by clients."""
     path = str(scope["path"])
     if path in _STATE:
         return path
-    if not path.startswith("/v1/"):
+    if not _below_v1(path):
         return "page"
     return getattr(scope.get("route"), "path", "") or "other"
 

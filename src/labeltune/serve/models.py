@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from labeltune.config import CalibrateConfig, TaskName
@@ -17,8 +19,6 @@ from labeltune.modeling.hub import resolve_model
 from labeltune.run_folder import RunInfo, find_checkpoint
 from labeltune.serve.batching import Answer, Row
 from labeltune.types import Example
-
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -113,18 +113,42 @@ def _counted(predictor: Predictor, row: Row, answer: Answer) -> Answer:
     prompt = sum(
         len(view.ids) for view in predictor.builder.views(row.example, predictor.generation.long_text)
     )
-    written = predictor.template.tokenizer(answer.prediction.answer, add_special_tokens=False).input_ids
-    return Answer(answer.prediction, prompt, len(written))
+    tokenizer, found = predictor.template.tokenizer, answer.prediction
+    text = found.answer[: min((at for at in map(found.answer.find, row.stop) if at >= 0), default=None)]
+    written = tokenizer(text, add_special_tokens=False).input_ids
+    short = row.max_tokens is not None and len(written) > row.max_tokens
+    if short:
+        written = written[: row.max_tokens]
+        # Half a character is left out.
+        pairs = takewhile(lambda both: both[0] == both[1], zip(text, tokenizer.decode(written), strict=False))
+        text = "".join(character for character, _ in pairs)
+    cut = replace(found, answer=text, truncated=found.truncated or short)
+    return Answer(cut, prompt, len(written))
 
 
 def run_name(run: str) -> str:
-    """What a run is called when it is given no name: its folder, or the one around `best` and `checkpoint-N`."""
+    """What a run is called when it is given no name: its folder, or the one around `best` and `checkpoint-N`.
+
+    Letters and digits of all languages are kept; everything else that stands in no address becomes a dash.
+    """
     if run.startswith(("ms:", "hf:")):
-        return re.sub(r"[^A-Za-z0-9._-]", "-", run.rpartition("/")[2])[:64] or "run"
-    folder = Path(run).expanduser().absolute()
-    if folder.name == "best" or re.fullmatch(r"checkpoint-\d+", folder.name):
-        folder = folder.parent
-    return re.sub(r"[^A-Za-z0-9._-]", "-", folder.name)[:64] or "run"
+        name = run.rpartition("/")[2]
+    else:
+        folder = Path(run).expanduser().absolute()
+        if folder.name == "best" or re.fullmatch(r"checkpoint-\d+", folder.name):
+            folder = folder.parent
+        name = folder.name
+    name = "".join(c if _fits(c) else "-" for c in unicodedata.normalize("NFC", name))[:64]
+    return name if any(map(str.isalnum, name)) else "run"
+
+
+def _fits(character: str) -> bool:
+    """Letters, digits and the marks that belong to letters (Devanagari's vowels), dots, dashes, underscores."""
+    return character in "._-" or character.isalnum() or unicodedata.category(character).startswith("M")
+
+
+def _is_name(name: str) -> bool:
+    return len(name) <= 64 and all(map(_fits, name)) and any(map(str.isalnum, name))
 
 
 def parse_adapter(given: str) -> tuple[str, str]:
@@ -134,7 +158,7 @@ def parse_adapter(given: str) -> tuple[str, str]:
         ConfigError: it has another form.
     """
     name, separator, run = given.partition("=")
-    if not separator or not run or not _NAME.fullmatch(name):
+    if not separator or not run or not _is_name(name):
         raise ConfigError(
             f"--adapter {given}: write NAME=RUN; a name has letters, digits, dots, dashes and underscores"
         )
@@ -142,7 +166,11 @@ def parse_adapter(given: str) -> tuple[str, str]:
 
 
 def load_models(
-    run: str, name: str | None = None, adapters: Sequence[tuple[str, str]] = (), device: str | None = None
+    run: str,
+    name: str | None = None,
+    adapters: Sequence[tuple[str, str]] = (),
+    device: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Models:
     """Load a run, and more runs of the same base model, whose weights stand in memory once.
 
@@ -155,7 +183,7 @@ def load_models(
     """
     first = name or run_name(run)
     names = [first, *(each for each, _ in adapters)]
-    if not _NAME.fullmatch(first):
+    if not _is_name(first):
         raise ConfigError(f"--name {first}: use letters, digits, dots, dashes and underscores")
     if len(set(names)) < len(names):
         raise ConfigError(
@@ -164,11 +192,13 @@ def load_models(
     folders = [find_checkpoint(other) for _, other in adapters]
     if folders:
         _check_bases(find_checkpoint(run), adapters, folders)
+    say(f"loading {run}")
     # With company the adapters have to stay apart from the weights.
     predictor = load_predictor(run, device=device, merge=not folders)
     served = [Served(first, predictor, "default" if folders else "", _folder_of(predictor))]
     for number, ((other, _), folder) in enumerate(zip(adapters, folders, strict=True)):
         inside = f"served{number}"
+        say(f"loading {folder}")
         try:
             predictor.model.load_adapter(
                 str(folder), inside, is_trainable=False, torch_device=str(predictor.model.device)
@@ -181,6 +211,7 @@ def load_models(
         _make_exact(each)
     models = Models(served)
     for each in served:
+        say(f"checking {each.name}: its first answer, against plain computation")
         _warm_up(models, each)
     return models
 

@@ -7,7 +7,7 @@ import hmac
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,46 @@ CHUNK = 64
 PREVIEW = 20
 #: How often a row of a file waits for room in the queue.
 ATTEMPTS = 20
+#: What the page says, by the browser's language. Chinese browsers ask for `zh-CN`, `zh-TW` ...; they all get `zh`.
+_WORDS = {
+    "en": {
+        "model": "Model",
+        "labels": "Labels: choose, remove, or type new ones",
+        "one": "One text",
+        "examples": "Examples",
+        "text": "Text (Shift+Enter runs)",
+        "run": "Run",
+        "probabilities": "Probabilities",
+        "entities": "Entities",
+        "file": "File",
+        "upload": "File",
+        "columns": "jsonl or csv with a `text` column; labels in a `category` column of a row are used for that row.",
+        "preview": "First lines",
+        "download": "Download",
+        "login": "Any user name; the password is the API key.",
+        "no_file": "choose a file first",
+        "errors": "errors",
+    },
+    "zh": {
+        "model": "模型",
+        "labels": "标签：可选择、删除或输入新的",
+        "one": "单条",
+        "examples": "示例",
+        "text": "文本（Shift+Enter 运行）",
+        "run": "运行",
+        "probabilities": "概率",
+        "entities": "实体",
+        "file": "批量",
+        "upload": "文件",
+        "columns": "jsonl 或 csv，需有 `text` 列；某行的 `category` 列写有标签时用该行自己的标签。",
+        "preview": "前几行",
+        "download": "下载",
+        "login": "用户名任意，密码为 API key。",
+        "no_file": "请先选择文件",
+        "errors": "错误",
+    },
+}
+_TEXTS = gr.I18n(**_WORDS)
 _FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 
 
@@ -48,9 +88,10 @@ def add_playground(app: FastAPI, service: Service) -> FastAPI:
         page(service),
         path="/",
         auth=None if key is None else allowed,
-        auth_message="Any user name; the password is the API key. 用户名任意，密码为 API key。",
+        auth_message=" ".join(words["login"] for words in _WORDS.values()),
         footer_links=[],
         max_file_size=service.settings.max_body_bytes,
+        i18n=_TEXTS,
         ssr_mode=False,
         enable_monitoring=False,
         pwa=False,
@@ -80,9 +121,7 @@ class Page(gr.Blocks):  # type: ignore[misc]
 
         def uploaded(file: dict[str, Any]) -> dict[str, Any]:
             if not Path(file["path"]).resolve().is_relative_to(folder):
-                raise gr.Error(
-                    "this file was not uploaded here · 该文件不是在此上传的", print_exception=False
-                )
+                raise gr.Error("this file was not uploaded here", print_exception=False)
             return file
 
         traverse(inputs, uploaded, is_file_obj)
@@ -96,61 +135,74 @@ def page(service: Service) -> Any:
     first = served[0]
     with Page(title="labeltune", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown("# labeltune")
-        model = gr.Dropdown([s.name for s in served], value=first.name, label="Model · 模型", elem_id="model")
+        model = gr.Dropdown(
+            [s.name for s in served], value=first.name, label=_TEXTS("model"), elem_id="model"
+        )
         labels = gr.Dropdown(
             list(first.labels),
             value=list(first.labels),
             multiselect=True,
             allow_custom_value=True,
-            label="Labels: choose, remove, or type new ones · 标签：可选择、删除或输入新的",
+            label=_TEXTS("labels"),
             elem_id="labels",
         )
-        with gr.Tab("One text · 单条", elem_id="one"), gr.Row():
+        with gr.Tab(_TEXTS("one"), elem_id="one"), gr.Row():
             with gr.Column():
                 examples = gr.Dropdown(
-                    _choices(first), value=None, label="Examples · 示例", elem_id="examples", filterable=False
+                    _choices(first),
+                    value=None,
+                    label=_TEXTS("examples"),
+                    elem_id="examples",
+                    filterable=False,
                 )
                 text = gr.Textbox(
                     lines=8,
                     max_lines=20,
-                    label="Text (Shift+Enter runs) · 文本（Shift+Enter 运行）",
+                    label=_TEXTS("text"),
                     elem_id="text",
                 )
-                run = gr.Button("Run · 运行", variant="primary", elem_id="run")
+                run = gr.Button(_TEXTS("run"), variant="primary", elem_id="run")
             with gr.Column():
                 label = gr.Label(
-                    label="Probabilities · 概率",
+                    label=_TEXTS("probabilities"),
                     num_top_classes=20,
                     visible=first.task == "classification",
                     elem_id="probabilities",
                 )
                 entities = gr.HighlightedText(
-                    label="Entities · 实体",
+                    label=_TEXTS("entities"),
                     show_legend=True,
                     combine_adjacent=False,
                     visible=first.task == "ner",
                     elem_id="entities",
                 )
                 spent = gr.Markdown(elem_id="latency")
-        with gr.Tab("File · 批量", elem_id="file"):
-            gr.Markdown(
-                "jsonl or csv with a `text` column; labels in a `category` column of a row are used for that row. "
-                "jsonl 或 csv，需有 `text` 列；某行的 `category` 列写有标签时用该行自己的标签。"
-            )
+        with gr.Tab(_WORDS["en"]["file"], elem_id="file") as file_tab:
+            gr.Markdown(_TEXTS("columns"))
             upload = gr.File(
-                file_types=[".jsonl", ".csv"], type="filepath", label="File · 文件", elem_id="upload"
+                file_types=[".jsonl", ".csv"],
+                type="filepath",
+                label=_WORDS["en"]["upload"],
+                elem_id="upload",
             )
-            run_file = gr.Button("Run · 运行", variant="primary", elem_id="run-file")
+            run_file = gr.Button(_TEXTS("run"), variant="primary", elem_id="run-file")
             state = gr.Markdown(elem_id="progress")
-            preview = gr.Code(label="First lines · 前几行", language="json", elem_id="preview", visible=False)
-            download = gr.DownloadButton("Download · 下载", visible=False, elem_id="download")
+            preview = gr.Code(label=_TEXTS("preview"), language="json", elem_id="preview", visible=False)
+            download = gr.DownloadButton(_TEXTS("download"), visible=False, elem_id="download")
 
         async def try_text(name: str, chosen: list[str], given: str) -> tuple[Any, Any, str]:
             return await _try_text(service, name, chosen, given)
 
-        async def try_file(name: str, chosen: list[str], path: str | None) -> AsyncIterator[Any]:
-            async for update in _try_file(service, name, chosen, path):
+        async def try_file(
+            name: str, chosen: list[str], path: str | None, request: gr.Request
+        ) -> AsyncIterator[Any]:
+            async for update in _try_file(service, name, chosen, path, _words(request.headers)):
                 yield update
+
+        def name_files(request: gr.Request) -> list[Any]:
+            # These two components show a text that waits for its translation as an object.
+            words = _words(request.headers)
+            return [gr.update(label=words["file"]), gr.update(label=words["upload"])]
 
         def switch(name: str) -> tuple[Any, ...]:
             now = service.pick(name, None)
@@ -163,6 +215,7 @@ def page(service: Service) -> Any:
             )
 
         private: dict[str, Any] = {"api_visibility": "private"}
+        blocks.load(name_files, None, [file_tab, upload], **private)
         model.change(switch, model, [labels, examples, label, entities, spent], **private)
         examples.input(lambda chosen: chosen, examples, text, **private)
         for trigger in (run.click, text.submit):
@@ -170,6 +223,11 @@ def page(service: Service) -> Any:
         run_file.click(try_file, [model, labels, upload], [state, preview, download], **private)
     blocks.queue(default_concurrency_limit=16, max_size=256, api_open=False)
     return blocks
+
+
+def _words(headers: Mapping[str, str]) -> Mapping[str, str]:
+    """In the language that the browser asks for first."""
+    return _WORDS["zh" if headers.get("accept-language", "").lower().startswith("zh") else "en"]
 
 
 def _choices(served: Served) -> list[tuple[str, str]]:
@@ -229,11 +287,11 @@ def parts(text: str, entities: Sequence[Entity]) -> list[tuple[str, str | None]]
 
 
 async def _try_file(
-    service: Service, name: str, chosen: Sequence[str] | None, path: str | None
+    service: Service, name: str, chosen: Sequence[str] | None, path: str | None, words: Mapping[str, str]
 ) -> AsyncIterator[tuple[Any, Any, Any]]:
     """(progress, first lines, download) again and again until the file is done."""
     if not path:
-        raise gr.Error("choose a file first · 请先选择文件", print_exception=False)
+        raise gr.Error(words["no_file"], print_exception=False)
     started = time.perf_counter()
     done = bad = 0
     first: list[str] = []
@@ -258,7 +316,7 @@ async def _try_file(
         except (ApiError, LabeltuneError) as error:
             raise gr.Error(str(error), print_exception=False) from None
         seconds = time.perf_counter() - started
-        said = f"{done} / {done}, {seconds:.1f} s" + (f", errors · 错误: {bad}" if bad else "")
+        said = f"{done} / {done}, {seconds:.1f} s" + (f", {words['errors']}: {bad}" if bad else "")
         yield (
             said,
             gr.update(value="".join(first), visible=True),
@@ -267,6 +325,8 @@ async def _try_file(
 
 
 async def _answer(service: Service, served: Served, row: Example | BadRow) -> Prediction | BadRow:
+    # Where an upload lies on this machine is nobody's business.
+    row = replace(row, source=Path(row.source).name)
     if isinstance(row, BadRow):
         return row
     candidates = row.candidates if served.task == "classification" else ()

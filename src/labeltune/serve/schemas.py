@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from labeltune.serve.body import CLEAN_PATTERN
 
@@ -107,36 +116,153 @@ class ExtractResponse(BaseModel):
     results: list[Extracted]
 
 
+def _text_only(value: Any) -> Any:
+    if value != "text":
+        raise ValueError("only text parts are read")
+    return value
+
+
 class ContentPart(BaseModel):
     """A part of a message; only text is read."""
 
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(_text_only)]
     text: str
+
+
+def _parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 class Message(BaseModel):
     """A message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Annotated[
+        list[ContentPart] | None,
+        BeforeValidator(_parts),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "array", "items": ContentPart.model_json_schema()},
+                    {"type": "null"},
+                ]
+            }
+        ),
+    ] = Field(None, description="text, or parts of type `text`, which are joined")
 
     @property
     def text(self) -> str:
         """Its whole text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
+
+
+class StreamOptions(BaseModel):
+    """What a stream holds beside the answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    include_usage: bool | None = Field(None, description="a last chunk with `usage` and no choices")
+    include_obfuscation: bool | None = Field(
+        None, description="no effect: the answer comes as one chunk, so no sizes of tokens can be seen"
+    )
+
+
+def _only(*values: Any, because: str) -> Any:
+    """A field that may hold these values alone, as any other would ask for something that is not done here."""
+    return Field(None, description=because, json_schema_extra={"enum": [None, *values]})
+
+
+def _no_effect(because: str) -> Any:
+    """A field that is accepted, as it cannot change the answer."""
+    return Field(None, description=f"no effect: {because}")
+
+
+_SAMPLING = "nothing is sampled"
+_KEPT = "nothing is kept"
+_THINKING = "nothing is thought aloud"
 
 
 class ChatRequest(BaseModel):
-    """What OpenAI's clients send; sampling parameters have no effect, as nothing is sampled."""
+    """What OpenAI's clients send. A field is honoured, or accepted because it cannot change the answer, or refused by name."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     messages: list[Message] = Field(
         min_length=1, description="the last user message is the document, or the run's whole prompt around it"
     )
-    model: str | None = Field(None, description="a run of this server; the first when left out")
+    model: str | None = Field(
+        None, description="a run of this server; the first when left out, and the only one whatever is said"
+    )
     stream: bool | None = Field(None, description="the whole answer comes as one chunk")
-    n: Literal[1] | None = Field(None, description="there is one answer")
+    stream_options: StreamOptions | None = Field(None, description="only together with `stream`")
+    logprobs: bool | None = Field(
+        None,
+        description="a classifier's answer counts as one token, the whole label, with its exact probability",
+    )
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="so many labels of the ranking; only together with `logprobs`"
+    )
+    stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=4)] | None = Field(
+        None, description="the answer is cut before the first of these"
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="a longer answer is cut, with the finish reason `length`"
+    )
+    max_tokens: int | None = Field(None, ge=1, description="the older name of `max_completion_tokens`")
+
+    n: Any = _only(1, because="there is one answer")
+    response_format: Any = _only(
+        {"type": "text"}, because="the answer is a label, or JSON lines of entities, and follows no schema"
+    )
+    tools: Any = _only([], because="no tool is called")
+    tool_choice: Any = _only("none", because="no tool is called")
+    functions: Any = _only([], because="no function is called")
+    function_call: Any = _only("none", because="no function is called")
+    web_search_options: Any = _only(because="nothing is looked up")
+    moderation: Any = _only(because="nothing is moderated")
+    modalities: Any = _only(["text"], because="the answer is text")
+    audio: Any = _only(because="the answer is text")
+    logit_bias: Any = _only({}, because="labels are compared by their exact probabilities")
+    frequency_penalty: Any = _only(0, because="labels are compared by their exact probabilities")
+    presence_penalty: Any = _only(0, because="labels are compared by their exact probabilities")
+    repetition_penalty: Any = _only(1, because="labels are compared by their exact probabilities")
+
+    temperature: Any = _no_effect(_SAMPLING)
+    top_p: Any = _no_effect(_SAMPLING)
+    top_k: Any = _no_effect(_SAMPLING)
+    min_p: Any = _no_effect(_SAMPLING)
+    seed: Any = _no_effect(_SAMPLING)
+    prediction: Any = _no_effect("it is a help for speed")
+    parallel_tool_calls: Any = _no_effect("no tool is called")
+    reasoning_effort: Any = _no_effect(_THINKING)
+    enable_thinking: Any = _no_effect(_THINKING)
+    chat_template_kwargs: Any = _no_effect("the prompt is the run's own")
+    verbosity: Any = _no_effect("the form of the answer is the run's own")
+    store: Any = _no_effect(_KEPT)
+    metadata: Any = _no_effect(_KEPT)
+    user: Any = _no_effect(_KEPT)
+    safety_identifier: Any = _no_effect(_KEPT)
+    prompt_cache_key: Any = _no_effect(_KEPT)
+    prompt_cache_options: Any = _no_effect(_KEPT)
+    prompt_cache_retention: Any = _no_effect(_KEPT)
+    service_tier: Any = _no_effect("there is one kind of service")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _allowed(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        extra = field.json_schema_extra
+        allowed: Any = extra["enum"] if isinstance(extra, dict) and "enum" in extra else [value]
+        if value not in allowed:
+            others = " or ".join(json.dumps(each) for each in allowed if each is not None)
+            raise ValueError(f"{field.description}; leave it out{f' or send {others}' if others else ''}")
+        return value
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Where the answer is cut."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 class ChatMessage(BaseModel):
@@ -147,13 +273,34 @@ class ChatMessage(BaseModel):
     refusal: None = None
 
 
+class TopLogprob(BaseModel):
+    """A label as a token."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """The answer as one token."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(BaseModel):
+    """The answer's one token."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class Choice(BaseModel):
     """The only choice."""
 
     index: Literal[0] = 0
     message: ChatMessage
     finish_reason: Literal["stop", "length"]
-    logprobs: None = None
+    logprobs: Logprobs | None = None
 
 
 class Usage(BaseModel):

@@ -27,8 +27,19 @@ class Service:
         self.batcher = Batcher(models.answer, settings, metrics.on_batch)
         metrics.watch_queue(lambda: self.batcher.waiting)
 
+    def named(self, name: str) -> Served:
+        """The run of this name.
+
+        Raises:
+            ApiError: there is none (404).
+        """
+        if name not in self.models.served:
+            known = ", ".join(self.models.served)
+            raise ApiError(404, f"there is no such model here; this server has {known}", "model")
+        return self.models.served[name]
+
     def pick(self, name: str | None, task: TaskName | None) -> Served:
-        """The run that answers.
+        """The run that answers; where there is only one, it answers to any name, as clients come with other models' names.
 
         Raises:
             ApiError: there is no run of this name (404), or none for this task (422).
@@ -38,12 +49,9 @@ class Service:
             if found is None:
                 raise ApiError(422, f"no model of this server does {task}", "model")
             return found
-        if name not in self.models.served:
-            known = ", ".join(self.models.served)
-            raise ApiError(404, f"there is no such model here; this server has {known}", "model")
-        served = self.models.served[name]
+        served = next(iter(self.models.served.values())) if len(self.models.served) == 1 else self.named(name)
         if task and served.task != task:
-            raise ApiError(422, f"model {name} does {served.task}, not {task}", "model")
+            raise ApiError(422, f"model {served.name} does {served.task}, not {task}", "model")
         return served
 
     async def ask(
@@ -54,6 +62,8 @@ class Service:
         *,
         field: str = "text",
         count_tokens: bool = False,
+        stop: Sequence[str] = (),
+        max_tokens: int | None = None,
         receive: Receive | None = None,
     ) -> list[Answer]:
         """Answers to texts, in order.
@@ -61,6 +71,8 @@ class Service:
         Args:
             labels: candidates; the run's own when empty.
             field: name of the texts in the request, for messages.
+            stop: an answer is cut before the first of these; only with `count_tokens`.
+            max_tokens: a longer answer is cut; only with `count_tokens`.
             receive: the request's channel, which tells when the client goes away.
 
         Raises:
@@ -78,7 +90,8 @@ class Service:
         for number, text in enumerate(texts):
             source = f"{field}[{number}]" if len(texts) > 1 else field
             example = Example(str(number), text, tuple(labels), source=source)
-            rows.append(Row(served.name, example, self.models.cost(served, example), count_tokens))
+            cost = self.models.cost(served, example)
+            rows.append(Row(served.name, example, cost, count_tokens, tuple(stop), max_tokens))
         futures = self.batcher.submit(rows)
         answers = asyncio.gather(*map(asyncio.wrap_future, futures))
         answers.add_done_callback(_look_at)

@@ -18,7 +18,14 @@ from labeltune.config import config_keys
 from labeltune.errors import OutputError, first_line
 from labeltune.run_folder import file_hash
 from labeltune.sweep.report import State, Trial, best_trial, figure, write_results
-from labeltune.sweep.search import Choices, Dimension, SweepPlan, combinations
+from labeltune.sweep.search import (
+    STARTUP_TRIALS,
+    Choices,
+    Dimension,
+    SweepPlan,
+    combinations,
+    startup_values,
+)
 from labeltune.sweep.trial import Outcome, trial_name
 
 Say = Callable[[str], None]
@@ -96,13 +103,14 @@ class Ledger:
             begun = sum(trial.counts or trial.state == "running" for trial in trials)
             if begun >= self.plan.trials:
                 return None
-            # A sampler of its own for each trial: what it draws depends on the trials before it, not on when the sweep was
-            # killed and started again. Running trials count as bad ones, so that no two workers try the same.
-            state = numpy.random.SeedSequence([self.plan.seed, begun]).generate_state(1)
-            with warnings.catch_warnings():
-                # Optuna 4 calls constant_liar experimental; Optuna 5 has it on.
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self.study.sampler = optuna.samplers.TPESampler(seed=int(state[0]), constant_liar=True)
+            finished = sum(trial.state == "finished" for trial in trials)
+            if not self.plan.grid and finished < STARTUP_TRIALS:
+                # Values that wait, of an interrupted trial, go first.
+                if not any(trial.state == "waiting" for trial in trials):
+                    drawn = startup_values(self.plan.space, self.plan.seed, begun)
+                    self.study.enqueue_trial(drawn, user_attrs={"values": drawn})
+            else:
+                self.study.sampler = self._sampler(begun)
             asked = self.study.ask(self.space)
             self._running[asked.number] = asked
             values = {d.key: _text(d, asked.params[d.key]) for d in self.plan.space}
@@ -110,6 +118,17 @@ class Ledger:
             if twin is None:
                 return Trial(asked.number, "running", values)
             self._copy(twin, asked.number)
+
+    def _sampler(self, begun: int) -> optuna.samplers.BaseSampler:
+        """A sampler of its own for each trial: what it draws depends on the trials before it, not on when the sweep was
+        killed and started again. Running trials count as bad ones, so that no two workers try the same."""
+        state = numpy.random.SeedSequence([self.plan.seed, begun]).generate_state(1)
+        with warnings.catch_warnings():
+            # Optuna 4 calls constant_liar experimental; Optuna 5 has it on.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(
+                seed=int(state[0]), n_startup_trials=STARTUP_TRIALS, constant_liar=True
+            )
 
     def _copy(self, twin: Trial, number: int) -> None:
         asked = self._running.pop(number)

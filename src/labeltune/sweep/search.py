@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 from labeltune.config import RunConfig, apply_override, build_config, config_keys
 from labeltune.errors import ConfigError
@@ -15,6 +19,8 @@ from labeltune.ranks import world
 
 #: Finished trials when nothing else is said.
 DEFAULT_TRIALS = 20
+#: Trials that cover the space evenly before earlier results decide what comes next.
+STARTUP_TRIALS = 10
 #: A grid is for a few values of a few keys.
 MOST_COMBINATIONS = 1000
 
@@ -249,3 +255,57 @@ def combinations(space: Sequence[Dimension]) -> list[dict[str, str]]:
     """All combinations of the choices, the last key changing fastest."""
     texts = [[(d.key, text) for text in d.texts] for d in space if isinstance(d, Choices)]
     return [dict(combination) for combination in itertools.product(*texts)]
+
+
+def startup_values(space: Sequence[Dimension], seed: int, number: int) -> dict[str, Any]:
+    """Values of a trial that no earlier result decides: text of a choice, else a number.
+
+    Of the first n trials, for every n up to `STARTUP_TRIALS`, exactly one lies in each n-th of every range (of its logarithm
+    with `:log`), and of k choices each is taken once among the first k. Later numbers begin a new round.
+
+    Args:
+        number: trials begun before this one; the same number gets the same values, whenever the sweep was stopped.
+    """
+    round_, place = divmod(number, STARTUP_TRIALS)
+    points = _covering(seed, round_, len(space))[place]
+    return {d.key: _value_at(d, float(u)) for d, u in zip(space, points, strict=True)}
+
+
+def _value_at(dimension: Dimension, u: float) -> Any:
+    """The value at a share `u` of the way from the lowest to the highest, 0 <= u < 1."""
+    if isinstance(dimension, Choices):
+        return dimension.texts[int(u * len(dimension.texts))]
+    # A whole number stands for everything that is rounded to it.
+    half = 0.5 if dimension.integer else 0.0
+    low, high = dimension.low - half, dimension.high + half
+    if dimension.log:
+        value = math.exp((1 - u) * math.log(low) + u * math.log(high))
+    else:
+        value = (1 - u) * low + u * high
+    value = min(max(value, dimension.low), dimension.high)
+    return math.floor(value + half) if dimension.integer else value
+
+
+@functools.lru_cache(maxsize=8)
+def _covering(seed: int, round_: int, dimensions: int) -> numpy.ndarray[Any, Any]:
+    """[STARTUP_TRIALS, dimensions] points of the unit cube: the evenest of a few in which every dimension is `_nested`."""
+    from scipy.stats import qmc
+
+    random = numpy.random.default_rng([seed, round_])
+    drawn = [numpy.stack([_nested(random) for _ in range(dimensions)], axis=1) for _ in range(8)]
+    return min(drawn, key=lambda points: sum(qmc.discrepancy(points[: n + 1]) for n in range(len(points))))
+
+
+def _nested(random: numpy.random.Generator) -> numpy.ndarray[Any, Any]:
+    """Points of [0, 1) of which the first n, for every n, lie in different n-ths (Steinhaus; no such row has more than 17)."""
+    points = (numpy.arange(2520) + 0.5) / 2520  # the least number that all of 1..10 divide
+    cells = (points[:, None] * numpy.arange(1, STARTUP_TRIALS + 1)).astype(int)
+    while True:
+        chosen: list[int] = []
+        for n in range(STARTUP_TRIALS):
+            taken = (cells[:, None, n:] == cells[chosen][None, :, n:]).any((1, 2))
+            if taken.all():
+                break  # a dead end, as about nine of ten are
+            chosen.append(int(random.choice(numpy.flatnonzero(~taken))))
+        else:
+            return points[chosen]

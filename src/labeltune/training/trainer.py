@@ -294,9 +294,9 @@ def describe(plan: StepPlan, memory: MemoryPlan, steps: list[list[Row]]) -> str:
         for pack in plan_step(step, plan.max_tokens, plan.packing)[0]
     )
     return (
-        f"steps: packing={plan.packing}, packs of at most {plan.max_tokens} tokens; {computed / examples:.0f} tokens are "
-        f"computed for an example of {given / examples:.0f}; checkpointing {'on' if memory.checkpointing else 'off'} "
-        f"({memory.bytes_per_token / 1e3:.0f} kB of activations a token, {memory.free / 1e9:.1f} GB free)"
+        f"steps: packing={plan.packing}, at most {plan.max_tokens:,} tokens at a time; "
+        f"{computed / examples:.0f} tokens computed per example of {given / examples:.0f}; checkpointing {'on' if memory.checkpointing else 'off'} "
+        f"({memory.bytes_per_token / 1e3:.0f} kB of activations per token, {memory.free / 1e9:.1f} GB free)"
     )
 
 
