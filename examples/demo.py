@@ -1,23 +1,35 @@
-"""The whole job on a small model: check the data, fine-tune, measure, compare with the untuned model, predict.
+"""The whole job on a small model: check the data, fine-tune, measure against the untuned model, show three predictions.
 
-Run by `make demo` (English rows on `pocket`) and `make demo DEMO=zh` (Chinese rows on `pocket-zh`, after its licence).
+Run by `make demo` (classification), `make demo DEMO=ner`, `DEMO=zh` (Chinese rows on `pocket-zh`, after its licence) and
+`DEMO=all`.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from labeltune.cli.quiet import quiet_libraries
 from labeltune.config import RunConfig, load_config
-from labeltune.errors import LabeltuneError
+from labeltune.errors import ConfigError, LabeltuneError
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = Path("demo-output")
-TASKS = {"classification": "accuracy", "ner": "span_f1"}
+#: What DEMO can be, and the configs beside this file that it runs.
+DEMOS = {
+    "classification": ("en_classification",),
+    "ner": ("en_ner",),
+    "zh": ("zh_classification",),
+    "all": ("en_classification", "en_ner", "zh_classification", "zh_ner"),
+}
+METRICS = {"classification": "accuracy", "ner": "span_f1"}
+#: Predictions that are shown at the end.
+SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -25,91 +37,92 @@ class Outcome:
     """What one task came to."""
 
     task: str
-    metric: str
     after: dict[str, Any]
     comparison: dict[str, Any]
+    run: Path
     report: Path
     seconds: float
     shown: list[tuple[str, str]]
 
 
-def accept_license(language: str) -> str | None:
+def configs_of(demo: str) -> tuple[str, ...]:
+    """Names of the configs of a demo.
+
+    Raises:
+        ConfigError: there is no such demo.
+    """
+    if demo not in DEMOS:
+        raise ConfigError(f"DEMO={demo} is unknown; it is {', '.join(DEMOS)}")
+    return DEMOS[demo]
+
+
+def accept_license(demo: str, accepted: str | None) -> str | None:
     """Ask about the Gemma terms before anything of that model is fetched."""
-    if language != "zh":
+    if not any(name.startswith("zh_") for name in DEMOS[demo]):
         return None
     print("pocket-zh is Gemma 3 270M, under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
-    if "--accept-license=gemma" in sys.argv:
-        return "gemma"
+    if accepted is not None:
+        return accepted
     if not sys.stdin.isatty():
         raise LabeltuneError(
-            "nobody is here to accept the terms; run: make demo DEMO=zh ACCEPT_LICENSE=gemma"
+            f"nobody is here to accept the terms; run: make demo DEMO={demo} ACCEPT_LICENSE=gemma"
         )
-    return (
-        "gemma"
-        if input("Have you read them, and do you accept them? [y/N] ").strip().lower() == "y"
-        else None
-    )
+    answer = input("Have you read them, and do you accept them? [y/N] ").strip().lower()
+    return "gemma" if answer == "y" else None
 
 
-def run_task(language: str, task: str, license_name: str | None) -> Outcome:
-    """Check, fine-tune, measure, compare, predict."""
+def run_task(name: str, license_name: str | None) -> Outcome:
+    """Check, fine-tune, measure, compare. The model is loaded once after training, and asked once about each test row."""
     from labeltune import load_predictor, recipes
 
-    path = HERE / f"{language}_{task}.yaml"
-    overrides = [
-        f"data.train={HERE}/data/{language}_{task}_train.jsonl",
-        f"data.test={HERE}/data/{language}_{task}_test.jsonl",
-    ]
-    overrides += [f"output_dir={OUTPUT}/{language}-{task}", f"swanlab.log_dir={OUTPUT}/swanlog"]
+    run, report = OUTPUT / name, OUTPUT / f"{name}-report"
+    overrides = [f"data.{part}={HERE}/data/{name}_{part}.jsonl" for part in ("train", "test")]
+    overrides += [f"output_dir={run}", f"swanlab.log_dir={OUTPUT}/swanlog"]
     if license_name is not None:
         overrides.append(f"hub.accept_license={license_name}")
-    config = load_config(path, overrides)
-    assert config.data.test is not None
+    config = load_config(HERE / f"{name}.yaml", overrides)
+    test = str(config.data.test)
     started = time.monotonic()
-    check(config)
-
-    print(f"\n== {task}: fine-tuning", flush=True)
+    say(name, "checking the data")
+    examples = check(config)
+    say(name, "fine-tuning")
     result = recipes.train(config, overwrite=True)
-    print(f"\n== {task}: the tuned model on the test rows", flush=True)
-    common = {"train_data": config.data.train} if task == "ner" else {}
-    report = OUTPUT / f"{language}-{task}-report"
-    after = recipes.evaluate(result.best, config.data.test, output=report, **common)
-    print(f"\n== {task}: the untuned model against the tuned one", flush=True)
-    comparison = recipes.compare("base", result.best, config.data.test, output=report)
-
-    texts = [row.text for row in _some_rows(config, 3)]
     with load_predictor(result.best) as predictor:
-        predictions = predictor.predict(texts)
-    shown = [(t, p.label or p.answer) for t, p in zip(texts, predictions, strict=True)]
-    return Outcome(task, TASKS[task], after, comparison, report, time.monotonic() - started, shown)
+        say(name, f"the tuned model answers {len(examples)} test rows")
+        predictions = predictor.predict(examples)
+        common = {"train_data": config.data.train} if config.task == "ner" else {}
+        after = recipes.evaluate(predictor, test, output=report, predictions=predictions, **common)
+        say(name, "the untuned model answers them")
+        comparison = recipes.compare("base", predictor, test, output=report, predictions=predictions)
+    some = range(0, len(examples), len(examples) // SHOWN)[:SHOWN]
+    shown = [(examples[i].text, predictions[i].label or predictions[i].answer) for i in some]
+    return Outcome(config.task, after, comparison, run, report, time.monotonic() - started, shown)
 
 
-def check(config: RunConfig) -> None:
-    """`labeltune data check` on train and test rows."""
+def check(config: RunConfig) -> list[Any]:
+    """`labeltune data check` on train and test rows; gives the test rows."""
     from labeltune import recipes
 
-    print(f"\n== {config.task}: checking the data", flush=True)
-    for rows in recipes.check_data(config, config.data.train, config.data.test):
+    checked = recipes.check_data(config, config.data.train, config.data.test)
+    for rows in checked:
         audit = rows.audit
         print(
             f"{audit.path}: {audit.rows} rows, {audit.errors} errors, {audit.warnings} warnings, {len(audit.labels)} labels"
         )
+    return [checked[-1].example(i) for i in range(len(checked[-1].dataset))]
 
 
-def _some_rows(config: RunConfig, count: int) -> list[Any]:
-    from labeltune.data.loading import load_rows
-
-    assert config.data.test is not None
-    rows = load_rows(config.data.test, config.task, config.data)
-    step = len(rows.dataset) // count
-    return [rows.example(index * step) for index in range(count)]
+def say(name: str, what: str) -> None:
+    """The heading of a phase."""
+    print(f"\n== {name}: {what}", flush=True)
 
 
 def print_outcome(outcome: Outcome) -> None:
     """Before and after on the same rows, beside what no learning would score, and three predictions."""
-    after, found = outcome.after[outcome.metric], outcome.comparison["differences"][outcome.metric]
+    metric = METRICS[outcome.task]
+    after, found = outcome.after[metric], outcome.comparison["differences"][metric]
     change = found["difference"]
-    print(f"\n{outcome.task}, {outcome.after['rows']} test rows, {outcome.metric} with 95 % interval")
+    print(f"\n{outcome.task}, {outcome.after['rows']} test rows, {metric} with 95 % interval")
     print(f"  before            {found['first']:.3f}")
     print(f"  after             {_shown(after)}")
     print(
@@ -124,9 +137,23 @@ def print_outcome(outcome: Outcome) -> None:
         f"  {'clearly' if better else 'NOT clearly'} better: the difference's lower end {change['low']:+.3f}, to be above 0; "
         f"after's {after['low']:.3f}, to be above {bar:.3f}; {outcome.seconds:.0f} s"
     )
-    print(f"  report: {outcome.report}/report.html, comparison.html")
     for text, answer in outcome.shown:
         print(f"\n  {text}\n  -> " + answer.replace("\n", "\n     "))
+
+
+def print_next(outcomes: Sequence[Outcome], seconds: float) -> None:
+    """Where to look, and how to go on with rows of one's own."""
+    command = Path(sys.executable).parent / "labeltune"
+    last = outcomes[-1]
+    print(f"\nThe demo took {seconds:.0f} s. Where to look:")
+    for outcome in outcomes:
+        print(f"  {outcome.report}/report.html, {outcome.report}/comparison.html")
+    print(f"  {command} board {OUTPUT}/swanlog    # the training in your browser")
+    print("\nNext:")
+    print(f'  {command} predict {last.run} --text "..."    # ask this model')
+    print(f"  {command} init {last.task}    # a config and sample rows, to replace by yours")
+    print(f"  {command} data check FILE.jsonl    # your own rows")
+    print(f"  {command} train {last.task}.yaml")
 
 
 def _shown(measure: dict[str, float]) -> str:
@@ -134,18 +161,19 @@ def _shown(measure: dict[str, float]) -> str:
 
 
 def main() -> None:
-    """Both tasks of one language."""
-    language = next((a for a in sys.argv[1:] if not a.startswith("-")), "en")
-    if language not in ("en", "zh"):
-        raise LabeltuneError(f"DEMO={language} is unknown; it is en or zh")
-    license_name = accept_license(language)
+    """One demo, or all of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("demo", nargs="?", default="classification", help=", ".join(DEMOS))
+    parser.add_argument("--accept-license", help="gemma, to accept the terms of pocket-zh")
+    given = parser.parse_args()
+    names = configs_of(given.demo)
+    license_name = accept_license(given.demo, given.accept_license)
     quiet_libraries()
     started = time.monotonic()
-    outcomes = [run_task(language, task, license_name) for task in TASKS]
+    outcomes = [run_task(name, license_name) for name in names]
     for outcome in outcomes:
         print_outcome(outcome)
-    print(f"\nThe whole demo took {time.monotonic() - started:.0f} s. Look at the runs in your browser:")
-    print(f"  {Path(sys.executable).parent / 'labeltune'} board {OUTPUT}/swanlog")
+    print_next(outcomes, time.monotonic() - started)
 
 
 if __name__ == "__main__":

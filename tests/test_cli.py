@@ -209,6 +209,8 @@ def test_init_writes_a_config_that_loads(labeltune: Any, in_folder: Path, task: 
     assert found.code == 0, found.err
     config = load_config(in_folder / "new" / f"{task}.yaml")
     assert config.task == task and (in_folder / "new" / config.data.train).is_file()
+    assert config.data.test == f"{task}_test.jsonl" and (in_folder / "new" / config.data.test).is_file()
+    assert f"labeltune evaluate output/{task} --data {task}_test.jsonl" in found.out
     (in_folder / "new" / f"{task}.yaml").write_text("task: ner\n")
     found = labeltune("init", task, "new")
     assert found.code == 2 and "exists already; --force replaces it" in found.err

@@ -1,9 +1,11 @@
-"""The demo rows keep their promise: written one by one, varied, balanced, and rightly marked."""
+"""The first ten minutes: the rows of the demo and of `labeltune init` keep their promise, and little has to be installed."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from labeltune.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "examples" / "data"
+STARTER = ROOT / "src" / "labeltune" / "starter"
 ENTITY_NAMES = {
     "zh": {
         "PER": ["人名", "姓名"],
@@ -31,8 +34,8 @@ ENTITY_NAMES = {
 }
 
 
-def rows(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+def rows(name: str, folder: Path = DATA) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def both(language: str, task: str) -> list[dict[str, Any]]:
@@ -94,3 +97,71 @@ def test_the_check_finds_nothing(name: str) -> None:
     assert config.data.test is not None
     for checked in recipes.check_data(config, str(ROOT / config.data.train), str(ROOT / config.data.test)):
         assert not checked.audit.counts
+
+
+@pytest.mark.parametrize("task", ["classification", "ner"])
+def test_the_starter_measures_on_other_rows(task: str) -> None:
+    config = load_config(STARTER / f"{task}.yaml")
+    assert (config.data.train, config.data.test) == (f"{task}.jsonl", f"{task}_test.jsonl")
+    train, test = rows(task, STARTER), rows(f"{task}_test", STARTER)
+    others = [row["text"] for row in train + both("en", task)]
+    assert len(test) >= 12 and not {row["text"] for row in test} & set(others)
+    if task == "classification":
+        assert {row["output"] for row in test} == {row["output"] for row in train}
+        assert len({tuple(row["category"]) for row in train + test}) == 1
+    else:
+        kinds = [{e["entity_label"] for row in part for e in row["entities"]} for part in (train, test)]
+        assert kinds[0] == kinds[1] == {"PER", "GPE", "ORG", "LOC"}
+        for row in test:
+            for entity in row["entities"]:
+                assert row["text"][entity["start_idx"] : entity["end_idx"]] == entity["entity_text"]
+    files = [str(STARTER / f"{name}.jsonl") for name in (task, f"{task}_test")]
+    for checked in recipes.check_data(config, *files):
+        assert checked.audit.counts == {}
+
+
+def test_the_core_installs_neither_ray_nor_gradio_nor_test_tools() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower() for requirement in requirements}
+
+    extras = project["optional-dependencies"]
+    left_out = names(extras["dev"]) | names(extras["ray"]) | names(extras["serve"]) | names(extras["bench"])
+    assert {"ray", "gradio", "pytest", "playwright", "mypy", "fastapi", "uvicorn", "openai"} <= left_out
+    assert names(project["dependencies"]) & left_out == set()
+
+
+def make(target: str, venv: Path) -> str:
+    """The commands that make would run."""
+    command = ["make", "--dry-run", target, f"VENV={venv}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_demos_installation_is_not_taken_for_that_of_the_tests(tmp_path: Path) -> None:
+    core, dev = "--editable .\n", '--editable ".[dev]"'
+    assert core in make("demo", tmp_path) and dev not in make("demo", tmp_path)
+    assert dev in make("test", tmp_path)
+    (tmp_path / ".labeltune-demo-ready").touch()
+    assert "pip" not in make("demo", tmp_path) and dev in make("test", tmp_path)
+    (tmp_path / ".labeltune-ready").touch()
+    assert "pip" not in make("demo", tmp_path) and "pip" not in make("test", tmp_path)
+
+
+def test_an_unknown_demo_is_one_error(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "news"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: DEMO=news is unknown; it is classification, ner, zh, all\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_chinese_demo_asks_for_the_licence_first(tmp_path: Path) -> None:
+    for demo in ("zh", "all"):
+        command = [sys.executable, str(ROOT / "examples" / "demo.py"), demo]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode != 0 and done.stderr == (
+            f"error: nobody is here to accept the terms; run: make demo DEMO={demo} ACCEPT_LICENSE=gemma\n"
+        )
+        assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,9 @@ import pytest
 
 from browsing import chromium
 from conftest import LABELS, classification_rows, ner_rows, write_jsonl
-from labeltune import recipes
+from labeltune import load_predictor, recipes
+from labeltune.config import DataConfig
+from labeltune.data.loading import load_rows
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.evaluation.report import LONGEST, SHORTEST, reliability_diagram, report_page
 from labeltune.pages import histogram, page, table
@@ -188,3 +190,39 @@ def test_two_runs_are_compared(in_folder: Path, model_folder: Path) -> None:
         recipes.compare("base", result.best, str(write_jsonl(in_folder / "empty.jsonl", [])), progress=False)
     with pytest.raises(ModelError):
         recipes.compare("nowhere", result.best, data, progress=False)
+
+
+def test_a_loaded_predictor_is_measured_and_left_open(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = recipes.train(config_for(in_folder, model_folder, epochs=4))
+    data = str(write_jsonl(in_folder / "test.jsonl", classification_rows(12)))
+    metrics = recipes.evaluate(result.best, data, progress=False)
+    comparison = recipes.compare("base", result.best, data, progress=False)
+    with load_predictor(result.best) as predictor:
+        free = recipes.evaluate(predictor, data, progress=False, decoding="free")
+        assert free["decoding"] == "free" and predictor.generation.decoding == "exact"
+        name = free["run"]
+        assert Path(name).samefile(result.best)
+        assert recipes.evaluate(predictor, data, progress=False) == {**metrics, "run": name}
+        rows = load_rows(data, "classification", DataConfig())
+        answers = predictor.predict([rows.example(i) for i in range(12)])
+        asked: list[bool] = []
+
+        def predict(*given: Any, **options: Any) -> Any:
+            asked.append(True)
+            return type(predictor).predict(predictor, *given, **options)
+
+        monkeypatch.setattr(predictor, "predict", predict)
+        found = recipes.evaluate(predictor, data, output=in_folder / "m", progress=False, predictions=answers)
+        assert asked == [] and found == {**metrics, "run": name}
+        lines = (in_folder / "m" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["label"] for line in lines] == [answer.label for answer in answers]
+        found = recipes.compare("base", predictor, data, progress=False, predictions=answers)
+        assert len(asked) == 1, "only the untuned model is asked"
+        assert found == {**comparison, "first": f"{name} without its adapter", "second": name}
+        assert recipes.compare(predictor, predictor, data, progress=False)["changed"] == {
+            "gained": [],
+            "lost": [],
+        }
+        assert len(predictor.predict(["rocket"])) == 1

@@ -14,14 +14,14 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Where to write.")] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
-    """Write a commented config and a sample of rows into the working folder."""
+    """Write a commented config and sample rows, to train on and to measure with, into the working folder."""
     from labeltune.errors import ConfigError, OutputError
     from labeltune.run_folder import write_text
 
     if task not in ("classification", "ner"):
         raise ConfigError(f"unknown task {task!r}; it is classification or ner")
     source = resources.files("labeltune.starter")
-    names = [f"{task}.yaml", f"{task}.jsonl"]
+    names = [f"{task}.yaml", f"{task}.jsonl", f"{task}_test.jsonl"]
     existing = [name for name in names if (folder / name).exists()]
     if existing and not force:
         raise OutputError(f"{folder / existing[0]} exists already; --force replaces it")
@@ -29,3 +29,4 @@ def init(
         write_text(folder / name, source.joinpath(name).read_text(encoding="utf-8"))
         print(folder / name)
     print(f"\nnext: labeltune data check {task}.jsonl\n      labeltune train {task}.yaml")
+    print(f"      labeltune evaluate output/{task} --data {task}_test.jsonl")

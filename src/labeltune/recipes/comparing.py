@@ -4,38 +4,45 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.evaluation.comparison_page import comparison_page
 from labeltune.evaluation.headline import headline
-from labeltune.recipes.evaluation import labelled_rows, predictor_of, right_answer, row_bar
+from labeltune.recipes.evaluation import labelled_rows, name_of, opened, right_answer, row_bar
 from labeltune.run_folder import write_json, write_text
 from labeltune.types import Example, Prediction
+
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
 
 #: Stands for the second run's model with its adapter switched off.
 BASE = "base"
 
 
 def compare(
-    first: str | os.PathLike[str],
-    second: str | os.PathLike[str],
+    first: str | os.PathLike[str] | Predictor,
+    second: str | os.PathLike[str] | Predictor,
     data: str,
     *,
     on_error: str = "stop",
     max_rows: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    predictions: Sequence[Prediction] | None = None,
 ) -> dict[str, Any]:
     """What the second model answers better or worse than the first, paired row by row.
 
     Args:
-        first: a run folder, a checkpoint, a config file (its untuned model), or `base`: the second run without its adapter.
+        first: a run folder, a checkpoint, a config file (its untuned model), `base`: the second run without its adapter; or a
+            predictor, which is left open.
         second: the same, but for `base`.
         data: labelled file or hub data set, read with the columns of `second`.
         output: folder for `comparison.json`, `changed.jsonl` and `comparison.html`.
+        predictions: what `second` answered to these rows, in their order; it is not asked again.
 
     Raises:
         ConfigError: the two do different tasks, or both are `base`.
@@ -44,43 +51,42 @@ def compare(
     """
     if str(second) == BASE:
         raise ConfigError("the second model cannot be `base`; write: labeltune compare base RUN --data FILE")
-    predictor, data_config, hub = predictor_of(second)
-    with predictor:
+    with opened(second) as (predictor, data_config, hub):
         rows = labelled_rows(predictor.task.name, data, data_config, hub, on_error, max_rows)
         examples = [rows.example(i) for i in range(len(rows.dataset))]
         task, labels = predictor.task.name, predictor.task.labels
-        with row_bar(len(examples), progress) as advance:
-            answers_of_second = predictor.predict(examples, on_batch=advance)
+        if predictions is None:
+            with row_bar(len(examples), progress) as advance:
+                predictions = predictor.predict(examples, on_batch=advance)
         if str(first) == BASE:
             with predictor.base_model(), row_bar(len(examples), progress) as advance:
                 answers_of_first = predictor.predict(examples, on_batch=advance)
     if str(first) != BASE:
-        other, _, _ = predictor_of(first)
-        with other:
+        with opened(first) as (other, _, _):
             if other.task.name != task:
                 raise ConfigError(
-                    f"{first} does {other.task.name}, {second} does {task}; they cannot be compared"
+                    f"{name_of(first)} does {other.task.name}, {name_of(second)} does {task}; they cannot be compared"
                 )
             if task == "ner" and set(other.task.labels) != set(labels):
                 raise DataError(
-                    f"{first} knows the types {', '.join(other.task.labels)}, {second} {', '.join(labels)}; they cannot be "
-                    "compared on the same rows"
+                    f"{name_of(first)} knows the types {', '.join(other.task.labels)}, {name_of(second)} {', '.join(labels)}; "
+                    "they cannot be compared on the same rows"
                 )
             with row_bar(len(examples), progress) as advance:
                 answers_of_first = other.predict(examples, on_batch=advance)
     found = {
-        "first": str(first) if str(first) != BASE else f"{second} without its adapter",
-        "second": str(second),
+        "first": name_of(first) if str(first) != BASE else f"{name_of(second)} without its adapter",
+        "second": name_of(second),
         "data": data,
         "task": task,
         "headline": {
             "first": headline(examples, answers_of_first),
-            "second": headline(examples, answers_of_second),
+            "second": headline(examples, predictions),
         },
-        **compare_predictions(examples, answers_of_first, answers_of_second),
+        **compare_predictions(examples, answers_of_first, predictions),
     }
     if output is not None:
-        _write(Path(output), found, examples, answers_of_first, answers_of_second)
+        _write(Path(output), found, examples, answers_of_first, predictions)
     return found
 
 
@@ -88,8 +94,8 @@ def _write(
     folder: Path,
     found: dict[str, Any],
     examples: list[Example],
-    first: list[Prediction],
-    second: list[Prediction],
+    first: Sequence[Prediction],
+    second: Sequence[Prediction],
 ) -> None:
     write_json(folder / "comparison.json", found)
     lines = []

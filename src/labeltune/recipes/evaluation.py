@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: str | os.PathLike[str],
+    run: str | os.PathLike[str] | Predictor,
     data: str,
     *,
     base: bool = False,
@@ -41,11 +41,13 @@ def evaluate(
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
     address: str | None = None,
+    predictions: Sequence[Prediction] | None = None,
 ) -> dict[str, Any]:
     """Measure a run on labelled rows.
 
     Args:
-        run: a run folder, a checkpoint, or a config file (`.yaml`): the untuned model with that prompt.
+        run: a run folder, a checkpoint, a config file (`.yaml`): the untuned model with that prompt; or a predictor, which is
+            left open and is for the local engine.
         data: labelled file or hub data set.
         base: switch the run's adapter off and measure the untuned model.
         on_error: `stop` or `skip` faulty rows.
@@ -56,17 +58,18 @@ def evaluate(
         engine: `ray` predicts on Ray Data; figures are those of `local` up to rounding of probabilities.
         workers: models that `ray` loads; one a GPU, or one a machine without GPUs, when None.
         address: a Ray cluster; this machine when None.
+        predictions: what `run` answered to these rows, in their order; it is not asked again.
 
     Raises:
         ConfigError: `calibrate.prior=batch` on Ray: it needs all rows at once.
         DataError: the rows have faults (with `on_error="stop"`), or none is usable.
         ModelError: there is no such run.
     """
+    name = name_of(run)
     changes = {} if decoding is None else {"decoding": decoding}
     with contextlib.ExitStack() as stack:
         if engine == "local":
-            predictor, data_config, hub = predictor_of(run, overrides)
-            stack.enter_context(predictor)
+            predictor, data_config, hub = stack.enter_context(opened(run, overrides))
             predictor.change(**changes)
             about_run = RunDescription(
                 predictor.task.name,
@@ -77,27 +80,25 @@ def evaluate(
                 predictor.weights,
             )
         else:
-            about_run = describe_run(run, overrides, changes)
+            about_run = describe_run(name, overrides, changes)
         task, labels = about_run.task, about_run.labels
         rows = labelled_rows(task, data, about_run.data, about_run.hub, on_error, max_rows)
         examples = [rows.example(i) for i in range(len(rows.dataset))]
-        advance = stack.enter_context(row_bar(len(examples), progress))
-        if engine == "local":
+        advance = stack.enter_context(row_bar(len(examples), progress and predictions is None))
+        if predictions is None and engine == "local":
             stack.enter_context(predictor.base_model() if base else contextlib.nullcontext())
             predictions = predictor.predict(examples, on_batch=advance)
-        else:
+        elif predictions is None:
             from labeltune.recipes.spreading import answer_spread
 
-            predictions = answer_spread(
-                str(run), overrides, base, changes, examples, workers, address, advance
-            )
+            predictions = answer_spread(name, overrides, base, changes, examples, workers, address, advance)
     used = {"decoding": about_run.generation.decoding}
     dictionary = None
     if train_data is not None and task == "ner":
         known = load_rows(train_data, task, about_run.data, about_run.hub)
         dictionary = entity_dictionary([known.example(i) for i in range(len(known.dataset))])
     about = {
-        "run": str(run),
+        "run": name,
         "base": base,
         **used,
         "data": data,
@@ -233,8 +234,38 @@ def predictor_of(
         config = load_config(run, overrides)
         return base_predictor(config, _labels_of(config)), config.data, config.hub
     predictor = load_predictor(run)
+    return predictor, _data_of(predictor), None
+
+
+@contextlib.contextmanager
+def opened(
+    run: str | os.PathLike[str] | Predictor, overrides: Sequence[str] = ()
+) -> Iterator[tuple[Predictor, DataConfig, HubConfig | None]]:
+    """As `predictor_of`, for as long as the context lasts; a predictor that is given is left open, and as it was."""
+    from labeltune.inference.predictor import Predictor
+
+    if not isinstance(run, Predictor):
+        predictor, data, hub = predictor_of(run, overrides)
+        with predictor:
+            yield predictor, data, hub
+        return
+    generation = run.generation
+    try:
+        yield run, _data_of(run), None
+    finally:
+        run.generation = generation
+
+
+def _data_of(predictor: Predictor) -> DataConfig:
     labels = predictor.task.labels if predictor.task.name == "ner" else None
-    return predictor, DataConfig(labels=labels, columns=predictor.columns), None
+    return DataConfig(labels=labels, columns=predictor.columns)
+
+
+def name_of(run: str | os.PathLike[str] | Predictor) -> str:
+    """What a run is called in reports: its path, or that of the checkpoint a predictor was loaded from."""
+    if isinstance(run, str | os.PathLike):
+        return str(run)
+    return str(run.weights.parent) if run.weights is not None else run.source
 
 
 def _evaluated_row(example: Example, prediction: Prediction) -> dict[str, Any]:
