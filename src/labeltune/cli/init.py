@@ -16,10 +16,12 @@ def init(
 ) -> None:
     """Write a commented config and a sample of rows into the working folder."""
     from labeltune.errors import ConfigError, OutputError
+    from labeltune.output_paths import check_folder
     from labeltune.run_folder import write_text
 
     if task not in ("classification", "ner"):
         raise ConfigError(f"unknown task {task!r}; it is classification or ner")
+    check_folder(folder, [])
     source = resources.files("labeltune.starter")
     names = [f"{task}.yaml", f"{task}.jsonl"]
     existing = [name for name in names if (folder / name).exists()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import errno
 import sys
 from typing import Annotated
 
@@ -23,9 +23,9 @@ from labeltune.cli import (
     sweep,
     train,
 )
+from labeltune.cli.streams import drop_output, prepare_streams
 from labeltune.errors import LabeltuneError
 from labeltune.ranks import rank, world
-from labeltune.run_folder import why_not_written
 
 app = typer.Typer(
     name="labeltune",
@@ -78,16 +78,23 @@ def _on_rank() -> str:
 
 def run_app(command: typer.Typer, name: str | None = None) -> None:
     """Errors a user can repair become one message and an exit code, without a traceback."""
-    for stream, errors in (
-        (sys.stdin, "strict"),
-        (sys.stdout, "backslashreplace"),
-        (sys.stderr, "backslashreplace"),
-    ):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors=errors)
     try:
+        _run_app(command, name)
+    except BrokenPipeError:  # nobody reads any more: 128 + SIGPIPE, as a shell says it
+        drop_output()
+        sys.exit(141)
+
+
+def _run_app(command: typer.Typer, name: str | None) -> None:
+    try:
+        prepare_streams()
         try:
             command(prog_name=name)
+        except SystemExit as stop:
+            # typer makes exit code 1 of a broken pipe, which means something else here.
+            if isinstance(stop.__context__, BrokenPipeError):
+                raise stop.__context__ from None
+            raise
         finally:
             sys.stdout.flush()
     except LabeltuneError as error:
@@ -97,10 +104,12 @@ def run_app(command: typer.Typer, name: str | None = None) -> None:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        _close_stdout()
-        sys.exit(141)
+        raise
     except OSError as error:
-        reason = why_not_written(error)
+        from labeltune.run_folder import why_not_written
+
+        closed = "it is not open for writing" if error.errno == errno.EBADF else None
+        reason = why_not_written(error) or closed
         if reason is None:
             raise
         # Files have errors of their own, which name them.
@@ -108,10 +117,5 @@ def run_app(command: typer.Typer, name: str | None = None) -> None:
             f"error: {'a file' if error.filename else 'the output'} cannot be written: {reason}",
             file=sys.stderr,
         )
-        _close_stdout()
+        drop_output()
         sys.exit(2)
-
-
-def _close_stdout() -> None:
-    """What is left in the buffer goes nowhere, without a second error at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -48,7 +48,11 @@ def sweep(
     )
 
     from labeltune.cli.quiet import quiet_libraries
+    from labeltune.output_paths import check_folder
 
+    data = plan.config.data
+    read = [given for given in (config, data.train, data.validation, plan.config.model) if given is not None]
+    check_folder(plan.folder, read, ("trials.csv", "best.yaml", "study.db"))
     quiet_libraries()
     from labeltune.sweep.run import conclude, run_sweep
 

@@ -120,7 +120,9 @@ def export(
     checkpoint = checkpoint_of(run)
     info = RunInfo.load(checkpoint)
     target = Path(output).expanduser()
-    check_target(target, checkpoint, overwrite)
+    check_target(
+        target, checkpoint, overwrite, [given for given in (verify_data, metrics) if given is not None]
+    )
     test_metrics = read_metrics(Path(metrics), info.task) if metrics is not None else None
     called = name or target.resolve().name
     if not info.adapter and not merged:
@@ -203,7 +205,10 @@ def _public(info: RunInfo, merged: bool, pushed: bool) -> RunInfo:
     if not merged and not pushed:
         return info
     hub = info.hub.model_copy(update={"cache_dir": None})
-    return replace(info, hub=hub, model=public_name(info.model) if merged else info.model, adapter=not merged)
+    test = info.data.get("test")
+    data = {**info.data, "test": public_name(test)} if isinstance(test, str) else info.data
+    model = public_name(info.model) if merged else info.model
+    return replace(info, hub=hub, model=model, adapter=not merged, data=data)
 
 
 def _verified(
