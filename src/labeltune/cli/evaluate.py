@@ -85,7 +85,12 @@ def evaluate(
 
 def wants_json(asked: bool, output: Path | None) -> bool:
     """Whether figures go to standard output: on demand, else for programs that have no file to read them from."""
-    return asked or (output is None and not sys.stdout.isatty())
+    return asked or (output is None and not is_terminal())
+
+
+def is_terminal() -> bool:
+    """Whether standard output is read by a person."""
+    return sys.stdout.isatty()
 
 
 def print_summary(metrics: dict[str, Any]) -> None:

@@ -17,12 +17,14 @@ from labeltune.cli import (
     evaluate,
     export,
     init,
+    keys,
     plan,
     predict,
     serve,
     sweep,
     train,
 )
+from labeltune.cli.habits import check_options
 from labeltune.cli.streams import drop_output, prepare_streams
 from labeltune.errors import LabeltuneError
 from labeltune.ranks import rank, world
@@ -55,6 +57,7 @@ def _main(
 app.command("init")(init.init)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
+app.command("keys")(keys.keys)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("sweep")(sweep.sweep)
@@ -76,6 +79,20 @@ def _on_rank() -> str:
     return f" on rank {rank()}" if world() > 1 else ""
 
 
+def _check_options(command: typer.Typer) -> None:
+    """Answer other tools' options of the commands that take `key=value`."""
+    given = sys.argv[1:]
+    if not any(argument.startswith("--") for argument in given):
+        return
+    called = typer.main.get_command(command)
+    if command is app:
+        if not given or given[0] not in ("train", "plan", "sweep", "evaluate"):
+            return
+        called, given = called.commands[given[0]], given[1:]  # type: ignore[attr-defined]
+    known = {"--help", *(option for parameter in called.params for option in parameter.opts)}
+    check_options(given, known)
+
+
 def run_app(command: typer.Typer, name: str | None = None) -> None:
     """Errors a user can repair become one message and an exit code, without a traceback."""
     try:
@@ -88,6 +105,7 @@ def run_app(command: typer.Typer, name: str | None = None) -> None:
 def _run_app(command: typer.Typer, name: str | None) -> None:
     try:
         prepare_streams()
+        _check_options(command)
         try:
             command(prog_name=name)
         except SystemExit as stop:

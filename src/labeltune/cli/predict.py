@@ -67,7 +67,9 @@ def predict(
         int, typer.Option(help="Rows of a part that ray writes; a multiple of 256.", min=256)
     ] = 4096,
 ) -> None:
-    """Predict; one JSON line a row, with its id, in the order of the input. On stdin every line is a document.
+    """Answer texts or the rows of a file: one JSON line a row.
+
+    Rows come with their id, in the order of the input. On stdin every line is a document.
 
     A row of a file that cannot be read gets an `error` in its place, and the exit code is 1 at the end. The `score` of an
     entity is the mean log-probability of the tokens of its answer: 0 is certain, -0.1 is 90 % a token.

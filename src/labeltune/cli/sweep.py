@@ -33,7 +33,10 @@ def sweep(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampler; trials train with training.seed.")] = 42,
 ) -> None:
-    """Try values of config keys and compare the runs on validation rows; the same command goes on after a stop."""
+    """Try values of config keys and compare the runs.
+
+    They are compared on validation rows. The same command goes on after a stop.
+    """
     from labeltune.config import load_config
     from labeltune.sweep.search import plan_sweep
 

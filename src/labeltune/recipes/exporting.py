@@ -172,6 +172,7 @@ def export(
         if ollama:
             write_text(folder / ollama_form.MODELFILE, modelfile)
             commands |= _gguf(folder, target, form, called, say)
+            commands["Ask Ollama"] = ollama_form.ask_command(called, asked["messages"][-1]["content"])
         if write_onnx is not None:
             say("writing onnx/ (the parity gate has not seen it)")
             onnx_form.write_onnx(write_onnx, folder)
@@ -255,5 +256,5 @@ def _gguf(folder: Path, target: Path, form: Dtype, called: str, say: Say) -> dic
     else:
         say(f"writing {ollama_form.GGUF_FILE} with {converter} (the parity gate has not seen it)")
         ollama_form.convert(converter, folder, form)
-    commands["Add to Ollama"] = f"ollama create {called} -f {target / ollama_form.MODELFILE}"
+    commands["Add to Ollama"] = ollama_form.create_command(target, called)
     return commands
