@@ -425,3 +425,18 @@ def test_json_goes_where_it_is_wanted(
             on_terminal.setattr("labeltune.cli.evaluate.is_terminal", lambda: True)
             assert labeltune(*command).out == ""
             assert json.loads(labeltune(*command, "--json").out) == value
+
+
+def test_names_that_are_not_utf8_reach_files_as_escapes(
+    labeltune: Any,  # noqa: F811
+    in_folder: Path,
+    loaded: None,
+) -> None:
+    make_run(in_folder / "run")
+    name = os.fsdecode(b"\321\265\301\267.jsonl")
+    write_jsonl(in_folder / "rows.jsonl", [{"text": ""}]).rename(in_folder / name)
+    assert labeltune("predict", "run", name, "-o", "out.jsonl").code == 1
+    (row,) = (json.loads(line) for line in (in_folder / "out.jsonl").read_text("utf-8").splitlines())
+    assert row["source"] == f"{name}:1"
+    write_json(in_folder / "metrics.json", {"data": name})
+    assert json.loads((in_folder / "metrics.json").read_text("utf-8")) == {"data": name}

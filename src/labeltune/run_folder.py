@@ -321,12 +321,14 @@ def writing(place: Path, way_out: str = "") -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically, UTF-8: a reader sees the old one or the new one, never a part.
+    r"""Write a file atomically, UTF-8: a reader sees the old one or the new one, never a part.
+
+    File names that are not UTF-8 are written with escapes (`\udcd1`), which JSON reads back.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

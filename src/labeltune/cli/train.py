@@ -44,7 +44,8 @@ def train(
 
     changes = list(overrides or [])
     if config is not None and "=" in config and not Path(config).exists():
-        config, changes = None, [config, *changes]
+        changes.insert(0, config)
+        config = None
     if config is None:
         if data is None:
             raise ConfigError(

@@ -205,7 +205,7 @@ def predict_blocks(
         if blocks is None:
             blocks = _cut_all({name: place for name, (place, _) in inputs.items()}, block_rows)
             note = {**mine, "blocks": [asdict(block) for block in blocks]}
-            output.inside(MANIFEST).write(json.dumps(note, ensure_ascii=False).encode())
+            output.inside(MANIFEST).write(json.dumps(note).encode())
         wheres = {place.name: place.where for place, _ in inputs.values()}
         items = [
             {"part": n, "block": json.dumps({"block": asdict(block), "where": wheres[block.file]})}

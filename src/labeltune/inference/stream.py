@@ -181,7 +181,7 @@ def predict_file(
 def alone_with_output(where: str, name: str) -> AbstractContextManager[None]:
     """Keep other predicts on this machine away from an output while the context is open."""
     # Not beside the output, where it would stay behind.
-    digest = hashlib.sha256(where.encode()).hexdigest()[:32]
+    digest = hashlib.sha256(os.fsencode(where)).hexdigest()[:32]
     lock = Path(tempfile.gettempdir()) / f"labeltune-{digest}.lock"
     return alone_with(lock, f"another predict writes {name}", "wait for it, or choose another --output")
 
@@ -250,7 +250,8 @@ def to_line(row: Prediction | BadRow, top_k: int | None = None, text: str | None
     values = row.to_dict(top_k) if isinstance(row, Prediction) else row.to_dict()
     if text is not None:
         values["text"] = text
-    return json.dumps(values, ensure_ascii=False) + "\n"
+    line = json.dumps(values, ensure_ascii=False) + "\n"
+    return line.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files may not be UTF-8
 
 
 def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tuple[int, int]:
