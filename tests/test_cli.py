@@ -73,13 +73,19 @@ COMMANDS = (
     "",
     "init",
     "doctor",
+    "keys",
     "data",
     "data check",
     "data convert",
+    "data download",
+    "plan",
     "train",
     "sweep",
     "evaluate",
+    "compare",
+    "export",
     "predict",
+    "serve",
     "board",
 )
 
@@ -99,6 +105,94 @@ print([name for name in {HEAVY!r} if name in sys.modules])
     done = process(tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_help_takes_half_a_second_of_cpu(tmp_path: Path) -> None:
+    code = """
+import resource, subprocess, sys
+subprocess.run([sys.executable, "-m", "labeltune", "--help"], check=True, stdout=subprocess.DEVNULL)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime)
+"""
+    process(tmp_path, "-c", code)  # whatever has to be compiled first
+    seconds = [float(process(tmp_path, "-c", code).stdout) for _ in range(3)]
+    assert min(seconds) < 0.5, seconds
+
+
+def test_descriptions_fit_into_eighty_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ([], ["data"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "labeltune", *command, "--help"], capture_output=True, text=True
+        )
+        listed = done.stdout.partition("Commands:")[2]
+        assert listed.count("\n") > 3 and "..." not in listed
+
+
+def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """`L` in the command is `python -m labeltune`."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    line = command.replace("L ", f"{sys.executable} -m labeltune ", 1)
+    return subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "part"),
+    [
+        ("L data check rows.jsonl >&-", 2, "error: standard output is closed"),
+        ("L --help >&-", 2, "error: standard output is closed"),
+        ("L keys >&-", 2, "error: standard output is closed"),
+        ("L predict run <&-", 2, "error: standard input is closed"),
+        ("L data check rows.jsonl <&- >&- 2>&-", 2, ""),
+        ("L data check none.jsonl 2>&-", 2, ""),
+        ("L data check rows.jsonl >/dev/null 2>&-", 0, ""),
+        ("L data check rows.jsonl <&- >/dev/null", 0, ""),
+        ("L data convert rows.jsonl out.jsonl <&- >&-", 0, "out.jsonl: 3 rows written"),
+        ("L data check rows.jsonl >/dev/full", 2, "error: the output cannot be written: No space left"),
+        ("L data check rows.jsonl 1<rows.jsonl", 2, "error: the output cannot be written: it is not open"),
+        ("L data check rows.jsonl | true; exit ${PIPESTATUS[0]}", 141, ""),
+        ("L --help | true; exit ${PIPESTATUS[0]}", 141, ""),
+        ("L keys | true; exit ${PIPESTATUS[0]}", 141, ""),
+        ("L nonsense 2>&1 | true; exit ${PIPESTATUS[0]}", 141, ""),
+        ("L data check none.jsonl 2>&1 | true; exit ${PIPESTATUS[0]}", 141, ""),
+        ("L data convert rows.jsonl /dev/stdout | true; exit ${PIPESTATUS[0]}", 141, ""),
+    ],
+)
+def test_closed_streams_and_broken_pipes(tmp_path: Path, command: str, code: int, part: str) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", classification_rows(3))
+    done = shell(tmp_path, command)
+    assert done.returncode == code, done.stderr
+    assert part in done.stderr and done.stderr.count("\n") == (1 if part else 0), done.stderr
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", classification_rows(3))
+    assert shell(tmp_path, "L data convert rows.jsonl out.jsonl 0<&- 1>&- 2>&-").returncode == 0
+    rows = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 3 and all(json.loads(row) for row in rows)
+
+
+def test_convert_to_standard_output(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", classification_rows(3))
+    done = shell(tmp_path, "L data convert rows.jsonl /dev/stdout")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
+    refused = shell(tmp_path, "L data convert rows.jsonl /dev/stdout >> rows.jsonl")
+    assert refused.returncode == 2 and "which this command reads" in refused.stderr
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_name_that_is_not_utf8_is_printed_with_escapes(tmp_path: Path) -> None:
+    for command in (
+        "train NAME.yaml",
+        "evaluate NAME -d rows.jsonl",
+        "board NAME",
+        "predict NAME NAME.jsonl",
+    ):
+        done = shell(tmp_path, "L " + command.replace("NAME", r"$'\321\265\301\267'"))
+        assert done.returncode == 2 and r"\udcc1\udcb7" in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
 def test_python_m_labeltune(tmp_path: Path) -> None:
@@ -266,6 +360,196 @@ def test_download(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPat
     found = labeltune("data", "download", "ccfbdci")
     assert (found.code, found.out) == (2, "") and found.err.count("\n") == 1
     assert "Hugging Face" in found.err and "by hand" in found.err
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("--num_train_epochs 3", "is training.epochs here: training.epochs=3"),
+        ("--lora-rank=8", "lora_rank (LLaMA-Factory, ms-swift) is lora.r here: lora.r=8"),
+        ("lora_rank=8", "lora_rank (LLaMA-Factory, ms-swift) is lora.r here: lora.r=8"),
+        ("training.per_device_train_batch_size=4", "is training.batch_size here: training.batch_size=4"),
+        ("--training.gradient_accumulation_steps 4", "is training.batch_size here: training.batch_size=4"),
+        ("model_name_or_path=pocket", "is model here: model=pocket"),
+        ("--cutoff_len 512", "cutoff_len (LLaMA-Factory) is prompt.max_length here: prompt.max_length=512"),
+        ("--max_seq_length=512", "is prompt.max_length here: prompt.max_length=512"),
+        ("lr_scheduler_type=cosine", "is training.scheduler here: training.scheduler=cosine"),
+        ("--warmup_ratio 0.1", "is training.warmup_steps here: training.warmup_steps=... (a number of steps"),
+        ("--bf16", "is training.precision here: training.precision=bf16"),
+        ("bf16=false", "is training.precision here: training.precision=auto"),
+        ("--fp16 true", "is training.precision here: training.precision=fp16"),
+        ("dataset=rows.jsonl", "is data.train here: data.train=rows.jsonl"),
+        ("--val_size 0.1", "is data.validation_fraction here: data.validation_fraction=0.1"),
+        ("eval_steps=50", "is training.save_steps here: training.save_steps=50"),
+        ("--load_best_model_at_end true", "needs no key here: the best checkpoint is always kept"),
+        ("report_to=wandb", "is tracking here: tracking=wandb"),
+        ("--quantization_bit 4", "is training.method here: training.method=qlora"),
+        ("flash_attn=fa2", "needs no key here: the attention is picked by itself"),
+        ("--template qwen", "needs no key here: the chat template is the model's own"),
+        ("num_labels=3", "needs no key here: labels are counted in the rows"),
+        ("--problem_type single_label_classification", "needs no key here: task=classification"),
+        ("--lora_target all", "is lora.target_modules here: lora.target_modules=all-linear"),
+        ("lora_target=q_proj,v_proj", "lora.target_modules=[q_proj, v_proj]"),
+        ("--learning_rate 1e-4", "--learning_rate is written training.learning_rate=1e-4 here"),
+        ("--training.epochs=3", "--training.epochs is written training.epochs=3 here"),
+        ("--output_dir out", "--output_dir is written output_dir=out here"),
+        ("--logging_steps", "--logging_steps is written training.logging_steps=... here"),
+    ],
+)
+def test_names_of_other_tools_are_answered_with_ours(
+    labeltune: Any, in_folder: Path, given: str, answer: str
+) -> None:
+    (in_folder / "run.yaml").write_text("model: pocket\n")
+    for command in ("train", "plan", "evaluate"):
+        found = labeltune(command, "run.yaml", *given.split())
+        assert (found.code, found.out) == (2, "") and found.err.count("\n") == 1
+        assert answer in found.err, found.err
+
+
+def test_all_names_of_other_tools_lead_to_keys_of_ours() -> None:
+    from labeltune.config import config_keys
+    from labeltune.other_names import KEYS, NO_KEY, our_name
+
+    ours = {key for key, *_ in config_keys()}
+    assert {key for _, key, _ in KEYS.values()} <= ours and len(KEYS) + len(NO_KEY) > 60
+    # A name that is ours too would be answered instead of taken.
+    assert not {*KEYS, *NO_KEY} & ours
+    for name in KEYS:
+        for value in ("1", "true", "all", "x", True, None, 0.5, ["a"]):
+            assert f"is {KEYS[name][1]} here: {KEYS[name][1]}=" in str(our_name(name, value))
+    assert our_name("training.epochs") is None
+
+
+def test_our_own_options_and_typos_are_left_alone(labeltune: Any, in_folder: Path) -> None:
+    (in_folder / "run.yaml").write_text("model: pocket\ndata: {train: none.jsonl}\n")
+    found = labeltune("train", "run.yaml", "--wibble", "3")
+    assert found.code == 2 and "No such option: --wibble" in found.err
+    found = labeltune("tran", "run.yaml")
+    assert found.code == 2 and "Did you mean 'train'?" in found.err
+    for command in (("train", "run.yaml", "--model", "pocket"), ("evaluate", "run.yaml", "--max-rows", "1")):
+        assert "is written" not in labeltune(*command).err
+
+
+def test_keys(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    found = labeltune("keys")
+    assert found.code == 0 and found.out.startswith("task  (default: classification)\n")
+    from labeltune.config import config_keys
+
+    for key, *_ in config_keys():
+        assert f"\n{key}" in f"\n{found.out}"
+    assert all(len(line) <= 60 for line in found.out.splitlines() if line.startswith(" "))
+    found = labeltune("keys", "lora.r")
+    assert [line for line in found.out.splitlines() if not line.startswith(" ")] == [
+        "lora.r  (default: 8)",
+        "lora.rslora  (default: false)",
+    ]
+    found = labeltune("keys", "lora_rank")
+    assert "is lora.r here" in found.out and "lora.r  (default: 8)\n    rank\n" in found.out
+    found = labeltune("keys", "zzz")
+    assert (found.code, found.out) == (2, "") and "no key has 'zzz'" in found.err
+
+
+def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from labeltune import recipes
+
+    seen: list[Any] = []
+    monkeypatch.setattr(recipes, "train", lambda config, **_: seen.append(config))
+    (in_folder / "意图").mkdir()
+    write_jsonl(in_folder / "意图" / "客服 rows.v2.jsonl", classification_rows(3))
+    write_jsonl(in_folder / "people.jsonl", ner_rows(3))
+    found = labeltune("train", "--data", "意图/客服 rows.v2.jsonl", "--model", "pocket")
+    assert (found.code, found.out) == (0, ""), found.err
+    assert found.err == (
+        "no config: task=classification (by its columns), model=pocket, output_dir=output/客服 rows\n"
+    )
+    (config,) = seen
+    assert (config.task, config.model, config.data.train, config.output_dir, config.swanlab.project) == (
+        "classification",
+        "pocket",
+        "意图/客服 rows.v2.jsonl",
+        "output/客服 rows",
+        "labeltune",
+    )
+    assert labeltune("train", "lora.r=4", "--data", "people.jsonl", "output_dir=here").code == 0
+    assert (seen[1].task, seen[1].lora.r, seen[1].output_dir) == ("ner", 4, "here")
+    found = labeltune("train", "--data", "people.jsonl", "--task", "classification")
+    assert found.code == 0 and "task=classification (as --task says)" in found.err
+    (in_folder / "run.yaml").write_text("model: pocket\n")
+    assert labeltune("train", "run.yaml", "-d", "people.jsonl", "--task", "ner").code == 0
+    assert (seen[3].task, seen[3].data.train, seen[3].output_dir) == (
+        "ner",
+        "people.jsonl",
+        "./output/Qwen2-NER",
+    )
+    for arguments, part in (
+        ((), "name a config (`labeltune init classification` writes one) or rows: --data FILE"),
+        (("--data", "none.jsonl"), "none.jsonl does not exist"),
+        (("none.yaml",), "none.yaml does not exist"),
+    ):
+        found = labeltune("train", *arguments)
+        assert found.code == 2 and part in found.err and found.err.count("\n") == 1
+    assert len(seen) == 4
+
+
+def test_doctor_does_not_wait_for_a_network(labeltune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+    import time
+
+    from labeltune.cli import doctor
+
+    monkeypatch.setattr(doctor, "PATIENCE", 0.2)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(30))
+    monkeypatch.setattr("labeltune.tracking.swanlab_login.logged_in", lambda: time.sleep(30))
+    began = time.monotonic()
+    found = labeltune("doctor")
+    assert time.monotonic() - began < 25
+    assert found.code == 0 and found.out.endswith("\nready\n")
+    for what in ("ModelScope (modelscope.cn)", "Hugging Face (huggingface.co)", "SwanLab"):
+        assert f"note  {what} cannot be reached: no answer in 0.2 s\n" in found.out
+    assert "no model hub" in found.out
+
+
+def test_doctor_loads_no_library_that_it_can_ask_without(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['labeltune', 'doctor']\n"
+        "from labeltune.cli.main import run\n"
+        "try: run()\n"
+        "finally: print([n for n in ('transformers', 'peft', 'datasets', 'modelscope') if n in sys.modules], file=sys.stderr)"
+    )
+    done = process(tmp_path, "-c", code)
+    assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+FAKE_SWANLAB = """
+import os, sys, time
+open("pid", "w").write(str(os.getpid()))
+print("watching", *sys.argv[1:], flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_stopped_board_stops_its_server(tmp_path: Path) -> None:
+    for name in ("swanlab", "swanboard"):
+        (tmp_path / "fake" / name).mkdir(parents=True)
+        (tmp_path / "fake" / name / "__init__.py").write_text("")
+    (tmp_path / "fake" / "swanlab" / "__main__.py").write_text(FAKE_SWANLAB)
+    (tmp_path / "swanlog").mkdir()
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path / 'fake'}"}
+    board = subprocess.Popen(
+        [sys.executable, "-m", "labeltune", "board", "swanlog", "--port", "5099"],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert board.stdout is not None
+    assert board.stdout.readline() == "watching watch swanlog --host 127.0.0.1 --port 5099\n"
+    server = int((tmp_path / "pid").read_text())
+    board.terminate()
+    assert board.wait(20) == -15
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
 
 
 def test_doctor_asks_nobody_when_offline(labeltune: Any, monkeypatch: pytest.MonkeyPatch) -> None:

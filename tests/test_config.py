@@ -110,7 +110,7 @@ def test_typos_suggest_the_right_key(typo: str, meant: str) -> None:
 def test_no_suggestion_is_better_than_a_wild_one(key: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config(None, [f"{key}=x"])
-    assert f"unknown key {key!r}; see the table of keys in README.md" in str(raised.value)
+    assert f"unknown key {key!r}; `labeltune keys` lists all keys" in str(raised.value)
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -361,3 +362,27 @@ def test_onnx_goes_through_optimum(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(ModelError, match="qwen9"):
         onnx.write_onnx(fails, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [
+        ("classification", "classification"),
+        ("Qwen2_v1.5", "Qwen2_v1.5"),
+        ("me/model:latest", "me/model:latest"),
+        ("导出 merged", "merged"),
+        ("意图", "labeltune"),
+        ("My Model (v2)", "my-model-v2"),
+        ("..hidden", "hidden"),
+        ("a" * 90, "a" * 80),
+        ("-x-", "x"),
+    ],
+)
+def test_names_that_ollama_takes(called: str, name: str) -> None:
+    from labeltune.export.ollama import ask_command, create_command, model_name
+
+    assert model_name(called) == name
+    created = shlex.split(create_command(Path("导出 merged"), called))
+    assert created == ["ollama", "create", name, "-f", "导出 merged/Modelfile"]
+    user = "文本:it's here,类型选型:['a', 'b']"
+    assert shlex.split(ask_command(called, user)) == ["ollama", "run", name, user]

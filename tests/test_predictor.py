@@ -21,7 +21,7 @@ from labeltune.inference.predictor import Predictor
 from labeltune.prompts.template import ChatTemplate
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import kept_parts
-from labeltune.types import Entity, Example
+from labeltune.types import Entity, Example, Prediction
 from test_sources import fake_hub
 from test_training import config_for
 
@@ -313,3 +313,28 @@ def test_a_checkpoint_on_a_hub(
 def test_ranked_takes_the_most_probable() -> None:
     found = ranked("7", {"a": 0.2, "b": 0.8})
     assert (found.id, found.label, found.confidence) == ("7", "b", 0.8)
+
+
+def test_the_columns_of_scores_are_the_labels() -> None:
+    predictor = predictor_for()
+    assert predictor.labels == tuple(LABELS)
+    scores = predictor.scores(["a match"])[0]
+    ranking = dict(predictor.predict(["a match"])[0].ranking)
+    assert scores.tolist() == pytest.approx([ranking[label] for label in predictor.labels])
+    assert predictor_for("ner").labels == tuple(NER_LABELS)
+
+
+def test_predictions_are_readable() -> None:
+    ranking = (("Space", 0.93123456789), ("Art", 0.06876543211))
+    assert repr(Prediction("7", "Space", label="Space", ranking=ranking)) == (
+        "Prediction(id='7', label='Space', confidence=0.9312, ranking=<'Space': 0.9312, 'Art': 0.0688>)"
+    )
+    many = tuple((f"L{number}", 1 / 9) for number in range(9))
+    assert repr(Prediction("7", "L0", label="L0", ranking=many)).endswith("'L4': 0.1111, and 4 more>)")
+    entity = Entity("Oslo", "GPE", 10, 14, -0.12345678)
+    assert repr(Prediction("7", "x", entities=(entity,), truncated=True)) == (
+        "Prediction(id='7', entities=(Entity('Oslo', 'GPE', 10, 14, score=-0.1235),), answer='x', truncated=True)"
+    )
+    assert (
+        repr(Prediction("7", "?", parsed=False)) == "Prediction(id='7', label=None, answer='?', parsed=False)"
+    )

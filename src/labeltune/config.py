@@ -29,6 +29,7 @@ from labeltune.config_sections import SwanlabConfig as SwanlabConfig
 from labeltune.config_sections import TaskName as TaskName
 from labeltune.config_sections import TrainingConfig as TrainingConfig
 from labeltune.errors import ConfigError, clipped
+from labeltune.other_names import KEYS, our_name, plain
 from labeltune.yaml_text import read_yaml
 
 
@@ -197,19 +198,23 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 def _describe(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {clipped(key, 200)!r}{_suggestion(key)}"
+        return f"unknown key {clipped(key, 200)!r}{_suggestion(key, problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message} (got {clipped(repr(problem['input']), 200)})" if key else message
 
 
-#: What other tools call a key, where it is spelled too differently to be found.
-_OTHER_NAMES = {"lr": "training.learning_rate", "rank": "lora.r", "eval_steps": "training.save_steps"}
+#: What people call a key, where it is spelled too differently to be found and no other tool's name.
+_OTHER_NAMES = {"rank": "lora.r"}
 
 
-def _suggestion(key: str) -> str:
+def _suggestion(key: str, value: Any = None) -> str:
     known = [name for name, *_ in config_keys()]
     sections = sorted({name.rpartition(".")[0] for name in known if "." in name})
     leaf = key.rpartition(".")[2]
+    elsewhere = our_name(key, value)
+    if elsewhere is not None:
+        named = KEYS.get(plain(key))
+        return f": {elsewhere}" if named is None else f"; did you mean {named[1]!r}? {elsewhere}"
     if leaf in _OTHER_NAMES:
         close = [_OTHER_NAMES[leaf]]
     else:
@@ -218,4 +223,4 @@ def _suggestion(key: str) -> str:
         leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
         found = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.7)
         close = [leaves[found[0]]] if found else []
-    return f"; did you mean {close[0]!r}?" if close else "; see the table of keys in README.md"
+    return f"; did you mean {close[0]!r}?" if close else "; `labeltune keys` lists all keys"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from labeltune.config import (
@@ -14,23 +15,31 @@ from labeltune.config import (
 
 BEGIN = "<!-- config table: begin (made by python -m labeltune.config_table) -->"
 END = "<!-- config table: end -->"
+BY_TASK = "by task"
 _BY_TASK = {CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, "./output/Qwen2", "labeltune"}
 
 
 def config_table() -> str:
     """GitHub Markdown, a row a key."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
-    for key, _, default, description in config_keys(RunConfig):
-        lines.append(f"| `{key}` | {_shown(default)} | {description} |")
+    for key, default, meaning in key_rows():
+        shown = default if default in ("", BY_TASK) else f"`{default}`"
+        lines.append(f"| `{key}` | {shown} | {meaning} |")
     return "\n".join(lines)
+
+
+def key_rows() -> Iterator[tuple[str, str, str]]:
+    """Every key with its default, empty for none, and its meaning."""
+    for key, _, default, description in config_keys(RunConfig):
+        yield key, _shown(default), description
 
 
 def _shown(default: Any) -> str:
     if default is None:
         return ""
-    if isinstance(default, str) and default in _BY_TASK:
-        return "by task"
-    return f"`{json.dumps(default, ensure_ascii=False) if not isinstance(default, str) else default}`"
+    if isinstance(default, str):
+        return BY_TASK if default in _BY_TASK else default
+    return json.dumps(default, ensure_ascii=False)
 
 
 def replace_table(text: str) -> str:

@@ -28,6 +28,7 @@ from labeltune.config import (
     TaskName,
 )
 from labeltune.errors import ModelError, OutputError, first_line
+from labeltune.output_paths import check_folder, is_stream, link_target, open_stream
 from labeltune.untrusted import PICKLES, may_run_code
 
 RUN_FILE = "labeltune.json"
@@ -248,6 +249,7 @@ def check_output(
             f"{folder} already holds {found[-1].name}. Continue it with --resume, start over with --overwrite, "
             "or choose another output_dir"
         )
+    check_folder(folder, [])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -319,20 +321,29 @@ def writing(place: Path, way_out: str = "") -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically, UTF-8: a reader sees the old one or the new one, never a part.
+    r"""Write a file atomically, UTF-8: a reader sees the old one or the new one, never a part.
+
+    File names that are not UTF-8 are written with escapes (`\udcd1`), which JSON reads back.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: a reader sees the old one or the new one, never a part.
 
+    A link stays, and what it leads to is replaced; a device or a FIFO is written to.
+
     Raises:
         OutputError: the folder cannot be written.
     """
+    if is_stream(path):
+        with open_stream(path) as stream:
+            stream.write(content)
+        return
+    path = link_target(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")

@@ -21,6 +21,10 @@ class Entity:
     end: int | None = None
     score: float | None = field(default=None, compare=False)
 
+    def __repr__(self) -> str:
+        score = "" if self.score is None else f", score={self.score:.4f}"
+        return f"Entity({self.text!r}, {self.label!r}, {self.start}, {self.end}{score})"
+
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a prediction row; the names are those of the input schema."""
         row: dict[str, Any] = {
@@ -108,6 +112,23 @@ class Prediction:
     parsed: bool = True
     ranking: tuple[tuple[str, float], ...] = ()
     truncated: bool = False
+
+    def __repr__(self) -> str:
+        """For people: four digits, five candidates; what `ranking` holds is exact."""
+        shown = [f"id={self.id!r}"]
+        if self.entities is None:
+            shown.append(f"label={self.label!r}")
+            if self.ranking:
+                best = [f"{label!r}: {probability:.4f}" for label, probability in self.ranking[:5]]
+                more = f", and {len(self.ranking) - 5} more" if len(self.ranking) > 5 else ""
+                shown += [f"confidence={self.ranking[0][1]:.4f}", f"ranking=<{', '.join(best)}{more}>"]
+        else:
+            shown.append(f"entities={self.entities!r}")
+        if self.label is None or self.answer != self.label:
+            shown.append(f"answer={self.answer!r}")
+        if not self.parsed:
+            shown.append("parsed=False")
+        return f"Prediction({', '.join(shown)}{', truncated=True' if self.truncated else ''})"
 
     @property
     def confidence(self) -> float | None:

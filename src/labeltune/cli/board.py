@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,10 @@ def board(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 5092,
 ) -> None:
-    """Open the local SwanLab dashboard (`swanlab watch`) on the runs in a folder."""
+    """Open the local SwanLab dashboard on a folder of runs.
+
+    It is `swanlab watch`.
+    """
     import importlib.util
 
     from labeltune.errors import LabeltuneError
@@ -29,4 +33,8 @@ def board(
             "the local dashboard is not installed; install it with: pip install 'swanlab[dashboard]'"
         )
     command = [sys.executable, "-m", "swanlab", "watch", str(folder), "--host", host, "--port", str(port)]
+    if os.name == "posix":
+        # In the place of this process, so that a signal that stops it stops the server.
+        sys.stdout.flush()
+        os.execv(command[0], command)
     raise typer.Exit(subprocess.run(command).returncode)

@@ -16,26 +16,47 @@ def compare(
         typer.Argument(help="Run folder, checkpoint, config.yaml, or `base`: SECOND without its adapter."),
     ],
     second: Annotated[str, typer.Argument(help="Run folder or checkpoint.")],
-    data: Annotated[str, typer.Option("--data", "-d", help="Labelled rows: jsonl, csv, parquet, ms: or hf:")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", help="Labelled rows; the data.test of SECOND when missing."),
+    ] = None,
     on_error: Annotated[str, typer.Option(help="Faulty rows: stop or skip.")] = "stop",
     max_rows: Annotated[int | None, typer.Option(help="Only the first rows.", min=1)] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for comparison.json, changed.jsonl and comparison.html."),
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="All figures as JSON, also with --output or on a terminal.")
+    ] = False,
 ) -> None:
-    """Compare two models on the same rows; JSON on standard output."""
+    """Compare two models on the same rows.
+
+    A summary goes to standard error. All figures go as JSON to comparison.json with --output, else to standard output unless
+    that is a terminal.
+    """
+    from labeltune.cli.evaluate import wants_json
     from labeltune.cli.quiet import quiet_libraries
     from labeltune.errors import ConfigError
 
     if on_error not in ("stop", "skip"):
         raise ConfigError(f"--on-error must be stop or skip, not {on_error!r}")
+    if second == "base":
+        raise ConfigError("the second model cannot be `base`; write: labeltune compare base RUN --data FILE")
+    from labeltune.output_paths import check_folder
+    from labeltune.recipes.inputs import data_to_measure, files_of
+
+    read = [*(files_of(first) if first != "base" else []), *files_of(second)]
+    data = data_to_measure(second, data)
+    if output is not None:
+        check_folder(output, [*read, data], ("comparison.json", "changed.jsonl", "comparison.html"))
     quiet_libraries()
     from labeltune import recipes
 
     found = recipes.compare(first, second, data, on_error=on_error, max_rows=max_rows, output=output)
     print_differences(found)
-    print(json.dumps(found, ensure_ascii=False, indent=2))
+    if wants_json(as_json, output):
+        print(json.dumps(found, ensure_ascii=False, indent=2))
 
 
 def print_differences(found: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -16,15 +18,27 @@ import typer
 Finding = tuple[str, str, str]
 OK, NOTE, LACK = "ok", "note", "LACK"
 
+HUBS = (("ModelScope", "modelscope.cn"), ("Hugging Face", "huggingface.co"))
+NO_HUB = "its models need a local folder instead"
+LOCAL = "runs are kept locally; see them with `labeltune board`"
+#: Seconds until a hub or SwanLab counts as out of reach.
+PATIENCE = 3.0
+
 
 def doctor(
     offline: Annotated[bool, typer.Option("--offline", help="Do not try to reach hubs and SwanLab.")] = False,
 ) -> None:
-    """Check Python, PyTorch, GPU, memory, disk, hubs and the SwanLab login; exit 1 when something needed is missing."""
+    """Say what this machine has and what each lack means.
+
+    Looks at Python, PyTorch, GPU, memory, disk, hubs and the SwanLab login; exit 1 when something needed is missing.
+    """
     lacks = 0
+    # The network is asked meanwhile: torch takes seconds to load, and a name server that is not there takes longer.
+    network = [] if offline else [_Asked(_hub, *hub) for hub in HUBS]
+    swanlab = None if offline else _Asked(_swanlab)
     checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _accelerator, _memory, _disk]
-    if not offline:
-        checks += [_hubs, _swanlab]
+    if swanlab is not None:
+        checks += [lambda: _hubs(network), swanlab.answer]
     for check in checks:
         for state, name, meaning in check():
             lacks += state == LACK
@@ -32,6 +46,30 @@ def doctor(
     print("\nready" if not lacks else f"\n{lacks} lacks; see the lines marked {LACK}")
     if lacks:
         raise typer.Exit(1)
+
+
+class _Asked:
+    """A question to somewhere else, asked in a thread that is left behind when it takes too long."""
+
+    def __init__(self, ask: Callable[..., Finding], *about: str) -> None:
+        self.about = about
+        self._found: list[Finding] = []
+        self._until = time.monotonic() + PATIENCE
+        self._thread = threading.Thread(target=lambda: self._found.append(ask(*about)), daemon=True)
+        self._thread.start()
+
+    def answer(self) -> Iterator[Finding]:
+        """The finding."""
+        self._thread.join(max(0.0, self._until - time.monotonic()))
+        if self._found:
+            yield self._found[0]
+        else:
+            what = f"{self.about[0]} ({self.about[1]})" if self.about else "SwanLab"
+            yield (
+                NOTE,
+                f"{what} cannot be reached: no answer in {PATIENCE:g} s",
+                NO_HUB if self.about else LOCAL,
+            )
 
 
 def _python() -> Iterator[Finding]:
@@ -104,29 +142,23 @@ def _disk() -> Iterator[Finding]:
             yield OK, name, ""
 
 
-def _hubs() -> Iterator[Finding]:
-    reached = 0
-    for name, host in (("ModelScope", "modelscope.cn"), ("Hugging Face", "huggingface.co")):
-        try:
-            socket.create_connection((host, 443), timeout=5).close()
-        except OSError as error:
-            yield (
-                NOTE,
-                f"{name} ({host}) cannot be reached: {error}",
-                "its models need a local folder instead",
-            )
-        else:
-            reached += 1
-            yield OK, f"{name} ({host}) can be reached", ""
-    if not reached:
+def _hub(name: str, host: str) -> Finding:
+    try:
+        socket.create_connection((host, 443), timeout=PATIENCE).close()
+    except OSError as error:
+        return NOTE, f"{name} ({host}) cannot be reached: {error}", NO_HUB
+    return OK, f"{name} ({host}) can be reached", ""
+
+
+def _hubs(asked: list[_Asked]) -> Iterator[Finding]:
+    found = [finding for hub in asked for finding in hub.answer()]
+    yield from found
+    if all(state != OK for state, _, _ in found):
         yield NOTE, "no model hub", "use model=./folder with weights you copied here, or model=pocket"
 
 
-def _swanlab() -> Iterator[Finding]:
-    from labeltune.tracking.swanlab import logged_in
+def _swanlab() -> Finding:
+    from labeltune.tracking.swanlab_login import logged_in
 
     answer = logged_in()
-    if answer == "yes":
-        yield OK, "SwanLab: logged in", ""
-    else:
-        yield NOTE, f"SwanLab: {answer}", "runs are kept locally; see them with `labeltune board`"
+    return (OK, "SwanLab: logged in", "") if answer == "yes" else (NOTE, f"SwanLab: {answer}", LOCAL)

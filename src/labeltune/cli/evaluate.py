@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +16,9 @@ def evaluate(
         list[str] | None, typer.Argument(help="Changes when RUN is a config file.", metavar="[KEY=VALUE]...")
     ] = None,
     data: Annotated[
-        str, typer.Option("--data", "-d", help="Labelled rows: jsonl, csv, parquet, ms: or hf:")
-    ] = "test.jsonl",
+        str | None,
+        typer.Option("--data", "-d", help="Labelled rows; the run's data.test when missing."),
+    ] = None,
     base: Annotated[
         bool, typer.Option("--base", help="Switch the adapter off: measure the untuned model.")
     ] = False,
@@ -30,13 +32,20 @@ def evaluate(
         Path | None,
         typer.Option("--output", "-o", help="Folder for metrics.json, predictions.jsonl and report.html."),
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="All figures as JSON, also with --output or on a terminal.")
+    ] = False,
     engine: Annotated[str, typer.Option(help="local, or ray: on many processes or machines.")] = "local",
     workers: Annotated[int | None, typer.Option(help="Models loaded side by side by ray.", min=1)] = None,
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster, e.g. auto; this machine when missing.")
     ] = None,
 ) -> None:
-    """Measure a run on labelled rows; JSON on standard output."""
+    """Measure a run on labelled rows.
+
+    A summary goes to standard error. All figures go as JSON to metrics.json with --output, else to standard output unless
+    that is a terminal.
+    """
     from labeltune.cli.predict import check_engine
     from labeltune.cli.quiet import quiet_libraries
     from labeltune.errors import ConfigError
@@ -44,6 +53,14 @@ def evaluate(
     if on_error not in ("stop", "skip"):
         raise ConfigError(f"--on-error must be stop or skip, not {on_error!r}")
     check_engine(engine, workers, address)
+    from labeltune.output_paths import check_folder
+    from labeltune.recipes.inputs import data_to_measure, files_of
+
+    read = [*files_of(run, overrides or [])]
+    data = data_to_measure(run, data, overrides or [])
+    if output is not None:
+        read += [data, *([train_data] if train_data is not None else [])]
+        check_folder(output, read, ("metrics.json", "predictions.jsonl", "report.html"))
     quiet_libraries()
     from labeltune import recipes
 
@@ -62,13 +79,22 @@ def evaluate(
         address=address,
     )
     print_summary(metrics)
-    print(json.dumps(metrics, ensure_ascii=False, indent=2))
+    if wants_json(as_json, output):
+        print(json.dumps(metrics, ensure_ascii=False, indent=2))
+
+
+def wants_json(asked: bool, output: Path | None) -> bool:
+    """Whether figures go to standard output: on demand, else for programs that have no file to read them from."""
+    return asked or (output is None and not is_terminal())
+
+
+def is_terminal() -> bool:
+    """Whether standard output is read by a person."""
+    return sys.stdout.isatty()
 
 
 def print_summary(metrics: dict[str, Any]) -> None:
     """Headline figures on standard error, for people."""
-    import sys
-
     from labeltune.evaluation.headline import shown_headline
 
     print(f"rows: {metrics['rows']}, {metrics['rows_are']}", file=sys.stderr)

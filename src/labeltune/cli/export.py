@@ -42,7 +42,10 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Write a run as others load it, and check that it answers alike; what to run next on standard output."""
+    """Write a run as others load it, and check its answers.
+
+    The commands to run next go to standard output.
+    """
     from labeltune.cli.quiet import quiet_libraries
 
     quiet_libraries()

@@ -14,12 +14,14 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Where to write.")] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
-    """Write a commented config and sample rows, to train on and to measure with, into the working folder."""
+    """Write a commented config and sample rows, to train and to test on."""
     from labeltune.errors import ConfigError, OutputError
+    from labeltune.output_paths import check_folder
     from labeltune.run_folder import write_text
 
     if task not in ("classification", "ner"):
         raise ConfigError(f"unknown task {task!r}; it is classification or ner")
+    check_folder(folder, [])
     source = resources.files("labeltune.starter")
     names = [f"{task}.yaml", f"{task}.jsonl", f"{task}_test.jsonl"]
     existing = [name for name in names if (folder / name).exists()]

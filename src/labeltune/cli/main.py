@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import errno
 import sys
 from typing import Annotated
 
@@ -17,15 +17,17 @@ from labeltune.cli import (
     evaluate,
     export,
     init,
+    keys,
     plan,
     predict,
     serve,
     sweep,
     train,
 )
+from labeltune.cli.habits import check_options
+from labeltune.cli.streams import drop_output, prepare_streams
 from labeltune.errors import LabeltuneError
 from labeltune.ranks import rank, world
-from labeltune.run_folder import why_not_written
 
 app = typer.Typer(
     name="labeltune",
@@ -55,6 +57,7 @@ def _main(
 app.command("init")(init.init)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
+app.command("keys")(keys.keys)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("sweep")(sweep.sweep)
@@ -76,18 +79,40 @@ def _on_rank() -> str:
     return f" on rank {rank()}" if world() > 1 else ""
 
 
+def _check_options(command: typer.Typer) -> None:
+    """Answer other tools' options of the commands that take `key=value`."""
+    given = sys.argv[1:]
+    if not any(argument.startswith("--") for argument in given):
+        return
+    called = typer.main.get_command(command)
+    if command is app:
+        if not given or given[0] not in ("train", "plan", "sweep", "evaluate"):
+            return
+        called, given = called.commands[given[0]], given[1:]  # type: ignore[attr-defined]
+    known = {"--help", *(option for parameter in called.params for option in parameter.opts)}
+    check_options(given, known)
+
+
 def run_app(command: typer.Typer, name: str | None = None) -> None:
     """Errors a user can repair become one message and an exit code, without a traceback."""
-    for stream, errors in (
-        (sys.stdin, "strict"),
-        (sys.stdout, "backslashreplace"),
-        (sys.stderr, "backslashreplace"),
-    ):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors=errors)
     try:
+        _run_app(command, name)
+    except BrokenPipeError:  # nobody reads any more: 128 + SIGPIPE, as a shell says it
+        drop_output()
+        sys.exit(141)
+
+
+def _run_app(command: typer.Typer, name: str | None) -> None:
+    try:
+        prepare_streams()
+        _check_options(command)
         try:
             command(prog_name=name)
+        except SystemExit as stop:
+            # typer makes exit code 1 of a broken pipe, which means something else here.
+            if isinstance(stop.__context__, BrokenPipeError):
+                raise stop.__context__ from None
+            raise
         finally:
             sys.stdout.flush()
     except LabeltuneError as error:
@@ -97,10 +122,12 @@ def run_app(command: typer.Typer, name: str | None = None) -> None:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        _close_stdout()
-        sys.exit(141)
+        raise
     except OSError as error:
-        reason = why_not_written(error)
+        from labeltune.run_folder import why_not_written
+
+        closed = "it is not open for writing" if error.errno == errno.EBADF else None
+        reason = why_not_written(error) or closed
         if reason is None:
             raise
         # Files have errors of their own, which name them.
@@ -108,10 +135,5 @@ def run_app(command: typer.Typer, name: str | None = None) -> None:
             f"error: {'a file' if error.filename else 'the output'} cannot be written: {reason}",
             file=sys.stderr,
         )
-        _close_stdout()
+        drop_output()
         sys.exit(2)
-
-
-def _close_stdout() -> None:
-    """What is left in the buffer goes nowhere, without a second error at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -31,7 +31,10 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
 ) -> None:
-    """What training will cost: tokens exactly, memory and hours estimated. No weights are loaded."""
+    """Say what training will cost, before anything is trained.
+
+    Tokens exactly, memory and hours estimated. No weights are loaded.
+    """
     from labeltune.config import load_config
     from labeltune.errors import ConfigError
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from labeltune.run_folder import write_text
-from labeltune.types import Example
+if TYPE_CHECKING:
+    from labeltune.types import Example
 
 
 def predict(
@@ -25,8 +27,16 @@ def predict(
         str | None, typer.Option(help="Candidate labels, as a list or between commas.")
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="jsonl to write; standard output when missing.")
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="jsonl to write, or csv by its name (ranking and entities as JSON in a cell); standard output when missing.",
+        ),
     ] = None,
+    with_text: Annotated[
+        bool, typer.Option("--with-text", help="Put the document into its row, as `text`.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an output that was left unfinished.")
     ] = False,
@@ -57,14 +67,20 @@ def predict(
         int, typer.Option(help="Rows of a part that ray writes; a multiple of 256.", min=256)
     ] = 4096,
 ) -> None:
-    """Predict; one JSON line a row, with its id, in the order of the input. On stdin every line is a document.
+    """Answer texts or the rows of a file: one JSON line a row.
 
-    A row of a file that cannot be read gets an `error` in its place, and the exit code is 1 at the end.
+    Rows come with their id, in the order of the input. On stdin every line is a document.
+
+    A row of a file that cannot be read gets an `error` in its place, and the exit code is 1 at the end. The `score` of an
+    entity is the mean log-probability of the tokens of its answer: 0 is certain, -0.1 is 90 % a token.
     """
     from labeltune.cli.quiet import quiet_libraries
     from labeltune.data.schemas import parse_candidates
     from labeltune.data.sources import resolve_data
     from labeltune.errors import ConfigError, DataError
+    from labeltune.output_paths import check_folder, is_stream, open_stream
+    from labeltune.run_files import files_read
+    from labeltune.run_folder import write_text
 
     try:
         labels = tuple(label for label in parse_candidates(category) if label) if category else ()
@@ -73,16 +89,23 @@ def predict(
     check_engine(engine, workers, address)
     changes = {"decoding": decoding, "long_text": long_text}
     changes = {key: value for key, value in changes.items() if value is not None}
+    if output == "-":
+        output = None
     if engine == "ray":
         if file is None or file == "-" or output is None or text:
             raise ConfigError(
                 "--engine ray needs an input file or folder, and --output for a folder of parts"
             )
+        if "://" not in output:
+            check_folder(Path(output).expanduser(), [file, *files_read(run)], replaced=True)
         quiet_libraries()
         from labeltune.recipes.spreading import predict_spread
 
         how = top_k, min_confidence
-        _end(predict_spread(run, file, output, labels, *how, changes, resume, block_rows, workers, address))
+        done = predict_spread(
+            run, file, output, labels, *how, changes, resume, block_rows, workers, address, with_text
+        )
+        _end(done)
         return
     given: list[Example] = []
     path: Path | None = None
@@ -97,11 +120,14 @@ def predict(
             raise DataError(f"standard input is not UTF-8: {error}") from None
     else:
         path = resolve_data(file)
-    if resume and (path is None or output is None):
-        raise ConfigError("--resume needs an input file and --output")
+    target = Path(output) if output is not None else None
+    if resume and (path is None or target is None or is_stream(target)):
+        raise ConfigError("--resume needs an input file, and a file for --output")
+    _check_target(output, Path("/dev/stdin") if path is None and not text else path, run)
     quiet_libraries()
     from labeltune.inference.load import load_predictor
-    from labeltune.inference.stream import BadRow, count_rows, predict_file, predict_rows, read_rows, to_line
+    from labeltune.inference.row_files import csv_of, is_csv
+    from labeltune.inference.stream import count_rows, predict_file, predict_lines, read_rows
     from labeltune.progress import row_progress
 
     bad = 0
@@ -110,31 +136,61 @@ def predict(
         total = len(given) if path is None else count_rows(path)
         shown = total is None or total > predictor.generation.batch_size
         with row_progress(total, "predict", shown=shown) as advance:
-            if path is not None and output is not None:
+            how_rows: dict[str, Any] = {
+                "min_confidence": min_confidence,
+                "top_k": top_k,
+                "with_text": with_text,
+            }
+            if path is not None and target is not None and not is_stream(target):
                 bad = predict_file(
-                    predictor,
-                    path,
-                    Path(output),
-                    labels=labels,
-                    resume=resume,
-                    min_confidence=min_confidence,
-                    top_k=top_k,
-                    progress=advance,
+                    predictor, path, target, labels=labels, resume=resume, **how_rows, progress=advance
                 )
             else:
                 source = read_rows(path, predictor, labels) if path is not None else given
-                written = []
-                for chunk in predict_rows(predictor, source, min_confidence=min_confidence, on_rows=advance):
-                    bad += sum(isinstance(row, BadRow) for row in chunk)
-                    lines = "".join(to_line(row, top_k) for row in chunk)
-                    if output is None:
-                        sys.stdout.write(lines)
+
+                def lines() -> Iterator[str]:
+                    nonlocal bad
+                    for found, faults in predict_lines(predictor, source, **how_rows, on_rows=advance):
+                        bad += faults
+                        yield from found
+
+                rows = csv_of(lines()) if target is not None and is_csv(target) else lines()
+                if target is None:
+                    for line in rows:
+                        sys.stdout.write(line)
                         sys.stdout.flush()
-                    else:
-                        written.append(lines)
-                if output is not None:
-                    write_text(Path(output), "".join(written))
+                elif is_stream(target):
+                    with open_stream(target) as stream:
+                        for line in rows:
+                            stream.write(line.encode())
+                            stream.flush()
+                else:
+                    write_text(target, "".join(rows))
     _end(bad)
+
+
+def _check_target(output: str | None, path: Path | None, run: str) -> None:
+    """Find out before the model is loaded whether rows can go there, and would replace nothing that is read.
+
+    Raises:
+        OutputError: see `check_file`; or standard output is the file that is read.
+    """
+    from labeltune.errors import OutputError
+    from labeltune.inference.row_files import is_csv, unfinished_names
+    from labeltune.output_paths import check_file, is_file_of
+    from labeltune.run_files import files_read
+
+    inputs = [*([path] if path is not None else []), *files_read(run)]
+    if output is None:
+        sys.stdout.write("")  # raises where it is closed
+        if path is not None and is_file_of(sys.stdout, path):
+            raise OutputError(f"standard output is {path}, which this command reads; choose another output")
+        return
+    if output.endswith(("/", os.sep)):
+        raise OutputError(f"{output} names a folder; name a file")
+    target = Path(output)
+    is_csv(target)
+    check_file(target, inputs, unfinished_names(target.name))
 
 
 def _end(bad: int) -> None:

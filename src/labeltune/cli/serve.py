@@ -46,7 +46,9 @@ def serve(
     playground: Annotated[bool, typer.Option(help="Serve the page at /.")] = True,
     device: Annotated[str | None, typer.Option(help="cuda, cpu ...; the best there is when missing.")] = None,
 ) -> None:
-    """Answer over HTTP: /v1/classify, /v1/extract, /v1/chat/completions, documentation at /docs, a page at /.
+    """Answer over HTTP, with a page at / and its API at /docs.
+
+    /v1/classify, /v1/extract and /v1/chat/completions.
 
     SIGTERM and Ctrl-C finish what was accepted. Logs are JSON lines on standard error, the steps of the start plain ones on
     standard output.

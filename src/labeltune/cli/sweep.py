@@ -33,7 +33,10 @@ def sweep(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampler; trials train with training.seed.")] = 42,
 ) -> None:
-    """Try values of config keys and compare the runs on validation rows; the same command goes on after a stop."""
+    """Try values of config keys and compare the runs.
+
+    They are compared on validation rows. The same command goes on after a stop.
+    """
     from labeltune.config import load_config
     from labeltune.sweep.search import plan_sweep
 
@@ -48,7 +51,11 @@ def sweep(
     )
 
     from labeltune.cli.quiet import quiet_libraries
+    from labeltune.output_paths import check_folder
 
+    data = plan.config.data
+    read = [given for given in (config, data.train, data.validation, plan.config.model) if given is not None]
+    check_folder(plan.folder, read, ("trials.csv", "best.yaml", "study.db"))
     quiet_libraries()
     from labeltune.sweep.run import conclude, run_sweep
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +11,12 @@ import typer
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML config; `labeltune init classification` writes one.")],
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            help="YAML config; `labeltune init classification` writes one. None is needed with --data."
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Changes to it: key=value ..., e.g. training.epochs=3", metavar="[KEY=VALUE]..."),
@@ -18,20 +25,49 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an earlier run's checkpoints first.")
     ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", help="Shorthand for data.train=...; enough without a config."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Shorthand for model=...")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Shorthand for task=...; guessed from the columns of --data without a config."),
+    ] = None,
     accept_license: Annotated[
         str | None, typer.Option(help="Accept a model's terms by name, e.g. gemma.")
     ] = None,
 ) -> None:
     """Fine-tune a model; checkpoints go to the config's output_dir."""
     from labeltune.config import load_config
+    from labeltune.errors import ConfigError
 
     changes = list(overrides or [])
-    if model is not None:
-        changes.append(f"model={model}")
-    if accept_license is not None:
-        changes.append(f"hub.accept_license={accept_license}")
+    if config is not None and "=" in config and not Path(config).exists():
+        changes.insert(0, config)
+        config = None
+    if config is None:
+        if data is None:
+            raise ConfigError(
+                "name a config (`labeltune init classification` writes one) or rows: --data FILE"
+            )
+        changes = [*_defaults(data, task), *changes]
+    elif data is not None:
+        changes.append(_change("data.train", data))
+    for key, value in (("task", task), ("model", model), ("hub.accept_license", accept_license)):
+        if value is not None:
+            changes.append(f"{key}={value}")
     loaded = load_config(config, changes)
+    if config is None:
+        how = "as --task says" if task is not None else "by its columns"
+        print(
+            f"no config: task={loaded.task} ({how}), model={loaded.model}, output_dir={loaded.output_dir}",
+            file=sys.stderr,
+        )
+    if overwrite and not resume:
+        from labeltune.run_files import check_base_kept
+
+        check_base_kept(loaded)
 
     from labeltune.cli.quiet import quiet_libraries
 
@@ -39,3 +75,26 @@ def train(
     from labeltune import recipes
 
     recipes.train(loaded, resume=resume, overwrite=overwrite)
+
+
+def _defaults(data: str, task: str | None) -> list[str]:
+    """What stands in for a config: the task, the rows, and places named after the file."""
+    from labeltune.cli.data import guess_task
+    from labeltune.data.sources import resolve_data
+
+    name = (
+        Path(data.partition(":")[2] if data.startswith(("ms:", "hf:")) else data).name.partition(".")[0]
+        or "run"
+    )
+    guessed = task or guess_task(resolve_data(data))
+    return [
+        f"task={guessed}",
+        _change("data.train", data),
+        _change("output_dir", f"output/{name}"),
+        "swanlab.project=labeltune",
+    ]
+
+
+def _change(key: str, text: str) -> str:
+    """An override whose value stays this text, whatever YAML would make of it."""
+    return f"{key}={json.dumps(text)}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from labeltune.config import RunConfig
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records, resolve_data
 from labeltune.errors import DataError, OutputError
+from labeltune.output_paths import check_file, is_stream, link_target, open_stream
 from labeltune.types import Example
 
 
@@ -35,29 +38,39 @@ def convert_file(
         OutputError: the output cannot be written.
     """
     path = resolve_data(spec, config.hub)
+    check_file(output, [path])
     written = skipped = 0
+    with _lines_to(output) as file:
+        for number, record in enumerate(iter_records(path)):
+            example, faults = parse_record(
+                record, number, config.task, config.data.columns, config.data.labels
+            )
+            if example is None:
+                if not skip:
+                    raise DataError(f"{faults[0]}; repair it, or skip faulty rows with --on-error skip")
+                skipped += 1
+                continue
+            file.write((json.dumps(render(example), ensure_ascii=False) + "\n").encode())
+            written += 1
+    return written, skipped
+
+
+@contextlib.contextmanager
+def _lines_to(output: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name when the block ends well, or the stream that `output` is."""
+    if is_stream(output):
+        with open_stream(output) as stream:
+            yield stream
+        return
+    output = link_target(output)
+    partial = output.parent / f".{output.name}-{os.getpid()}.part"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.parent / f".{output.name}-{os.getpid()}.part"
-        file = partial.open("w", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written: {error}") from error
-    try:
-        with file:
-            for number, record in enumerate(iter_records(path)):
-                example, faults = parse_record(
-                    record, number, config.task, config.data.columns, config.data.labels
-                )
-                if example is None:
-                    if not skip:
-                        raise DataError(f"{faults[0]}; repair it, or skip faulty rows with --on-error skip")
-                    skipped += 1
-                    continue
-                file.write(json.dumps(render(example), ensure_ascii=False) + "\n")
-                written += 1
+        with partial.open("wb") as file:
+            yield file
         partial.replace(output)
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
-    return written, skipped
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from labeltune.config import HubConfig
 from labeltune.data.sources import download_dataset
 from labeltune.errors import DataError, HubError, OutputError
+from labeltune.output_paths import check_folder
 
 #: name -> (hub, repository, {file name in the repository: file name the scripts expect})
 ORIGINALS = {
@@ -29,6 +30,7 @@ def download_original(name: str, folder: Path, hub: HubConfig | None = None) -> 
         raise DataError(f"unknown data set {name!r}; there are: {', '.join(ORIGINALS)}")
     hub_name, repo, files = ORIGINALS[name]
     targets = [folder / target for target in files.values()]
+    check_folder(folder, [], files.values())
     if all(target.exists() for target in targets):
         return targets
     with tempfile.TemporaryDirectory() as temporary:
@@ -36,6 +38,8 @@ def download_original(name: str, folder: Path, hub: HubConfig | None = None) -> 
             hub_name, repo, hub or HubConfig(), local_dir=temporary, files=[f"*{f}" for f in files]
         )
         for source_name, target_name in files.items():
+            if (folder / target_name).exists():
+                continue
             found = sorted(fetched.rglob(source_name), key=lambda path: len(path.parts))
             if not found:
                 raise HubError(

@@ -14,6 +14,7 @@ from labeltune.data.near_duplicates import NearDuplicates, find_near_duplicates
 from labeltune.data.suspects import Suspects, find_suspects
 from labeltune.errors import MissingExtraError, OutputError, PromptError
 from labeltune.modeling.text_vectors import text_vectors
+from labeltune.output_paths import check_file, is_stream
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
 
@@ -59,17 +60,18 @@ class DataReport:
         }
 
 
-def check_report(path: Path) -> None:
-    """Find out before the work whether a report can be made and written.
+def check_report(path: Path, inputs: Sequence[str] = ()) -> None:
+    """Find out before the work whether a report can be made and written; `inputs` are what it is about.
 
     Raises:
         MissingExtraError: datasketch or cleanlab is not installed.
-        OutputError: the path is a folder, or its own folder cannot be made.
+        OutputError: the path is an input or a folder, or its own folder cannot be made.
     """
     if any(importlib.util.find_spec(name) is None for name in ("datasketch", "cleanlab")):
         raise MissingExtraError("labeltune data check --report", "audit")
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; name a file, as in --report {path / 'report.html'}")
+    check_file(path, inputs)
+    if is_stream(path):
+        return
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 from labeltune.errors import DataError
 from labeltune.evaluation.headline import SELECTION, shown_headline
+from labeltune.export.ollama import model_name
 from labeltune.export.parity import Parity
 from labeltune.modeling.pocket import POCKET_MODELS
 from labeltune.run_folder import RunInfo, public_name
@@ -241,5 +242,5 @@ def usage(info: RunInfo, merged: bool, ollama: bool, push: str | None, called: s
         )
     found["Request to vLLM"] = "the body is in vllm_request.json"
     if ollama:
-        found["With Ollama"] = f"ollama create {called} -f Modelfile"
+        found["With Ollama"] = f"ollama create {model_name(called)} -f Modelfile"
     return found

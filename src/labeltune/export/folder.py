@@ -6,27 +6,32 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from labeltune.errors import OutputError
+from labeltune.output_paths import check_folder, link_target
+from labeltune.run_files import files_read
 from labeltune.run_folder import writing
 
 #: Says how an export was made; a folder that has it may be replaced by `--overwrite`.
 EXPORT_FILE = "export.json"
 
 
-def check_target(output: Path, checkpoint: Path, overwrite: bool) -> None:
-    """Whether an export may go there.
+def check_target(
+    output: Path, checkpoint: Path, overwrite: bool, inputs: Sequence[str | os.PathLike[str]] = ()
+) -> None:
+    """Whether an export may go there; `inputs` are other files that it reads.
 
     Raises:
-        OutputError: it is no folder, is not empty, or is or holds the run itself.
+        OutputError: it is no folder, is not empty, cannot be written, or is or holds the run, its base model or an input.
     """
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; name a folder for the export")
     target, source = output.resolve(), checkpoint.resolve()
     if source == target or target in source.parents:
         raise OutputError(f"{output} holds the run that is to be exported; choose another folder")
+    check_folder(output, [*files_read(checkpoint), *inputs], replaced=True)
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
@@ -46,7 +51,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be written.
     """
-    output = output.absolute()
+    output = link_target(output.absolute())
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))

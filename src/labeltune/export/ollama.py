@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,6 +27,9 @@ _GGUF_TYPES = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 _MARKS = [f"LabeltuneMark{number}End" for number in range(6)]
 #: Ollama's default context is larger; a run's own limit counts where it is larger still.
 _SMALLEST_CONTEXT = 4096
+
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}"
+_NAME = re.compile(rf"({_PART}/)?{_PART}(:{_PART})?")
 
 Messages = list[dict[str, str]]
 
@@ -232,3 +236,23 @@ def convert_command(folder: Path, dtype: str) -> str:
     """What to run where no converter was found."""
     paths = shlex.quote(str(folder)), shlex.quote(str(folder / GGUF_FILE))
     return f"python llama.cpp/{CONVERTER} {paths[0]} --outfile {paths[1]} --outtype {_GGUF_TYPES[dtype]}"
+
+
+def model_name(called: str) -> str:
+    """A name that Ollama takes: its own signs are kept, everything else becomes a hyphen.
+
+    Names are letters, digits, `.`, `_` and `-`, 80 at most, with a namespace in front and a tag behind where they are given.
+    """
+    if _NAME.fullmatch(called):
+        return called
+    return re.sub(r"[^a-z0-9._-]+", "-", called.lower()).strip("-._")[:80].rstrip("-._") or "labeltune"
+
+
+def create_command(folder: Path, called: str) -> str:
+    """What adds an exported folder to Ollama."""
+    return f"ollama create {model_name(called)} -f {shlex.quote(str(folder / MODELFILE))}"
+
+
+def ask_command(called: str, user: str) -> str:
+    """One question to it; `user` is the whole user message, since a Modelfile holds only what stands around that."""
+    return f"ollama run {model_name(called)} {shlex.quote(user)}"

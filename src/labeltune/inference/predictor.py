@@ -123,8 +123,13 @@ class Predictor:
         """
         self.generation = changed_generation(self.generation, generation)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The run's labels, or entity types: the columns of `scores` when it is asked without labels of its own."""
+        return self.task.labels
+
     def scores(self, texts: str | Iterable[str | Example], labels: Sequence[str] | None = None) -> Any:
-        """Probabilities of labels as an array of shape [rows, labels], in the order of `labels` (the run's own when None).
+        """Probabilities of labels as an array of shape [rows, labels], in the order of `labels` (`self.labels` when None).
 
         Raises:
             DataError: there are no labels to choose from.

@@ -24,7 +24,7 @@ from labeltune.data.places import Place
 from labeltune.data.sources import bounded_lines
 from labeltune.errors import ConfigError, DataError, LabeltuneError, ModelError, OutputError, first_line
 from labeltune.inference.predictor import Predictor
-from labeltune.inference.stream import CHUNK_ROWS, BadRow, predict_rows, rows_of, to_line
+from labeltune.inference.stream import CHUNK_ROWS, predict_lines, rows_of
 from labeltune.ray_session import Shares, ray_session, shares
 from labeltune.types import Example, Prediction
 
@@ -51,6 +51,7 @@ class Settings:
     labels: tuple[str, ...] = ()
     min_confidence: float | None = None
     top_k: int | None = None
+    with_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,15 @@ class PartWriter(_Actor):
         try:
             with Place(block.file, values["where"]).open() as file:
                 rows = rows_of(read_block(block, file), self.predictor, settings.labels, block.first)
-                for chunk in predict_rows(self.predictor, rows, min_confidence=settings.min_confidence):
-                    bad += sum(isinstance(row, BadRow) for row in chunk)
-                    written += [to_line(row, settings.top_k) for row in chunk]
+                for found, faults in predict_lines(
+                    self.predictor,
+                    rows,
+                    min_confidence=settings.min_confidence,
+                    top_k=settings.top_k,
+                    with_text=settings.with_text,
+                ):
+                    bad += faults
+                    written += found
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             first, last = block.first + 1, block.first + block.rows
             raise DataError(
@@ -198,7 +205,7 @@ def predict_blocks(
         if blocks is None:
             blocks = _cut_all({name: place for name, (place, _) in inputs.items()}, block_rows)
             note = {**mine, "blocks": [asdict(block) for block in blocks]}
-            output.inside(MANIFEST).write(json.dumps(note, ensure_ascii=False).encode())
+            output.inside(MANIFEST).write(json.dumps(note).encode())
         wheres = {place.name: place.where for place, _ in inputs.values()}
         items = [
             {"part": n, "block": json.dumps({"block": asdict(block), "where": wheres[block.file]})}
@@ -353,7 +360,7 @@ def _resumed(output: Place, mine: dict[str, Any]) -> list[Block]:
     """The blocks of an unfinished output, by its manifest."""
     if not output.inside(MANIFEST).is_file():
         raise OutputError(f"nothing to resume: {output.name} holds no {MANIFEST}; start without --resume")
-    theirs = json.loads(output.inside(MANIFEST).read())
+    theirs = {"with_text": False, **json.loads(output.inside(MANIFEST).read())}
     differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
     if differing:
         raise OutputError(

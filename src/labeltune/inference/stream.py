@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from labeltune.data.sources import Record, bounded_lines, iter_records
 from labeltune.errors import DataError, OutputError, PromptError
 from labeltune.folder_lock import alone_with
 from labeltune.inference.predictor import Predictor
+from labeltune.inference.row_files import csv_of, is_csv, unfinished_names
+from labeltune.output_paths import link_target
 from labeltune.run_folder import file_hash, remove_leftovers, write_json, writing
 from labeltune.types import Example, Prediction
 
@@ -92,6 +95,30 @@ def predict_rows(
         yield _predict_chunk(predictor, chunk, min_confidence, on_rows)
 
 
+def predict_lines(
+    predictor: Predictor,
+    rows: Iterable[Row],
+    *,
+    min_confidence: float | None = None,
+    top_k: int | None = None,
+    with_text: bool = False,
+    on_rows: Callable[[int], None] | None = None,
+) -> Iterator[tuple[list[str], int]]:
+    """The same as lines of the output, with the number of bad rows in each chunk; `with_text` puts the document behind."""
+    kept: deque[Row] = deque()
+
+    def seen() -> Iterator[Row]:
+        for row in rows:
+            kept.append(row)
+            yield row
+
+    for chunk in predict_rows(predictor, seen(), min_confidence=min_confidence, on_rows=on_rows):
+        asked = [kept.popleft() for _ in chunk]
+        texts = [row.text if with_text and isinstance(row, Example) else None for row in asked]
+        lines = [to_line(row, top_k, text) for row, text in zip(chunk, texts, strict=True)]
+        yield lines, sum(isinstance(row, BadRow) for row in chunk)
+
+
 def _predict_chunk(
     predictor: Predictor,
     chunk: list[Row],
@@ -131,9 +158,10 @@ def predict_file(
     resume: bool = False,
     min_confidence: float | None = None,
     top_k: int | None = None,
+    with_text: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Predict a file into another; `output` appears when it is whole.
+    """Predict a file into another, jsonl or (by its name) csv; `output` appears when it is whole.
 
     Until then answers stand in `.NAME.part` beside it, with a note of what they belong to. After a kill, `resume` keeps the
     whole chunks of it and goes on behind them; the result is that of an uninterrupted run.
@@ -145,13 +173,15 @@ def predict_file(
         OutputError: nothing to resume, the rest belongs to another input, run or setting, or another process writes it.
     """
     with alone_with_output(str(output.resolve()), str(output)):
-        return _predict_into(predictor, path, output, labels, resume, min_confidence, top_k, progress)
+        return _predict_into(
+            predictor, path, link_target(output), labels, resume, min_confidence, top_k, with_text, progress
+        )
 
 
 def alone_with_output(where: str, name: str) -> AbstractContextManager[None]:
     """Keep other predicts on this machine away from an output while the context is open."""
     # Not beside the output, where it would stay behind.
-    digest = hashlib.sha256(where.encode()).hexdigest()[:32]
+    digest = hashlib.sha256(os.fsencode(where)).hexdigest()[:32]
     lock = Path(tempfile.gettempdir()) / f"labeltune-{digest}.lock"
     return alone_with(lock, f"another predict writes {name}", "wait for it, or choose another --output")
 
@@ -164,9 +194,10 @@ def _predict_into(
     resume: bool,
     min_confidence: float | None,
     top_k: int | None,
+    with_text: bool,
     progress: Callable[[int], None] | None,
 ) -> int:
-    part, note = output.with_name(f".{output.name}.part"), output.with_name(f".{output.name}.part.json")
+    part, note = (output.with_name(name) for name in unfinished_names(output.name))
     remove_leftovers(note.parent, note.name)
     mine = {
         "input": file_hash(path),
@@ -174,6 +205,7 @@ def _predict_into(
         "labels": list(labels),
         "min_confidence": min_confidence,
         "top_k": top_k,
+        "with_text": with_text,
     }
     done = bad = 0
     if resume:
@@ -187,20 +219,39 @@ def _predict_into(
     rows = islice(read_rows(path, predictor, labels), done, None)
     with writing(output, "what is done is kept, go on with --resume"):
         with part.open("ab") as file:
-            for chunk in predict_rows(predictor, rows, min_confidence=min_confidence, on_rows=progress):
-                bad += sum(isinstance(row, BadRow) for row in chunk)
-                file.write("".join(to_line(row, top_k) for row in chunk).encode())
+            for lines, faults in predict_lines(
+                predictor,
+                rows,
+                min_confidence=min_confidence,
+                top_k=top_k,
+                with_text=with_text,
+                on_rows=progress,
+            ):
+                bad += faults
+                file.write("".join(lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
-        part.replace(output)
+        if is_csv(output):
+            table = output.with_name(f".{output.name}.part.csv")
+            with part.open(encoding="utf-8") as done_lines, table.open("w", encoding="utf-8") as file:
+                file.writelines(csv_of(done_lines))
+                file.flush()
+                os.fsync(file.fileno())
+            table.replace(output)
+            part.unlink()
+        else:
+            part.replace(output)
     note.unlink(missing_ok=True)
     return bad
 
 
-def to_line(row: Prediction | BadRow, top_k: int | None = None) -> str:
-    """A row of the output."""
+def to_line(row: Prediction | BadRow, top_k: int | None = None, text: str | None = None) -> str:
+    """A row of the output, with the document it answers when that is given."""
     values = row.to_dict(top_k) if isinstance(row, Prediction) else row.to_dict()
-    return json.dumps(values, ensure_ascii=False) + "\n"
+    if text is not None:
+        values["text"] = text
+    line = json.dumps(values, ensure_ascii=False) + "\n"
+    return line.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files may not be UTF-8
 
 
 def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tuple[int, int]:
@@ -211,6 +262,7 @@ def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tu
         theirs = dict(json.loads(note.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(f"{note} cannot be read: {error}; start without --resume to begin again") from error
+    theirs.setdefault("with_text", False)
     if theirs != mine:
         differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
         raise OutputError(

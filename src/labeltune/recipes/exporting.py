@@ -120,7 +120,9 @@ def export(
     checkpoint = checkpoint_of(run)
     info = RunInfo.load(checkpoint)
     target = Path(output).expanduser()
-    check_target(target, checkpoint, overwrite)
+    check_target(
+        target, checkpoint, overwrite, [given for given in (verify_data, metrics) if given is not None]
+    )
     test_metrics = read_metrics(Path(metrics), info.task) if metrics is not None else None
     called = name or target.resolve().name
     if not info.adapter and not merged:
@@ -170,6 +172,7 @@ def export(
         if ollama:
             write_text(folder / ollama_form.MODELFILE, modelfile)
             commands |= _gguf(folder, target, form, called, say)
+            commands["Ask Ollama"] = ollama_form.ask_command(called, asked["messages"][-1]["content"])
         if write_onnx is not None:
             say("writing onnx/ (the parity gate has not seen it)")
             onnx_form.write_onnx(write_onnx, folder)
@@ -203,7 +206,10 @@ def _public(info: RunInfo, merged: bool, pushed: bool) -> RunInfo:
     if not merged and not pushed:
         return info
     hub = info.hub.model_copy(update={"cache_dir": None})
-    return replace(info, hub=hub, model=public_name(info.model) if merged else info.model, adapter=not merged)
+    test = info.data.get("test")
+    data = {**info.data, "test": public_name(test)} if isinstance(test, str) else info.data
+    model = public_name(info.model) if merged else info.model
+    return replace(info, hub=hub, model=model, adapter=not merged, data=data)
 
 
 def _verified(
@@ -250,5 +256,5 @@ def _gguf(folder: Path, target: Path, form: Dtype, called: str, say: Say) -> dic
     else:
         say(f"writing {ollama_form.GGUF_FILE} with {converter} (the parity gate has not seen it)")
         ollama_form.convert(converter, folder, form)
-    commands["Add to Ollama"] = f"ollama create {called} -f {target / ollama_form.MODELFILE}"
+    commands["Add to Ollama"] = ollama_form.create_command(target, called)
     return commands

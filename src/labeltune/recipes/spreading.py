@@ -26,6 +26,7 @@ def predict_spread(
     block_rows: int = 4096,
     workers: int | None = None,
     address: str | None = None,
+    with_text: bool = False,
 ) -> int:
     """Predict a file or folder into a folder of parts, on Ray Data.
 
@@ -36,6 +37,7 @@ def predict_spread(
         changes: other values for keys of `generation`.
         block_rows: rows of a part.
         address: a Ray cluster; this machine when None.
+        with_text: rows hold their document.
 
     Returns:
         The number of rows that could not be predicted.
@@ -53,7 +55,7 @@ def predict_spread(
     load = partial(load_changed, everywhere(run), changes or {})
     alone = contextlib.nullcontext() if where.remote else alone_with_output(where.where, where.name)
     with alone, _bar() as advance:
-        settings = Settings(labels, min_confidence, top_k)
+        settings = Settings(labels, min_confidence, top_k, with_text)
         cluster = Cluster(workers, address)
         return predict_blocks(
             load,

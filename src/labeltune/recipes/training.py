@@ -225,7 +225,10 @@ def _check_tracker(config: RunConfig) -> None:
 
 
 def summarize(config: RunConfig, splits: Splits) -> dict[str, Any]:
-    """What a run is trained on, for its model card: names without folders, rows, and training rows (entities) by label."""
+    """What a run is trained on, for its model card: names without folders, rows, and training rows (entities) by label.
+
+    `test` is the path as it was given: `labeltune evaluate` reads it when no other is named.
+    """
     counts: Counter[str] = Counter()
     if config.task == "classification":
         counts.update(splits.train["label"])
@@ -235,6 +238,7 @@ def summarize(config: RunConfig, splits: Splits) -> dict[str, Any]:
     return {
         "train": public_name(config.data.train),
         "validation": None if validation is None else public_name(validation),
+        "test": config.data.test,
         "train_rows": len(splits.train),
         "validation_rows": 0 if splits.validation is None else len(splits.validation),
         "labels": dict(counts.most_common()),

@@ -1,4 +1,4 @@
-"""SwanLab: the only module that imports swanlab.
+"""SwanLab: only this module and `swanlab_login` import swanlab.
 
 A tracker must never cost a training run: it does not ask for a login, and when it fails it says so once and is left out.
 """
@@ -20,6 +20,7 @@ from labeltune.config import SwanlabConfig
 from labeltune.errors import Interrupted
 from labeltune.evaluation.headline import SELECTION
 from labeltune.run_folder import write_json
+from labeltune.tracking.swanlab_login import logged_in
 from labeltune.types import Example, Prediction
 
 #: In the run folder: which run in SwanLab shows it.
@@ -37,26 +38,6 @@ def pick_mode(wanted: str) -> str:
     if from_environment in {"online", "local", "offline", "disabled"}:
         return from_environment
     return "online" if logged_in() == "yes" else "local"
-
-
-def logged_in() -> str:
-    """`yes`, or why not; asks the server when there is a key, never the user."""
-    import swanlab
-
-    try:
-        if not swanlab.Settings().api_key and not _stored_key():
-            return "no key found; log in with `swanlab login` or set SWANLAB_API_KEY"
-        swanlab.login(timeout=5)
-    except Exception as error:
-        return f"the login failed ({type(error).__name__}); check the key and the network"
-    return "yes"
-
-
-def _stored_key() -> str | None:
-    from swanlab.sdk.internal.settings import create_settings
-
-    key: str | None = create_settings().api_key
-    return key
 
 
 @dataclass(frozen=True)
