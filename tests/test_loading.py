@@ -171,8 +171,9 @@ def test_the_label_set(tmp_path: Path) -> None:
     assert split(path, labels=["C", "B", "A"]).labels == ("C", "B", "A")
     with pytest.raises(DataError, match="unknown_label"):
         split(path, labels=["A", "B"])
-    path = write_jsonl(tmp_path / "b.jsonl", [{**labelled("t", "A"), "category": ["A", "Z"]}] * 3)
-    assert split(path).labels == ("A", "Z")
+    rows = [{**labelled(text, label), "category": [label, "Z"]} for text, label in ("tA", "uB", "vA")]
+    path = write_jsonl(tmp_path / "b.jsonl", rows)
+    assert split(path).labels == ("A", "B", "Z")
 
 
 def test_max_rows_counts_the_rows_of_train_only(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from labeltune.config import RunConfig, load_config
 from labeltune.data.loading import load_splits
 from labeltune.errors import ConfigError, ModelError
 from labeltune.recipes import training as training_recipe
-from labeltune.recipes.training import validation_rows
+from labeltune.recipes.rows import validation_rows
 from test_training import config_for
 
 SELECTION = "validation (used for selection)"

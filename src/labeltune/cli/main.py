@@ -23,7 +23,7 @@ from labeltune.cli import (
     sweep,
     train,
 )
-from labeltune.errors import LabeltuneError
+from labeltune.errors import Interrupted, LabeltuneError
 from labeltune.ranks import rank, world
 from labeltune.run_folder import why_not_written
 
@@ -91,10 +91,12 @@ def run_app(command: typer.Typer, name: str | None = None) -> None:
         finally:
             sys.stdout.flush()
     except LabeltuneError as error:
-        print(f"error{_on_rank()}: {error}", file=sys.stderr)
+        # Who pressed Ctrl-C knows that nothing went wrong.
+        begins = "" if isinstance(error, Interrupted) else f"error{_on_rank()}: "
+        print(f"{begins}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         _close_stdout()

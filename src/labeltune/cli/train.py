@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -38,4 +39,5 @@ def train(
     quiet_libraries()
     from labeltune import recipes
 
-    recipes.train(loaded, resume=resume, overwrite=overwrite)
+    command = shlex.join(["labeltune", "train", str(config), *changes])
+    recipes.train(loaded, resume=resume, overwrite=overwrite, command=command)

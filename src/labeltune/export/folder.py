@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from labeltune.errors import OutputError
-from labeltune.run_folder import writing
+from labeltune.run_folder import obey_umask, writing
 
 #: Says how an export was made; a folder that has it may be replaced by `--overwrite`.
 EXPORT_FILE = "export.json"
@@ -55,9 +54,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
     try:
         with writing(output):
             yield folder
-            mask = os.umask(0)
-            os.umask(mask)
-            folder.chmod(0o777 & ~mask)
+            obey_umask(folder)
             _put_in_place(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,7 +11,15 @@ from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.evaluation.comparison_page import comparison_page
 from labeltune.evaluation.headline import headline
-from labeltune.recipes.evaluation import labelled_rows, predictor_of, right_answer, row_bar
+from labeltune.recipes.evaluation import (
+    RunDescription,
+    describe_run,
+    labelled_rows,
+    predictor_of,
+    right_answer,
+    row_bar,
+    what_rows_are,
+)
 from labeltune.run_folder import write_json, write_text
 from labeltune.types import Example, Prediction
 
@@ -44,35 +52,30 @@ def compare(
     """
     if str(second) == BASE:
         raise ConfigError("the second model cannot be `base`; write: labeltune compare base RUN --data FILE")
-    predictor, data_config, hub = predictor_of(second)
-    with predictor:
-        rows = labelled_rows(predictor.task.name, data, data_config, hub, on_error, max_rows)
-        examples = [rows.example(i) for i in range(len(rows.dataset))]
-        task, labels = predictor.task.name, predictor.task.labels
+    about = describe_run(second)
+    others = [] if str(first) == BASE else [describe_run(first)]
+    for other in others:
+        _check_comparable(other, about)
+    rows = labelled_rows(about, data, on_error, max_rows, *others)
+    examples = [rows.example(i) for i in range(len(rows.dataset))]
+    with predictor_of(second, labels=about.labels) as predictor:
         with row_bar(len(examples), progress) as advance:
             answers_of_second = predictor.predict(examples, on_batch=advance)
         if str(first) == BASE:
             with predictor.base_model(), row_bar(len(examples), progress) as advance:
                 answers_of_first = predictor.predict(examples, on_batch=advance)
-    if str(first) != BASE:
-        other, _, _ = predictor_of(first)
-        with other:
-            if other.task.name != task:
-                raise ConfigError(
-                    f"{first} does {other.task.name}, {second} does {task}; they cannot be compared"
-                )
-            if task == "ner" and set(other.task.labels) != set(labels):
-                raise DataError(
-                    f"{first} knows the types {', '.join(other.task.labels)}, {second} {', '.join(labels)}; they cannot be "
-                    "compared on the same rows"
-                )
-            with row_bar(len(examples), progress) as advance:
-                answers_of_first = other.predict(examples, on_batch=advance)
+    for each in others:
+        with (
+            predictor_of(first, labels=each.labels) as predictor,
+            row_bar(len(examples), progress) as advance,
+        ):
+            answers_of_first = predictor.predict(examples, on_batch=advance)
     found = {
         "first": str(first) if str(first) != BASE else f"{second} without its adapter",
         "second": str(second),
         "data": data,
-        "task": task,
+        "task": about.task,
+        **what_rows_are([about.folder, *(each.folder for each in others)], examples),
         "headline": {
             "first": headline(examples, answers_of_first),
             "second": headline(examples, answers_of_second),
@@ -82,6 +85,18 @@ def compare(
     if output is not None:
         _write(Path(output), found, examples, answers_of_first, answers_of_second)
     return found
+
+
+def _check_comparable(first: RunDescription, second: RunDescription) -> None:
+    if first.task != second.task:
+        raise ConfigError(
+            f"{first.name} does {first.task}, {second.name} does {second.task}; they cannot be compared"
+        )
+    if first.task == "ner" and set(first.labels) != set(second.labels):
+        raise DataError(
+            f"{first.name} knows the types {', '.join(first.labels)}, {second.name} {', '.join(second.labels)}; they cannot "
+            "be compared on the same rows"
+        )
 
 
 def _write(

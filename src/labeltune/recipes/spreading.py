@@ -101,7 +101,7 @@ def _measured_predictor(
     """What a worker of `evaluate` asks."""
     from labeltune.recipes.evaluation import predictor_of
 
-    predictor, _, _ = predictor_of(run, overrides)
+    predictor = predictor_of(run, overrides)
     predictor.change(**changes)
     if base:
         # Never put back, as the worker does nothing else; a context that nobody holds would be closed.
