@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +20,7 @@ from labeltune.data.audit import Audit, add_duplicates, audit_file
 from labeltune.data.audit_blocks import ENOUGH_BYTES, audit_blocks, can_be_cut
 from labeltune.data.meeting import add_meeting_faults, nothing_to_learn, other_task
 from labeltune.data.schemas import FAULT_KINDS, Fault
+from labeltune.data.scratch import OTHER_TEMPORARY, scratch_folder
 from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError, OutputError
 from labeltune.processes import worker_count
@@ -34,7 +35,6 @@ _SHOWN_FAULTS = 10
 _WAITING_CHARACTERS = 8_000_000
 #: Hashes that are looked up at once.
 _AT_ONCE = 65_536
-_OTHER_TEMPORARY = "make room, or set TMPDIR to a folder that has it"
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def load_rows(
     """Read and check a file or hub data set; usable rows go to an Arrow file that is memory-mapped.
 
     Args:
-        folder: where the Arrow file is kept; a temporary folder that ends with the process when None.
+        folder: where the Arrow file is kept; when None it has no name, and ends with the process.
 
     Raises:
         DataError: the file does not exist or cannot be opened. Faults of rows are in the audit, not raised.
@@ -127,8 +127,9 @@ def load_rows(
     from datasets import Dataset
 
     path = resolve_data(spec, hub)
-    folder = folder or _temporary_folder()
-    with writing(folder, _OTHER_TEMPORARY):
+    kept = folder is not None
+    folder = folder or scratch_folder()
+    with writing(folder, OTHER_TEMPORARY):
         # A name of its own: rows loaded earlier are still mapped from theirs.
         handle, target = tempfile.mkstemp(dir=folder, prefix=f"{task}-", suffix=".arrow")
         os.close(handle)
@@ -137,7 +138,7 @@ def load_rows(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(
-                f"checked rows cannot be kept in {folder}: {error.strerror}; {_OTHER_TEMPORARY}"
+                f"checked rows cannot be kept in {folder}: {error.strerror}; {OTHER_TEMPORARY}"
             ) from error
         raise DataError(f"data file {path} cannot be read: {error}") from None
     if (
@@ -147,12 +148,14 @@ def load_rows(
     ):
         audit.faults.clear()
         audit.counts.clear()
-        audit.add_fault(Fault("wrong_task", str(path), problem))
-    dataset = (
-        Dataset.from_file(target)
-        if audit.usable
-        else Dataset.from_dict({k: [] for k in features()}, features=features())
-    )
+        audit.add_fault(Fault("wrong_task", f"{path}:1", problem))
+    if audit.usable:
+        dataset = Dataset.from_file(target)
+    else:
+        dataset = Dataset.from_dict({k: [] for k in features()}, features=features())
+    if not kept and sys.platform != "win32":
+        # It stays mapped, and is gone with the process however that ends.
+        Path(target).unlink()
     return Rows(dataset, audit)
 
 
@@ -208,24 +211,6 @@ class _Writing:
         if self.waiting >= _WAITING_CHARACTERS:
             self.writer.write_examples_on_file()
             self.waiting = 0
-
-
-_temporary: list[Path] = []
-
-
-def _temporary_folder() -> Path:
-    """One folder a process, removed when it ends."""
-    if not _temporary:
-        import atexit
-
-        try:
-            folder = Path(tempfile.mkdtemp(prefix="labeltune-"))
-        except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(f"there is no temporary folder: {reason}; {_OTHER_TEMPORARY}") from error
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        _temporary.append(folder)
-    return _temporary[0]
 
 
 def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: int) -> Splits:
@@ -306,10 +291,11 @@ class _Part:
         return self.rows.dataset.select(numpy.flatnonzero(self.mask))
 
     def texts(self) -> numpy.ndarray[Any, Any]:
-        return numpy.array(self.rows.audit.text_hashes, dtype=numpy.uint64)[self.mask]
+        hashes: numpy.ndarray[Any, Any] = numpy.array(self.rows.audit.text_hashes, dtype=numpy.uint64)
+        return hashes[self.mask]
 
     def fingerprint(self) -> str:
-        answers = numpy.frombuffer(self.rows.audit.answer_hashes, dtype=numpy.uint64)[self.mask]
+        answers = numpy.array(self.rows.audit.answer_hashes, dtype=numpy.uint64)[self.mask]
         both = numpy.stack([self.texts(), answers]).astype("<u8")
         return hashlib.sha256(both.tobytes()).hexdigest()
 

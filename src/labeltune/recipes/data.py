@@ -27,7 +27,7 @@ def check_data(
     add_duplicates(rows.audit, rows.where)
     # Another file, e.g. a single test file, may well hold rows of one label.
     if train == config.data.train and (nothing := nothing_to_learn(rows.audit)) is not None:
-        rows.audit.add_fault(Fault("one_label", str(rows.audit.path), nothing))
+        rows.audit.add_fault(Fault("one_label", f"{rows.audit.path}:1", nothing))
     found = [rows]
     for spec in (config.data.validation, test):
         if spec is not None:

@@ -51,7 +51,7 @@ def predict_spread(
     where = Place.of(output)
     known = run_fingerprint_of(run, changes or {})
     load = partial(load_changed, everywhere(run), changes or {})
-    alone = contextlib.nullcontext() if where.remote else alone_with_output(where.where, where.name)
+    alone = contextlib.nullcontext() if where.remote else alone_with_output(Path(where.where), where.name)
     with alone, _bar() as advance:
         settings = Settings(labels, min_confidence, top_k)
         cluster = Cluster(workers, address)
