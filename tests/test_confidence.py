@@ -81,5 +81,34 @@ def test_the_report_measures_on_rows_that_were_not_fitted_on() -> None:
     for name in ("nll", "brier", "ece"):
         assert report["after"][name] < report["before"][name]
     assert report["after"]["nll"] >= negative_log_likelihood(rows, right, temperature)
-    few, _ = calibration_report(rows[:1], right[:1])
-    assert LOWEST <= few <= HIGHEST
+    assert report["temperature"] == report["fitted"] == temperature and report["refused"] is None
+
+
+def test_no_temperature_is_fitted_on_few_rows() -> None:
+    rows, right = overconfident(400, 4.0)
+    temperature, report = calibration_report(rows[:49], right[:49])
+    assert temperature == report["temperature"] == 1.0 and report["fitted"] is None
+    assert report["refused"] == "at least 50 rows are needed to fit one"
+    assert report["after"] == report["before"] and report["rows"] == 49
+    assert calibration_report(rows[:50], right[:50])[1]["fitted"] is not None
+    assert calibration_report(rows[:1], right[:1])[0] == 1.0
+
+
+def test_a_temperature_that_does_not_help_other_rows_is_refused() -> None:
+    """Calibrated rows leave nothing to gain: on some draws of them the fit follows chance, and cross-fitting shows it."""
+    found = []
+    for seed in range(12):
+        temperature, report = calibration_report(*overconfident(60, 1.0, seed))
+        worse = any(report["after"][name] > report["before"][name] for name in ("nll", "brier"))
+        assert (temperature == 1.0) == worse == (report["refused"] is not None)
+        if worse:
+            assert report["refused"] == f"{report['fitted']:.2f} does not hold on rows it was not fitted on"
+        found.append(worse)
+    assert 0 < sum(found) < len(found)
+
+
+@pytest.mark.parametrize(("right", "bound"), [(0, LOWEST), (1, HIGHEST)])
+def test_a_fit_on_a_bound_of_its_range_is_refused(right: int, bound: float) -> None:
+    temperature, report = calibration_report([np.array([5.0, 0.0])] * 60, [right] * 60)
+    assert temperature == report["temperature"] == 1.0
+    assert report["refused"] == f"the fit runs into the bound {bound:g} of its range"

@@ -9,10 +9,12 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from labeltune.cli.original import original_config
 from labeltune.config import (
     CLASSIFICATION_SYSTEM,
     NER_SYSTEM,
     RunConfig,
+    TaskName,
     build_config,
     config_keys,
     load_config,
@@ -52,18 +54,26 @@ def test_defaults_are_the_originals(task: str) -> None:
         "training.weight_decay": 0.0,
     }
     if task == "ner":
-        expected |= {"output_dir": "./output/Qwen2-NER", "swanlab.project": "Qwen2-NER-fintune"}
+        expected |= {"output_dir": "./output/Qwen2-NER", "swanlab.project": "labeltune"}
         expected |= {"prompt.system": NER_SYSTEM, "prompt.user": "文本:{text}"}
     else:
-        expected |= {"output_dir": "./output/Qwen2", "swanlab.project": "Qwen2-fintune"}
+        expected |= {"output_dir": "./output/Qwen2", "swanlab.project": "labeltune"}
         expected |= {"prompt.system": CLASSIFICATION_SYSTEM, "prompt.user": "文本:{text},类型选型:{category}"}
     assert {key: get(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "project"), [("classification", "Qwen2-fintune"), ("ner", "Qwen2-NER-fintune")]
+)
+def test_only_the_original_s_commands_use_its_projects(task: TaskName, project: str) -> None:
+    assert original_config(task, []).swanlab.project == project
+    assert original_config(task, ["swanlab.project=mine"]).swanlab.project == "mine"
 
 
 def test_task_defaults_give_way_key_by_key() -> None:
     config = load_config(None, ["task=ner", "prompt.user=T {text}", "swanlab.mode=local", "output_dir=here"])
     assert config.prompt.user == "T {text}" and config.prompt.system == NER_SYSTEM
-    assert config.swanlab.project == "Qwen2-NER-fintune" and config.output_dir == "here"
+    assert config.swanlab.mode == "local" and config.output_dir == "here"
     assert load_config(None, ["swanlab.project=mine", "task=ner"]).swanlab.project == "mine"
 
 

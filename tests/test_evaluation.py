@@ -156,7 +156,7 @@ def test_figures_of_entities_are_nervaluates_and_brute_force(
         + counts["wrong_boundary"]
         + counts["wrong_type_and_boundary"]
     )
-    assert both + counts["missed"] == len(truth) and both + counts["invented"] == len(answers)
+    assert both + counts["missed"] == len(truth) and both + counts["spurious"] == len(answers)
     same = sum((a.start, a.end) == (b.start, b.end) for a in truth for b in answers)
     assert len(matched.right) + counts["wrong_type"] == same
     assert both == same + most_overlaps(
@@ -184,7 +184,7 @@ def test_figures_of_entities_are_nervaluates_and_brute_force(
         partial = theirs["overall"]["partial"]
         ours = partial_span_f1([matched])
         assert ours.value == pytest.approx(partial.f1)
-        assert (partial.missed, partial.spurious) == (counts["missed"], counts["invented"])
+        assert (partial.missed, partial.spurious) == (counts["missed"], counts["spurious"])
 
 
 def _touch(a: Entity, b: Entity) -> bool:
@@ -227,11 +227,11 @@ def test_every_kind_of_error_has_its_name() -> None:
         "wrong_boundary": 1,
         "wrong_type_and_boundary": 1,
         "missed": 1,
-        "invented": 2,
+        "spurious": 2,
     }
     text = "x" * 30
     found = ner_metrics([Example("0", text, entities=right)], [Prediction("0", "", entities=answers)])
-    assert found["errors"]["invented"] == 2 and found["exact_rows"] == 0
+    assert found["errors"]["spurious"] == 2 and found["exact_rows"] == 0
     assert found["partial_span_f1"]["value"] == pytest.approx(2 * 3 / 11, abs=1e-6)
     assert found["labels"]["Y"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
     json.dumps(found, allow_nan=False)

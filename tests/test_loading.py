@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,11 +13,12 @@ from typing import Any
 import pytest
 
 from conftest import classification_rows, ner_rows, write_jsonl
-from labeltune.config import ColumnsConfig, DataConfig
+from labeltune.config import ColumnsConfig, DataConfig, RunConfig, TaskName, build_config
 from labeltune.data.loading import Splits, load_rows, load_splits, stratified_split
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records
 from labeltune.errors import DataError
+from labeltune.recipes import check_data
 from labeltune.types import Entity, Example
 
 
@@ -171,8 +176,118 @@ def test_the_label_set(tmp_path: Path) -> None:
     assert split(path, labels=["C", "B", "A"]).labels == ("C", "B", "A")
     with pytest.raises(DataError, match="unknown_label"):
         split(path, labels=["A", "B"])
-    path = write_jsonl(tmp_path / "b.jsonl", [{**labelled("t", "A"), "category": ["A", "Z"]}] * 3)
-    assert split(path).labels == ("A", "Z")
+    rows = [{**labelled(text, label), "category": [label, "Z"]} for text, label in ("tA", "uB", "vA")]
+    path = write_jsonl(tmp_path / "b.jsonl", rows)
+    assert split(path).labels == ("A", "B", "Z")
+
+
+def check_config(folder: Path, task: TaskName = "classification", **data: Any) -> RunConfig:
+    return build_config({"task": task, "output_dir": str(folder / "out"), "data": data})
+
+
+@pytest.mark.parametrize("side", ["validation", "test"])
+def test_a_label_that_training_does_not_have_is_found_where_the_files_meet(tmp_path: Path, side: str) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", [labelled(f"t{n}", "AB"[n % 2] + "rt") for n in range(8)])
+    rows = [labelled("u1", "Art"), labelled("u2", " ａrt"), labelled("u3", "Zoo")]
+    other = write_jsonl(tmp_path / "other.jsonl", rows)
+    config = check_config(tmp_path, train=str(train), **{side: str(other)})
+    # The same faults with `data check`, which raises none of them.
+    _, checked = check_data(config, str(train), config.data.test)
+    assert [(f.kind, f.where, f.message) for f in checked.audit.faults] == [
+        (
+            "unknown_label",
+            f"{other}:2",
+            "'ａrt' is not among the labels of the training rows; did you mean 'Art'?",
+        ),
+        ("unknown_label", f"{other}:3", "'Zoo' is not among the labels of the training rows (Art, Brt)"),
+    ]
+    with pytest.raises(DataError, match=rf"2 errors:\n  {other}:2: error: unknown_label: 'ａrt'"):
+        split(train, **{side: str(other)})
+    found = split(train, on_error="skip", **{side: str(other)})
+    assert found.labels == ("Art", "Brt")
+    if side == "validation":
+        assert found.validation is not None and found.validation["text"][:] == ["u1"]
+        assert (found.skipped_rows, found.skipped) == (2, {"unknown_label": 2})
+    assert split(train, labels=["Art", "Brt", "ａrt", "Zoo"], **{side: str(other)}).labels[2:] == (
+        "ａrt",
+        "Zoo",
+    )
+
+
+def test_a_row_with_candidates_of_its_own_may_have_any_of_them(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", classification_rows(6))
+    rows = [{"text": "new", "category": ["Zoo", "Sea"], "output": "Zoo"}]
+    other = write_jsonl(tmp_path / "other.jsonl", rows)
+    found = split(train, validation=str(other))
+    assert found.validation is not None and len(found.validation) == 1
+
+
+def test_an_entity_type_that_training_does_not_have(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", ner_rows(6))
+    rows = [{**row, "text": row["text"] + " neu"} for row in ner_rows(3)]
+    rows[1]["entities"] = [{**rows[1]["entities"][0], "entity_label": "GPE "}]
+    rows[0]["entities"] = [{**rows[0]["entities"][0], "entity_label": "ORG"}]
+    other = write_jsonl(tmp_path / "other.jsonl", rows)
+    with pytest.raises(DataError, match=rf"{other}:1: error: unknown_label: 'ORG' is not among the labels"):
+        load_splits("ner", data(train, validation=str(other)), None, 0)
+
+
+@pytest.mark.parametrize(
+    ("task", "other", "columns"),
+    [("classification", "ner", ("entities", "output")), ("ner", "classification", ("output", "entities"))],
+)
+def test_a_file_for_the_other_task_is_one_fault(
+    tmp_path: Path, task: TaskName, other: str, columns: tuple[str, str]
+) -> None:
+    rows = {"classification": classification_rows(30), "ner": ner_rows(30)}
+    path = write_jsonl(tmp_path / "rows.jsonl", rows[other])
+    audit = load_rows(str(path), task).audit
+    assert [(f.kind, f.where, f.message) for f in audit.faults] == [
+        (
+            "wrong_task",
+            f"{path}:1",
+            f"these are rows for task={other} (column {columns[0]!r}); task={task} reads a column {columns[1]!r}",
+        )
+    ]
+    assert audit.errors == 1 and audit.rows == 30
+
+
+def test_rows_that_teach_nothing_are_refused(tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "one.jsonl", [labelled(f"t{n}", "Art") for n in range(8)])
+    with pytest.raises(
+        DataError, match="the training rows hold 1 label, 'Art': there is nothing to tell apart"
+    ):
+        split(one, labels=["Art", "Zoo"])
+    (found,) = check_data(check_config(tmp_path, train=str(one)), str(one))
+    assert [fault.kind for fault in found.audit.faults] == ["one_label"]
+    # A file that nobody trains on may hold rows of one label.
+    assert check_data(check_config(tmp_path, train="other.jsonl"), str(one))[0].audit.errors == 0
+    none = write_jsonl(tmp_path / "none.jsonl", [{"text": f"t{n}", "entities": []} for n in range(8)])
+    with pytest.raises(DataError, match="the training rows hold no entity"):
+        load_splits("ner", data(none, labels=["人名"]), None, 0)
+
+
+def test_a_killed_process_leaves_no_copy_of_its_rows(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", classification_rows(6))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    loads = (
+        f"from labeltune.data.loading import load_rows; rows = load_rows({str(train)!r}, 'classification')"
+    )
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    run = lambda code: subprocess.run([sys.executable, "-c", code], env=environment).returncode  # noqa: E731
+    assert run(f"{loads}; assert len(rows.dataset) == 6; {kill}") == -signal.SIGKILL
+    (left,) = scratch.iterdir()
+    assert [path.name for path in left.iterdir()] == ["owner"]
+    # A process that dies while it writes: the next one takes it away, but not what belongs to a living one.
+    assert run(f"from labeltune.data.scratch import *; (scratch_folder() / 'x').touch(); {kill}") < 0
+    assert not left.exists() and len(list(scratch.iterdir())) == 1
+    other = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {loads!r}], check=True)"
+    alive = "f = scratch_folder(); (f / 'x').touch()"
+    checked = "assert (f / 'x').exists(); assert len(list(f.parent.iterdir())) == 1"
+    assert run(f"from labeltune.data.scratch import *; {alive}; {other}; {checked}") == 0
+    assert list(scratch.iterdir()) == []
 
 
 def test_max_rows_counts_the_rows_of_train_only(tmp_path: Path) -> None:

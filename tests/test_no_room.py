@@ -103,7 +103,7 @@ def test_a_full_temporary_folder_is_not_blamed_on_the_data(
         with pytest.raises(OutputError, match=r"checked rows cannot be kept in .*No space left.*TMPDIR"):
             load_rows(str(path), "classification")
     with monkeypatch.context() as patched:
-        patched.setattr("labeltune.data.loading._temporary", [])
+        patched.setattr("labeltune.data.scratch._folders", {})
         patched.setattr(tempfile, "mkdtemp", refuse)
         with pytest.raises(OutputError, match=r"there is no temporary folder: No space left.*TMPDIR"):
             load_rows(str(path), "classification")

@@ -148,8 +148,8 @@ def test_a_browser_shows_entities(browser: Any, tmp_path: Path) -> None:
         ("见人名", "wrong"),
         ("李四人名", "missing"),
     ]
-    view.select_option("#state", "invented")
-    assert view.inner_text("#count") == "1 rows" and "invented: predicted: 见 (人名)" in view.inner_text(
+    view.select_option("#state", "spurious")
+    assert view.inner_text("#count") == "1 rows" and "spurious: predicted: 见 (人名)" in view.inner_text(
         ".row"
     )
     view.select_option("#state", "wrong_boundary")

@@ -192,6 +192,15 @@ class Recorded:
     def id(self) -> str:
         return self.calls[-1]["id"] or f"run-{len(self.calls)}"
 
+    @property
+    def name(self) -> str:
+        return self.calls[-1]["name"] or "swift-1"
+
+
+def longer(config: RunConfig, epochs: int) -> RunConfig:
+    """The config of a run that is trained on."""
+    return config.model_copy(update={"training": config.training.model_copy(update={"epochs": epochs})})
+
 
 @pytest.mark.parametrize("mode", ["online", "local", "offline"])
 def test_a_resumed_training_goes_on_in_its_run_or_says_what_it_continues(
@@ -208,8 +217,8 @@ def test_a_resumed_training_goes_on_in_its_run_or_says_what_it_continues(
         monkeypatch.setattr(tracking.SwanlabTracker, name, lambda *_: None)
     config = tracked_config(in_folder, model_folder, mode=mode)
     recipes.train(config)
-    for _ in range(2):
-        recipes.train(config, resume=True)
+    for epochs in (3, 4):
+        recipes.train(longer(config, epochs), resume=True)
     first, second, third = recorded.calls
     assert first["id"] is None and first["resume"] is None and "resumed_from" not in first["config"]
     assert first["group"].startswith("out-") and first["group"] == second["group"] == third["group"]
@@ -220,18 +229,24 @@ def test_a_resumed_training_goes_on_in_its_run_or_says_what_it_continues(
         assert second["id"] is None and second["resume"] is None
         assert [call["config"]["resumed_from"] for call in (second, third)] == [
             {"run": "run-1", "checkpoint": "checkpoint-6"},
-            {"run": "run-2", "checkpoint": "checkpoint-6"},
+            {"run": "run-2", "checkpoint": "checkpoint-9"},
+        ]
+        assert [call["name"] for call in recorded.calls] == [
+            None,
+            "swift-1 (resumed from step 6)",
+            "swift-1 (resumed from step 9)",
         ]
     if mode != "local":
         return
     other = config.model_copy(
         update={"swanlab": config.swanlab.model_copy(update={"mode": "offline", "group": "mine"})}
     )
-    recipes.train(other, resume=True)
+    recipes.train(longer(other, 5), resume=True)
     assert recorded.calls[-1]["id"] is None and recorded.calls[-1]["group"] == "mine"
     (in_folder / "out" / "swanlab.json").write_text("[")
-    recipes.train(config, resume=True)
-    assert recorded.calls[-1]["config"]["resumed_from"] == {"run": None, "checkpoint": "checkpoint-6"}
+    recipes.train(longer(config, 6), resume=True)
+    assert recorded.calls[-1]["config"]["resumed_from"] == {"run": None, "checkpoint": "checkpoint-15"}
+    assert recorded.calls[-1]["name"] == "out (resumed from step 15)"
     recipes.train(config, overwrite=True)
     assert (
         "resumed_from" not in recorded.calls[-1]["config"] and recorded.calls[-1]["group"] != first["group"]
@@ -241,10 +256,11 @@ def test_a_resumed_training_goes_on_in_its_run_or_says_what_it_continues(
 def test_a_real_local_run_is_linked_to_the_one_before(in_folder: Path, model_folder: Path) -> None:
     config = tracked_config(in_folder, model_folder, mode="local")
     found = []
-    for resume in (False, True):
-        recipes.train(config, resume=resume)
+    for epochs in (2, 3):
+        recipes.train(longer(config, epochs), resume=epochs == 3)
         found.append(json.loads((in_folder / "out" / "swanlab.json").read_text("utf-8")))
     assert found[0]["id"] != found[1]["id"] and found[0]["group"] == found[1]["group"]
     written = [f.read_text("utf-8") for f in (in_folder / "swanlog").rglob("*.yaml")]
     assert len(written) == 2
     assert sum("resumed_from" in text and found[0]["id"] in text for text in written) == 1
+    assert found[1]["name"] == f"{found[0]['name']} (resumed from step 6)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from conftest import LABELS, classification_rows, ner_rows, write_jsonl
 from labeltune import recipes
 from labeltune.config import RunConfig, load_config
 from labeltune.data.loading import load_splits
-from labeltune.errors import ConfigError, ModelError
+from labeltune.errors import ConfigError, DataError, ModelError
+from labeltune.evaluation.headline import rows_line
 from labeltune.recipes import training as training_recipe
-from labeltune.recipes.training import validation_rows
+from labeltune.recipes.rows import validation_rows
 from test_training import config_for
 
 SELECTION = "validation (used for selection)"
@@ -84,6 +86,79 @@ def test_what_chose_is_never_called_a_test_figure(in_folder: Path, model_folder:
     (result.best / "selection.u64").write_bytes(b"12345")
     with pytest.raises(ModelError, match=r"selection\.u64 is damaged"):
         recipes.evaluate(result.best, str(test), progress=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A run with a validation file of its own, `validation.jsonl` beside `out`; its rows are in `classification.jsonl`."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipes.train(with_validation(folder, model_folder, max_steps=2, save_steps=1))
+    return folder / "out"
+
+
+def test_a_run_remembers_the_rows_it_was_trained_on(trained: Path, in_folder: Path) -> None:
+    lines = [
+        trained.with_name(name).read_text(encoding="utf-8").splitlines()
+        for name in ("classification.jsonl", "validation.jsonl")
+    ]
+    new = json.dumps({**classification_rows(1)[0], "text": "rows that are new"})
+    kinds = {
+        "40 (36 of them trained on, 4 used for selection)": [*lines[0][:36], *lines[1][:4]],
+        "4 (3 of them trained on)": [*lines[0][:3], new],
+        "3 (2 of them used for selection)": [*lines[1][:2], new],
+        "1, test (none seen in training)": [new],
+    }
+    for said, rows in kinds.items():
+        Path("rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        metrics = recipes.evaluate(trained, "rows.jsonl", output="figures", progress=False)
+        assert rows_line(metrics) == said
+        page = Path("figures/report.html").read_text(encoding="utf-8")
+        seen = "seen" if said.endswith("training)") else 'seen\' class="bad"'
+        assert f"<b id='{seen.rstrip(chr(39))}" in page and f"rows: {said}" in page
+        assert (
+            json.loads(Path("figures/metrics.json").read_text())["training_rows"] == metrics["training_rows"]
+        )
+    Path("rows.jsonl").write_text("\n".join(kinds["4 (3 of them trained on)"]) + "\n", encoding="utf-8")
+    compared = recipes.compare("base", trained, "rows.jsonl", output="compared", progress=False)
+    assert rows_line(compared) == "4 (3 of them trained on)"
+    assert "rows: 4 (3 of them trained on)" in Path("compared/comparison.html").read_text(encoding="utf-8")
+    # A run of labeltune 0.1.0 does not know.
+    shutil.copytree(trained / "best", "old")
+    Path("old/training.u64").unlink()
+    metrics = recipes.evaluate("old", "rows.jsonl", progress=False)
+    assert metrics["training_rows"] is None
+    assert rows_line(metrics) == "4, test (whether training saw them is not known)"
+
+
+def test_labels_that_a_run_cannot_answer_are_faults(trained: Path, in_folder: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "one", "output": "sports"},
+        {"text": "two", "output": "Space"},
+        {"text": "three", "output": "Zoo"},
+    ]
+    path = write_jsonl(in_folder / "test.jsonl", rows)
+    said = rf"2 errors:\n  {path}:1: error: unknown_label: 'sports' is not among the labels of .*; did you mean 'Sports'\?"
+    for measure in (recipes.evaluate, lambda *a, **k: recipes.compare("base", *a, **k)):
+        with pytest.raises(DataError, match=said):
+            measure(trained, str(path), progress=False)
+    found = recipes.evaluate(trained, str(path), on_error="skip", progress=False)
+    assert (found["rows"], found["skipped"]) == (1, {"unknown_label": 2})
+    assert rows_line(found) == "1, test (none seen in training); skipped: unknown_label 2"
+    assert recipes.compare("base", trained, str(path), on_error="skip", progress=False)["rows"] == 1
+    own = write_jsonl(in_folder / "own.jsonl", [{"text": "a", "category": ["Zoo", "Sea"], "output": "Zoo"}])
+    assert recipes.evaluate(trained, str(own), progress=False)["rows"] == 1
+    entities = write_jsonl(in_folder / "ner.jsonl", ner_rows(3))
+    with pytest.raises(DataError, match=r"1 error:\n.*wrong_task: these are rows for task=ner"):
+        recipes.evaluate(trained, str(entities), progress=False)
+
+
+def test_the_rows_are_looked_at_before_any_weight_is_loaded(
+    trained: Path, in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labeltune.inference.load.load_model", lambda *_, **__: pytest.fail("loaded"))
+    for measure in (recipes.evaluate, lambda *a, **k: recipes.compare(trained, *a, **k)):
+        with pytest.raises(DataError, match="does not exist"):
+            measure(trained, "missing.jsonl", progress=False)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:

@@ -75,7 +75,9 @@ def run(settings: Settings) -> PartResult:
             found = killed / "out.jsonl"
             same = found.is_file() and found.read_bytes() == expected
             result.check(same, f"{found} is not what an uninterrupted run writes")
-            left = sorted(path.name for path in killed.iterdir() if path.name not in ("out.jsonl", "log"))
+            # A lock whose process is dead is nobody's; the next predict onto this output takes it away.
+            kept = ("out.jsonl", "log", ".out.jsonl.lock", ".out.jsonl.lock.pid")
+            left = sorted(path.name for path in killed.iterdir() if path.name not in kept)
             result.check(not left, f"{killed} holds leftovers: {', '.join(left)}")
             sequence += 1
     result.notes = [

@@ -34,7 +34,7 @@ from labeltune.yaml_text import read_yaml
 
 
 class RunConfig(Section):
-    """One run: a task, a model, data, and how to train. `output_dir` and project follow the original by task."""
+    """One run: a task, a model, data, and how to train. `output_dir` follows the original by task."""
 
     task: TaskName = Field("classification", description="`classification` or `ner`")
     model: str = Field(
@@ -74,9 +74,6 @@ class RunConfig(Section):
         if values.get("task", "classification") == "ner":
             values.setdefault("output_dir", "./output/Qwen2-NER")
             _set_default(values, "prompt", system=NER_SYSTEM, user=NER_USER)
-            _set_default(values, "swanlab", project="Qwen2-NER-fintune")
-        else:
-            _set_default(values, "swanlab", project="Qwen2-fintune")
         return values
 
     @model_validator(mode="after")

@@ -230,7 +230,7 @@ class EvalConfig(Section):
 class SwanlabConfig(Section):
     """The tracker. Log in by `swanlab login` or SWANLAB_API_KEY; there is no key for a secret here."""
 
-    project: str = Field("labeltune", description="project name (default by task)")
+    project: str = Field("labeltune", description="project name")
     experiment: str | None = Field(None, description="experiment name; made up by SwanLab when empty")
     group: str | None = Field(
         None, description="group the experiment belongs to; a sweep puts its trials into one"

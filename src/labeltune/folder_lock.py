@@ -11,13 +11,15 @@ from labeltune.errors import OutputError
 
 
 @contextlib.contextmanager
-def alone_with(lock: Path, what: str, way_out: str) -> Iterator[None]:
+def alone_with(lock: Path, what: str, way_out: str, *, tidy: bool = False) -> Iterator[None]:
     """Hold a lock file while the context is open; its folder is made when missing.
 
     Args:
-        lock: the file; it stays behind, empty of meaning, as removing it would let a third process in.
+        lock: the file; it stays behind, empty of meaning.
         what: what the other process is doing, for the message: "another training writes into out".
         way_out: what to do about it.
+        tidy: remove the file at the end. A process that had opened it before finds that it has no name any more, and is
+            refused; one that comes later makes a new one.
 
     Raises:
         OutputError: another process holds it (the message names its pid), or the folder cannot be written.
@@ -40,6 +42,9 @@ def alone_with(lock: Path, what: str, way_out: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             holder.unlink()
+        if tidy:
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
+                lock.unlink()
         held.release()
 
 

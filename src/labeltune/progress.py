@@ -1,13 +1,76 @@
-"""A bar over rows with rate and time left; plain lines where there is no terminal."""
+"""A bar over rows with rate and time left; plain lines where there is no terminal; no phase that says nothing for long."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 _SECONDS_BETWEEN_LINES = 5.0
+#: Nothing is said for longer than this, without a bar.
+SILENCE = 15.0
+
+
+class _Now:
+    """What this process is doing, and when it last said something."""
+
+    phase = ""
+    begun = spoke = 0.0
+    bars = 0
+
+
+def spoke() -> None:
+    """Note that a line was printed just now."""
+    _Now.spoke = time.monotonic()
+
+
+def silent_for() -> float:
+    """Seconds since the last line."""
+    return time.monotonic() - _Now.spoke
+
+
+def begin(phase: str, say: Callable[[str], None] | None = None) -> None:
+    """A phase of the work begins: said at once with `say`, and again by `no_long_silence` while it lasts."""
+    _Now.phase, _Now.begun = phase, time.monotonic()
+    if say is not None:
+        say(phase)
+        spoke()
+
+
+@contextlib.contextmanager
+def bar_shown() -> Iterator[None]:
+    """A bar moves on the terminal while the context is open, so nothing else has to be said."""
+    _Now.bars += 1
+    try:
+        yield
+    finally:
+        _Now.bars -= 1
+        spoke()
+
+
+@contextlib.contextmanager
+def no_long_silence(say: Callable[[str], None]) -> Iterator[None]:
+    """While the context is open, whatever phase takes long is named every `SILENCE` seconds in which nothing else was said."""
+    ended = threading.Event()
+    _Now.phase = ""
+    spoke()
+
+    def watch() -> None:
+        while not ended.wait(min(1.0, SILENCE / 4)):
+            if _Now.phase and not _Now.bars and silent_for() >= SILENCE:
+                say(f"... {_Now.phase} ({time.monotonic() - _Now.begun:.0f} s)")
+                spoke()
+
+    thread = threading.Thread(target=watch, name="labeltune-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        _Now.phase = ""
 
 
 @contextlib.contextmanager
@@ -39,7 +102,7 @@ def row_progress(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with bar_shown(), Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=total, rate="")
 
         def advance(rows: int) -> None:
@@ -68,5 +131,6 @@ def _plain_lines(total: int | None, what: str, last_line: bool) -> Callable[[int
             file=sys.stderr,
             flush=True,
         )
+        spoke()
 
     return advance

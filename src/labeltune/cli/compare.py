@@ -61,6 +61,9 @@ def compare(
 
 def print_differences(found: dict[str, Any]) -> None:
     """One line a figure on standard error, for people."""
+    from labeltune.evaluation.headline import rows_line
+
+    print(f"rows: {rows_line(found)}", file=sys.stderr)
     for name, d in found["differences"].items():
         change = d["difference"]
         print(

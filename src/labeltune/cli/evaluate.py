@@ -95,11 +95,13 @@ def is_terminal() -> bool:
 
 def print_summary(metrics: dict[str, Any]) -> None:
     """Headline figures on standard error, for people."""
-    from labeltune.evaluation.headline import shown_headline
+    from labeltune.evaluation.headline import rows_line, shown_headline, worse_than_constant
 
-    print(f"rows: {metrics['rows']}, {metrics['rows_are']}", file=sys.stderr)
+    print(f"rows: {rows_line(metrics)}", file=sys.stderr)
     for key, value in shown_headline(metrics):
         print(f"{key}: {value}", file=sys.stderr)
+    if (worse := worse_than_constant(metrics)) is not None:
+        print(f"accuracy: {worse}", file=sys.stderr)
     for name, m in metrics.get("baselines", {}).items():
         print(f"baseline {name}: {m['value']:.3f}", file=sys.stderr)
     print(f"unparsable answers: {metrics['unparsable']:.1%} of {metrics['rows']} rows", file=sys.stderr)

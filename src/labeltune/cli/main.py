@@ -26,7 +26,7 @@ from labeltune.cli import (
 )
 from labeltune.cli.habits import check_options
 from labeltune.cli.streams import drop_output, prepare_streams
-from labeltune.errors import LabeltuneError
+from labeltune.errors import Interrupted, LabeltuneError
 from labeltune.ranks import rank, world
 
 app = typer.Typer(
@@ -116,10 +116,12 @@ def _run_app(command: typer.Typer, name: str | None) -> None:
         finally:
             sys.stdout.flush()
     except LabeltuneError as error:
-        print(f"error{_on_rank()}: {error}", file=sys.stderr)
+        # Who pressed Ctrl-C knows that nothing went wrong.
+        begins = "" if isinstance(error, Interrupted) else f"error{_on_rank()}: "
+        print(f"{begins}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         raise

@@ -10,6 +10,7 @@ import typer
 from labeltune.config import NER_LABELS, TaskName
 
 TRAIN_FILES = {"classification": "train.jsonl", "ner": "ccfbdci.jsonl"}
+PROJECTS = {"classification": "Qwen2-fintune", "ner": "Qwen2-NER-fintune"}
 
 DOCUMENT = (
     "某型可重复使用运载火箭的一级箭体在海上平台平稳着陆，这是该型号第三次完成回收试验。研制团队介绍，新一代箭载计算机"
@@ -27,6 +28,7 @@ def original_config(task: TaskName, overrides: list[str]) -> Any:
         f"data.train={TRAIN_FILES[task]}",
         "data.on_error=skip",
         "data.validation_fraction=0.1",
+        f"swanlab.project={PROJECTS[task]}",
     ]
     if task == "ner":
         defaults.append(f"data.labels=[{', '.join(NER_LABELS)}]")

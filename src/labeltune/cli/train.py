@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -46,18 +47,19 @@ def train(
     if config is not None and "=" in config and not Path(config).exists():
         changes.insert(0, config)
         config = None
+    defaults: list[str] = []
     if config is None:
         if data is None:
             raise ConfigError(
                 "name a config (`labeltune init classification` writes one) or rows: --data FILE"
             )
-        changes = [*_defaults(data, task), *changes]
+        defaults = _defaults(data, task)
     elif data is not None:
         changes.append(_change("data.train", data))
     for key, value in (("task", task), ("model", model), ("hub.accept_license", accept_license)):
         if value is not None:
             changes.append(f"{key}={value}")
-    loaded = load_config(config, changes)
+    loaded = load_config(config, [*defaults, *changes])
     if config is None:
         how = "as --task says" if task is not None else "by its columns"
         print(
@@ -74,7 +76,9 @@ def train(
     quiet_libraries()
     from labeltune import recipes
 
-    recipes.train(loaded, resume=resume, overwrite=overwrite)
+    begins = ["--data", str(data)] if config is None else [config]
+    command = shlex.join(["labeltune", "train", *begins, *changes])
+    recipes.train(loaded, resume=resume, overwrite=overwrite, command=command)
 
 
 def _defaults(data: str, task: str | None) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from labeltune.config import DataConfig, HubConfig, TaskName
-from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file
+from labeltune.data.audit import Audit, add_duplicates, audit_file
 from labeltune.data.audit_blocks import ENOUGH_BYTES, audit_blocks, can_be_cut
+from labeltune.data.meeting import add_meeting_faults, nothing_to_learn, other_task
 from labeltune.data.schemas import FAULT_KINDS, Fault
+from labeltune.data.scratch import OTHER_TEMPORARY, scratch_folder
 from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError, OutputError
 from labeltune.processes import worker_count
@@ -32,7 +35,6 @@ _SHOWN_FAULTS = 10
 _WAITING_CHARACTERS = 8_000_000
 #: Hashes that are looked up at once.
 _AT_ONCE = 65_536
-_OTHER_TEMPORARY = "make room, or set TMPDIR to a folder that has it"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ class Rows:
         """`file:line` of a usable row."""
         return str(self.dataset[row]["source"])
 
+    def answers(self) -> Dataset:
+        """The rows without their texts."""
+        return self.dataset.select_columns(["candidates", "label", "entities", "source"])
+
+    def without(self, rows: Sequence[int]) -> Rows:
+        """All rows but these; the audit stays that of the whole file."""
+        keep = numpy.ones(len(self.dataset), dtype=bool)
+        keep[list(rows)] = False
+        return self if keep.all() else Rows(self.dataset.select(numpy.flatnonzero(keep)), self.audit)
+
     def example(self, row: int) -> Example:
         """The example with this number."""
         return Example.from_row(self.dataset[row])
@@ -58,6 +70,8 @@ class Splits:
     Attributes:
         skipped_rows: rows left out because of their faults.
         skipped: kind of fault -> how often; a row may have several.
+        train_texts: 64-bit hashes of the texts of `train`, in its order.
+        fingerprints: `train` and `validation` -> SHA-256 of their texts and answers, in order.
     """
 
     train: Dataset
@@ -65,6 +79,8 @@ class Splits:
     labels: tuple[str, ...]
     skipped_rows: int
     skipped: dict[str, int]
+    train_texts: numpy.ndarray[Any, Any]
+    fingerprints: dict[str, str]
 
 
 def features() -> Any:
@@ -102,7 +118,7 @@ def load_rows(
     """Read and check a file or hub data set; usable rows go to an Arrow file that is memory-mapped.
 
     Args:
-        folder: where the Arrow file is kept; a temporary folder that ends with the process when None.
+        folder: where the Arrow file is kept; when None it has no name, and ends with the process.
 
     Raises:
         DataError: the file does not exist or cannot be opened. Faults of rows are in the audit, not raised.
@@ -111,8 +127,9 @@ def load_rows(
     from datasets import Dataset
 
     path = resolve_data(spec, hub)
-    folder = folder or _temporary_folder()
-    with writing(folder, _OTHER_TEMPORARY):
+    kept = folder is not None
+    folder = folder or scratch_folder()
+    with writing(folder, OTHER_TEMPORARY):
         # A name of its own: rows loaded earlier are still mapped from theirs.
         handle, target = tempfile.mkstemp(dir=folder, prefix=f"{task}-", suffix=".arrow")
         os.close(handle)
@@ -121,14 +138,24 @@ def load_rows(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(
-                f"checked rows cannot be kept in {folder}: {error.strerror}; {_OTHER_TEMPORARY}"
+                f"checked rows cannot be kept in {folder}: {error.strerror}; {OTHER_TEMPORARY}"
             ) from error
         raise DataError(f"data file {path} cannot be read: {error}") from None
-    dataset = (
-        Dataset.from_file(target)
-        if audit.usable
-        else Dataset.from_dict({k: [] for k in features()}, features=features())
-    )
+    if (
+        audit.rows
+        and not audit.usable
+        and (problem := other_task(path, task, (data or DataConfig()).columns)) is not None
+    ):
+        audit.faults.clear()
+        audit.counts.clear()
+        audit.add_fault(Fault("wrong_task", f"{path}:1", problem))
+    if audit.usable:
+        dataset = Dataset.from_file(target)
+    else:
+        dataset = Dataset.from_dict({k: [] for k in features()}, features=features())
+    if not kept and sys.platform != "win32":
+        # It stays mapped, and is gone with the process however that ends.
+        Path(target).unlink()
     return Rows(dataset, audit)
 
 
@@ -186,75 +213,91 @@ class _Writing:
             self.waiting = 0
 
 
-_temporary: list[Path] = []
-
-
-def _temporary_folder() -> Path:
-    """One folder a process, removed when it ends."""
-    if not _temporary:
-        import atexit
-
-        try:
-            folder = Path(tempfile.mkdtemp(prefix="labeltune-"))
-        except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(f"there is no temporary folder: {reason}; {_OTHER_TEMPORARY}") from error
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        _temporary.append(folder)
-    return _temporary[0]
-
-
 def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: int) -> Splits:
-    """The training and validation rows of a config, checked as `labeltune data check` does.
+    """The training and validation rows of a config, checked as `labeltune data check` does, together with its test rows.
 
     Rows with errors stop the run, or are left out with `data.on_error: skip`. Exact duplicates are kept in training,
     but a text never stands on both sides of the split.
 
     Raises:
-        DataError: there are errors and `data.on_error` is `stop`, or no usable row is left.
+        DataError: there are errors and `data.on_error` is `stop`, no usable row is left, or there is nothing to learn.
         ConfigError: more rows are held out than are left.
     """
     rows = load_rows(data.train, task, data, hub, max_rows=data.max_rows)
     add_duplicates(rows.audit, rows.where)
+    labels = data.labels or rows.audit.label_set()
     audits = [rows.audit]
-    validation: Dataset | None = None
-    shared: list[int] = []
+    other: Rows | None = None
+    left_out: list[int] = []
     if data.validation is not None:
         other = load_rows(data.validation, task, data, hub)
-        shared = add_shared(rows.audit, other.audit, other.where)
+        left_out = add_meeting_faults(rows, other, data)
         audits.append(other.audit)
-        validation = _without(other.dataset, shared)
+    if data.test is not None:
+        test = load_rows(data.test, task, data, hub)
+        add_meeting_faults(rows, test, data)
+        _stop_on_errors([*audits, test.audit], data)
     _stop_on_errors(audits, data)
     if not rows.audit.usable:
         raise DataError(
             f"{rows.audit.path} holds no usable row; see: labeltune data check {rows.audit.path} --task {task}"
         )
+    if (nothing := nothing_to_learn(rows.audit)) is not None:
+        raise DataError(f"{rows.audit.path}: {nothing}")
     skipped: Counter[str] = Counter()
     for audit in audits:
         skipped.update({kind: n for kind, n in audit.counts.items() if FAULT_KINDS[kind][0] == "error"})
-    skipped_rows = sum(audit.rows - audit.usable for audit in audits) + len(shared)
-    train = rows.dataset
-    if validation is None and data.validation_fraction > 0:
+    skipped_rows = sum(audit.rows - audit.usable for audit in audits) + len(left_out)
+    everything = numpy.ones(len(rows.dataset), dtype=bool)
+    kept = _Part(rows, everything)
+    held: _Part | None = None
+    if other is not None:
+        mask = numpy.ones(len(other.dataset), dtype=bool)
+        mask[left_out] = False
+        held = _Part(other, mask)
+    elif data.validation_fraction > 0:
         held_out = stratified_split(rows, data.validation_fraction, seed)
-        if 2 * len(held_out) > len(train):
+        if 2 * len(held_out) > len(rows.dataset):
             raise ConfigError(
-                f"data.validation_fraction={data.validation_fraction:g} holds out {len(held_out)} of {len(train)} rows, more "
-                "than are left to train on; lower it, or give a file as data.validation"
+                f"data.validation_fraction={data.validation_fraction:g} holds out {len(held_out)} of {len(rows.dataset)} rows, "
+                "more than are left to train on; lower it, or give a file as data.validation"
             )
-        if len(held_out):
-            validation = train.select(held_out)
-            train = _without(train, held_out)
-    if validation is not None and not len(validation):
-        validation = None
-    return Splits(train, validation, data.labels or rows.audit.label_set(), skipped_rows, dict(skipped))
+        mask = numpy.zeros(len(rows.dataset), dtype=bool)
+        mask[held_out] = True
+        held, kept = _Part(rows, mask), _Part(rows, ~mask)
+    if held is not None and not held.mask.any():
+        held = None
+    return Splits(
+        kept.dataset(),
+        held.dataset() if held is not None else None,
+        labels,
+        skipped_rows,
+        dict(skipped),
+        kept.texts(),
+        {name: part.fingerprint() for name, part in (("train", kept), ("validation", held)) if part},
+    )
 
 
-def _without(dataset: Dataset, rows: Sequence[int] | numpy.ndarray[Any, Any]) -> Dataset:
-    if not len(rows):
-        return dataset
-    keep = numpy.ones(len(dataset), dtype=bool)
-    keep[numpy.asarray(rows, dtype=numpy.int64)] = False
-    return dataset.select(numpy.flatnonzero(keep))
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a file; `mask` tells which, shape [usable rows]."""
+
+    rows: Rows
+    mask: numpy.ndarray[Any, Any]
+
+    def dataset(self) -> Dataset:
+        if self.mask.all():
+            return self.rows.dataset
+        return self.rows.dataset.select(numpy.flatnonzero(self.mask))
+
+    def texts(self) -> numpy.ndarray[Any, Any]:
+        hashes: numpy.ndarray[Any, Any] = numpy.array(self.rows.audit.text_hashes, dtype=numpy.uint64)
+        return hashes[self.mask]
+
+    def fingerprint(self) -> str:
+        answers = numpy.array(self.rows.audit.answer_hashes, dtype=numpy.uint64)[self.mask]
+        both = numpy.stack([self.texts(), answers]).astype("<u8")
+        return hashlib.sha256(both.tobytes()).hexdigest()
 
 
 def _stop_on_errors(audits: list[Audit], data: DataConfig) -> None:

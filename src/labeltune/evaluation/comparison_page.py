@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from labeltune.evaluation.headline import rows_line
 from labeltune.pages import cards, page, table, text
 from labeltune.types import Example, Prediction
 
@@ -35,10 +36,12 @@ def comparison_page(
         )
         for name, d in found["differences"].items()
     ]
+    warned = ' class="bad"' if found.get("training_rows") or found.get("selection_rows") else ""
     gained, lost = found["changed"]["gained"], found["changed"]["lost"]
     body = [
         "<h1>Comparison / 对比</h1>",
-        f"<p class='soft'>first: {text(found['first'])}<br>second: {text(found['second'])}<br>rows: {text(found['data'])}</p>",
+        f"<p class='soft'>first: {text(found['first'])}<br>second: {text(found['second'])}<br>rows: {text(found['data'])}"
+        f"<br><b id='seen'{warned}>rows: {text(rows_line(found))}</b></p>",
         table(["figure", "first", "second", "difference", "95 %", "p"], rows),
         "<h2>Rows / 行</h2>",
         cards(

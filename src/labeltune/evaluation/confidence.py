@@ -15,8 +15,8 @@ Rows = Sequence[np.ndarray[Any, np.dtype[np.float64]]]
 
 #: Bounds of a fitted temperature; rows that are all right would otherwise drive it to 0.
 LOWEST, HIGHEST = 0.05, 20.0
-#: Fewer validation rows than these make a fitted temperature a rough guess.
-ENOUGH_ROWS = 100
+#: On fewer validation rows than these no temperature is fitted: it would follow chance.
+ENOUGH_ROWS = 50
 FOLDS = 5
 #: Stands for a candidate that a row does not have; minus infinity would make gradients NaN.
 ABSENT = -1e30
@@ -93,24 +93,38 @@ def fit_temperature(rows: Rows, right: Sequence[int]) -> float:
 
 
 def calibration_report(rows: Rows, right: Sequence[int]) -> tuple[float, dict[str, Any]]:
-    """A temperature fitted on all rows, and what it brings on rows it was not fitted on (five-fold cross-fitting).
+    """A temperature fitted on all rows, if it helps on rows it was not fitted on (five-fold cross-fitting); else 1.
+
+    It is kept where there are at least `ENOUGH_ROWS` rows, it does not lie on a bound of the search, and neither the
+    negative log-likelihood nor the Brier score of the cross-fitted probabilities is worse than before.
 
     Returns:
-        The temperature; `rows`, `temperature`, and for `before` and `after` `nll`, `brier` and `ece`.
+        The temperature; `rows`, `temperature`, `fitted` (None on too few rows), `refused` (why it is 1, or None), and for
+        `before` and `after` (cross-fitted) `nll`, `brier` and `ece`. Without a fit `after` is `before`.
     """
-    temperature = fit_temperature(rows, right)
-    folds = [list(range(k, len(rows), FOLDS)) for k in range(min(FOLDS, len(rows)))]
+    before = _figures(rows, right, np.ones(len(rows)))
+    report: dict[str, Any] = {"rows": len(rows), "temperature": 1.0, "fitted": None, "refused": None}
+    report |= {"before": before, "after": before}
+    if len(rows) < ENOUGH_ROWS:
+        return 1.0, report | {"refused": f"at least {ENOUGH_ROWS} rows are needed to fit one"}
+    fitted = fit_temperature(rows, right)
     each = np.ones(len(rows))
-    for fold in folds:
-        rest = [i for i in range(len(rows)) if i not in set(fold)]
-        if rest:
-            each[fold] = fit_temperature([rows[i] for i in rest], [right[i] for i in rest])
-    return temperature, {
-        "rows": len(rows),
-        "temperature": temperature,
-        "before": _figures(rows, right, np.ones(len(rows))),
-        "after": _figures(rows, right, each),
-    }
+    for k in range(FOLDS):
+        fold = list(range(k, len(rows), FOLDS))
+        rest = [i for i in range(len(rows)) if i % FOLDS != k]
+        each[fold] = fit_temperature([rows[i] for i in rest], [right[i] for i in rest])
+    after = _figures(rows, right, each)
+    report |= {"fitted": fitted, "after": after}
+    worse = [name for name in ("nll", "brier") if after[name] > before[name]]
+    reached = negative_log_likelihood(rows, right, fitted)
+    bound = next((t for t in (LOWEST, HIGHEST) if negative_log_likelihood(rows, right, t) <= reached), None)
+    if bound is not None:
+        report["refused"] = f"the fit runs into the bound {bound:g} of its range"
+    elif worse:
+        report["refused"] = f"{fitted:.2f} does not hold on rows it was not fitted on"
+    else:
+        report["temperature"] = fitted
+    return report["temperature"], report
 
 
 def _figures(rows: Rows, right: Sequence[int], temperatures: np.ndarray[Any, Any]) -> dict[str, float]:

@@ -15,7 +15,7 @@
       "行为真实类别，列为预测类别；点击单元格查看对应的行"],
     wrong_type: ["wrong type", "类型错误"], wrong_boundary: ["wrong boundary", "边界错误"],
     wrong_type_and_boundary: ["wrong type and boundary", "类型和边界都错误"], missed: ["missed", "漏掉"],
-    invented: ["invented", "多报"], anyType: ["any type", "任意类型"], truncated: ["answer cut off", "回答被截断"],
+    spurious: ["spurious", "多报"], anyType: ["any type", "任意类型"], truncated: ["answer cut off", "回答被截断"],
   };
   const say = (key) => words[key][language === "zh" ? 1 : 0];
   const make = (tag, className, content) => {
@@ -175,7 +175,7 @@
     label: "类别", precision: "精确率", recall: "召回率", F1: "F1", support: "样本数", slice: "分组", rows: "行数", kind: "错误类型",
     entities: "实体数", baseline: "基线", value: "数值", Accuracy: "准确率", "Strict span F1": "实体严格 F1",
     majority: "总是回答最常见的类别", "uniform guess": "随机猜测", dictionary: "训练实体词典", rare: "少见", middle: "中等", frequent: "常见",
-    "wrong type": "类型错误", "wrong boundary": "边界错误", "wrong type and boundary": "类型和边界都错误", missed: "漏掉", invented: "多报",
+    "wrong type": "类型错误", "wrong boundary": "边界错误", "wrong type and boundary": "类型和边界都错误", missed: "漏掉", spurious: "多报",
   };
   // Names that the report's own tables use; labels of the data stand in the first column of `#labels` and stay as they are.
   for (const node of document.querySelectorAll("th, td:first-child")) {

@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from labeltune.evaluation.compare import right_row
+from labeltune.evaluation.headline import SELECTION, TRAINING, rows_line, worse_than_constant
 from labeltune.evaluation.spans import ERRORS, match_entities
 from labeltune.pages import cards, page, table, text
 from labeltune.types import Entity, Example, Prediction
@@ -78,13 +79,26 @@ def report_page(
 
 def _head(metrics: Mapping[str, Any]) -> str:
     rows = str(metrics.get("rows_are", "test"))
-    chinese = "测试集" if rows == "test" else "验证集（已用于选择）"
+    chinese = {SELECTION: "验证集（已用于选择）", TRAINING: "训练集（模型见过）"}.get(rows, "测试集")
+    warned = ' class="bad"' if metrics.get("training_rows") or metrics.get("selection_rows") else ""
     model = "untuned model of" if metrics.get("base") else ""
     return (
         '<header><button id="language" type="button">中文</button>'
         f"<h1>{both('Evaluation', '评测报告')}</h1><p class='soft'>{text(model)} {text(metrics['run'])} · "
-        f"{text(metrics['data'])} · {both('rows are', '数据')}: <b id='rows-are'>{both(rows, chinese)}</b></p></header>"
+        f"{text(metrics['data'])} · {both('rows are', '数据')}: <b id='rows-are'>{both(rows, chinese)}</b> · "
+        f"<b id='seen'{warned}>{both('rows: ' + rows_line(metrics), rows_line_zh(metrics))}</b></p></header>"
     )
+
+
+def rows_line_zh(metrics: Mapping[str, Any]) -> str:
+    """`rows_line` in Chinese."""
+    trained, selected = metrics.get("training_rows"), metrics.get("selection_rows", 0)
+    parts = [f"其中 {trained} 条参与过训练"] if trained else []
+    if selected:
+        parts.append(f"{selected} 条用于挑选 checkpoint")
+    if not parts:
+        parts.append("训练时均未见过" if trained == 0 else "是否参与过训练未知")
+    return f"共 {metrics['rows']} 条（{'，'.join(parts)}）"
 
 
 def _interval(value: Any) -> tuple[str, str]:
@@ -112,7 +126,11 @@ def _baselines(metrics: Mapping[str, Any]) -> str:
     if not found:
         return ""
     rows = [(name.replace("_", " "), *_interval(measure)) for name, measure in found.items()]
-    return f"<h2>{both('Without learning', '不学习的基线')}</h2>" + table(["baseline", "value", ""], rows)
+    worse = worse_than_constant(metrics)
+    comment = f'<p class="bad">accuracy: {text(worse)}</p>' if worse else ""
+    return f"<h2>{both('Without learning', '不学习的基线')}</h2>{comment}" + table(
+        ["baseline", "value", ""], rows
+    )
 
 
 def _labels(metrics: Mapping[str, Any]) -> str:

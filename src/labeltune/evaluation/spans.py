@@ -15,7 +15,7 @@ from labeltune.types import Entity, Example, Prediction
 #: (start, end, label), or (something unique, label) for an entity without a place.
 Span = tuple[int, int, str] | tuple[object, str]
 #: What can be wrong with an entity. The first two are one model entity and one right one that do not agree.
-ERRORS = ("wrong_type", "wrong_boundary", "wrong_type_and_boundary", "missed", "invented")
+ERRORS = ("wrong_type", "wrong_boundary", "wrong_type_and_boundary", "missed", "spurious")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def spans(entities: Sequence[Entity] | None) -> set[Span]:
 
 def match_entities(truth: Sequence[Entity], predicted: Sequence[Entity]) -> Matched:
     """Pair right and predicted entities one to one: equal ones first, then equal places, then overlapping places in order
-    of appearance. What is left over was missed or invented."""
+    of appearance. What is left over was missed or is spurious: predicted where nothing is."""
     wanted, given = _distinct(truth), _distinct(predicted)
     errors: dict[str, list[tuple[Entity | None, Entity | None]]] = {kind: [] for kind in ERRORS}
     right = [e for e in wanted if e in given]
@@ -69,7 +69,7 @@ def match_entities(truth: Sequence[Entity], predicted: Sequence[Entity]) -> Matc
     pair(lambda a, b: (a.start, a.end) == (b.start, b.end) and a.start is not None)
     pair(_overlap)
     errors["missed"] = [(e, None) for e in wanted]
-    errors["invented"] = [(None, e) for e in given]
+    errors["spurious"] = [(None, e) for e in given]
     return Matched(tuple(right), {kind: tuple(found) for kind, found in errors.items()})
 
 
@@ -149,8 +149,16 @@ def strict_span_f1(truth: Sequence[set[Any]], predicted: Sequence[set[Any]]) -> 
     hits, given, wanted = (int(n) for n in counts.sum(axis=0))
     return {
         "span_f1": bootstrap(lambda rows: f1_of_counts(counts[rows]), len(counts)).to_dict(),
-        "precision": round(hits / given, 6) if given else 0.0,
-        "recall": round(hits / wanted, 6) if wanted else 0.0,
+        **precision_and_recall(hits, given, wanted),
+    }
+
+
+def precision_and_recall(hits: int, given: int, wanted: int) -> dict[str, float]:
+    """Both of counts, rounded; 1 where there is nothing to find and nothing was found, as for F1."""
+    nothing = float(given + wanted == 0)
+    return {
+        "precision": round(hits / given, 6) if given else nothing,
+        "recall": round(hits / wanted, 6) if wanted else nothing,
     }
 
 
@@ -161,7 +169,7 @@ def partial_span_f1(matched: Sequence[Matched]) -> Any:
         same = len(row.right) + len(row.errors["wrong_type"])
         near = len(row.errors["wrong_boundary"]) + len(row.errors["wrong_type_and_boundary"])
         both = same + near
-        counts.append((same + near / 2, both + len(row.errors["invented"]), both + len(row.errors["missed"])))
+        counts.append((same + near / 2, both + len(row.errors["spurious"]), both + len(row.errors["missed"])))
     table = numpy.array(counts, dtype=numpy.float64).reshape(-1, 3)
     return bootstrap(lambda rows: f1_of_counts(table[rows]), len(table))
 

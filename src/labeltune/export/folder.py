@@ -12,7 +12,7 @@ from pathlib import Path
 from labeltune.errors import OutputError
 from labeltune.output_paths import check_folder, link_target
 from labeltune.run_files import files_read
-from labeltune.run_folder import writing
+from labeltune.run_folder import obey_umask, writing
 
 #: Says how an export was made; a folder that has it may be replaced by `--overwrite`.
 EXPORT_FILE = "export.json"
@@ -60,9 +60,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
     try:
         with writing(output):
             yield folder
-            mask = os.umask(0)
-            os.umask(mask)
-            folder.chmod(0o777 & ~mask)
+            obey_umask(folder)
             _put_in_place(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

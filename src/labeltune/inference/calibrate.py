@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from labeltune.evaluation.confidence import ENOUGH_ROWS, calibration_report
+from labeltune.evaluation.confidence import calibration_report
 from labeltune.evaluation.headline import SELECTION
 from labeltune.inference.answers import Calibration
 from labeltune.inference.predictor import Predictor
@@ -19,10 +19,10 @@ from labeltune.types import Example
 def calibrate(
     predictor: Predictor, examples: Sequence[Example], folder: Path, say: Callable[[str], None]
 ) -> tuple[Calibration, dict[str, Any]]:
-    """Fit on labelled examples, save `calibration.json` in a checkpoint, and say what it brought.
+    """Fit on labelled examples, save `calibration.json` in a checkpoint, and say what it brought, or why 1 is kept.
 
     Returns:
-        The calibration; and `rows`, `temperature`, and for `before` and `after` (cross-fitted) `nll`, `brier` and `ece`.
+        The calibration, and the report of `calibration_report`.
     """
     rows = predictor.log_probabilities(examples)
     norm = predictor.generation.length_norm
@@ -31,12 +31,15 @@ def calibrate(
     calibration = Calibration(temperature, norm)
     if rank() == 0:
         calibration.save(folder, report)
-    few = f", fewer than {ENOUGH_ROWS}: a rough guess" if len(rows) < ENOUGH_ROWS else ""
-    say(
-        f"confidence: temperature {temperature:.2f} from {len(rows)} validation rows{few}; "
-        f"ECE {report['before']['ece']:.3f} -> {report['after']['ece']:.3f}, "
-        f"Brier {report['before']['brier']:.3f} -> {report['after']['brier']:.3f} (after: cross-fitted)"
-    )
+    before, after = report["before"], report["after"]
+    figures = f"ECE {before['ece']:.3f}, NLL {before['nll']:.3f}, Brier {before['brier']:.3f}"
+    if report["fitted"] is not None:
+        figures = (
+            f"ECE {before['ece']:.3f} -> {after['ece']:.3f}, NLL {before['nll']:.3f} -> {after['nll']:.3f}, "
+            f"Brier {before['brier']:.3f} -> {after['brier']:.3f} (after: cross-fitted)"
+        )
+    kept = f" is kept, {report['refused']}" if report["refused"] is not None else ""
+    say(f"confidence: temperature {temperature:.2f}{kept}; {len(rows)} validation rows: {figures}")
     return calibration, report
 
 
@@ -44,7 +47,7 @@ def calibration_figures(report: Mapping[str, Any]) -> dict[str, float]:
     """A report as flat numbers for a tracker."""
     figures = {
         f"{SELECTION}/calibration_{name}_{when}": float(report[when][name])
-        for when in ("before", "after")
+        for when in (("before", "after") if report["fitted"] is not None else ("before",))
         for name in ("nll", "brier", "ece")
     }
     return {**figures, f"{SELECTION}/calibration_temperature": float(report["temperature"])}

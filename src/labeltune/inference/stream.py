@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -172,18 +170,21 @@ def predict_file(
     Raises:
         OutputError: nothing to resume, the rest belongs to another input, run or setting, or another process writes it.
     """
-    with alone_with_output(str(output.resolve()), str(output)):
+    with alone_with_output(output.resolve(), str(output)):
         return _predict_into(
             predictor, path, link_target(output), labels, resume, min_confidence, top_k, with_text, progress
         )
 
 
-def alone_with_output(where: str, name: str) -> AbstractContextManager[None]:
-    """Keep other predicts on this machine away from an output while the context is open."""
-    # Not beside the output, where it would stay behind.
-    digest = hashlib.sha256(os.fsencode(where)).hexdigest()[:32]
-    lock = Path(tempfile.gettempdir()) / f"labeltune-{digest}.lock"
-    return alone_with(lock, f"another predict writes {name}", "wait for it, or choose another --output")
+def alone_with_output(output: Path, name: str) -> AbstractContextManager[None]:
+    """Keep other predicts away from an output, a file or folder, while the context is open; a pipe or device has no owner."""
+    if output.exists() and not (output.is_file() or output.is_dir()):
+        return nullcontext()
+    # Beside the output, where every process looks that could write it, whatever its temporary folder is.
+    lock = output.with_name(f".{output.name}.lock")
+    return alone_with(
+        lock, f"another predict writes {name}", "wait for it, or choose another --output", tidy=True
+    )
 
 
 def _predict_into(

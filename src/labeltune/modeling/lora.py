@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,8 @@ def attach_adapter(model: Any, lora: LoraConfig, *, quantized: bool = False) -> 
         bias="none",
     )
     try:
-        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+        with _without_warnings():
+            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
         raise ModelError(
             f"lora.target_modules={lora.target_modules!r} does not fit this model: {error}"
@@ -46,6 +50,14 @@ def attach_adapter(model: Any, lora: LoraConfig, *, quantized: bool = False) -> 
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)
     return adapted
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """peft asks transformers for things by names that transformers is about to drop; nobody else can do anything about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
@@ -63,7 +75,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
         )
         raise ModelError(f"{folder} holds no adapter_model.safetensors: {reason}")
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        with _without_warnings():
+            return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     except Exception as error:
         raise ModelError(f"the adapter in {folder} does not fit its base model: {error}") from error
 

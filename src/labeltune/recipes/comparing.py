@@ -12,7 +12,15 @@ from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.evaluation.comparison_page import comparison_page
 from labeltune.evaluation.headline import headline
-from labeltune.recipes.evaluation import labelled_rows, name_of, opened, right_answer, row_bar
+from labeltune.recipes.evaluation import (
+    RunDescription,
+    describe_run,
+    labelled_rows,
+    opened,
+    right_answer,
+    row_bar,
+    what_rows_are,
+)
 from labeltune.run_folder import write_json, write_text
 from labeltune.types import Example, Prediction
 
@@ -51,34 +59,31 @@ def compare(
     """
     if str(second) == BASE:
         raise ConfigError("the second model cannot be `base`; write: labeltune compare base RUN --data FILE")
-    with opened(second) as (predictor, data_config, hub):
-        rows = labelled_rows(predictor.task.name, data, data_config, hub, on_error, max_rows)
-        examples = [rows.example(i) for i in range(len(rows.dataset))]
-        task, labels = predictor.task.name, predictor.task.labels
+    about = describe_run(second)
+    others = [] if str(first) == BASE else [describe_run(first)]
+    for other in others:
+        _check_comparable(other, about)
+    rows = labelled_rows(about, data, on_error, max_rows, *others)
+    examples = [rows.example(i) for i in range(len(rows.dataset))]
+    with opened(second, labels=about.labels) as predictor:
         if predictions is None:
             with row_bar(len(examples), progress) as advance:
                 predictions = predictor.predict(examples, on_batch=advance)
         if str(first) == BASE:
             with predictor.base_model(), row_bar(len(examples), progress) as advance:
                 answers_of_first = predictor.predict(examples, on_batch=advance)
-    if str(first) != BASE:
-        with opened(first) as (other, _, _):
-            if other.task.name != task:
-                raise ConfigError(
-                    f"{name_of(first)} does {other.task.name}, {name_of(second)} does {task}; they cannot be compared"
-                )
-            if task == "ner" and set(other.task.labels) != set(labels):
-                raise DataError(
-                    f"{name_of(first)} knows the types {', '.join(other.task.labels)}, {name_of(second)} {', '.join(labels)}; "
-                    "they cannot be compared on the same rows"
-                )
-            with row_bar(len(examples), progress) as advance:
-                answers_of_first = other.predict(examples, on_batch=advance)
+    for each in others:
+        with (
+            opened(first, labels=each.labels) as predictor,
+            row_bar(len(examples), progress) as advance,
+        ):
+            answers_of_first = predictor.predict(examples, on_batch=advance)
     found = {
-        "first": name_of(first) if str(first) != BASE else f"{name_of(second)} without its adapter",
-        "second": name_of(second),
+        "first": others[0].name if others else f"{about.name} without its adapter",
+        "second": about.name,
         "data": data,
-        "task": task,
+        "task": about.task,
+        **what_rows_are([about.folder, *(each.folder for each in others)], examples),
         "headline": {
             "first": headline(examples, answers_of_first),
             "second": headline(examples, predictions),
@@ -88,6 +93,18 @@ def compare(
     if output is not None:
         _write(Path(output), found, examples, answers_of_first, predictions)
     return found
+
+
+def _check_comparable(first: RunDescription, second: RunDescription) -> None:
+    if first.task != second.task:
+        raise ConfigError(
+            f"{first.name} does {first.task}, {second.name} does {second.task}; they cannot be compared"
+        )
+    if first.task == "ner" and set(first.labels) != set(second.labels):
+        raise DataError(
+            f"{first.name} knows the types {', '.join(first.labels)}, {second.name} {', '.join(second.labels)}; they cannot "
+            "be compared on the same rows"
+        )
 
 
 def _write(

@@ -18,17 +18,22 @@ def check_data(
     token_counts: Callable[[list[str]], list[int]] | None = None,
 ) -> list[Rows]:
     """Audit a training file, and against it the config's validation file and a test file; no fault is raised."""
-    from labeltune.data.audit import add_duplicates, add_shared
+    from labeltune.data.audit import add_duplicates
+    from labeltune.data.meeting import add_meeting_faults, nothing_to_learn
+    from labeltune.data.schemas import Fault
 
     config = config_or_task
     rows = load_rows(train, config.task, config.data, config.hub, token_counts=token_counts)
     add_duplicates(rows.audit, rows.where)
+    # Another file, e.g. a single test file, may well hold rows of one label.
+    if train == config.data.train and (nothing := nothing_to_learn(rows.audit)) is not None:
+        rows.audit.add_fault(Fault("one_label", f"{rows.audit.path}:1", nothing))
     found = [rows]
     for spec in (config.data.validation, test):
         if spec is not None:
             other = load_rows(spec, config.task, config.data, config.hub, token_counts=token_counts)
             add_duplicates(other.audit, other.where)
-            add_shared(rows.audit, other.audit, other.where)
+            add_meeting_faults(rows, other, config.data)
             found.append(other)
     return found
 

@@ -10,15 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from labeltune.config import DataConfig, GenerationConfig, HubConfig, RunConfig, TaskName, load_config
+from labeltune.config import (
+    ColumnsConfig,
+    DataConfig,
+    GenerationConfig,
+    HubConfig,
+    RunConfig,
+    TaskName,
+    load_config,
+)
 from labeltune.data.loading import Rows, load_rows, load_splits
+from labeltune.data.meeting import add_unknown_labels
 from labeltune.errors import ConfigError, DataError
-from labeltune.evaluation.headline import SELECTION
+from labeltune.evaluation.headline import SELECTION, TRAINING
 from labeltune.evaluation.metrics import classification_metrics
 from labeltune.evaluation.report import report_page
 from labeltune.evaluation.slices import slices
 from labeltune.evaluation.spans import entity_dictionary, ner_metrics
-from labeltune.recipes.selection import count_selection
+from labeltune.recipes.selection import rows_seen
 from labeltune.run_folder import RunInfo, write_json, write_text
 from labeltune.types import Example, Prediction
 
@@ -65,44 +74,40 @@ def evaluate(
         DataError: the rows have faults (with `on_error="stop"`), or none is usable.
         ModelError: there is no such run.
     """
-    name = name_of(run)
     changes = {} if decoding is None else {"decoding": decoding}
+    about_run = describe_run(run, overrides, changes)
+    if engine == "ray" and about_run.prior == "batch":
+        raise ConfigError(
+            "calibrate.prior=batch looks at all rows at once; measure this run with the local engine"
+        )
+    task, labels = about_run.task, about_run.labels
+    rows = labelled_rows(about_run, data, on_error, max_rows)
+    examples = [rows.example(i) for i in range(len(rows.dataset))]
     with contextlib.ExitStack() as stack:
-        if engine == "local":
-            predictor, data_config, hub = stack.enter_context(opened(run, overrides))
-            predictor.change(**changes)
-            about_run = RunDescription(
-                predictor.task.name,
-                predictor.task.labels,
-                data_config,
-                hub,
-                predictor.generation,
-                predictor.weights,
-            )
-        else:
-            about_run = describe_run(name, overrides, changes)
-        task, labels = about_run.task, about_run.labels
-        rows = labelled_rows(task, data, about_run.data, about_run.hub, on_error, max_rows)
-        examples = [rows.example(i) for i in range(len(rows.dataset))]
-        advance = stack.enter_context(row_bar(len(examples), progress and predictions is None))
         if predictions is None and engine == "local":
+            predictor = stack.enter_context(opened(run, overrides, labels))
+            predictor.change(**changes)
             stack.enter_context(predictor.base_model() if base else contextlib.nullcontext())
+            advance = stack.enter_context(row_bar(len(examples), progress))
             predictions = predictor.predict(examples, on_batch=advance)
         elif predictions is None:
             from labeltune.recipes.spreading import answer_spread
 
-            predictions = answer_spread(name, overrides, base, changes, examples, workers, address, advance)
+            advance = stack.enter_context(row_bar(len(examples), progress))
+            predictions = answer_spread(
+                about_run.name, overrides, base, changes, examples, workers, address, advance
+            )
     used = {"decoding": about_run.generation.decoding}
     dictionary = None
     if train_data is not None and task == "ner":
         known = load_rows(train_data, task, about_run.data, about_run.hub)
         dictionary = entity_dictionary([known.example(i) for i in range(len(known.dataset))])
     about = {
-        "run": name,
+        "run": about_run.name,
         "base": base,
         **used,
         "data": data,
-        **_what_rows_are(about_run.weights, examples),
+        **what_rows_are([about_run.folder], examples),
     }
     metrics = all_metrics(about, examples, predictions, labels, dictionary)
     if rows.audit.errors:
@@ -140,33 +145,44 @@ def write_evaluation(
     write_text(folder / "report.html", report_page(metrics, examples, predictions))
 
 
-def _what_rows_are(weights: Path | None, examples: Sequence[Example]) -> dict[str, Any]:
-    """`rows_are`: test rows, or rows that this run's checkpoint and temperature were chosen on, as soon as one is."""
-    folder = weights.parent if weights is not None else None
-    seen = count_selection(folder, (example.text for example in examples))
-    return {"rows_are": SELECTION, "selection_rows": seen} if seen else {"rows_are": "test"}
+def what_rows_are(runs: Sequence[Path | None], examples: Sequence[Example]) -> dict[str, Any]:
+    """What the runs in these checkpoint folders have seen of the rows; None stands for an untuned model.
+
+    Returns:
+        `training_rows`: how many of the rows a run was trained on, None where a run does not remember. `selection_rows`:
+        how many of the others its checkpoint and temperature were chosen on, left out when none. `rows_are`: `test`, or what the rows were used for as soon as one was.
+    """
+    seen = rows_seen([folder for folder in runs if folder is not None], [e.text for e in examples])
+    found: dict[str, Any] = {"rows_are": "test", "training_rows": seen.trained}
+    if seen.selected:
+        found |= {"rows_are": SELECTION, "selection_rows": seen.selected}
+    if seen.trained:
+        found["rows_are"] = TRAINING
+    return found
 
 
 def labelled_rows(
-    task: TaskName,
-    data: str,
-    data_config: DataConfig,
-    hub: HubConfig | None,
-    on_error: str,
-    max_rows: int | None,
+    run: RunDescription, data: str, on_error: str, max_rows: int | None, *others: RunDescription
 ) -> Rows:
-    """Load rows to measure on.
+    """Load rows to measure a run on, and `others` beside it.
 
     Raises:
-        DataError: the rows have faults (with `on_error="stop"`), or none is usable.
+        DataError: the rows have faults, or labels that a run cannot answer (with `on_error="stop"`), or none is usable.
     """
-    rows = load_rows(data, task, data_config, hub, max_rows=max_rows)
+    rows = load_rows(data, run.task, run.data, run.hub, max_rows=max_rows)
+    unknown: set[int] = set()
+    for each in (run, *others):
+        whose = f"the labels of {each.name}"
+        unknown |= set(add_unknown_labels(rows.audit, rows.answers(), each.labels, whose))
     if rows.audit.errors and on_error != "skip":
         shown = "\n  ".join(str(f) for f in rows.audit.faults if f.severity == "error")
+        count = rows.audit.errors
         raise DataError(
-            f"the data holds {rows.audit.errors} errors:\n  {shown[:2000]}\nRepair them, or evaluate with --on-error skip"
+            f"the data holds {count} {'error' if count == 1 else 'errors'}:\n  {shown[:2000]}\n"
+            "Repair them, or evaluate with --on-error skip"
         )
-    if not rows.audit.usable:
+    rows = rows.without(sorted(unknown))
+    if not len(rows.dataset):
         raise DataError(f"{rows.audit.path} holds no usable row")
     return rows
 
@@ -177,31 +193,40 @@ class RunDescription:
 
     Attributes:
         data: how its rows are read.
-        weights: file that tells its weights from others.
+        folder: its checkpoint; None for an untuned model.
     """
 
+    name: str
     task: TaskName
     labels: tuple[str, ...]
     data: DataConfig
     hub: HubConfig | None
     generation: GenerationConfig
-    weights: Path | None
+    prior: str
+    folder: Path | None
 
 
 def describe_run(
-    run: str | os.PathLike[str], overrides: Sequence[str], changes: Mapping[str, Any]
+    run: str | os.PathLike[str] | Predictor,
+    overrides: Sequence[str] = (),
+    changes: Mapping[str, Any] | None = None,
 ) -> RunDescription:
-    """Of a run, or of the untuned model of a config file; no weights are loaded.
+    """Of a run, of the untuned model of a config file, or of a predictor; no weights are loaded.
 
     Raises:
-        ConfigError: a change is not possible, or its answers depend on all rows at once.
+        ConfigError: a change is not possible.
+        ModelError: there is no such run.
     """
-    from labeltune.inference.load import checkpoint_of, weights_file
-    from labeltune.inference.predictor import changed_generation
+    from labeltune.inference.load import checkpoint_of
+    from labeltune.inference.predictor import Predictor, changed_generation
 
-    weights: Path | None = None
+    folder: Path | None = None
     hub: HubConfig | None = None
-    if Path(run).suffix in {".yaml", ".yml"}:
+    if isinstance(run, Predictor):
+        task, labels, generation, calibrate = run.task.name, run.task.labels, run.generation, run.calibrate
+        data = reading(task, labels, run.columns)
+        folder = run.weights.parent if run.weights is not None else None
+    elif Path(run).suffix in {".yaml", ".yml"}:
         config = load_config(run, overrides)
         task, labels, data, hub = config.task, _labels_of(config), config.data, config.hub
         generation, calibrate = config.generation, config.calibrate
@@ -209,13 +234,15 @@ def describe_run(
         folder = checkpoint_of(run)
         info = RunInfo.load(folder)
         task, labels, generation, calibrate = info.task, info.labels, info.generation, info.calibrate
-        data = DataConfig(labels=labels if task == "ner" else None, columns=info.columns)
-        weights = weights_file(folder, info)
-    if calibrate.prior == "batch":
-        raise ConfigError(
-            "calibrate.prior=batch looks at all rows at once; measure this run with the local engine"
-        )
-    return RunDescription(task, labels, data, hub, changed_generation(generation, changes), weights)
+        data = reading(task, labels, info.columns)
+    generation = changed_generation(generation, changes or {})
+    name = str(run) if not isinstance(run, Predictor) else str(folder or run.source)
+    return RunDescription(name, task, labels, data, hub, generation, calibrate.prior, folder)
+
+
+def reading(task: TaskName, labels: tuple[str, ...], columns: ColumnsConfig) -> DataConfig:
+    """How the rows of a run are read: entity types by their configured names."""
+    return DataConfig(labels=labels if task == "ner" else None, columns=columns)
 
 
 def _labels_of(config: RunConfig) -> tuple[str, ...]:
@@ -224,48 +251,36 @@ def _labels_of(config: RunConfig) -> tuple[str, ...]:
     return load_splits(config.task, config.data, config.hub, config.training.seed).labels
 
 
-def predictor_of(
-    run: str | os.PathLike[str], overrides: Sequence[str] = ()
-) -> tuple[Predictor, DataConfig, HubConfig | None]:
-    """The predictor of a run, or of the untuned model of a config file, with how its data is read."""
-    from labeltune.inference.load import base_predictor, load_predictor
-
-    if Path(run).suffix in {".yaml", ".yml"}:
-        config = load_config(run, overrides)
-        return base_predictor(config, _labels_of(config)), config.data, config.hub
-    predictor = load_predictor(run)
-    return predictor, _data_of(predictor), None
-
-
 @contextlib.contextmanager
 def opened(
-    run: str | os.PathLike[str] | Predictor, overrides: Sequence[str] = ()
-) -> Iterator[tuple[Predictor, DataConfig, HubConfig | None]]:
-    """As `predictor_of`, for as long as the context lasts; a predictor that is given is left open, and as it was."""
+    run: str | os.PathLike[str] | Predictor,
+    overrides: Sequence[str] = (),
+    labels: Sequence[str] | None = None,
+) -> Iterator[Predictor]:
+    """The predictor of a run for as long as the context lasts; one that is given is left open, and as it was."""
     from labeltune.inference.predictor import Predictor
 
     if not isinstance(run, Predictor):
-        predictor, data, hub = predictor_of(run, overrides)
-        with predictor:
-            yield predictor, data, hub
+        with predictor_of(run, overrides, labels) as predictor:
+            yield predictor
         return
     generation = run.generation
     try:
-        yield run, _data_of(run), None
+        yield run
     finally:
         run.generation = generation
 
 
-def _data_of(predictor: Predictor) -> DataConfig:
-    labels = predictor.task.labels if predictor.task.name == "ner" else None
-    return DataConfig(labels=labels, columns=predictor.columns)
+def predictor_of(
+    run: str | os.PathLike[str], overrides: Sequence[str] = (), labels: Sequence[str] | None = None
+) -> Predictor:
+    """The predictor of a run, or of the untuned model of a config file, whose `labels` are looked for in its data when None."""
+    from labeltune.inference.load import base_predictor, load_predictor
 
-
-def name_of(run: str | os.PathLike[str] | Predictor) -> str:
-    """What a run is called in reports: its path, or that of the checkpoint a predictor was loaded from."""
-    if isinstance(run, str | os.PathLike):
-        return str(run)
-    return str(run.weights.parent) if run.weights is not None else run.source
+    if Path(run).suffix in {".yaml", ".yml"}:
+        config = load_config(run, overrides)
+        return base_predictor(config, labels if labels is not None else _labels_of(config))
+    return load_predictor(run)
 
 
 def _evaluated_row(example: Example, prediction: Prediction) -> dict[str, Any]:

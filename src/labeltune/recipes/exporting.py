@@ -19,7 +19,7 @@ from labeltune.export.push import check_repo, push_folder
 from labeltune.modeling.pocket import POCKET_MODELS
 from labeltune.recipes.evaluation import row_bar
 from labeltune.recipes.held_out import rows_to_verify, validation_metrics
-from labeltune.recipes.selection import SELECTION_FILE
+from labeltune.recipes.selection import SELECTION_FILE, TRAINING_FILE
 from labeltune.run_folder import RunInfo, public_name, write_json, write_text
 from labeltune.types import Example, Prediction
 
@@ -158,7 +158,7 @@ def export(
             commands["Serve with vLLM"] = vllm.adapter_command(
                 info.model, info.hub, base, target, called, adapter
             )
-        for file in ("calibration.json", SELECTION_FILE):
+        for file in ("calibration.json", SELECTION_FILE, TRAINING_FILE):
             if (checkpoint / file).is_file():
                 shutil.copyfile(checkpoint / file, folder / file)
         asked = vllm.request(task, tokenizer, called, info.generation.max_new_tokens)

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from labeltune.config import DataConfig
 from labeltune.errors import DataError
-from labeltune.recipes.evaluation import labelled_rows
+from labeltune.recipes.evaluation import describe_run, labelled_rows
 from labeltune.run_folder import RunInfo
 from labeltune.types import Example
 
@@ -23,9 +22,7 @@ def rows_to_verify(
 ) -> list[Example]:
     """Rows of a file, else the run's validation rows, else none, which is said."""
     if data is not None:
-        labels = info.labels if info.task == "ner" else None
-        columns = DataConfig(labels=labels, columns=info.columns)
-        found = labelled_rows(info.task, data, columns, info.hub, "stop", max_rows)
+        found = labelled_rows(describe_run(checkpoint), data, "stop", max_rows)
         return [found.example(i) for i in range(len(found.dataset))]
     file = _validation(checkpoint) / "predictions.jsonl"
     if not file.is_file():

@@ -53,7 +53,7 @@ def predict_spread(
     where = Place.of(output)
     known = run_fingerprint_of(run, changes or {})
     load = partial(load_changed, everywhere(run), changes or {})
-    alone = contextlib.nullcontext() if where.remote else alone_with_output(where.where, where.name)
+    alone = contextlib.nullcontext() if where.remote else alone_with_output(Path(where.where), where.name)
     with alone, _bar() as advance:
         settings = Settings(labels, min_confidence, top_k, with_text)
         cluster = Cluster(workers, address)
@@ -103,7 +103,7 @@ def _measured_predictor(
     """What a worker of `evaluate` asks."""
     from labeltune.recipes.evaluation import predictor_of
 
-    predictor, _, _ = predictor_of(run, overrides)
+    predictor = predictor_of(run, overrides)
     predictor.change(**changes)
     if base:
         # Never put back, as the worker does nothing else; a context that nobody holds would be closed.

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
-from collections import Counter
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
-from labeltune.data.loading import Splits, load_splits, stratum
+from labeltune.data.loading import Splits, load_splits
 from labeltune.errors import MissingExtraError
 from labeltune.evaluation.headline import SELECTION, headline
 from labeltune.folder_lock import alone_with
-from labeltune.progress import row_progress
+from labeltune.progress import begin, no_long_silence, row_progress, spoke
 from labeltune.ranks import is_sharded, rank
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
-from labeltune.recipes.selection import save_selection
-from labeltune.run_folder import check_output, public_name, remove_checkpoints, remove_leftovers
+from labeltune.recipes.rows import (
+    fixed_handful,
+    prediction_text,
+    report_splits,
+    summarize,
+    validation_rows,
+    warn_of_rows,
+)
+from labeltune.recipes.selection import TRAINING_FILE, hashes_file, save_selection
+from labeltune.run_folder import check_output, remove_checkpoints, remove_leftovers
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
-from labeltune.types import Example, Prediction
+from labeltune.training.record import (
+    FINISHED_FILE,
+    RECORD_FILE,
+    Finished,
+    check_unchanged,
+    finished_run,
+    nothing_left,
+    run_record,
+)
+from labeltune.types import Example
 
 if TYPE_CHECKING:
     from labeltune.inference.predictor import Predictor
@@ -37,36 +55,60 @@ CALIBRATION_ROWS = 2000
 def _say(line: str) -> None:
     if rank() == 0:
         print(line, file=sys.stderr, flush=True)
+        spoke()
 
 
 def train(
-    config: RunConfig, *, resume: bool = False, overwrite: bool = False, say: Say = _say
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = _say,
+    command: str | None = None,
 ) -> TrainResult:
     """Fine-tune a model as the config says; checkpoints appear under `config.output_dir`.
 
     Args:
-        resume: go on from the last complete checkpoint.
+        resume: go on from the last complete checkpoint, with the same rows and, but for how long to train and what to show,
+            the same config. A finished run is left as it is.
         overwrite: delete the checkpoints of an earlier run, once data and model are known to be usable.
+        command: the command line that trains, for messages on how to go on; nothing is said about commands when None.
 
     Raises:
         LabeltuneError: any of its kinds; config, data and output folder are checked before weights are loaded.
         Interrupted: Ctrl-C; the message names the checkpoint that was saved.
     """
     if rank() != 0:
-        return _train(config, resume, overwrite, say)
+        return _train(config, resume, overwrite, say, command)
     writing = f"another training writes into {config.output_dir}"
-    with alone_with(Path(config.output_dir) / ".lock", writing, "wait for it, or choose another output_dir"):
-        return _train(config, resume, overwrite, say)
+    with (
+        alone_with(Path(config.output_dir) / ".lock", writing, "wait for it, or choose another output_dir"),
+        no_long_silence(say),
+    ):
+        return _train(config, resume, overwrite, say, command)
 
 
-def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainResult:
+def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None) -> TrainResult:
+    started = time.monotonic()
     _check_tracker(config)
     resume_from = check_output(config, resume, overwrite, say)
     if rank() == 0:
         remove_leftovers(Path(config.output_dir))
+    begin("checking the rows")
     splits = load_splits(config.task, config.data, config.hub, config.training.seed)
-    _report_splits(splits, say)
+    report_splits(splits, say)
+    measured = validation_rows(splits, config.eval.max_rows)
+    warn_of_rows(config, splits, measured, say)
+    summary = summarize(config, splits)
+    if resume_from is not None:
+        check_unchanged(resume_from, config, splits, summary)
+        rows = len(splits.train)
+        ended = finished_run(resume_from, config, rows, splits.validation is not None)
+        if ended is not None:
+            say(nothing_left(ended, config, rows))
+            return _result_of(ended, Path(config.output_dir))
 
+    begin("loading libraries and the tokenizer")
     from transformers import set_seed
 
     from labeltune.inference.predictor import Predictor
@@ -89,6 +131,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
     task = make_task(config.task, splits.labels, config.prompt)
     builder = PromptBuilder(task, template)
     workers = config.data.workers
+    begin("tokenizing the rows")
     train_tokens, account = tokenize_rows(splits.train, builder, workers)
     validation_tokens = (
         tokenize_rows(splits.validation, builder, workers)[0] if splits.validation is not None else None
@@ -106,6 +149,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
     set_seed(config.training.seed)
     precision = pick_precision(config.training.precision, full=full)
     check_feasible(config, precision, local.folder, len(train_tokens), validation_tokens is not None)
+    begin("loading the model", say)
     quantized = config.training.method == "qlora"
     model = load_model(local.folder, precision.weights, trust_remote_code=trust, four_bit=quantized)
     if not full:
@@ -115,39 +159,43 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
         f"model: {config.model}, {total:,} weights, {trained:,} trained ({precision.name} on {precision.device})"
     )
 
-    info = RunInfo.of(config, splits.labels, tokenizer.chat_template, summarize(config, splits))
+    info = RunInfo.of(config, splits.labels, tokenizer.chat_template, summary)
     tracker = _start_tracker(config, splits, main_process, resume_from, say)
     callbacks: list[Any] = [tracker.callback()] if tracker is not None else []
     predictor = Predictor(
         model, task, template, config.generation, calibrate=config.calibrate, source=config.model
     )
     predictor.share = True
-    measured = validation_rows(splits, config.eval.max_rows)
 
     def measure() -> dict[str, float]:
         # A terminal shows the bar over steps already, and cannot show two.
         alone = main_process and not sys.stderr.isatty()
+        begin(f"predicting {len(measured)} validation rows")
         with row_progress(len(measured), "validation", alone, last_line=False) as advance:
             return headline(measured, predictor.predict(measured, on_batch=advance))
 
-    shown = _fixed_handful(splits, config.swanlab.prediction_rows)
+    shown = fixed_handful(splits, config.swanlab.prediction_rows)
     if config.tracking == "swanlab" and shown:
 
         def show(step: int, when: str) -> None:
+            begin(f"predicting {len(shown)} rows for the board: {when}", say)
             predictions = predictor.predict(shown)
             if tracker is None:
                 return
             tracker.log_predictions(
                 step,
                 [
-                    (_prediction_text(e, p, task.target(e)), f"{when}, row {e.id}")
+                    (prediction_text(e, p, task.target(e)), f"{when}, row {e.id}")
                     for e, p in zip(shown, predictions, strict=True)
                 ],
             )
 
         callbacks.append(ShowPredictions(show))
-    if overwrite and not resume and main_process:
-        remove_checkpoints(config.output_dir)
+    if main_process:
+        if overwrite and not resume:
+            remove_checkpoints(config.output_dir)
+        (Path(config.output_dir) / FINISHED_FILE).unlink(missing_ok=True)
+    files = {RECORD_FILE: run_record(config, splits), TRAINING_FILE: hashes_file(splits.train_texts)}
     try:
         result = run_training(
             model,
@@ -162,6 +210,8 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
             say,
             lambda number: str(splits.train[number]["source"]),
             measure if measured else None,
+            files,
+            f"{command} --resume" if command is not None else None,
         )
         if measured:
             _finish(predictor, result, config, splits, measured, tracker, say)
@@ -169,10 +219,54 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
         if tracker is not None:
             tracker.finish(error)
         raise
+    if main_process:
+        Finished(
+            result.steps,
+            result.last.name,
+            result.train_loss,
+            result.metric_name,
+            result.metric,
+            result.validation_loss,
+            result.unimproved,
+        ).save(Path(config.output_dir))
     if tracker is not None:
         tracker.finish()
-    say(f"done in {result.seconds:.0f} s: {result.best} -> {result.best.resolve().name}")
+    say(
+        f"done in {time.monotonic() - started:.0f} s, {result.seconds:.0f} s of them training: "
+        f"{result.best} -> {result.best.resolve().name}"
+    )
+    if command is not None:
+        for line in _next_steps(config):
+            say(line)
     return result
+
+
+def _result_of(ended: Finished, output_dir: Path) -> TrainResult:
+    """The result of a run that was finished before."""
+    from labeltune.training.trainer import TrainResult
+
+    return TrainResult(
+        output_dir / ended.last,
+        output_dir / "best",
+        ended.steps,
+        ended.train_loss,
+        ended.metric_name,
+        ended.metric,
+        ended.validation_loss,
+        0.0,
+        ended.unimproved,
+    )
+
+
+def _next_steps(config: RunConfig) -> list[str]:
+    """Commands for the run that was just trained."""
+    run = shlex.quote(config.output_dir)
+    rows = shlex.quote(config.data.test) if config.data.test is not None else "FILE"
+    return [
+        f"next: labeltune evaluate {run} --data {rows}",
+        f'      labeltune predict {run} --text "..."',
+        f"      labeltune serve {run}",
+    ]
 
 
 def _finish(
@@ -190,6 +284,7 @@ def _finish(
     from labeltune.modeling.lora import restore_adapter
     from labeltune.training.sharded import load_weights
 
+    begin("loading the best checkpoint")
     best = result.best.resolve()
     if is_sharded(predictor.model):
         load_weights(predictor.model, best)
@@ -199,18 +294,20 @@ def _finish(
     else:
         restore_adapter(predictor.model, best)
     if config.calibrate.temperature and config.task == "classification":
-        calibration, report = calibrate(predictor, _fixed_handful(splits, CALIBRATION_ROWS), best, say)
+        begin("measuring confidence on the validation rows")
+        calibration, report = calibrate(predictor, fixed_handful(splits, CALIBRATION_ROWS), best, say)
         predictor.calibration = calibration
         if tracker is not None:
             tracker.log(calibration_figures(report), result.steps)
     assert splits.validation is not None
+    begin(f"predicting {len(measured)} validation rows with the best checkpoint", say)
     predictions = predictor.predict(measured)
     if rank() != 0:
         return
     save_selection(best, splits.validation["text"])
     where = "validation rows of the training run"
     about = {"run": str(result.best), "base": False, "decoding": predictor.generation.decoding, "data": where}
-    about |= {"rows_are": SELECTION, "selection_rows": len(measured)}
+    about |= {"rows_are": SELECTION, "training_rows": 0, "selection_rows": len(measured)}
     metrics = all_metrics(about, measured, predictions, predictor.task.labels)
     folder = Path(config.output_dir) / "validation"
     write_evaluation(folder, metrics, measured, predictions)
@@ -222,37 +319,6 @@ def _finish(
 def _check_tracker(config: RunConfig) -> None:
     if config.tracking in ("wandb", "tensorboard") and importlib.util.find_spec(config.tracking) is None:
         raise MissingExtraError(f"tracking={config.tracking}", config.tracking)
-
-
-def summarize(config: RunConfig, splits: Splits) -> dict[str, Any]:
-    """What a run is trained on, for its model card: names without folders, rows, and training rows (entities) by label.
-
-    `test` is the path as it was given: `labeltune evaluate` reads it when no other is named.
-    """
-    counts: Counter[str] = Counter()
-    if config.task == "classification":
-        counts.update(splits.train["label"])
-    else:
-        counts.update(e["label"] for row in splits.train["entities"] for e in row)
-    validation = config.data.validation
-    return {
-        "train": public_name(config.data.train),
-        "validation": None if validation is None else public_name(validation),
-        "test": config.data.test,
-        "train_rows": len(splits.train),
-        "validation_rows": 0 if splits.validation is None else len(splits.validation),
-        "labels": dict(counts.most_common()),
-    }
-
-
-def _report_splits(splits: Splits, say: Say) -> None:
-    held_out = 0 if splits.validation is None else len(splits.validation)
-    say(f"data: {len(splits.train)} training rows, {held_out} validation rows, {len(splits.labels)} labels")
-    if held_out > len(splits.train):
-        say("warning: there are more validation rows than training rows; are the two files swapped?")
-    if splits.skipped:
-        reasons = ", ".join(f"{kind} {count}" for kind, count in sorted(splits.skipped.items()))
-        say(f"data: {splits.skipped_rows} faulty rows were skipped (data.on_error=skip): {reasons}")
 
 
 def _count_parameters(model: Any) -> tuple[int, int]:
@@ -282,30 +348,3 @@ def _start_tracker(
     elif tracker.started:
         say(f"SwanLab: {tracker.mode} run in project {config.swanlab.project}")
     return tracker
-
-
-def _fixed_handful(splits: Splits, count: int) -> list[Example]:
-    """Rows spread evenly over the validation rows (the training rows when there are none); the same in every run."""
-    source = splits.validation if splits.validation is not None else splits.train
-    count = min(count, len(source))
-    return [Example.from_row(source[i * len(source) // count]) for i in range(count)]
-
-
-def validation_rows(splits: Splits, count: int) -> list[Example]:
-    """At most `count` validation rows, the same in every run of a config: every stratum in proportion (a label, or a set of
-    entity types), spread evenly over the file. All of them in file order when they are no more."""
-    source = splits.validation
-    if source is None:
-        return []
-    if len(source) <= count:
-        return [Example.from_row(row) for row in source]
-
-    names = [stratum(row) for row in source.select_columns(["label", "entities"])]
-    order = sorted(range(len(source)), key=lambda i: (names[i], i))
-    chosen = sorted(order[i * len(order) // count] for i in range(count))
-    return [Example.from_row(source[i]) for i in chosen]
-
-
-def _prediction_text(example: Example, prediction: Prediction, target: str) -> str:
-    # The board shows the beginning of a text in its table: what was predicted, not the document.
-    return f"Prediction:\n{prediction.answer}\n\nGround truth:\n{target}\n\nDocument:\n{example.text}"

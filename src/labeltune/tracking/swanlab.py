@@ -5,11 +5,12 @@ A tracker must never cost a training run: it does not ask for a login, and when 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from labeltune.types import Example, Prediction
 
 #: In the run folder: which run in SwanLab shows it.
 IDENTITY_FILE = "swanlab.json"
+#: Behind the name of a run that goes on with another.
+_RESUMED = " (resumed from step "
 
 
 def pick_mode(wanted: str) -> str:
@@ -48,12 +51,14 @@ class Identity:
         id: SwanLab's name for it.
         mode: `online`, `local` or `offline`.
         group: what links the parts of a training that was resumed; a name of its own when the config has none.
+        name: how the board calls it; empty when that is not known.
     """
 
     id: str
     mode: str
     project: str
     group: str
+    name: str = ""
 
     @staticmethod
     def load(output_dir: Path) -> Identity | None:
@@ -68,7 +73,8 @@ class SwanlabTracker:
     """One run in SwanLab.
 
     A resumed training goes on in the same run where the mode is `online` and was so before. SwanLab cannot reopen local and offline runs,
-    so there the resumed part is a new run in the group of the earlier one, and its config says `resumed_from`.
+    so there the resumed part is a new run in the group of the earlier one, called `NAME (resumed from step N)`, and its config says
+    `resumed_from`.
 
     Args:
         settings: project, mode, folder.
@@ -124,21 +130,40 @@ class SwanlabTracker:
                 "checkpoint": self.resumed.name,
             }
         group = self.settings.group or (before.group if before is not None else self._own_group())
-        swanlab.init(
-            project=self.settings.project,
-            name=self.settings.experiment,
-            group=group,
-            mode=self.mode,
-            log_dir=self.settings.log_dir,
-            id=before.id if before is not None and same_run else None,
-            resume="allow" if same_run else None,
-            config=config,
-            settings=swanlab.Settings(interactive=False),
-            reinit=True,
-        )
+        name = self.settings.experiment
+        if self.resumed is not None and not same_run:
+            step = self.resumed.name.rpartition("-")[2]
+            first = name or (before.name.partition(_RESUMED)[0] if before is not None else "")
+            name = f"{first or self.output_dir.resolve().name}{_RESUMED}{step})"
+        with self._quiet():
+            swanlab.init(
+                project=self.settings.project,
+                name=name,
+                group=group,
+                mode=self.mode,
+                log_dir=self.settings.log_dir,
+                id=before.id if before is not None and same_run else None,
+                resume="allow" if same_run else None,
+                config=config,
+                settings=swanlab.Settings(interactive=False),
+                reinit=True,
+            )
         self.started = True
-        found = Identity(str(swanlab.get_run().id), self.mode, self.settings.project, group)
+        run = swanlab.get_run()
+        found = Identity(str(run.id), self.mode, self.settings.project, group, str(run.name or ""))
         write_json(self.output_dir / IDENTITY_FILE, asdict(found))
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Keeps back what SwanLab prints of a local run: where it is and how to watch it, which is said once already."""
+        from swanlab.sdk.internal.pkg import console
+
+        before = console.c.quiet
+        console.c.quiet = before or self.mode != "online"
+        try:
+            yield
+        finally:
+            console.c.quiet = before
 
     def _own_group(self) -> str:
         return f"{self.output_dir.resolve().name}-{secrets.token_hex(3)}"
@@ -209,7 +234,9 @@ class SwanlabTracker:
     def _finish(self, error: BaseException | None) -> None:
         import swanlab
 
-        if swanlab.has_run():
+        if not swanlab.has_run():
+            return
+        with self._quiet():
             if error is None:
                 swanlab.finish()
             else:

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from labeltune.errors import DivergedError
+from labeltune.progress import SILENCE, bar_shown, begin, silent_for, spoke
 from labeltune.ranks import reduced, world
 from labeltune.run_folder import checkpoints, write_text
 
@@ -155,6 +156,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self._bar: Any = None
+        self._shown: Any = None
         self._task: Any = None
         self._started = 0.0
         self._first_step = 0
@@ -166,6 +168,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             return
         self._started = time.monotonic()
         self._first_step = state.global_step
+        if state.global_step:
+            self.say(f"resuming at step {state.global_step} of {state.max_steps}")
+        self._begin_step(state)
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -189,6 +194,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             )
             self._bar = Progress(*columns, console=console)
             self._bar.start()
+            self._shown = bar_shown()
+            self._shown.__enter__()
             self._task = self._bar.add_task(
                 "train", total=state.max_steps, completed=state.global_step, info=""
             )
@@ -202,6 +209,21 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if self._bar is not None:
             info = f"{self._rate(state):.1f} examples/s{self._loss}"
             self._bar.update(self._task, completed=state.global_step, info=info)
+        elif state.is_world_process_zero and silent_for() >= SILENCE:
+            self.say(self._line(state))
+        self._begin_step(state)
+
+    @staticmethod
+    def _begin_step(state: Any) -> None:
+        begin(f"in step {state.global_step + 1} of {state.max_steps}")
+
+    def _line(self, state: Any) -> str:
+        rate = self._rate(state)
+        left = (state.max_steps - state.global_step) * self.batch_size / max(rate, 1e-9)
+        return (
+            f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}{self._loss}  "
+            f"{rate:.2f} examples/s  {left:.0f} s left"
+        )
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -211,15 +233,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             return
         rate = self._rate(state)
         logs["examples_per_second"] = round(rate, 3)
-        self._loss = f"  loss {logs['loss']:.4f}"
+        self._loss = f"  loss {logs['loss']:.4f}  lr {logs.get('learning_rate', 0):.2e}"
         if self._bar is None:
-            left = (state.max_steps - state.global_step) * self.batch_size / max(rate, 1e-9)
-            print(
-                f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}{self._loss}  "
-                f"lr {logs.get('learning_rate', 0):.2e}  {rate:.2f} examples/s  {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            self.say(self._line(state))
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **_: Any
@@ -233,6 +249,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 if name.startswith("eval_") and not name.endswith(timings)
             )
             self.say(f"step {state.global_step}: validation (used for selection): {figures}")
+            self._begin_step(state)
 
     def say(self, line: str) -> None:
         """A line above the bar."""
@@ -240,6 +257,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self._bar.console.print(line)
         else:
             print(line, file=sys.stderr, flush=True)
+            spoke()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Takes the bar down."""
@@ -250,6 +268,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            self._shown.__exit__(None, None, None)
 
 
 class ShowPredictions(TrainerCallback):  # type: ignore[misc]

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from labeltune.errors import OutputError
-from labeltune.run_folder import MANIFEST_FILE, RunInfo, file_hash, why_not_written, write_json
+from labeltune.run_folder import (
+    MANIFEST_FILE,
+    RunInfo,
+    file_hash,
+    obey_umask,
+    why_not_written,
+    write_bytes,
+    write_json,
+)
 
 #: Where a checkpoint is written before it gets its name; what a killed run left there is removed by the next.
 STAGING = ".saving"
@@ -27,17 +35,22 @@ def clear_staging(output_dir: Path) -> None:
     shutil.rmtree(staging_folder(output_dir), ignore_errors=True)
 
 
-def publish(output_dir: Path, name: str, info: RunInfo) -> Path:
+def publish(output_dir: Path, name: str, info: RunInfo, files: Mapping[str, bytes] | None = None) -> Path:
     """Complete the checkpoint that stands in the staging folder and give it its place.
 
-    `labeltune.json` and a manifest of SHA-256 sums are added, every file is brought to the disk, and the folder is renamed:
-    whoever looks finds the whole checkpoint or none. A damaged one of the same name is replaced.
+    `labeltune.json`, `files` (content by name) and a manifest of SHA-256 sums are added, every file is brought to the disk, and
+    the folder is renamed: whoever looks finds the whole checkpoint or none. A damaged one of the same name is replaced.
 
     Raises:
         OutputError: the folder cannot be written.
     """
     staged, final = staging_folder(output_dir) / name, output_dir / name
     info.save(staged)
+    for file, content in (files or {}).items():
+        write_bytes(staged / file, content)
+    # peft's empty model card; `labeltune export` writes a true one.
+    (staged / "README.md").unlink(missing_ok=True)
+    obey_umask(staged)
     write_manifest(staged)
     after("manifest")
     for path in sorted(staged.rglob("*")):

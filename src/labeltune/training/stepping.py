@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from labeltune.errors import DivergedError, ModelError
+from labeltune.progress import begin
 from labeltune.ranks import add_up_gradients, in_step, reduced
 from labeltune.run_folder import RunInfo, checkpoints
 from labeltune.training import sharded
@@ -65,10 +66,11 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         info: RunInfo,
         where: Callable[[int], str],
         measure: Callable[[], dict[str, float]] | None = None,
+        files: Mapping[str, bytes] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(data_collator=to_rows, **options)
-        self.info, self.where = info, where
+        self.info, self.where, self.files = info, where, files
         self._saving_into: Path | None = None
         self._make_plan, self.batch_size, self.seed, self.say, self.measure = (
             plan,
@@ -230,6 +232,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
 
         Each unit of rows is computed by one process as it would be by a single one; sums are added in the order of units.
         """
+        begin(f"validating at step {self.state.global_step}")
         model = self.model
         was_training = model.training
         model.eval()
@@ -314,7 +317,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             if self.args.should_save:
                 state.save_to_json(str(staging_folder(output) / name / "trainer_state.json"))
                 sums.save(staging_folder(output) / name)
-                publish(output, name, self.info)
+                publish(output, name, self.info, self.files)
                 rotate_checkpoints(
                     output_dir=str(output),
                     save_total_limit=self.args.save_total_limit,

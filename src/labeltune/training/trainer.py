@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.modeling.precision import Precision
+from labeltune.progress import begin
 from labeltune.ranks import connect, loss_of_others_named, reduced, world
 from labeltune.run_folder import RunInfo, checkpoints, writing
 from labeltune.training.planner import Row
@@ -41,6 +42,7 @@ class TrainResult:
         metric: its value there.
         validation_loss: the loss there.
         seconds: time spent in the training loop.
+        unimproved: checkpoints in a row without improvement at the end, where `eval.patience` counts them.
     """
 
     last: Path
@@ -51,6 +53,7 @@ class TrainResult:
     metric: float | None
     validation_loss: float | None
     seconds: float
+    unimproved: int = 0
 
 
 def training_arguments(config: RunConfig, precision: Precision, has_validation: bool) -> Any:
@@ -123,12 +126,16 @@ def run_training(
     say: Say,
     where: Callable[[int], str],
     measure: Measurement | None = None,
+    files: Mapping[str, bytes] | None = None,
+    go_on: str | None = None,
 ) -> TrainResult:
     """Train, saving checkpoints as PEFT folders with tokenizer and `labeltune.json`.
 
     Args:
         where: number of a training row -> its place, for messages.
         measure: called at every validation, on all processes; gives the same figures by name on each, among them the config's metric.
+        files: what else a checkpoint holds, by name.
+        go_on: the command that resumes, for the message after Ctrl-C.
 
     Raises:
         DivergedError: a loss or gradient is infinite or no number; the last good checkpoint is untouched.
@@ -147,6 +154,7 @@ def run_training(
     arguments = training_arguments(config, precision, validation is not None)
     stopper, progress = StopOnInterrupt(), Progress(config.training.batch_size)
     watch = StopOnDivergence(model.config.get_text_config().vocab_size, say)
+    stopping = _early_stopping(config, validation)
     trainer = PackTrainer(
         lambda ready: prepare_steps(ready, tokenizer, config, precision, train, arguments.device, say),
         config.training.batch_size,
@@ -155,6 +163,7 @@ def run_training(
         info,
         where,
         measure,
+        files,
         model=model,
         args=arguments,
         train_dataset=train,
@@ -165,7 +174,7 @@ def run_training(
             WriteMetrics(),
             stopper,
             watch,
-            *_early_stopping(config, validation),
+            *stopping,
             *callbacks,
         ],
     )
@@ -194,7 +203,9 @@ def run_training(
         progress.close()
     last = Path(config.output_dir) / f"checkpoint-{trainer.state.global_step}"
     if stopper.interrupted:
-        raise Interrupted(f"stopped; {last} is saved, --resume continues it")
+        at = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
+        then = f"go on with: {go_on}" if go_on is not None else "--resume continues it"
+        raise Interrupted(f"{at}; {last.name} is saved, {then}")
     best = last
     if trainer.state.best_model_checkpoint:
         best = Path(trainer.state.best_model_checkpoint)
@@ -212,6 +223,7 @@ def run_training(
         metric=trainer.state.best_metric if measured else None,
         validation_loss=best_loss(trainer.state) if measured else None,
         seconds=float(output.metrics["train_runtime"]),
+        unimproved=max((callback.early_stopping_patience_counter for callback in stopping), default=0),
     )
 
 
@@ -257,6 +269,7 @@ def prepare_steps(
     def smallest(value: int) -> int:
         return int(reduced([value], "min")[0])
 
+    begin("checking packing on your rows", say)
     with random_state_kept():
         head = chunkable_head(model, torch_ids(sample[0], device))
         choice = choose_packing(model, sample, options.packing, precision, pad_id, head, say)
