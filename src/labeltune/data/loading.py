@@ -292,7 +292,8 @@ class _Part:
 
     def texts(self) -> numpy.ndarray[Any, Any]:
         hashes: numpy.ndarray[Any, Any] = numpy.array(self.rows.audit.text_hashes, dtype=numpy.uint64)
-        return hashes[self.mask]
+        kept: numpy.ndarray[Any, Any] = hashes[self.mask]
+        return kept
 
     def fingerprint(self) -> str:
         answers = numpy.array(self.rows.audit.answer_hashes, dtype=numpy.uint64)[self.mask]

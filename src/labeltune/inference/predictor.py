@@ -170,16 +170,11 @@ class Predictor:
         """Find out with some of these examples, if it is not known yet, whether the fast way is right for the model."""
         if self.generation.decoding == "free" or not examples:
             return
-        by_length = sorted(examples, key=lambda example: len(example.text))
-        some = {
-            example.id: example for example in (by_length[0], by_length[len(examples) // 2], by_length[-1])
-        }
+        ordered, task = sorted(examples, key=lambda example: len(example.text)), self.task
         questions = []
-        for example in some.values():
-            trie = MADE_UP
-            if isinstance(self.task, ClassificationTask):
-                trie = self._trie(example, self.task.candidates(example))
-            questions.append(Question(self.builder.views(example, self.generation.long_text)[0].ids, trie))
+        for e in (ordered[0], ordered[len(ordered) // 2], ordered[-1]):
+            trie = self._trie(e, task.candidates(e)) if isinstance(task, ClassificationTask) else MADE_UP
+            questions.append(Question(self.builder.views(e, self.generation.long_text)[0].ids, trie))
         self.engine.settle(questions)
 
     def _together(
