@@ -179,8 +179,8 @@ def _print_audit(audit: Audit, limit: int) -> None:
         print(f"  {count:8d}  {count / total:6.1%}  {label}")
     words = {"p10": "10th percentile", "p50": "median", "p90": "90th percentile", "p99": "99th percentile"}
     lengths = audit.length_percentiles().items()
-    shown = ", ".join(f"{words.get(name, 'longest')} {value:,}" for name, value in lengths)
-    print(f"  text length in {audit.length_unit}: {shown or 'no usable row'}\n")
+    figures = ", ".join(f"{words.get(name, 'longest')} {value:,}" for name, value in lengths)
+    print(f"  text length in {audit.length_unit}: {figures or 'no usable row'}\n")
 
 
 @app.command()
