@@ -188,7 +188,7 @@ def test_what_cannot_be_written_is_said_first(labeltune: Any, in_folder: Path, u
         ("export", "run", "rows.jsonl"),
     ):
         (in_folder / "run.yaml").write_text("model: pocket\ndata: {train: rows.jsonl}\n")
-        refused(labeltune(*command), "rows.jsonl is a file; name a folder")
+        refused(labeltune(*command), "rows.jsonl is a file and cannot be written into")
     with pytest.raises(OutputError, match="link to a folder that is not there"):
         check_folder(in_folder / "gone", [])
     assert sorted(path.name for path in in_folder.iterdir()) == [
