@@ -437,7 +437,8 @@ def test_json_goes_where_it_is_wanted(
     for command, value in ((("evaluate", "run"), figures), (("compare", "base", "run"), found)):
         command = (*command, "-d", "rows.jsonl")
         assert json.loads(labeltune(*command).out) == value
-        assert labeltune(*command, "-o", "report").out == ""
+        summary = labeltune(*command, "-o", "report")
+        assert summary.out == "" and summary.err.splitlines()[-1].startswith("report: report/")
         assert json.loads(labeltune(*command, "-o", "report", "--json").out) == value
         with monkeypatch.context() as on_terminal:
             on_terminal.setattr("labeltune.cli.evaluate.is_terminal", lambda: True)

@@ -80,6 +80,8 @@ def evaluate(
         address=address,
     )
     print_summary(metrics)
+    if output is not None:
+        print(f"report: {output / 'report.html'}", file=sys.stderr)
     if wants_json(as_json, output):
         print(json.dumps(metrics, ensure_ascii=False, indent=2))
 
