@@ -191,7 +191,8 @@ def test_a_name_that_is_not_utf8_is_printed_with_escapes(tmp_path: Path) -> None
         "predict NAME NAME.jsonl",
     ):
         done = shell(tmp_path, "L " + command.replace("NAME", r"$'\321\265\301\267'"))
-        assert done.returncode == 2 and r"\udcc1\udcb7" in done.stderr, done.stderr
+        escapes = ("ѵ" + r"\udcc1\udcb7", "ѵ" + r"\xc1\xb7")
+        assert done.returncode == 2 and any(name in done.stderr for name in escapes), done.stderr
         assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 

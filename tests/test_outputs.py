@@ -19,7 +19,7 @@ from labeltune.config import build_config
 from labeltune.errors import OutputError
 from labeltune.inference.row_files import csv_of
 from labeltune.output_paths import check_file, check_folder, descriptor, is_stream
-from labeltune.run_files import check_base_kept
+from labeltune.run_files import check_inputs_kept
 from labeltune.run_folder import RunInfo, write_json, write_text
 from test_cli import Result, labeltune  # noqa: F401
 from test_predictor import predictor_for
@@ -188,7 +188,7 @@ def test_what_cannot_be_written_is_said_first(labeltune: Any, in_folder: Path, u
         ("export", "run", "rows.jsonl"),
     ):
         (in_folder / "run.yaml").write_text("model: pocket\ndata: {train: rows.jsonl}\n")
-        refused(labeltune(*command), "rows.jsonl is a file; name a folder")
+        refused(labeltune(*command), "rows.jsonl is a file and cannot be written into")
     with pytest.raises(OutputError, match="link to a folder that is not there"):
         check_folder(in_folder / "gone", [])
     assert sorted(path.name for path in in_folder.iterdir()) == [
@@ -233,12 +233,30 @@ def test_a_sweep_keeps_its_config(labeltune: Any, in_folder: Path) -> None:  # n
     refused(found, "best.yaml is part of what this command reads (best.yaml)")
 
 
-def test_overwrite_keeps_the_model_that_it_starts_from(in_folder: Path) -> None:
-    make_run(in_folder / "out")
-    config = build_config({"model": "out/checkpoint-1", "output_dir": "out"})
-    with pytest.raises(OutputError, match="would delete out/checkpoint-1, which this run starts from"):
-        check_base_kept(config)
-    check_base_kept(build_config({"model": "out/checkpoint-1", "output_dir": "other"}))
+def test_training_keeps_what_it_reads(labeltune: Any, in_folder: Path) -> None:  # noqa: F811
+    run = make_run(in_folder / "out")
+    (run / "best").symlink_to("checkpoint-1")
+    (run / "validation").mkdir()
+    rows = [
+        write_jsonl(run / folder / "predictions.jsonl", classification_rows(3))
+        for folder in ("checkpoint-1", "validation")
+    ]
+    write_jsonl(in_folder / "rows.jsonl", classification_rows(3))
+    config = in_folder / "run.yaml"
+    for text, part in (
+        ("model: out/checkpoint-1", "out/best holds out/checkpoint-1, which this command reads"),
+        ("model: out/best", "out/best holds out/best, which this command reads"),
+        ("data: {train: out/best/predictions.jsonl}", "holds out/best/predictions.jsonl, which this command"),
+        (
+            "data: {test: out/validation/predictions.jsonl}",
+            "out/validation/predictions.jsonl is part of what",
+        ),
+    ):
+        config.write_text(f"{text}\noutput_dir: out\n")
+        refused(labeltune("train", "run.yaml", "--overwrite"), part)
+    assert all(len(path.read_text().splitlines()) == 3 for path in rows)
+    check_inputs_kept(build_config({"model": "out/checkpoint-1", "output_dir": "other"}), None, True)
+    check_inputs_kept(build_config({"output_dir": "out"}), "run.yaml", True)
 
 
 @pytest.fixture
@@ -419,7 +437,8 @@ def test_json_goes_where_it_is_wanted(
     for command, value in ((("evaluate", "run"), figures), (("compare", "base", "run"), found)):
         command = (*command, "-d", "rows.jsonl")
         assert json.loads(labeltune(*command).out) == value
-        assert labeltune(*command, "-o", "report").out == ""
+        summary = labeltune(*command, "-o", "report")
+        assert summary.out == "" and summary.err.splitlines()[-1].startswith("report: report/")
         assert json.loads(labeltune(*command, "-o", "report", "--json").out) == value
         with monkeypatch.context() as on_terminal:
             on_terminal.setattr("labeltune.cli.evaluate.is_terminal", lambda: True)

@@ -88,7 +88,8 @@ class DataConfig(Section):
         description="share of `train` held out, stratified by label; 0 trains on all rows",
     )
     test: str | None = Field(
-        None, description="test file; `labeltune data check CONFIG` looks for rows it shares with `train`"
+        None,
+        description="test file: `labeltune evaluate` reads it, `labeltune data check CONFIG` looks for rows it shares with `train`",
     )
     labels: tuple[str, ...] | None = Field(
         None, description="the label set; when empty, the labels seen in the training rows"

@@ -60,7 +60,7 @@ def check_folder(
     if kind is None and output.is_symlink():
         raise OutputError(f"{output} is a link to a folder that is not there")
     if kind is not None and not stat.S_ISDIR(kind):
-        raise OutputError(f"{output} is a file; name a folder")
+        raise OutputError(f"{output} is a file and cannot be written into; name a folder")
     if replaced and kind is not None:
         for given in inputs:
             place = local_path(given)

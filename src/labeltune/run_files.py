@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 from labeltune.config import RunConfig
-from labeltune.errors import OutputError
-from labeltune.output_paths import local_path, same_file
+from labeltune.output_paths import check_folder, local_path
 from labeltune.run_folder import MANIFEST_FILE, RUN_FILE, RunInfo, checkpoints, find_checkpoint
+
+#: What an evaluation writes into its folder.
+EVALUATION_FILES = ("metrics.json", "predictions.jsonl", "report.html")
 
 
 def files_read(run: str | os.PathLike[str]) -> list[Path]:
@@ -34,14 +36,21 @@ def files_read(run: str | os.PathLike[str]) -> list[Path]:
     ]
 
 
-def check_base_kept(config: RunConfig) -> None:
-    """Whether a run may begin with the deletion of an earlier run's checkpoints.
+def check_inputs_kept(config: RunConfig, path: str | None, overwrite: bool) -> None:
+    """Whether training leaves its model, its rows and its config file, at `path`, as they are.
+
+    Args:
+        overwrite: an earlier run's checkpoints will be deleted.
 
     Raises:
-        OutputError: the run starts from one of them.
+        OutputError: it would delete one of them, or write its report over one.
     """
-    base, folder = local_path(config.model), Path(config.output_dir)
-    if base is not None and any(same_file(base, path) for path in (folder / "best", *checkpoints(folder))):
-        raise OutputError(
-            f"--overwrite would delete {config.model}, which this run starts from; choose another output_dir"
-        )
+    data, folder = config.data, Path(config.output_dir)
+    read = [
+        given for given in (path, config.model, data.train, data.validation, data.test) if given is not None
+    ]
+    if overwrite:
+        for removed in (folder / "best", *checkpoints(folder)):
+            if removed.exists():
+                check_folder(removed, read, replaced=True)
+    check_folder(folder / "validation", read, EVALUATION_FILES)

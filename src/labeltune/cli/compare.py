@@ -55,6 +55,8 @@ def compare(
 
     found = recipes.compare(first, second, data, on_error=on_error, max_rows=max_rows, output=output)
     print_differences(found)
+    if output is not None:
+        print(f"report: {output / 'comparison.html'}", file=sys.stderr)
     if wants_json(as_json, output):
         print(json.dumps(found, ensure_ascii=False, indent=2))
 

@@ -49,8 +49,11 @@ def check(
     if report is not None:
         from labeltune.evaluation.data_report import check_report
 
-        check_report(report)
+        check_report(report, [given for given in (file, test) if given is not None])
     config, train_file, test_file = _check_target(file, test, task, labels)
+    if report is not None:
+        read = (train_file, config.data.validation, test_file)
+        check_report(report, [given for given in read if given is not None])
     if workers is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     model = _model_at_hand(tokenizer, config if Path(file).suffix in (".yaml", ".yml") else None)
@@ -179,8 +182,8 @@ def _print_audit(audit: Audit, limit: int) -> None:
         print(f"  {count:8d}  {count / total:6.1%}  {label}")
     words = {"p10": "10th percentile", "p50": "median", "p90": "90th percentile", "p99": "99th percentile"}
     lengths = audit.length_percentiles().items()
-    figures = ", ".join(f"{words.get(name, 'longest')} {value:,}" for name, value in lengths)
-    print(f"  text length in {audit.length_unit}: {figures or 'no usable row'}\n")
+    line = ", ".join(f"{words.get(name, 'longest')} {value:,}" for name, value in lengths)
+    print(f"  text length in {audit.length_unit}: {line or 'no usable row'}\n")
 
 
 @app.command()
@@ -194,10 +197,12 @@ def convert(
     """Write the original recipe's instruction/input/output jsonl."""
     from labeltune.data.convert import convert_file
     from labeltune.errors import ConfigError
+    from labeltune.output_paths import check_file
     from labeltune.tasks import make_task
 
     if on_error not in ("stop", "skip"):
         raise ConfigError(f"--on-error must be stop or skip, not {on_error!r}")
+    check_file(output, [file])
     config, source, _ = _check_target(file, None, task, labels)
     maker = make_task(config.task, config.data.labels or _labels_of(source, config), config.prompt)
 

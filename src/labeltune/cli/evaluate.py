@@ -55,12 +55,13 @@ def evaluate(
     check_engine(engine, workers, address)
     from labeltune.output_paths import check_folder
     from labeltune.recipes.inputs import data_to_measure, files_of
+    from labeltune.run_files import EVALUATION_FILES
 
     read = [*files_of(run, overrides or [])]
     data = data_to_measure(run, data, overrides or [])
     if output is not None:
         read += [data, *([train_data] if train_data is not None else [])]
-        check_folder(output, read, ("metrics.json", "predictions.jsonl", "report.html"))
+        check_folder(output, read, EVALUATION_FILES)
     quiet_libraries()
     from labeltune import recipes
 
@@ -79,6 +80,8 @@ def evaluate(
         address=address,
     )
     print_summary(metrics)
+    if output is not None:
+        print(f"report: {output / 'report.html'}", file=sys.stderr)
     if wants_json(as_json, output):
         print(json.dumps(metrics, ensure_ascii=False, indent=2))
 

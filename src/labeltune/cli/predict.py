@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from labeltune.cli.streams import Closed
+
 if TYPE_CHECKING:
     from labeltune.types import Example
+
+#: What is read when no file is named.
+STANDARD_INPUT = Path("/dev/stdin")
 
 
 def predict(
@@ -123,7 +128,7 @@ def predict(
     target = Path(output) if output is not None else None
     if resume and (path is None or target is None or is_stream(target)):
         raise ConfigError("--resume needs an input file, and a file for --output")
-    _check_target(output, Path("/dev/stdin") if path is None and not text else path, run)
+    _check_target(output, STANDARD_INPUT if path is None and not text else path, run)
     quiet_libraries()
     from labeltune.inference.load import load_predictor
     from labeltune.inference.row_files import csv_of, is_csv
@@ -180,6 +185,8 @@ def _check_target(output: str | None, path: Path | None, run: str) -> None:
     from labeltune.output_paths import check_file, is_file_of
     from labeltune.run_files import files_read
 
+    if path == STANDARD_INPUT and isinstance(sys.stdin, Closed):
+        sys.stdin.read()  # raises
     inputs = [*([path] if path is not None else []), *files_read(run)]
     if output is None:
         sys.stdout.write("")  # raises where it is closed

@@ -66,12 +66,10 @@ def train(
             f"no config: task={loaded.task} ({how}), model={loaded.model}, output_dir={loaded.output_dir}",
             file=sys.stderr,
         )
-    if overwrite and not resume:
-        from labeltune.run_files import check_base_kept
-
-        check_base_kept(loaded)
-
     from labeltune.cli.quiet import quiet_libraries
+    from labeltune.run_files import check_inputs_kept
+
+    check_inputs_kept(loaded, config, overwrite and not resume)
 
     quiet_libraries()
     from labeltune import recipes

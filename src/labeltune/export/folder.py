@@ -26,8 +26,6 @@ def check_target(
     Raises:
         OutputError: it is no folder, is not empty, cannot be written, or is or holds the run, its base model or an input.
     """
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; name a folder for the export")
     target, source = output.resolve(), checkpoint.resolve()
     if source == target or target in source.parents:
         raise OutputError(f"{output} holds the run that is to be exported; choose another folder")
