@@ -9,7 +9,7 @@ from typing import Any
 
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import compare_predictions
-from labeltune.evaluation.comparison_page import comparison_page
+from labeltune.evaluation.comparison_page import BARE, comparison_page
 from labeltune.evaluation.headline import headline
 from labeltune.recipes.evaluation import labelled_rows, predictor_of, right_answer, row_bar
 from labeltune.run_folder import write_json, write_text
@@ -69,8 +69,9 @@ def compare(
             with row_bar(len(examples), progress) as advance:
                 answers_of_first = other.predict(examples, on_batch=advance)
     found = {
-        "first": str(first) if str(first) != BASE else f"{second} without its adapter",
+        "first": str(first) if str(first) != BASE else f"{second}{BARE}",
         "second": str(second),
+        "base": _untuned(first) and not _untuned(second),
         "data": data,
         "task": task,
         "headline": {
@@ -82,6 +83,10 @@ def compare(
     if output is not None:
         _write(Path(output), found, examples, answers_of_first, answers_of_second)
     return found
+
+
+def _untuned(model: str | os.PathLike[str]) -> bool:
+    return str(model) == BASE or Path(model).suffix in {".yaml", ".yml"}
 
 
 def _write(
