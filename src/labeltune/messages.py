@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
+from collections.abc import Iterator
 from functools import cache
 from importlib import resources
+from typing import Any, Literal
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 #: Messages in messages, such as a reason inside an error, are followed this deep.
 _DEPTH = 4
-#: Longer lines hold somebody's data, not our words.
-_LONGEST = 4000
+#: Longer messages hold somebody's data, not our words.
+_LONGEST = 20_000
 
 
 def language() -> str:
@@ -31,34 +35,62 @@ def localize(message: str) -> str:
 
 
 def chinese(message: str) -> str:
-    """A finished English message in Chinese, line by line where the whole is not known."""
+    """A finished English message in Chinese."""
     found = _translated(message, _DEPTH)
-    if found is None and "\n" in message:
-        return "\n".join(_translated(line, _DEPTH) or line for line in message.split("\n"))
     return message if found is None else found
 
 
+@contextlib.contextmanager
+def spoken(name: Literal["stdout", "stderr"]) -> Iterator[None]:
+    """What is printed to this stream inside, or in a function that wears this, is in the user's language."""
+    if language() == "en":
+        yield
+        return
+    kept = getattr(sys, name)
+    setattr(sys, name, _Spoken(kept))
+    try:
+        yield
+    finally:
+        setattr(sys, name, kept)
+
+
+class _Spoken:
+    """A text stream that translates what is written to it, message by message, and is the stream beneath otherwise."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        # A single word is more likely somebody's label than a message.
+        self._stream.write(chinese(text) if " " in text.strip() else text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def _translated(message: str, depth: int) -> str | None:
-    """None where no template fits."""
+    """None where no template fits. Values are translated only when they are messages, never when they are single words:
+    those are names of files, labels and keys."""
     bare = message.strip()
-    if not bare or depth == 0 or len(message) > _LONGEST:
+    if not bare or depth == 0 or len(message) > _LONGEST or (depth < _DEPTH and " " not in bare):
         return None
-    if bare != message:
-        inner = _translated(bare, depth)
-        return None if inner is None else message.replace(bare, inner)
-    exact, templates = _catalogue()
+    exact, found = _catalogue()
     if message in exact:
         return exact[message]
-    for clue, pattern, target in templates:
+    for clue, pattern, target in found:
         match = pattern.fullmatch(message) if clue in message else None
         if match:
             values = {key: _translated(value, depth - 1) or value for key, value in match.groupdict().items()}
-            return _PLACEHOLDER.sub(lambda found: values[found[1]], target)  # noqa: B023
-    for joint, joined in (("; ", "；"), (", ", "，")):
+            return _PLACEHOLDER.sub(lambda each: values[each[1]], target)  # noqa: B023
+    if bare != message:
+        inner = _translated(bare, depth)
+        return None if inner is None else message.replace(bare, inner)
+    for joint, joined, whole in (("\n", "\n", False), ("; ", "；", False), (", ", "，", True)):
         if joint in message:
             pieces = message.split(joint)
-            known = [_translated(piece, depth - 1) for piece in pieces]
-            if all(known) or (joint == "; " and any(known)):
+            known = [_translated(piece, depth if joint == "\n" else depth - 1) for piece in pieces]
+            if all(known) or (any(known) and not whole):
                 return joined.join(told or piece for told, piece in zip(known, pieces, strict=True))
     return None
 
@@ -81,9 +113,11 @@ def _catalogue() -> tuple[dict[str, str], list[tuple[str, re.Pattern[str], str]]
         if len(parts) == 1:
             exact[english] = target
             continue
-        # The parts take turns: literal text, name, literal text ...
+        # The parts take turns: literal text, name, literal text ... A value is part of a line, but for one at the end.
         pattern = "".join(f"(?P<{part}>.*?)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
-        literal = parts[::2]
-        found.append((sum(map(len, literal)), max(literal, key=len), re.compile(pattern, re.DOTALL), target))
+        if not parts[-1]:
+            pattern = f"{pattern.removesuffix('.*?)')}(?s:.*?))"
+        literal, lines = parts[::2], re.DOTALL if "\n" in english else 0
+        found.append((sum(map(len, literal)), max(literal, key=len), re.compile(pattern, lines), target))
     found.sort(key=lambda each: -each[0])
     return exact, [each[1:] for each in found]

@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from labeltune.messages import localize
+
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -19,6 +21,7 @@ def row_progress(
     Args:
         last_line: without a terminal, say when all are done, however quickly that was.
     """
+    what = localize(what)
     if not shown:
         yield lambda _: None
         return
@@ -36,7 +39,7 @@ def row_progress(
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
-        TextColumn("left"),
+        TextColumn(localize("left")),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:

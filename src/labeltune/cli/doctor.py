@@ -13,10 +13,13 @@ from typing import Annotated
 
 import typer
 
+from labeltune.messages import spoken
+
 Finding = tuple[str, str, str]
 OK, NOTE, LACK = "ok", "note", "LACK"
 
 
+@spoken("stdout")
 def doctor(
     offline: Annotated[bool, typer.Option("--offline", help="Do not try to reach hubs and SwanLab.")] = False,
 ) -> None:

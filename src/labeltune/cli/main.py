@@ -24,6 +24,7 @@ from labeltune.cli import (
     train,
 )
 from labeltune.errors import LabeltuneError
+from labeltune.messages import spoken
 from labeltune.ranks import rank, world
 from labeltune.run_folder import why_not_written
 
@@ -76,6 +77,7 @@ def _on_rank() -> str:
     return f" on rank {rank()}" if world() > 1 else ""
 
 
+@spoken("stderr")
 def run_app(command: typer.Typer, name: str | None = None) -> None:
     """Errors a user can repair become one message and an exit code, without a traceback."""
     for stream, errors in (
