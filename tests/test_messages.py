@@ -48,6 +48,9 @@ COMPOSED = {
     "{where}: unknown key {key}",
     "error: interrupted",
     "trial {number}: {values}",
+    "trial {number} failed: {reason}; {done} of {trials} done{rest}",
+    "trial {number}: {figure}, {seconds} s; {done} of {trials} done{rest}",
+    ", the best is trial {number} with {value}, about {seconds} s left",
 }
 #: Everything these print is in the catalogue, and every error they raise.
 CONSOLE = """cli/board.py cli/compare.py cli/data.py cli/doctor.py cli/evaluate.py cli/init.py cli/main.py config.py config_sections.py
@@ -168,6 +171,10 @@ def test_every_kind_of_fault_is_in_the_catalogue() -> None:
         ("accuracy: 0.800  (95 % interval 0.700 to 0.900)", "准确率：0.800（95% 置信区间 0.700 至 0.900）"),
         ("confidence: temperature 1.10 from 9 validation rows, fewer than 100: a rough guess; ECE 0.1 -> 0.2, Brier 0.3 -> 0.4 (after: cross-fitted)",
          "置信度：温度 1.10，由 9 行验证数据拟合，少于 100 行，仅供参考；ECE 0.1 -> 0.2，Brier 0.3 -> 0.4（拟合后为交叉拟合结果）"),
+        ("steps: packing=padded, packs of at most 768 tokens; 29 tokens are computed for an example of 48; checkpointing off (8 kB of activations a token, 19.1 GB free)",
+         "训练步：packing=padded，每包最多 768 个 token；平均 48 个 token 的样本只计算 29 个；checkpointing off（每个 token 的激活 8 kB，可用 19.1 GB）"),
+        ("trial 2: macro_f1 0.5000, 3 s; 2 of 4 done, the best is trial 1 with 0.7500, about 6 s left",
+         "试验 2：macro_f1 0.5000，3 秒；已完成 2/4，目前最好的是试验 1（0.7500），约剩 6 秒"),
         # Values are nobody's messages: a folder named like a figure, labels, an unknown reason.
         ("exported the adapter to test", "已导出 adapter 到 test"),
         ("data set 'ms:a/b': no file majority in it", "数据集 'ms:a/b' 中没有文件 majority"),
