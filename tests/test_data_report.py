@@ -393,11 +393,7 @@ def test_texts_and_labels_are_escaped(cache: Path) -> None:
     )
     checked = recipes.check_data(config, str(path))
     page = data_page(make_report(checked, config, make_tokenizer()))
-    assert (
-        evil not in page
-        and "<script" not in page
-        and "<b>" not in page.replace("<b>3", "").replace("<b>", "", 6)
-    )
+    assert evil not in page and page.count("<script") == 1 and "<b>" not in page
     assert page.count("&lt;script&gt;") > 10 and "&lt;b&gt;rows&amp;.jsonl" in page
 
 

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "labeltune"
 
 #: From low to high; a module may import from its own layer and the ones below it.
 LAYERS = (
-    ("types", "errors"),
+    ("types", "errors", "messages"),
     ("config", "config_sections", "other_names", "yaml_text"),
     (
         "progress",

@@ -17,7 +17,7 @@ from labeltune.config import DataConfig
 from labeltune.data.loading import load_rows
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.evaluation.report import LONGEST, SHORTEST, reliability_diagram, report_page
-from labeltune.pages import histogram, page, table
+from labeltune.pages import bars, page, table
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
 from labeltune.types import Entity, Example, Prediction
 from test_training import config_for
@@ -86,11 +86,15 @@ def test_long_texts_are_cut_so_that_a_report_opens() -> None:
 
 
 def test_pages_hold_any_text() -> None:
-    html = page(NASTY, table(["<i>"], [[NASTY]]) + histogram([(NASTY, 1), ("b", 0)]), data={"x": NASTY})
+    html = page(NASTY, table(["<i>"], [[NASTY]]) + bars([(NASTY, 1), ("b", 0)]), data={"x": NASTY})
     assert "<script>alert" not in html and "<b>" not in html
+    assert (
+        '<b style="width:100.0%"></b></i><span>1</span>' in html
+        and "<span>b</span><i></i><span>0</span>" in html
+    )
     assert embedded(html) == {"x": NASTY}
     assert "circle" in reliability_diagram([{"confidence": 0.5, "accuracy": 0.5, "rows": 1}])
-    assert histogram([]).startswith("<svg")
+    assert bars([]) == '<div class="bars"></div>'
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +145,21 @@ def test_a_browser_shows_entities(browser: Any, tmp_path: Path) -> None:
     view, said = opened(browser, tmp_path / "report.html", "dark")
     assert view.inner_text("#count") == "1 rows"
     assert view.inner_text("#rows-are") == "validation (used for selection)"
-    marks = [(m.inner_text(), m.get_attribute("class")) for m in view.query_selector_all(".row mark")]
-    assert marks == [
-        ("张三人名", "found right"),
-        ("南京地点 / 组织", "missing wrong"),
-        ("见人名", "wrong"),
-        ("李四人名", "missing"),
+    pieces = [
+        (m.inner_text(), m.get_attribute("class")) for m in view.query_selector_all(".row mark, .row .chip")
     ]
+    assert pieces == [
+        ("张三", "right"),
+        ("人名", "chip right"),
+        ("南京", "missing wrong"),
+        ("地点", "chip missing"),
+        ("组织", "chip wrong"),
+        ("见", "wrong"),
+        ("人名", "chip wrong"),
+        ("李四", "missing"),
+        ("人名", "chip missing"),
+    ]
+    assert view.inner_text("#legend") == "labelled and predicted labelled only predicted only"
     view.select_option("#state", "spurious")
     assert view.inner_text("#count") == "1 rows" and "spurious: predicted: 见 (人名)" in view.inner_text(
         ".row"

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from labeltune.messages import localize
+
 _SECONDS_BETWEEN_LINES = 5.0
 #: Nothing is said for longer than this, without a bar.
 SILENCE = 15.0
@@ -82,6 +84,7 @@ def row_progress(
     Args:
         last_line: without a terminal, say when all are done, however quickly that was.
     """
+    what = localize(what)
     if not shown:
         yield lambda _: None
         return
@@ -99,7 +102,7 @@ def row_progress(
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
-        TextColumn("left"),
+        TextColumn(localize("left")),
         TimeRemainingColumn(),
     )
     with bar_shown(), Progress(*columns, console=console) as bar:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from labeltune.messages import spoken
+
 if TYPE_CHECKING:
     from labeltune.config import RunConfig
     from labeltune.data.audit import Audit
@@ -158,6 +160,7 @@ def _report_line(path: Path | None, findings: dict[str, Any]) -> str:
     return f"report: {path}: {', '.join(found)}"
 
 
+@spoken("stdout")
 def _print_audit(audit: Audit, limit: int) -> None:
     shown: dict[str, int] = {}
     for fault in audit.faults:

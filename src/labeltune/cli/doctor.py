@@ -15,6 +15,8 @@ from typing import Annotated
 
 import typer
 
+from labeltune.messages import spoken
+
 Finding = tuple[str, str, str]
 OK, NOTE, LACK = "ok", "note", "LACK"
 
@@ -25,6 +27,7 @@ LOCAL = "runs are kept locally; see them with `labeltune board`"
 PATIENCE = 3.0
 
 
+@spoken("stdout")
 def doctor(
     offline: Annotated[bool, typer.Option("--offline", help="Do not try to reach hubs and SwanLab.")] = False,
 ) -> None:

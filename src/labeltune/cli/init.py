@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from labeltune.messages import spoken
 
+
+@spoken("stdout")
 def init(
     task: Annotated[str, typer.Argument(help="classification or ner")],
     folder: Annotated[Path, typer.Argument(help="Where to write.")] = Path(),

@@ -27,6 +27,7 @@ from labeltune.cli import (
 from labeltune.cli.habits import check_options
 from labeltune.cli.streams import drop_output, prepare_streams
 from labeltune.errors import Interrupted, LabeltuneError
+from labeltune.messages import localize, spoken
 from labeltune.ranks import rank, world
 
 app = typer.Typer(
@@ -107,7 +108,8 @@ def _run_app(command: typer.Typer, name: str | None) -> None:
         prepare_streams()
         _check_options(command)
         try:
-            command(prog_name=name)
+            with spoken("stderr"):
+                command(prog_name=name)
         except SystemExit as stop:
             # typer makes exit code 1 of a broken pipe, which means something else here.
             if isinstance(stop.__context__, BrokenPipeError):
@@ -118,10 +120,10 @@ def _run_app(command: typer.Typer, name: str | None) -> None:
     except LabeltuneError as error:
         # Who pressed Ctrl-C knows that nothing went wrong.
         begins = "" if isinstance(error, Interrupted) else f"error{_on_rank()}: "
-        print(f"{begins}{error}", file=sys.stderr)
+        print(localize(f"{begins}{error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(localize("interrupted"), file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         raise
@@ -133,9 +135,7 @@ def _run_app(command: typer.Typer, name: str | None) -> None:
         if reason is None:
             raise
         # Files have errors of their own, which name them.
-        print(
-            f"error: {'a file' if error.filename else 'the output'} cannot be written: {reason}",
-            file=sys.stderr,
-        )
+        what = "a file" if error.filename else "the output"
+        print(localize(f"error: {what} cannot be written: {reason}"), file=sys.stderr)
         drop_output()
         sys.exit(2)

@@ -4,98 +4,157 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy
 
-from labeltune import pages
 from labeltune.data.audit import Audit
 from labeltune.data.near_duplicates import MAX_CHARACTERS, NGRAM, THRESHOLD, NearDuplicate
 from labeltune.data.schemas import FAULT_KINDS
 from labeltune.data.suspects import MAX_CHARACTERS as JUDGED_CHARACTERS
 from labeltune.data.suspects import MIN_TEXTS
 from labeltune.evaluation.data_report import DataReport
-from labeltune.training.token_figures import TokenFigures
+from labeltune.evaluation.token_section import token_section
+from labeltune.messages import chinese
+from labeltune.pages import Html, bars, both, cards, header, name, page, paragraph, table
 
 #: Pairs, suspects and faults of a kind that the page lists; the counts are always whole.
 MAX_SHOWN = 200
 _FAULTS_SHOWN = 20
+#: More pairs than this are folded up.
+_PAIRS_OPEN = 20
 _LABELS_DRAWN = 12
 _BINS = 12
-_WIDE = 1100
 _ALL_TEXT = 99
-_STYLE = "td { vertical-align: top; } details { margin: .5rem 0; } summary { cursor: pointer; }"
 
 
 def data_page(report: DataReport) -> str:
     """The whole page. It is valid UTF-8 whatever stands in paths and messages."""
-    names = ", ".join(str(rows.audit.path) for rows in report.files)
+    paths = [rows.audit.path for rows in report.files]
     body = [
-        "<h1>Data report</h1>",
-        f'<p class="soft">{pages.text(names)}</p>',
-        pages.cards(_headlines(report)),
+        header(both("Data report", "数据报告"), " · ".join(map(name, paths))),
+        *_headlines(report),
         *(_file(rows.audit) for rows in report.files),
-        _tokens(report),
-        _near_duplicates(report),
         _suspects(report),
+        _near_duplicates(report),
+        token_section(report),
     ]
-    html = pages.page(f"Data report: {report.files[0].audit.path.name}", "\n".join(body), style=_STYLE)
+    html = page(f"Data report: {paths[0].name}", "\n".join(body), chinese=f"数据报告：{paths[0].name}")
     return html.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _headlines(report: DataReport) -> list[tuple[str, str, str]]:
+def _headlines(report: DataReport) -> list[str]:
+    """Rows, errors, warnings and duplicates; below them what else was counted."""
     audits = [rows.audit for rows in report.files]
     total, usable = sum(a.rows for a in audits), sum(a.usable for a in audits)
     errors, warnings = sum(a.errors for a in audits), sum(a.warnings for a in audits)
-    items = [
-        ("rows", f"{total:,}", f"{usable:,} usable"),
-        ("errors", f"{errors:,}", f"{warnings:,} warnings"),
-        ("near-duplicates", f"{len(report.near.pairs):,}", f"{report.near.across:,} across files"),
+    exact = sum(a.counts["exact_duplicate"] for a in audits)
+    near = len(report.near.pairs)
+    first = [
+        (both("Rows", "行数"), f"{total:,}", both(f"{usable:,} usable", f"{usable:,} 行可用")),
+        (both("Errors", "错误"), f"{errors:,}", both("such rows cannot be used", "这些行无法使用")),
+        (both("Warnings", "警告"), f"{warnings:,}", both("worth a look", "建议检查")),
+        (
+            both("Duplicates", "重复"),
+            f"{exact + near:,}",
+            both(f"{exact:,} exact, {near:,} near", f"完全重复 {exact:,}，近似重复 {near:,}"),
+        ),
     ]
+    minor = []
     if report.suspects is not None:
-        below = f"of {report.suspects.judged:,} judged"
-        items.append(("labels that look wrong", f"{len(report.suspects.suspects):,}", below))
+        judged = report.suspects.judged
+        below = both(f"of {judged:,} judged", f"共判断 {judged:,} 行")
+        minor.append((both("Labels to look at", "可疑标签"), f"{len(report.suspects.suspects):,}", below))
     if report.tokens is not None:
         figures = report.tokens
-        below = f"of the rows, by max_length={figures.max_length}"
-        items.append(("texts shortened", f"{figures.shortened_share:.1%}", below))
-        items.append(("fewer tokens", f"{figures.speed_up:.2f}×", "by sharing the prefix"))
-    return items
+        below = both(f"by max_length={figures.max_length}", f"因 max_length={figures.max_length}")
+        minor.append((both("Texts shortened", "被截短的文本"), f"{figures.shortened_share:.1%}", below))
+        below = both("as rows begin alike, and that is computed once", "各行开头相同的部分只计算一次")
+        saved = 1 - 1 / figures.speed_up if figures.speed_up > 0 else 0.0
+        minor.append((both("Tokens training need not compute", "训练可少算的 token"), f"{saved:.0%}", below))
+    return [cards(first), cards(minor, minor=True)] if minor else [cards(first)]
 
 
 def _file(audit: Audit) -> str:
+    rows, usable, errors, warnings = audit.rows, audit.usable, audit.errors, audit.warnings
     parts = [
-        f"<h2>{pages.text(audit.path.name)}</h2>",
-        f"<p>{audit.rows:,} rows, {audit.usable:,} usable, {audit.errors:,} errors, {audit.warnings:,} warnings.</p>",
+        f"<h2>{name(audit.path.name)}</h2>",
+        paragraph(
+            both(
+                f"{rows:,} rows, {usable:,} usable, {errors:,} errors, {warnings:,} warnings.",
+                f"共 {rows:,} 行，可用 {usable:,} 行，错误 {errors:,} 个，警告 {warnings:,} 个。",
+            )
+        ),
     ]
     if audit.task == "ner":
+        empty, repeated = audit.without_entities, audit.repeated_mentions
         parts.append(
-            f"<p>{audit.without_entities:,} rows hold no entity; {audit.repeated_mentions:,} repeat a (text, label) pair.</p>"
+            paragraph(
+                both(
+                    f"{empty:,} rows hold no entity; {repeated:,} repeat a (text, label) pair.",
+                    f"{empty:,} 行没有实体；{repeated:,} 行中同一（文本，类型）出现多次。",
+                )
+            )
         )
     if audit.counts:
+        severities = {"error": both("error", "错误"), "warning": both("warning", "警告")}
         found = [
-            (kind, FAULT_KINDS[kind][0], FAULT_KINDS[kind][1], f"{count:,}")
+            (
+                Html(f"{kind}<br><small>{_meaning(kind)}</small>"),
+                severities[FAULT_KINDS[kind][0]],
+                f"{count:,}",
+            )
             for kind, count in audit.counts.most_common()
         ]
-        parts.append(pages.table(("fault", "severity", "what it says", "rows"), found, numbers_from=3))
-        parts.append(_fault_list(audit))
-    parts.append(f"<h3>Text lengths in {pages.text(audit.length_unit)}</h3>")
-    percentiles = ", ".join(f"{name} {value:,}" for name, value in audit.length_percentiles().items())
-    parts.append(f'<p class="soft">{pages.text(percentiles or "no usable row")}</p>')
-    if audit.lengths:
-        parts.append(pages.histogram(_length_bins(audit), width=_WIDE))
-    parts.append(f"<h3>{'Entities by type' if audit.task == 'ner' else 'Rows by label'}</h3>")
+        head = (both("fault", "问题"), both("severity", "级别"), both("rows", "行数"))
+        parts += [table(head, found, numbers_from=2), _fault_list(audit)]
+    parts += ['<div class="columns">', _labels(audit), _lengths(audit), "</div>"]
+    return "\n".join(parts)
+
+
+def _meaning(kind: str) -> Html:
+    told = FAULT_KINDS[kind][1]
+    return both(told, chinese(told))
+
+
+def _labels(audit: Audit) -> str:
     common = audit.labels.most_common()
+    title = (
+        both("Entities by type", "各类型的实体数")
+        if audit.task == "ner"
+        else both("Rows by label", "各类别的行数")
+    )
+    parts = [f"<section><h3>{title}</h3>"]
     if common:
-        drawn = [(_short(label), count) for label, count in common[:_LABELS_DRAWN]]
-        parts.append(pages.histogram(drawn, width=_WIDE))
+        parts.append(bars([(name(label), count) for label, count in common[:_LABELS_DRAWN]]))
     if len(common) > 1:
         total = sum(audit.labels.values())
-        listed = [(label, f"{count:,}", f"{count / total:.1%}") for label, count in common]
-        parts.append(
-            f"<details><summary>all {len(common)} labels</summary>{pages.table(('label', 'number', 'share'), listed)}</details>"
-        )
-    return "\n".join(parts)
+        listed = [(name(label), f"{count:,}", f"{count / total:.1%}") for label, count in common]
+        head = (both("label", "类别"), both("number", "数量"), both("share", "占比"))
+        told = both(f"all {len(common)} labels", f"全部 {len(common)} 个类别")
+        parts.append(f"<details><summary>{told}</summary>{table(head, listed)}</details>")
+    return "\n".join([*parts, "</section>"])
+
+
+def _lengths(audit: Audit) -> str:
+    units = {"characters": both("Text lengths in characters", "文本长度（字符）")}
+    title = units.get(audit.length_unit, both("Text lengths in tokens", "文本长度（token）"))
+    values = audit.length_percentiles()
+    parts = [f"<section><h3>{title}</h3>"]
+    if values:
+        parts.append(paragraph(_percentiles(values), "soft"))
+        parts.append(bars(_length_bins(audit)))
+    else:
+        parts.append(paragraph(both("No usable row.", "没有可用的行。"), "soft"))
+    return "\n".join([*parts, "</section>"])
+
+
+def _percentiles(values: dict[str, int]) -> Html:
+    """p10 ... p99 and max in words."""
+    english = ", ".join(f"{value:,} ({key})" for key, value in values.items())
+    return both(
+        f"half of the rows have at most {values['p50']:,}; percentiles: {english}",
+        f"半数的行不超过 {values['p50']:,}；分位数：{english.replace('max', '最大')}",
+    )
 
 
 def _fault_list(audit: Audit) -> str:
@@ -104,11 +163,18 @@ def _fault_list(audit: Audit) -> str:
     for fault in audit.faults:
         shown[fault.kind] = shown.get(fault.kind, 0) + 1
         if shown[fault.kind] <= _FAULTS_SHOWN:
-            listed.append((fault.where, fault.kind, fault.message[:300]))
+            message = fault.message[:300]
+            told = message if chinese(message) == message else both(message, chinese(message))
+            listed.append((name(fault.where), Html(fault.kind), told))
     left_out = sum(audit.counts.values()) - len(listed)
-    more = f"; {left_out:,} more by: labeltune data check --limit 0" if left_out else ""
-    rows = pages.table(("where", "fault", "message"), listed, numbers_from=_ALL_TEXT)
-    return f"<details><summary>{len(listed):,} faults{more}</summary>{rows}</details>"
+    more, more_zh = "", ""
+    if left_out:
+        more = f"; {left_out:,} more by: labeltune data check --limit 0"
+        more_zh = f"；其余 {left_out:,} 个可用命令查看：labeltune data check --limit 0"
+    head = (both("where", "位置"), both("fault", "问题"), both("message", "说明"))
+    rows = table(head, listed, numbers_from=_ALL_TEXT, stacked=True)
+    told = both(f"{len(listed):,} faults{more}", f"{len(listed):,} 个问题{more_zh}")
+    return f"<details{' open' if audit.errors else ''}><summary>{told}</summary>{rows}</details>"
 
 
 def _length_bins(audit: Audit) -> list[tuple[str, int]]:
@@ -127,29 +193,50 @@ def _length_bins(audit: Audit) -> list[tuple[str, int]]:
 def _near_duplicates(report: DataReport) -> str:
     near = report.near
     parts = [
-        "<h2>Near-duplicates</h2>",
-        f"<p>Different texts whose sets of {NGRAM}-character n-grams have a Jaccard similarity of {THRESHOLD} or more, "
-        "case and blanks aside. For each row the most similar one before it in its file and in each file before. MinHash finds the "
-        f"candidates, the n-grams of the first {MAX_CHARACTERS:,} characters decide, so no pair is here by chance.</p>",
+        f"<h2>{both('Near-duplicates', '近似重复')}</h2>",
+        paragraph(
+            both(
+                f"Different texts whose sets of {NGRAM}-character n-grams have a Jaccard similarity of {THRESHOLD} or more, "
+                "case and blanks aside. For each row the most similar one before it in its file and in each file before. "
+                f"MinHash finds the candidates, the n-grams of the first {MAX_CHARACTERS:,} characters decide, so no pair is here "
+                "by chance.",
+                f"文本不同，但 {NGRAM} 字符 n-gram 集合的 Jaccard 相似度达到 {THRESHOLD} 以上（忽略大小写和空白）。每行只列出本文件中"
+                f"以及此前各文件中与它最相似的一行。先用 MinHash 找出候选，再按前 {MAX_CHARACTERS:,} 个字符的 n-gram 精确判断，"
+                "因此不会有误报。",
+            )
+        ),
     ]
     for rows, count in zip(report.files, near.compared, strict=True):
-        if count < rows.audit.usable:
+        usable, file = rows.audit.usable, rows.audit.path.name
+        if count < usable:
             parts.append(
-                f'<p class="bad">Only the first {count:,} of {rows.audit.usable:,} usable rows of '
-                f"{pages.text(rows.audit.path.name)} were compared.</p>"
+                paragraph(
+                    both(
+                        f"Only the first {count:,} of {usable:,} usable rows of {file} were compared.",
+                        f"{file} 的 {usable:,} 行可用数据中只比较了前 {count:,} 行。",
+                    ),
+                    "bad",
+                )
             )
     inside = len(near.pairs) - near.across
-    counted = f"{inside:,} pairs inside a file"
+    english, zh = f"{inside:,} pairs inside a file", f"文件内部 {inside:,} 对"
     if len(report.files) > 1:
-        counted += f", {near.across:,} across files"
-    parts.append(f"<p>{counted}.</p>")
+        english, zh = f"{english}, {near.across:,} across files", f"{zh}，文件之间 {near.across:,} 对"
+    parts.append(paragraph(both(f"{english}.", f"{zh}。")))
     if report.split_pairs:
         parts.append(
-            f'<p class="bad">{report.split_pairs:,} of the pairs would stand on both sides of the held-out split, so validation '
-            "figures would flatter the model.</p>"
+            paragraph(
+                both(
+                    f"{report.split_pairs:,} of the pairs would stand on both sides of the held-out split, so validation figures "
+                    "would flatter the model.",
+                    f"其中 {report.split_pairs:,} 对会分别落入训练集和验证集，使验证指标偏高。",
+                ),
+                "bad",
+            )
         )
     elif report.split_pairs == 0 and inside:
-        parts.append('<p class="good">The held-out split parts none of them.</p>')
+        told = both("The held-out split parts none of them.", "划分验证集时没有拆开任何一对。")
+        parts.append(paragraph(told, "good"))
     if near.pairs:
         parts.append(_pair_table(near.pairs))
     return "\n".join(parts)
@@ -157,133 +244,101 @@ def _near_duplicates(report: DataReport) -> str:
 
 def _pair_table(pairs: Sequence[NearDuplicate]) -> str:
     listed = [
-        (pair.where, pair.like, pair.text, pair.like_text, f"{pair.similarity:.2f}")
+        (name(pair.where), name(pair.like), pair.text, pair.like_text, f"{pair.similarity:.2f}")
         for pair in pairs[:MAX_SHOWN]
     ]
-    head = ("row", "is like", "its text", "the other text", "similarity")
-    return pages.table(head, listed, numbers_from=4) + _more(len(pairs))
+    head = (
+        both("row", "行"),
+        both("is like", "相似行"),
+        both("its text", "本行文本"),
+        both("the other text", "相似行文本"),
+        both("similarity", "相似度"),
+    )
+    told = both(f"{len(pairs):,} pairs", f"{len(pairs):,} 对")
+    rows = table(head, listed, numbers_from=4, stacked=True) + _more(len(pairs))
+    return f"<details{' open' if len(pairs) <= _PAIRS_OPEN else ''}><summary>{told}</summary>{rows}</details>"
 
 
 def _suspects(report: DataReport) -> str:
     found = report.suspects
+    title = f"<h2>{both('Labels to look at', '可疑标签')}</h2>"
     if found is None:
-        return '<h2>Labels that look wrong</h2><p class="soft">Judged for classification only.</p>'
+        return title + paragraph(both("Judged for classification only.", "仅对分类任务进行判断。"), "soft")
     parts = [
-        "<h2>Labels that look wrong</h2>",
-        f"<p>A linear model on {pages.text(found.features)} judged each row after learning from the others (out of fold, equal texts "
-        f"together, first {JUDGED_CHARACTERS:,} characters), and confident learning (cleanlab) picked the labels that do not fit. "
-        "It knows no more than the words: look before you change a label.</p>",
+        title,
+        paragraph(
+            both(
+                f"A linear model on {found.features} judged each row after learning from the others (out of fold, equal texts "
+                f"together, first {JUDGED_CHARACTERS:,} characters), and confident learning (cleanlab) picked the labels that do "
+                "not fit. The model sees only which words occur: look before you change a label.",
+                f"用 {chinese(found.features)} 训练线性模型，对每一行用其余行训练后的模型判断（交叉验证，相同文本分在同一折，取前 "
+                f"{JUDGED_CHARACTERS:,} 个字符），再由置信学习（cleanlab）挑出不相符的标签。该模型只看词语，修改标签前请人工确认。",
+            )
+        ),
     ]
     if found.rare:
-        named = ", ".join(f"{label} ({count})" for label, count in list(found.rare.items())[:20])
-        parts.append(
-            f'<p class="soft">Not judged, for want of {MIN_TEXTS} different texts: {pages.text(named)}'
-            f"{' …' if len(found.rare) > 20 else ''}</p>"
+        named = " · ".join(f"{name(label)} ({count})" for label, count in list(found.rare.items())[:20])
+        told = both(
+            f"Not judged, for want of {MIN_TEXTS} different texts:",
+            f"未判断（不同文本少于 {MIN_TEXTS} 条）：",
         )
+        parts.append(f'<p class="soft">{told} {named}{" …" if len(found.rare) > 20 else ""}</p>')
     usable = sum(rows.audit.usable for rows in report.files)
     if not found.judged:
-        return "\n".join([*parts, "<p>Too few texts a label to judge any.</p>"])
+        told = both("Too few texts a label to judge any.", "每个类别的文本太少，无法判断。")
+        return "\n".join([*parts, paragraph(told)])
+    suspects, judged = len(found.suspects), found.judged
     parts.append(
-        f"<p>{len(found.suspects):,} of {found.judged:,} judged rows (of {usable:,} usable); on the whole the model gives the label "
-        f"that stands there in {found.agreement:.1%}.</p>"
+        paragraph(
+            both(
+                f"{suspects:,} of {judged:,} judged rows (of {usable:,} usable); on the whole the model gives the label that "
+                f"stands there in {found.agreement:.1%}.",
+                f"判断了 {judged:,} 行（可用 {usable:,} 行），其中 {suspects:,} 行可疑；模型判断与现有标签一致的比例为 "
+                f"{found.agreement:.1%}。",
+            )
+        )
     )
     if found.agreement < 0.5:
         parts.append(
-            '<p class="bad">That is little: these rows do not teach it enough, and most of its doubts will be wrong.</p>'
+            paragraph(
+                both(
+                    "That is little: these rows do not teach it enough, and most of its doubts will be wrong.",
+                    "该比例很低：这些数据不足以训练好该模型，它的多数怀疑可能是错的。",
+                ),
+                "bad",
+            )
         )
     if found.suspects:
         listed = [
             (
-                s.where,
-                s.given,
-                s.suggested,
+                name(s.where),
+                name(s.given),
+                name(s.suggested),
                 s.text,
                 f"{s.given_probability:.2f}",
                 f"{s.suggested_probability:.2f}",
             )
             for s in found.suspects[:MAX_SHOWN]
         ]
-        head = ("row", "given label", "suggested label", "text", "p(given)", "p(suggested)")
-        parts.append(pages.table(head, listed, numbers_from=4) + _more(len(found.suspects)))
+        head = (
+            both("row", "行"),
+            both("given label", "现有标签"),
+            both("suggested label", "建议标签"),
+            both("text", "文本"),
+            both("p(given)", "p（现有）"),
+            both("p(suggested)", "p（建议）"),
+        )
+        parts.append(table(head, listed, numbers_from=4, stacked=True) + _more(len(found.suspects)))
     return "\n".join(parts)
-
-
-def _tokens(report: DataReport) -> str:
-    figures = report.tokens
-    if figures is None:
-        return f"<h2>Tokens</h2><p>{pages.text(report.no_tokens)}</p>"
-    counted = f"{figures.rows:,} rows"
-    if figures.rows < figures.of_rows:
-        counted += f", evenly out of {figures.of_rows:,},"
-    account: list[Any] = [
-        ("prefix: what every row begins with", figures.prefix_tokens),
-        ("text: the documents, as far as they are kept", figures.text_tokens),
-        ("the rest of the prompt: candidates, template", figures.other_tokens),
-        ("answer, with its end of turn", figures.answer_tokens),
-        ("all", figures.tokens),
-    ]
-    lines = [(name, f"{n:,}", f"{n / figures.rows:.1f}", f"{n / figures.tokens:.1%}") for name, n in account]
-    return "\n".join(
-        [
-            "<h2>Tokens</h2>",
-            f"<p>{counted} of {pages.text(report.files[0].audit.path.name)}, as training would tokenize them; all begin with the same "
-            f"{figures.prefix_length:,} tokens.</p>",
-            pages.table(("part", "tokens", "a row", "share"), lines),
-            "<h3>What sharing the prefix will save</h3>",
-            _sharing(figures),
-            "<h3>Shortening</h3>",
-            _shortening(figures),
-        ]
-    )
-
-
-def _sharing(figures: TokenFigures) -> str:
-    names = {
-        "shared_prefix": "shared_prefix: common beginnings once",
-        "packed": "packed: end to end",
-        "padded": "padded: to the longest of a pack",
-    }
-    lines = [
-        (names[way], f"{n / figures.planned_rows:.1f}", f"{figures.computed['packed'] / n:.2f}×")
-        for way, n in figures.computed.items()
-    ]
-    return (
-        f"<p>Planned for {figures.planned_rows:,} rows, {figures.batch_size} a step, packs of at most {figures.max_tokens:,} tokens. "
-        f"Sharing computes {figures.speed_up:.2f} times fewer tokens than single rows; a step gets faster by that at most.</p>"
-        + pages.table(("training.packing", "tokens computed a row", "against packed"), lines)
-    )
-
-
-def _shortening(figures: TokenFigures) -> str:
-    needed = ", ".join(f"{name} {value:,}" for name, value in figures.needed.items())
-    told = (
-        f"<p>{figures.shortened:,} texts ({figures.shortened_share:.1%}) do not fit prompt.max_length={figures.max_length}. "
-        f"Tokens that whole rows need: {needed}.</p>"
-    )
-    if not figures.shortened:
-        return told
-    told += f"<p>{figures.cut_characters:,} characters are cut away in all"
-    told += (
-        f", and {figures.cut_entities:,} entities with them, which are still asked for.</p>"
-        if figures.cut_entities
-        else ".</p>"
-    )
-    bins = [(f"≤ {10 * (at + 1)} %", count) for at, count in enumerate(figures.cut_shares)]
-    return f"{told}<p>Shortened rows by the share of their text that is cut:</p>{pages.histogram(bins, width=_WIDE)}"
 
 
 def _more(count: int) -> str:
     if count <= MAX_SHOWN:
         return ""
-    return f'<p class="soft">The first {MAX_SHOWN} of {count:,}; --json lists more.</p>'
-
-
-def _short(label: str) -> str:
-    """A label that fits under its bar; CJK characters are twice as wide."""
-    room, kept = 14, ""
-    for character in label:
-        room -= 2 if ord(character) >= 0x2E80 else 1
-        if room < 0:
-            return f"{kept}…"
-        kept += character
-    return kept
+    return paragraph(
+        both(
+            f"The first {MAX_SHOWN} of {count:,}; --json lists more.",
+            f"共 {count:,} 条，这里显示前 {MAX_SHOWN} 条；--json 列出更多。",
+        ),
+        "soft",
+    )

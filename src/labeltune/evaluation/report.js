@@ -1,27 +1,20 @@
-"use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
   const STEP = 25;
-  let language = "en", shown = STEP, cell = null;
-  const words = {
-    all: ["all rows", "全部"], wrong: ["wrong rows", "错误的行"], right: ["right rows", "正确的行"],
-    anyRight: ["any right label", "任意真实类别"], anyGiven: ["any predicted label", "任意预测类别"],
-    file: ["in file order", "按文件顺序"], sure: ["surest first", "置信度从高到低"], unsure: ["least sure first", "置信度从低到高"],
-    more: ["show more", "显示更多"], rows: ["rows", "行"], offList: ["(off the list)", "（不在候选中）"],
-    rightIs: ["right", "真实"], answered: ["predicted", "预测"], none: ["no entities", "无实体"],
-    confusion: ["Confusion matrix", "混淆矩阵"],
-    hint: ["rows are right labels, columns predicted ones; choose a cell to list its rows",
-      "行为真实类别，列为预测类别；点击单元格查看对应的行"],
-    wrong_type: ["wrong type", "类型错误"], wrong_boundary: ["wrong boundary", "边界错误"],
-    wrong_type_and_boundary: ["wrong type and boundary", "类型和边界都错误"], missed: ["missed", "漏掉"],
-    spurious: ["spurious", "多报"], anyType: ["any type", "任意类型"], truncated: ["answer cut off", "回答被截断"],
-  };
-  const say = (key) => words[key][language === "zh" ? 1 : 0];
+  let shown = STEP, cell = null;
+  const say = (key) => data.words[key][language.now === "zh" ? 1 : 0];
+  const colon = () => (language.now === "zh" ? "：" : ": ");
   const make = (tag, className, content) => {
     const node = document.createElement(tag);
     if (className) node.className = className;
     if (content !== undefined) node.textContent = content;
+    return node;
+  };
+  // What comes from the data is not the page's own words: translators, and the tests, leave it alone.
+  const foreign = (tag, className, content) => {
+    const node = make(tag, className, content);
+    node.translate = false;
     return node;
   };
   const ner = data.task === "ner";
@@ -32,6 +25,7 @@
     select.replaceChildren(...pairs.map(([value, label]) => {
       const option = make("option", "", label);
       option.value = value;
+      option.translate = !value.startsWith("=");
       return option;
     }));
     if (pairs.some(([value]) => value === kept)) select.value = kept;
@@ -55,6 +49,9 @@
     const scored = data.rows.some((row) => row.p);
     choices("order", [["file", say("file")], ...(scored ? [["sure", say("sure")], ["unsure", say("unsure")]] : [])]);
     at("more").textContent = say("more");
+    at("search").placeholder = say("search");
+    const told = { search: "search", state: "whichRows", right: "rightLabel", given: "predictedLabel", order: "order", clear: "clear" };
+    for (const [id, key] of Object.entries(told)) at(id).setAttribute("aria-label", say(key));
   }
 
   function matches(row) {
@@ -74,55 +71,90 @@
   function bars(row) {
     const box = make("div", "bars");
     for (const [label, p] of row.p) {
-      const bar = make("i");
+      const bar = make("b"), track = make("i");
       bar.style.width = (100 * p).toFixed(1) + "%";
-      const track = make("span"); track.append(bar);
-      box.append(make("span", "", label), track, make("span", "", p.toFixed(3)));
+      track.append(bar);
+      box.append(foreign("span", "name", label), track, make("span", "", p.toFixed(3)));
     }
     return box;
   }
 
+  const wordy = /[\p{Script=Latin}\p{Script=Cyrillic}\p{Script=Greek}\p{M}\p{N}_]/u;
+
   function highlighted(row) {
-    const box = make("div", "text"), marks = [];
-    const add = (entity, kind) => { if (entity && entity[0] !== null) marks.push([entity[0], entity[1], entity[2], kind]); };
-    for (const hit of row.hits) add(hit, "found right");
+    const box = foreign("div", "text marked"), marks = [];
+    const add = (entity, kind) => {
+      if (entity && entity[0] !== null) marks.push({ start: entity[0], end: entity[1], label: entity[2], text: entity[3], kind });
+    };
+    for (const hit of row.hits) add(hit, "right");
     for (const [, right, given] of row.errors) { add(right, "missing"); add(given, "wrong"); }
-    // Marks may overlap: the text is cut at every border, and a piece wears all that cover it.
-    const borders = [...new Set([0, ...marks.flatMap((m) => [m[0], m[1]])])];
-    const points = Array.from(row.text), cuts = borders.filter((b) => b <= points.length).sort((a, b) => a - b);
-    if (cuts[cuts.length - 1] !== points.length) cuts.push(points.length);
-    for (let i = 0; i + 1 < cuts.length; i++) {
-      const covering = marks.filter((m) => m[0] <= cuts[i] && m[1] >= cuts[i + 1]);
-      const piece = points.slice(cuts[i], cuts[i + 1]).join("");
-      if (!covering.length) { box.append(piece); continue; }
-      const mark = make("mark", [...new Set(covering.map((m) => m[3]))].join(" "), piece);
-      const ending = covering.filter((m) => m[1] === cuts[i + 1]);
-      if (ending.length) mark.append(make("sub", "", ending.map((m) => m[2]).join(" / ")));
-      box.append(mark);
+    marks.sort((a, b) => a.start - b.start || a.end - b.end);
+    const points = Array.from(row.text);
+    // Marks that overlap, or share a word, stand together: their chips follow the last of them, never inside a word.
+    const groups = [];
+    for (const mark of marks.filter((m) => m.start < points.length)) {
+      let end = Math.min(mark.end, points.length);
+      const last = groups[groups.length - 1];
+      while (end < points.length && end > 0 && wordy.test(points[end - 1]) && wordy.test(points[end])) end++;
+      if (last && mark.start < last.end) { last.marks.push(mark); last.end = Math.max(last.end, end); }
+      else groups.push({ start: mark.start, end, marks: [mark] });
     }
+    let done = 0;
+    const piece = (from, to) => points.slice(from, to).join("");
+    for (const group of groups) {
+      box.append(piece(done, group.start));
+      const borders = [group.start, group.end, ...group.marks.flatMap((m) => [m.start, m.end])];
+      const cuts = [...new Set(borders.filter((b) => b <= group.end))].sort((a, b) => a - b);
+      for (let i = 0; i + 1 < cuts.length; i++) {
+        const covering = group.marks.filter((m) => m.start <= cuts[i] && m.end >= cuts[i + 1]);
+        if (!covering.length) { box.append(piece(cuts[i], cuts[i + 1])); continue; }
+        const kinds = [...new Set(covering.map((m) => m.kind))].sort();
+        if (i && covering.some((m) => m.start === cuts[i])) kinds.push("start");
+        box.append(make("mark", kinds.join(" "), piece(cuts[i], cuts[i + 1])));
+      }
+      const same = group.marks.every((m) => m.start === group.start && m.end === group.marks[0].end);
+      for (const mark of group.marks) box.append(make("span", "chip " + mark.kind, same ? mark.label : mark.label + " " + mark.text));
+      done = group.end;
+    }
+    box.append(piece(done, points.length));
     if (row.cut) box.append("…");
     return box;
   }
 
+  function told(...pairs) {
+    const line = make("div");
+    pairs.forEach(([word, value, own], i) => {
+      line.append((i ? " · " : "") + word + colon(), own ? value : foreign("span", "", value));
+    });
+    return line;
+  }
+
   function draw(row) {
-    const card = make("div", "row" + (row.ok ? " ok" : ""));
-    card.append(make("div", "meta", "#" + row.id + (row.source ? " · " + row.source : "") +
-      (row.truncated ? " · " + say("truncated") : "")));
+    const card = make("div", "row" + (row.ok ? " ok" : "")), meta = make("div", "meta");
+    meta.append(foreign("span", "", "#" + row.id + (row.source ? " · " + row.source : "")));
+    if (row.truncated) meta.append(" · " + say("truncated"));
+    card.append(meta);
     if (ner) {
       card.append(highlighted(row));
       for (const [kind, right, given] of row.errors) {
-        const told = [right && say("rightIs") + ": " + right[3] + " (" + right[2] + ")",
-          given && say("answered") + ": " + given[3] + " (" + given[2] + ")"].filter(Boolean).join(", ");
-        card.append(make("div", "bad", say(kind) + ": " + told));
+        const pairs = [right && [say("rightIs"), right[3] + " (" + right[2] + ")"],
+          given && [say("answered"), given[3] + " (" + given[2] + ")"]].filter(Boolean);
+        const line = told(...pairs);
+        line.className = "bad";
+        line.prepend(say(kind) + colon());
+        card.append(line);
       }
       if (!row.hits.length && !row.errors.length) card.append(make("div", "soft", say("none")));
     } else {
-      card.append(make("div", "text", row.text + (row.cut ? "…" : "")));
-      card.append(make("div", row.ok ? "good" : "bad",
-        say("rightIs") + ": " + row.right + " · " + say("answered") + ": " + name(row.given)));
-      if (row.p) card.append(bars(row));
+      const halves = make("div", "halves"), answer = make("div");
+      const line = told([say("rightIs"), row.right], [say("answered"), name(row.given), row.given === null]);
+      line.className = row.ok ? "good" : "bad";
+      answer.append(line);
+      if (row.p) answer.append(bars(row));
+      halves.append(foreign("div", "text", row.text + (row.cut ? "…" : "")), answer);
+      card.append(halves);
     }
-    if (row.answer !== undefined && (ner || row.given === null) && !row.p) card.append(make("pre", "soft", row.answer));
+    if (row.answer !== undefined && (ner || row.given === null) && !row.p) card.append(foreign("pre", "soft", row.answer));
     return card;
   }
 
@@ -144,17 +176,22 @@
     const columns = [...new Set([...rights, ...rights.flatMap((r) => Object.keys(data.confusion[r]))])]
       .sort((a, b) => (a === "") - (b === "") || (a < b ? -1 : 1));
     const grid = make("table", "confusion"), head = make("tr");
-    head.append(make("th"), ...columns.map((c) => make("th", "", name(c))));
+    const named = (label, className) => {
+      const cell = make("th", className);
+      cell.append(label === "" ? make("span", "name", name(label)) : foreign("span", "name", label));
+      return cell;
+    };
+    head.append(make("th", "side"), ...columns.map((c) => named(c, "")));
     grid.append(head);
     for (const right of rights) {
       const line = make("tr"), total = Object.values(data.confusion[right]).reduce((a, b) => a + b, 0);
-      line.append(make("th", "side", right));
+      line.append(named(right, "side"));
       for (const given of columns) {
         const count = data.confusion[right][given] || 0, box = make("td");
         const button = make("button", "", count || "");
         button.type = "button";
         button.dataset.right = right; button.dataset.given = given;
-        button.title = say("rightIs") + ": " + right + ", " + say("answered") + ": " + name(given) + ": " + count;
+        button.title = say("rightIs") + colon() + right + " · " + say("answered") + colon() + name(given) + " · " + count;
         box.style.background = "rgba(var(--heat), " + (0.85 * count / total).toFixed(3) + ")";
         if (cell && cell[0] === right && cell[1] === given) box.className = "chosen";
         button.addEventListener("click", () => {
@@ -171,29 +208,7 @@
     place.replaceChildren(make("h2", "", say("confusion")), make("p", "soft", say("hint")), wide);
   }
 
-  const headings = {
-    label: "类别", precision: "精确率", recall: "召回率", F1: "F1", support: "样本数", slice: "分组", rows: "行数", kind: "错误类型",
-    entities: "实体数", baseline: "基线", value: "数值", Accuracy: "准确率", "Strict span F1": "实体严格 F1",
-    majority: "总是回答最常见的类别", "uniform guess": "随机猜测", dictionary: "训练实体词典", rare: "少见", middle: "中等", frequent: "常见",
-    "wrong type": "类型错误", "wrong boundary": "边界错误", "wrong type and boundary": "类型和边界都错误", missed: "漏掉", spurious: "多报",
-  };
-  // Names that the report's own tables use; labels of the data stand in the first column of `#labels` and stay as they are.
-  for (const node of document.querySelectorAll("th, td:first-child")) {
-    const known = headings[node.textContent];
-    if (known && !(node.tagName === "TD" && node.closest("#labels"))) node.dataset.zh = known;
-  }
-
-  function speak(wanted) {
-    language = wanted;
-    document.documentElement.lang = wanted;
-    for (const node of document.querySelectorAll("[data-zh]")) {
-      node.dataset.en = node.dataset.en || node.textContent;
-      node.textContent = wanted === "zh" ? node.dataset.zh : node.dataset.en;
-    }
-    at("language").textContent = wanted === "zh" ? "English" : "中文";
-    fill(); confusion(); list();
-  }
-
+  language.told.push(() => { fill(); confusion(); list(); });
   for (const id of ["search", "state", "right", "given", "order"]) {
     at(id).addEventListener("input", () => { shown = STEP; cell = null; confusion(); list(); });
   }
@@ -202,8 +217,7 @@
     for (const id of ["search", "right", "given"]) at(id).value = "";
     at("state").value = "all"; shown = STEP; cell = null; confusion(); list();
   });
-  at("language").addEventListener("click", () => speak(language === "zh" ? "en" : "zh"));
-  speak((navigator.language || "en").startsWith("zh") ? "zh" : "en");
+  // It opens on what went wrong.
+  fill();
   at("state").value = data.rows.some((row) => !row.ok) ? "wrong" : "all";
-  list();
 })();

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from labeltune.evaluation.compare import right_row
-from labeltune.evaluation.headline import SELECTION, TRAINING, rows_line, worse_than_constant
+from labeltune.evaluation.headline import worse_than_constant
 from labeltune.evaluation.spans import ERRORS, match_entities
-from labeltune.pages import cards, page, table, text
+from labeltune.evaluation.words import BASELINES, ERROR_KINDS, FIGURES, FREQUENCY_SLICES, REPORT, rows_seen
+from labeltune.messages import chinese
+from labeltune.pages import Html, both, cards, header, name, page, paragraph, table
 from labeltune.types import Entity, Example, Prediction
 
 #: Characters of documents that a report holds at most, together; it has to open in seconds.
@@ -19,29 +22,12 @@ SHORTEST, LONGEST = 200, 4000
 #: Candidates of a ranking that are shown.
 RANKING = 5
 
-#: English name of a figure -> (how it is headed, in Chinese).
-_NAMES = {
-    "accuracy": ("Accuracy", "准确率"),
-    "macro_f1": ("Macro-F1", "宏平均 F1"),
-    "weighted_f1": ("Weighted F1", "加权 F1"),
-    "mcc": ("Matthews correlation", "马修斯相关系数"),
-    "span_f1": ("Strict span F1", "实体严格 F1"),
-    "partial_span_f1": ("Partial span F1", "实体部分匹配 F1"),
-    "precision": ("Precision", "精确率"),
-    "recall": ("Recall", "召回率"),
-    "unparsable": ("Unparsable answers", "无法解析的回答"),
-    "rows": ("Rows", "行数"),
-    "exact_rows": ("Rows answered exactly", "完全正确的行"),
+#: The figures shown first, and those below them.
+_HEADLINES = {"classification": ("accuracy", "macro_f1"), "ner": ("span_f1", "precision", "recall")}
+_MINOR = {
+    "classification": ("weighted_f1", "mcc", "unparsable"),
+    "ner": ("partial_span_f1", "exact_rows", "unparsable"),
 }
-_HEADLINES = {
-    "classification": ("accuracy", "macro_f1", "weighted_f1", "mcc", "unparsable"),
-    "ner": ("span_f1", "precision", "recall", "partial_span_f1", "exact_rows", "unparsable"),
-}
-
-
-def both(english: str, chinese: str) -> str:
-    """Text that the page's language button switches."""
-    return f'<span data-zh="{text(chinese)}">{text(english)}</span>'
 
 
 def report_page(
@@ -60,91 +46,102 @@ def report_page(
         "rows": [_row(e, p, limit) for e, p in zip(examples, predictions, strict=True)],
         "confusion": metrics.get("confusion"),
         "errors": list(ERRORS) if task == "ner" else [],
+        "words": {**REPORT, **ERROR_KINDS},
     }
+    if task == "classification":
+        sides = [[_labels, _baselines, _slices], [_confusion, _reliability]]
+    else:
+        sides = [[_labels, _errors], [_baselines, _slices]]
+    columns = "".join(f"<div>{''.join(each(metrics) for each in side)}</div>" for side in sides)
     sections = [
         _head(metrics),
         _headline(metrics),
-        _baselines(metrics),
-        _labels(metrics),
-        '<div id="confusion"></div>' if task == "classification" else _errors(metrics),
-        _reliability(metrics),
-        _slices(metrics),
-        _browser(limit),
+        f'<div class="columns">{columns}</div>',
+        _browser(limit, task),
     ]
-    script = resources.files("labeltune.evaluation").joinpath("report.js").read_text(encoding="utf-8")
-    style = resources.files("labeltune.evaluation").joinpath("report.css").read_text(encoding="utf-8")
-    title = f"labeltune: {metrics['data']}"
-    return page(title, "\n".join(sections), style=style, script=script, data=data)
-
-
-def _head(metrics: Mapping[str, Any]) -> str:
-    rows = str(metrics.get("rows_are", "test"))
-    chinese = {SELECTION: "验证集（已用于选择）", TRAINING: "训练集（模型见过）"}.get(rows, "测试集")
-    warned = ' class="bad"' if metrics.get("training_rows") or metrics.get("selection_rows") else ""
-    model = "untuned model of" if metrics.get("base") else ""
-    return (
-        '<header><button id="language" type="button">中文</button>'
-        f"<h1>{both('Evaluation', '评测报告')}</h1><p class='soft'>{text(model)} {text(metrics['run'])} · "
-        f"{text(metrics['data'])} · {both('rows are', '数据')}: <b id='rows-are'>{both(rows, chinese)}</b> · "
-        f"<b id='seen'{warned}>{both('rows: ' + rows_line(metrics), rows_line_zh(metrics))}</b></p></header>"
+    files = resources.files("labeltune.evaluation")
+    return page(
+        f"labeltune: {metrics['data']}",
+        "\n".join(sections),
+        style=files.joinpath("report.css").read_text(encoding="utf-8"),
+        script=files.joinpath("report.js").read_text(encoding="utf-8"),
+        data=data,
     )
 
 
-def rows_line_zh(metrics: Mapping[str, Any]) -> str:
-    """`rows_line` in Chinese."""
-    trained, selected = metrics.get("training_rows"), metrics.get("selection_rows", 0)
-    parts = [f"其中 {trained} 条参与过训练"] if trained else []
-    if selected:
-        parts.append(f"{selected} 条用于挑选 checkpoint")
-    if not parts:
-        parts.append("训练时均未见过" if trained == 0 else "是否参与过训练未知")
-    return f"共 {metrics['rows']} 条（{'，'.join(parts)}）"
+def _head(metrics: Mapping[str, Any]) -> str:
+    rows, file = str(metrics.get("rows_are", "test")), str(metrics["data"])
+    untuned = both("untuned model of ", "未微调的模型：") if metrics.get("base") else ""
+    data = name(file) if chinese(file) == file else both(file, chinese(file))
+    return header(
+        both("Evaluation", "评测报告"),
+        f"{untuned}{name(metrics['run'])} · {data} · {both('rows are: ', '数据：')}"
+        f"<b id='rows-are'>{both(rows, chinese(rows))}</b>",
+        rows_seen(metrics),
+    )
 
 
 def _interval(value: Any) -> tuple[str, str]:
     """(value, its interval) as they are shown."""
     if isinstance(value, Mapping):
-        return f"{value['value']:.3f}", f"95 % {value['low']:.3f} – {value['high']:.3f}"
+        return f"{value['value']:.3f}", f"95% {value['low']:.3f} – {value['high']:.3f}"
     return f"{float(value):.3f}", ""
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:
-    items = [("Rows", str(metrics["rows"]), "")]
-    for name in _HEADLINES[metrics["task"]]:
-        if name in metrics:
-            items.append((_NAMES[name][0], *_interval(metrics[name])))
+    def figures(names: Sequence[str]) -> list[tuple[str, str, str]]:
+        return [(both(*FIGURES[key]), *_interval(metrics[key])) for key in names if key in metrics]
+
+    task = metrics["task"]
+    minor = figures(_MINOR[task])
     for k, measure in metrics.get("top_k", {}).items():
-        items.append((f"Top-{k} accuracy", *_interval(measure)))
-    shown = cards(items)
-    for english, chinese in _NAMES.values():
-        shown = shown.replace(f">{text(english)}<b>", f">{both(english, chinese)}<b>")
-    return f'<section id="overview">{shown}</section>'
+        minor.append((both(f"Top-{k} accuracy", f"Top-{k} 准确率"), *_interval(measure)))
+    first = [*figures(_HEADLINES[task]), (both("Rows", "样本数"), f"{metrics['rows']:,}", "")]
+    return f'<section id="overview">{cards(first)}{cards(minor, minor=True)}</section>'
 
 
 def _baselines(metrics: Mapping[str, Any]) -> str:
-    found = metrics.get("baselines", {})
-    if not found:
+    rows = [
+        (both(*BASELINES[which]), *_interval(measure))
+        for which, measure in metrics.get("baselines", {}).items()
+    ]
+    if not rows:
         return ""
-    rows = [(name.replace("_", " "), *_interval(measure)) for name, measure in found.items()]
     worse = worse_than_constant(metrics)
-    comment = f'<p class="bad">accuracy: {text(worse)}</p>' if worse else ""
-    return f"<h2>{both('Without learning', '不学习的基线')}</h2>{comment}" + table(
-        ["baseline", "value", ""], rows
-    )
+    comment = paragraph(both(f"accuracy: {worse}", f"准确率：{chinese(worse)}"), "bad") if worse else ""
+    head = [both("baseline", "基线"), both("value", "数值"), both("95% interval", "95% 置信区间")]
+    return f"<h2>{both('Baselines (nothing is trained)', '基线（不训练）')}</h2>{comment}{table(head, _short(rows))}"
+
+
+def _short(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Rows of a table that end in an interval, whose heading says already what it is."""
+    return [[*row[:-1], row[-1].removeprefix("95% ")] for row in rows]
 
 
 def _labels(metrics: Mapping[str, Any]) -> str:
     rows = [
-        (name, f"{f['precision']:.3f}", f"{f['recall']:.3f}", f"{f['f1']:.3f}", f["support"])
-        for name, f in metrics["labels"].items()
+        (name(label), f"{f['precision']:.3f}", f"{f['recall']:.3f}", f"{f['f1']:.3f}", f"{f['support']:,}")
+        for label, f in metrics["labels"].items()
     ]
-    head = ["label", "precision", "recall", "F1", "support"]
+    head = [
+        both("label", "类别"),
+        both("precision", "精确率"),
+        both("recall", "召回率"),
+        Html("F1"),
+        both("support", "样本数"),
+    ]
     return f"<section id='labels'><h2>{both('By label', '各类别')}</h2>{table(head, rows)}</section>"
 
 
+def _confusion(metrics: Mapping[str, Any]) -> str:
+    """Where report.js draws it."""
+    return '<section id="confusion"></section>'
+
+
 def _errors(metrics: Mapping[str, Any]) -> str:
-    rows = [(kind.replace("_", " "), count) for kind, count in metrics["errors"].items()]
-    return f"<h2>{both('Errors', '错误类型')}</h2>" + table(["kind", "entities"], rows)
+    rows = [(both(*ERROR_KINDS[kind]), f"{count:,}") for kind, count in metrics["errors"].items()]
+    head = [both("kind", "错误类型"), both("entities", "实体数")]
+    return f"<section><h2>{both('Errors', '错误类型')}</h2>{table(head, rows)}</section>"
 
 
 def _reliability(metrics: Mapping[str, Any]) -> str:
@@ -154,14 +151,15 @@ def _reliability(metrics: Mapping[str, Any]) -> str:
     figures = metrics["confidence"]
     shown = cards(
         [
-            ("ECE", f"{figures['ece']:.3f}", "15 bins"),
-            ("Brier", *_interval(figures["brier"])),
-            ("NLL", *_interval(figures["nll"])),
-        ]
+            (Html("ECE"), f"{figures['ece']:.3f}", both("15 bins", "15 个区间")),
+            (Html("Brier"), *_interval(figures["brier"])),
+            (Html("NLL"), *_interval(figures["nll"])),
+        ],
+        minor=True,
     )
     return (
-        f"<h2>{both('How far confidence can be believed', '置信度是否可信')}</h2>{shown}"
-        f'<figure id="reliability">{reliability_diagram(bins)}</figure>'
+        f"<section><h2>{both('How far confidence can be believed', '置信度是否可信')}</h2>{shown}"
+        f'<figure id="reliability">{reliability_diagram(bins)}</figure></section>'
     )
 
 
@@ -184,41 +182,70 @@ def reliability_diagram(bins: Sequence[Mapping[str, float]], size: int = 320) ->
     marks.append(f'<line class="diagonal" x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}"/>')
     for each in bins:
         radius = 3 + 9 * (each["rows"] / most) ** 0.5
-        told = f"confidence {each['confidence']:.3f}, accuracy {each['accuracy']:.3f}, {each['rows']} rows"
+        sure, right = f"{each['confidence']:.3f}", f"{each['accuracy']:.3f}"
+        told = f"confidence {sure}, accuracy {right}, {each['rows']} rows"
+        told_zh = f"置信度 {sure}，准确率 {right}，{each['rows']} 条样本"
         marks.append(
             f'<circle class="point" cx="{x(each["confidence"])}" cy="{y(each["accuracy"])}" r="{radius:.1f}">'
-            f"<title>{told}</title></circle>"
+            f'<title data-zh="{told_zh}">{told}</title></circle>'
         )
-    marks.append(f'<text x="{x(0.5)}" y="{size - 4}" text-anchor="middle">confidence</text>')
-    marks.append(f'<text x="{edge}" y="10">accuracy</text>')
+    marks.append(f'<text x="{x(0.5)}" y="{size - 4}" text-anchor="middle" data-zh="置信度">confidence</text>')
+    marks.append(f'<text x="{edge}" y="10" data-zh="准确率">accuracy</text>')
     return f'<svg viewBox="0 0 {size} {size}" width="{size}" role="img">{"".join(marks)}</svg>'
 
 
 def _slices(metrics: Mapping[str, Any]) -> str:
+    parts = metrics.get("slices", {})
     found = []
-    titles = {
-        "by_length": both("By length of the text", "按文本长度"),
-        "by_label_frequency": both("By frequency of the label", "按类别频次"),
-    }
-    for key, title in titles.items():
-        parts = metrics.get("slices", {}).get(key) or []
-        if not parts:
-            continue
-        name = next(k for k in ("accuracy", "span_f1") if k in parts[0])
-        rows = [(part["slice"], part["rows"], *_interval(part[name])) for part in parts]
-        found.append(f"<h2>{title}</h2>" + table(["slice", "rows", _NAMES[name][0], ""], rows))
+    by_length = [(_length(part["slice"]), part) for part in parts.get("by_length") or []]
+    if by_length:
+        found.append(_slice_table(both("By length of the text", "按文本长度"), by_length))
+    supports = {figures["support"] for figures in metrics["labels"].values()}
+    by_frequency = [
+        (both(*FREQUENCY_SLICES[part["slice"]]), part) for part in parts.get("by_label_frequency") or []
+    ]
+    if by_frequency and len(supports) > 1:
+        found.append(_slice_table(both("By frequency of the label", "按类别频次"), by_frequency))
     return "".join(found)
 
 
-def _browser(limit: int) -> str:
+def _length(english: str) -> Html:
+    """`6 to 14 characters` in both languages."""
+    return both(english, f"{' 至 '.join(re.findall('[0-9]+', english))} 个字符")
+
+
+def _slice_table(title: Html, parts: Sequence[tuple[Html, Mapping[str, Any]]]) -> str:
+    figure = next(k for k in ("accuracy", "span_f1") if k in parts[0][1])
+    rows = [(shown, f"{part['rows']:,}", *_interval(part[figure])) for shown, part in parts]
+    counted = (
+        both("entities", "实体数")
+        if "labels" in parts[0][1] and figure == "span_f1"
+        else both("rows", "样本数")
+    )
+    head = [both("slice", "分组"), counted, both(*FIGURES[figure]), both("95% interval", "95% 置信区间")]
+    return f"<h2>{title}</h2>{table(head, _short(rows))}"
+
+
+def _browser(limit: int, task: str) -> str:
+    shown = both(
+        f"texts are shown up to {limit:,} characters; predictions.jsonl holds all of them",
+        f"文本最多显示 {limit:,} 个字符，完整内容见 predictions.jsonl",
+    )
+    legend = ""
+    if task == "ner":
+        kinds = (
+            ("right", both("labelled and predicted", "标注与预测一致")),
+            ("missing", both("labelled only", "仅标注")),
+            ("wrong", both("predicted only", "仅预测")),
+        )
+        legend = "".join(f'<span class="chip {kind}">{told}</span> ' for kind, told in kinds)
+        legend = f'<p id="legend">{legend}</p>'
     return (
-        f'<h2 id="rows">{both("Rows", "逐行查看")}</h2>'
-        '<form id="filters" onsubmit="return false"><input id="search" type="search" placeholder="search / 搜索" '
-        'aria-label="search"> <select id="state" aria-label="which rows"></select> '
-        '<select id="right" aria-label="right label"></select> <select id="given" aria-label="predicted label"></select> '
-        '<select id="order" aria-label="order"></select> <button id="clear" type="button">×</button></form>'
-        '<p class="soft"><span id="count" aria-live="polite"></span> '
-        f'<span class="soft">· texts are shown up to {limit} characters; predictions.jsonl holds all of them</span></p>'
+        f'<h2 id="rows">{both("Rows", "样本明细")}</h2>'
+        '<form id="filters" onsubmit="return false"><input id="search" type="search"> <select id="state"></select> '
+        '<select id="right"></select> <select id="given"></select> <select id="order"></select> '
+        '<button id="clear" type="button">×</button></form>'
+        f'<p class="soft"><span id="count" aria-live="polite"></span> · {shown}</p>{legend}'
         '<div id="list"></div><p><button id="more" type="button">+</button></p>'
     )
 

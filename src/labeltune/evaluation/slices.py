@@ -40,7 +40,8 @@ def _by_length(examples: Sequence[Example], predictions: Sequence[Prediction]) -
     found = []
     for each in sorted(set(part.tolist())):
         rows = numpy.flatnonzero(part == each)
-        name = f"{lengths[rows].min()} to {lengths[rows].max()} characters"
+        shortest, longest = lengths[rows].min(), lengths[rows].max()
+        name = f"{shortest} to {longest} characters" if shortest < longest else f"{longest} characters"
         found.append({"slice": name, "rows": len(rows), **_headline(examples, predictions, rows)})
     return found
 

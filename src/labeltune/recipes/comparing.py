@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import compare_predictions
-from labeltune.evaluation.comparison_page import comparison_page
+from labeltune.evaluation.comparison_page import BARE, comparison_page
 from labeltune.evaluation.headline import headline
 from labeltune.recipes.evaluation import (
     RunDescription,
@@ -79,8 +79,9 @@ def compare(
         ):
             answers_of_first = predictor.predict(examples, on_batch=advance)
     found = {
-        "first": others[0].name if others else f"{about.name} without its adapter",
+        "first": others[0].name if others else f"{about.name}{BARE}",
         "second": about.name,
+        "base": _untuned(first) and not _untuned(second),
         "data": data,
         "task": about.task,
         **what_rows_are([about.folder, *(each.folder for each in others)], examples),
@@ -105,6 +106,10 @@ def _check_comparable(first: RunDescription, second: RunDescription) -> None:
             f"{first.name} knows the types {', '.join(first.labels)}, {second.name} {', '.join(second.labels)}; they cannot "
             "be compared on the same rows"
         )
+
+
+def _untuned(model: str | os.PathLike[str] | Predictor) -> bool:
+    return str(model) == BASE or Path(str(model)).suffix in {".yaml", ".yml"}
 
 
 def _write(

@@ -16,6 +16,7 @@ from labeltune.export.folder import EXPORT_FILE, check_target, whole_folder
 from labeltune.export.merge import DTYPES, Dtype
 from labeltune.export.parity import Parity, check_parity, compare_answers
 from labeltune.export.push import check_repo, push_folder
+from labeltune.messages import localize
 from labeltune.modeling.pocket import POCKET_MODELS
 from labeltune.recipes.evaluation import row_bar
 from labeltune.recipes.held_out import rows_to_verify, validation_metrics
@@ -48,7 +49,7 @@ class Exported:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(localize(line), file=sys.stderr, flush=True)
 
 
 def export(

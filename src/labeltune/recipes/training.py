@@ -15,6 +15,7 @@ from labeltune.data.loading import Splits, load_splits
 from labeltune.errors import MissingExtraError
 from labeltune.evaluation.headline import SELECTION, headline
 from labeltune.folder_lock import alone_with
+from labeltune.messages import localize
 from labeltune.progress import begin, no_long_silence, row_progress, spoke
 from labeltune.ranks import is_sharded, rank
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
@@ -54,7 +55,7 @@ CALIBRATION_ROWS = 2000
 
 def _say(line: str) -> None:
     if rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+        print(localize(line), file=sys.stderr, flush=True)
         spoke()
 
 

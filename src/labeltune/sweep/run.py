@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from labeltune.errors import ConfigError, Interrupted, MissingExtraError, SweepError
 from labeltune.folder_lock import alone_with
+from labeltune.messages import localize
 from labeltune.sweep.report import Trial, best_trial, print_table, train_command, write_results
 from labeltune.sweep.search import Choices, SweepPlan
 
@@ -19,7 +20,7 @@ Say = Callable[[str], None]
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(localize(line), file=sys.stderr, flush=True)
 
 
 def run_sweep(plan: SweepPlan, say: Say = _say) -> list[Trial]:

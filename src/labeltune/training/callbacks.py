@@ -15,6 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from labeltune.errors import DivergedError
+from labeltune.messages import localize
 from labeltune.progress import SILENCE, bar_shown, begin, silent_for, spoke
 from labeltune.ranks import reduced, world
 from labeltune.run_folder import checkpoints, write_text
@@ -184,12 +185,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         console = Console(stderr=True)
         if console.is_terminal:
             columns = (
-                TextColumn("[bold]train"),
+                TextColumn(f"[bold]{localize('train')}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[info]}"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
+                TextColumn(localize("left")),
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=console)
@@ -253,6 +254,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def say(self, line: str) -> None:
         """A line above the bar."""
+        line = localize(line)
         if self._bar is not None:
             self._bar.console.print(line)
         else:

@@ -1,0 +1,123 @@
+"""Messages in Chinese: one catalogue of templates, applied where a finished English message leaves the program."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+#: Messages in messages, such as a reason inside an error, are followed this deep.
+_DEPTH = 4
+#: Longer messages hold somebody's data, not our words.
+_LONGEST = 20_000
+
+
+def language() -> str:
+    """`zh` or `en`: LABELTUNE_LANG where it is set, otherwise the locale's, read as gettext reads it."""
+    wanted = os.environ.get("LABELTUNE_LANG", "").lower()
+    if wanted:
+        return "zh" if wanted.startswith("zh") else "en"
+    locale = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+    if locale.partition(".")[0] in ("C", "POSIX"):
+        return "en"
+    return "zh" if (os.environ.get("LANGUAGE") or locale).lower().startswith("zh") else "en"
+
+
+def localize(message: str) -> str:
+    """A finished message in the user's language; what the catalogue does not know stays as it is."""
+    return chinese(message) if language() == "zh" else message
+
+
+def chinese(message: str) -> str:
+    """A finished English message in Chinese."""
+    found = _translated(message, _DEPTH)
+    return message if found is None else found
+
+
+@contextlib.contextmanager
+def spoken(name: Literal["stdout", "stderr"]) -> Iterator[None]:
+    """What is printed to this stream inside, or in a function that wears this, is in the user's language."""
+    if language() == "en":
+        yield
+        return
+    kept = getattr(sys, name)
+    setattr(sys, name, _Spoken(kept))
+    try:
+        yield
+    finally:
+        setattr(sys, name, kept)
+
+
+class _Spoken:
+    """A text stream that translates what is written to it, message by message, and is the stream beneath otherwise."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        # A single word is more likely somebody's label than a message.
+        self._stream.write(chinese(text) if " " in text.strip() else text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _translated(message: str, depth: int) -> str | None:
+    """None where no template fits. Values are translated only when they are messages, never when they are single words:
+    those are names of files, labels and keys."""
+    bare = message.strip()
+    if not bare or depth == 0 or len(message) > _LONGEST or (depth < _DEPTH and " " not in bare):
+        return None
+    exact, found = _catalogue()
+    if message in exact:
+        return exact[message]
+    for clue, pattern, target in found:
+        match = pattern.fullmatch(message) if clue in message else None
+        if match:
+            values = {key: _translated(value, depth - 1) or value for key, value in match.groupdict().items()}
+            return _PLACEHOLDER.sub(lambda each: values[each[1]], target)  # noqa: B023
+    if bare != message:
+        inner = _translated(bare, depth)
+        return None if inner is None else message.replace(bare, inner)
+    for joint, joined, whole in (("\n", "\n", False), ("; ", "；", False), (", ", "，", True)):
+        if joint in message:
+            pieces = message.split(joint)
+            known = [_translated(piece, depth if joint == "\n" else depth - 1) for piece in pieces]
+            if all(known) or (any(known) and not whole):
+                return joined.join(told or piece for told, piece in zip(known, pieces, strict=True))
+    return None
+
+
+def templates() -> dict[str, str]:
+    """English template -> Chinese template; `{name}` stands for what is formatted in."""
+    import yaml
+
+    text = resources.files("labeltune").joinpath("messages.zh.yaml").read_text(encoding="utf-8")
+    loaded: dict[str, str] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return loaded
+
+
+@cache
+def _catalogue() -> tuple[dict[str, str], list[tuple[str, re.Pattern[str], str]]]:
+    """Templates without placeholders, and the others as (longest literal part, pattern, Chinese), most literal text first."""
+    exact, found = {}, []
+    for english, target in templates().items():
+        parts = _PLACEHOLDER.split(english)
+        if len(parts) == 1:
+            exact[english] = target
+            continue
+        # The parts take turns: literal text, name, literal text ... A value is part of a line, but for one at the end.
+        pattern = "".join(f"(?P<{part}>.*?)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
+        if not parts[-1]:
+            pattern = f"{pattern.removesuffix('.*?)')}(?s:.*?))"
+        literal, lines = parts[::2], re.DOTALL if "\n" in english else 0
+        found.append((sum(map(len, literal)), max(literal, key=len), re.compile(pattern, lines), target))
+    found.sort(key=lambda each: -each[0])
+    return exact, [each[1:] for each in found]

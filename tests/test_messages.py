@@ -1,0 +1,256 @@
+"""Messages in Chinese: the catalogue holds what the source says, and nothing else; only messages are translated."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from conftest import classification_rows, write_jsonl
+from labeltune import messages
+from labeltune.data.schemas import FAULT_KINDS
+from labeltune.messages import chinese, language, localize, spoken, templates
+from test_hostile_data import command
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "labeltune"
+CHINESE = re.compile("[\u3400-\u9fff]")
+HOLE = "7"
+#: Put together by the source from more than one string, so that no template stands there in one piece.
+COMPOSED = {
+    "{where}: error: {kind}: {message}",
+    "{where}: warning: {kind}: {message}",
+    "error{rank}: {message}",
+    "ok  {what}",
+    "note  {what}",
+    "LACK  {what}",
+    "accuracy: {value}",
+    "macro_f1: {value}",
+    "span_f1: {value}",
+    "baseline majority: {value}",
+    "baseline uniform_guess: {value}",
+    "baseline dictionary: {value}",
+    "rows: {count}, test",
+    "rows: {count}, validation (used for selection)",
+    "report on validation (used for selection) rows: {file}",
+    "step {step}: validation (used for selection): {figures}",
+    "text length in characters: {figures}",
+    "text length in tokens: {figures}",
+    "{free} GiB of disk free for here ({folder})",
+    "{free} GiB of disk free for the cache ({folder})",
+    "warning: {message}",
+    "{where}: unknown key {key}",
+    "error: interrupted",
+    "trial {number}: {values}",
+    "trial {number} failed: {reason}; {done} of {trials} done{rest}",
+    "trial {number}: {figure}, {seconds} s; {done} of {trials} done{rest}",
+    ", the best is trial {number} with {value}, about {seconds} s left",
+}
+#: Everything these print is in the catalogue, and every error they raise.
+CONSOLE = """cli/board.py cli/compare.py cli/data.py cli/doctor.py cli/evaluate.py cli/init.py cli/main.py config.py config_sections.py
+    data/audit.py data/loading.py folder_lock.py inference/calibrate.py modeling/hub.py modeling/pocket.py
+    progress.py recipes/comparing.py recipes/evaluation.py recipes/held_out.py recipes/training.py run_folder.py
+    tracking/swanlab.py training/callbacks.py training/checkpoints.py training/dataset.py training/feasible.py
+    training/self_check.py training/stepping.py training/trainer.py""".split()  # noqa: SIM905
+#: What they say that has no words of its own, or is for a programmer.
+SILENT = {
+    f"labeltune {HOLE}",
+    f"  {HOLE}  {HOLE}",
+    f"  {HOLE}  {HOLE}  {HOLE}",
+    f"{HOLE}: {HOLE}",
+    f"{HOLE}  {HOLE}",
+    f"{HOLE}: {HOLE}; {HOLE}",
+    f"--labels {HOLE}",
+    # In the catalogue with each of the words that stand there (COMPOSED).
+    f"  text length in {HOLE}: {HOLE}\n",
+    f"rows: {HOLE}, {HOLE}",
+    f"baseline {HOLE}: {HOLE}",
+    f"report on {HOLE} rows: {HOLE}",
+}
+
+
+def variants(node: ast.expr) -> list[str]:
+    """What an expression may say, with HOLE for every value that is not known here."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else [HOLE]
+    if isinstance(node, ast.JoinedStr):
+        return ["".join(parts) for parts in product(*map(variants, node.values))]
+    if isinstance(node, ast.FormattedValue):
+        return variants(node.value) if isinstance(node.value, ast.IfExp) else [HOLE]
+    if isinstance(node, ast.IfExp):
+        return variants(node.body) + variants(node.orelse)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [a + b for a in variants(node.left) for b in variants(node.right)]
+    return [HOLE]
+
+
+@cache
+def said() -> set[str]:
+    """Every text of the source, whole and line by line."""
+    found: set[str] = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)):
+                for text in variants(node):
+                    lines = [text, *re.split("\n|; ", text)]
+                    found |= {*lines, *(line.strip() for line in lines)}
+    return found
+
+
+def told(path: Path) -> Iterator[tuple[int, str]]:
+    """What a module prints or raises."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or not node.args:
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        raised = name.endswith("Error") and name not in (
+            "AssertionError",
+            "AttributeError",
+            "MissingExtraError",
+        )
+        if name in ("say", "print", "_Problem", "Interrupted") or raised:
+            for text in variants(node.args[-1] if name in ("_Problem", "Fault") else node.args[0]):
+                yield node.lineno, text
+
+
+def test_every_template_stands_in_the_source() -> None:
+    for english in templates().keys() - COMPOSED:
+        pattern = re.compile(
+            "".join(
+                ".*" if at % 2 else re.escape(part) for at, part in enumerate(re.split(r"\{(\w+)\}", english))
+            ),
+            re.DOTALL,
+        )
+        assert any(pattern.fullmatch(text) for text in said()), f"nothing says {english!r} any more"
+
+
+def test_both_sides_have_the_same_places() -> None:
+    found = templates()
+    assert len(found) > 250
+    for english, translated in found.items():
+        names = re.findall(r"\{(\w+)\}", english)
+        assert len(set(names)) == len(names), english
+        assert sorted(names) == sorted(re.findall(r"\{(\w+)\}", translated)), english
+        if re.search("[A-Za-z]{4}", re.sub(r"\{\w+\}|SwanLab|LACK", "", english)):
+            assert CHINESE.search(translated), english
+        for kept in re.findall(
+            r"`[^`]*`|--[a-z-]+|\b[a-z]{2,}\.[a-z_]+\b|[a-z_]+=[^ ;,)]*|[A-Z]+_[A-Z]+",
+            re.sub(r"\{\w+\}", "", english),
+        ):
+            assert kept.rstrip(".") in translated, f"{english!r} lost {kept!r}"
+
+
+@pytest.mark.parametrize("module", CONSOLE)
+def test_what_the_console_says_is_in_the_catalogue(module: str) -> None:
+    for line, text in told(SOURCE / module):
+        if text.strip() and text not in SILENT and re.search("[A-Za-z]{3}", text):
+            assert CHINESE.search(chinese(text)), f"{module}:{line}: {text!r}"
+
+
+def test_every_kind_of_fault_is_in_the_catalogue() -> None:
+    assert [meaning for _, meaning in FAULT_KINDS.values() if not CHINESE.search(chinese(meaning))] == []
+
+
+@pytest.mark.parametrize(
+    ("english", "translated"),
+    [
+        ("error: config file a b.yaml does not exist; `labeltune init classification` writes one",
+         "错误：配置文件 a b.yaml 不存在；`labeltune init classification` 可生成一个"),
+        ("error on rank 1: training: no room", "错误（进程 1）：训练参数：no room"),
+        ("rows.jsonl:5: error: empty_field: text is empty", "rows.jsonl:5：错误：empty_field：text 为空"),
+        ("\nrows.jsonl: 4 rows, 3 usable, 1 errors, 0 warnings\n", "\nrows.jsonl：共 4 行，可用 3 行，错误 1 个，警告 0 个\n"),
+        ("error: the data holds 1 errors:\n  a.csv:2: error: empty_field: text is empty\nRepair them, or evaluate with --on-error skip",
+         "错误：数据中有 1 个错误：\n  a.csv:2：错误：empty_field：text 为空\n请修正，或评测时加 --on-error skip"),
+        ("x.yaml: unknown key 'lora.rank'; did you mean 'lora.r'?", "x.yaml：未知的配置项 'lora.rank'；是否想写 'lora.r'？"),
+        ("accuracy: 0.800  (95 % interval 0.700 to 0.900)", "准确率：0.800（95% 置信区间 0.700 至 0.900）"),
+        ("confidence: temperature 1.10 from 9 validation rows, fewer than 100: a rough guess; ECE 0.1 -> 0.2, Brier 0.3 -> 0.4 (after: cross-fitted)",
+         "置信度：温度 1.10，由 9 行验证数据拟合，少于 100 行，仅供参考；ECE 0.1 -> 0.2，Brier 0.3 -> 0.4（拟合后为交叉拟合结果）"),
+        ("steps: packing=padded, packs of at most 768 tokens; 29 tokens are computed for an example of 48; checkpointing off (8 kB of activations a token, 19.1 GB free)",
+         "训练步：packing=padded，每包最多 768 个 token；平均 48 个 token 的样本只计算 29 个；checkpointing off（每个 token 的激活 8 kB，可用 19.1 GB）"),
+        ("trial 2: macro_f1 0.5000, 3 s; 2 of 4 done, the best is trial 1 with 0.7500, about 6 s left",
+         "试验 2：macro_f1 0.5000，3 秒；已完成 2/4，目前最好的是试验 1（0.7500），约剩 6 秒"),
+        # Values are nobody's messages: a folder named like a figure, labels, an unknown reason.
+        ("exported the adapter to test", "已导出 adapter 到 test"),
+        ("data set 'ms:a/b': no file majority in it", "数据集 'ms:a/b' 中没有文件 majority"),
+        ("{\"text\": \"the same row stands again\"}", "{\"text\": \"the same row stands again\"}"),
+        ("something else altogether", "something else altogether"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_messages_in_chinese(english: str, translated: str) -> None:
+    assert chinese(english) == translated
+
+
+@pytest.mark.parametrize(
+    ("environment", "spoken_there"),
+    [
+        ({}, "en"),
+        ({"LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "en_US.UTF-8", "LC_MESSAGES": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "en_US.UTF-8"}, "en"),
+        ({"LANG": "en_US.UTF-8", "LANGUAGE": "zh_CN:en"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8", "LANGUAGE": "zh"}, "en"),
+        ({"LANG": "zh_CN.UTF-8", "LABELTUNE_LANG": "en"}, "en"),
+        ({"LC_ALL": "C", "LABELTUNE_LANG": "zh"}, "zh"),
+    ],
+)
+def test_the_locale_decides(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], spoken_there: str
+) -> None:
+    for name in ("LABELTUNE_LANG", "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert language() == spoken_there
+    assert localize("the same row stands again") == (
+        "同一行重复出现" if spoken_there == "zh" else "the same row stands again"
+    )
+
+
+def test_a_stream_speaks_and_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABELTUNE_LANG", "zh")
+    kept = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", kept)
+    with spoken("stderr"):
+        print("warning: nothing known", "test", file=sys.stderr)
+        print("writing the whole model in bf16", file=sys.stderr, flush=True)
+        assert not sys.stderr.isatty()
+    assert sys.stderr is kept
+    assert kept.getvalue() == "警告：nothing known test\n正在以 bf16 写出完整模型\n"
+
+
+def test_the_catalogue_is_read_in_chinese_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABELTUNE_LANG", "en")
+    monkeypatch.setattr(messages, "templates", lambda: pytest.fail("the catalogue was read"))
+    messages._catalogue.cache_clear()
+    assert localize("the same row stands again") == "the same row stands again"
+
+
+def test_the_command_line_speaks_chinese_and_its_json_does_not(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(in_folder / "rows.jsonl", [*classification_rows(6), {"text": "", "output": "Art"}])
+
+    def labeltune(*arguments: str, lang: str = "zh") -> tuple[int, str, str]:
+        monkeypatch.setenv("LABELTUNE_LANG", lang)
+        return command(monkeypatch, capsys, *arguments)
+
+    code, out, err = labeltune("data", "check", "rows.jsonl")
+    assert (code, err) == (1, "")
+    assert "rows.jsonl:7：错误：empty_field：text 为空\n" in out
+    assert "\nrows.jsonl：共 7 行，可用 6 行，错误 1 个，警告 0 个\n" in out
+    asked = ("data", "check", "rows.jsonl")
+    assert "rows.jsonl:7: error: empty_field: text is empty\n" in labeltune(*asked, lang="en")[1]
+    asked = (*asked, "--json")
+    assert labeltune(*asked)[1] == labeltune(*asked, lang="en")[1] != ""
+    code, out, err = labeltune("train", "nowhere.yaml")
+    assert (code, out) == (2, "")
+    assert err == "错误：配置文件 nowhere.yaml 不存在；`labeltune init classification` 可生成一个\n"
+    assert labeltune("train", "--help")[1] == labeltune("train", "--help", lang="en")[1]
+    assert "下一步：labeltune data check ner.jsonl\n" in labeltune("init", "ner", "new")[1]
