@@ -23,7 +23,7 @@ from conftest import LABELS, classification_rows, make_tokenizer, ner_rows, writ
 from labeltune.config import DataConfig, build_config
 from labeltune.data import audit_blocks, sources
 from labeltune.data.audit import Audit
-from labeltune.data.blocks import Block, cut_lines, cut_parquet, read_block
+from labeltune.data.blocks import Block, cut_file, cut_lines, cut_parquet, read_block
 from labeltune.data.loading import Rows, load_rows, stratified_split, stratum
 from labeltune.data.places import Place
 from labeltune.data.sources import Record, bounded_lines, iter_records
@@ -77,7 +77,7 @@ def test_blocks_of_lines_are_read_to_the_records_of_one_pass(
         path.write_bytes(generator.choice(BEGINNINGS) + middle + generator.choice(ENDS))
         with path.open("rb") as file:
             options = generator.choice([{}, {"most_bytes": 20}, {"most_bytes": 20, "multiple": 2}])
-            found = list(cut_lines(str(path), bounded_lines(file), generator.randrange(1, 6), **options))
+            found = list(cut_file(str(path), file, generator.randrange(1, 6), **options))
         assert [block.number for block in found] == list(range(len(found)))
         assert of_blocks(path, found) == list(iter_records(path)), path.read_bytes()
         if "multiple" in options:

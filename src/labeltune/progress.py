@@ -7,7 +7,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from labeltune.errors import printable
+from labeltune.ranks import rank
+
 _SECONDS_BETWEEN_LINES = 5.0
+_noted: set[str] = set()
+
+
+def note(line: str) -> None:
+    """Say something once on standard error, by the first process of a job alone."""
+    if rank() == 0 and line not in _noted:
+        _noted.add(line)
+        print(f"note: {printable(line)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

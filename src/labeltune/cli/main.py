@@ -23,7 +23,7 @@ from labeltune.cli import (
     sweep,
     train,
 )
-from labeltune.errors import LabeltuneError
+from labeltune.errors import LabeltuneError, printable
 from labeltune.ranks import rank, world
 from labeltune.run_folder import why_not_written
 
@@ -91,7 +91,8 @@ def run_app(command: typer.Typer, name: str | None = None) -> None:
         finally:
             sys.stdout.flush()
     except LabeltuneError as error:
-        print(f"error{_on_rank()}: {error}", file=sys.stderr)
+        message = printable(str(error), keep="\n")
+        print(f"error{_on_rank()}: {message}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from labeltune.errors import counted
 from labeltune.run_folder import write_text
 from labeltune.types import Example
 
@@ -16,7 +17,10 @@ from labeltune.types import Example
 def predict(
     run: Annotated[str, typer.Argument(help="Run folder or checkpoint.")],
     file: Annotated[
-        str | None, typer.Argument(help="jsonl, csv or parquet with a `text` column; - or nothing: stdin.")
+        str | None,
+        typer.Argument(
+            help="jsonl, json, csv, tsv, parquet or xlsx with a `text` column; - or nothing: stdin."
+        ),
     ] = None,
     text: Annotated[
         list[str] | None, typer.Option("--text", "-t", help="A document (may be repeated).")
@@ -24,6 +28,7 @@ def predict(
     category: Annotated[
         str | None, typer.Option(help="Candidate labels, as a list or between commas.")
     ] = None,
+    encoding: Annotated[str, typer.Option(help="Encoding of a text file, e.g. gb18030.")] = "utf-8",
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="jsonl to write; standard output when missing.")
     ] = None,
@@ -57,19 +62,18 @@ def predict(
         int, typer.Option(help="Rows of a part that ray writes; a multiple of 256.", min=256)
     ] = 4096,
 ) -> None:
-    """Predict; one JSON line a row, with its id, in the order of the input. On stdin every line is a document.
+    """Predict; one JSON line a row, with its id, in the order of the input.
 
-    A row of a file that cannot be read gets an `error` in its place, and the exit code is 1 at the end.
+    On stdin a JSON object is a row as in a file, every other line is a document. Blank lines are no rows: they take no id (ids
+    count rows from 0). A row that cannot be read gets an `error` in its place, and the exit code is 1 at the end.
     """
     from labeltune.cli.quiet import quiet_libraries
-    from labeltune.data.schemas import parse_candidates
-    from labeltune.data.sources import resolve_data
+    from labeltune.config import build_config
+    from labeltune.data.labels import named_labels
+    from labeltune.data.sources import iter_records, resolve_data
     from labeltune.errors import ConfigError, DataError
 
-    try:
-        labels = tuple(label for label in parse_candidates(category) if label) if category else ()
-    except DataError as error:
-        raise DataError(f"--category {error}") from None
+    labels = named_labels("--category", category) if category is not None else ()
     check_engine(engine, workers, address)
     changes = {"decoding": decoding, "long_text": long_text}
     changes = {key: value for key, value in changes.items() if value is not None}
@@ -90,24 +94,32 @@ def predict(
         if file is not None:
             raise DataError("give --text or a file, not both")
         given = [_checked(i, {"text": t}, labels, f"--text {i + 1}") for i, t in enumerate(text)]
-    elif file is None or file == "-":
-        try:
-            given = [_stdin_row(i, line, labels) for i, line in enumerate(sys.stdin) if line.strip()]
-        except UnicodeDecodeError as error:
-            raise DataError(f"standard input is not UTF-8: {error}") from None
-    else:
+    elif file is not None and file != "-":
         path = resolve_data(file)
+        build_config({"data": {"encoding": encoding}}, "--encoding")
+        unreadable = next(iter_records(path, encoding), None)
+        if unreadable is not None and unreadable.whole:
+            raise DataError(f"{unreadable.where}: {unreadable.problem}")
     if resume and (path is None or output is None):
         raise ConfigError("--resume needs an input file and --output")
     quiet_libraries()
     from labeltune.inference.load import load_predictor
-    from labeltune.inference.stream import BadRow, count_rows, predict_file, predict_rows, read_rows, to_line
+    from labeltune.inference.stream import (
+        BadRow,
+        Row,
+        count_rows,
+        predict_file,
+        predict_rows,
+        read_rows,
+        read_stream,
+        to_line,
+    )
     from labeltune.progress import row_progress
 
     bad = 0
     with load_predictor(run, merge=True) as predictor:
         predictor.change(**changes)
-        total = len(given) if path is None else count_rows(path)
+        total = len(given) or None if path is None else count_rows(path, encoding)
         shown = total is None or total > predictor.generation.batch_size
         with row_progress(total, "predict", shown=shown) as advance:
             if path is not None and output is not None:
@@ -120,9 +132,14 @@ def predict(
                     min_confidence=min_confidence,
                     top_k=top_k,
                     progress=advance,
+                    encoding=encoding,
                 )
             else:
-                source = read_rows(path, predictor, labels) if path is not None else given
+                source: Iterable[Row] = given
+                if path is not None:
+                    source = read_rows(path, predictor, labels, encoding)
+                elif not text:
+                    source = read_stream(sys.stdin.buffer, predictor, labels)
                 written = []
                 for chunk in predict_rows(predictor, source, min_confidence=min_confidence, on_rows=advance):
                     bad += sum(isinstance(row, BadRow) for row in chunk)
@@ -139,7 +156,8 @@ def predict(
 
 def _end(bad: int) -> None:
     if bad:
-        print(f"{bad} rows could not be predicted; their lines hold an error", file=sys.stderr)
+        lines = "its line holds" if bad == 1 else "their lines hold"
+        print(f"{counted(bad, 'row')} could not be predicted; {lines} an error", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -155,20 +173,6 @@ def check_engine(engine: str, workers: int | None, address: str | None) -> None:
         raise ConfigError("--workers and --address need --engine ray")
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise MissingExtraError("--engine ray", "ray")
-
-
-def _stdin_row(number: int, line: str, labels: tuple[str, ...]) -> Example:
-    """A JSON object with a `text` is a row; every other line is a document."""
-    where = f"stdin:{number + 1}"
-    stripped = line.strip()
-    if stripped.startswith("{"):
-        try:
-            values = json.loads(stripped)
-        except (ValueError, RecursionError):
-            values = None
-        if isinstance(values, dict) and "text" in values:
-            return _checked(number, values, (), where)
-    return _checked(number, {"text": line.rstrip("\n")}, labels, where)
 
 
 def _checked(number: int, values: dict[str, Any], labels: tuple[str, ...], where: str) -> Example:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from labeltune.config import RunConfig
+from labeltune.data.columns import columns_of_file
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records, resolve_data
-from labeltune.errors import DataError, OutputError
+from labeltune.errors import DataError, OutputError, printable
 from labeltune.types import Example
 
 
@@ -35,6 +36,7 @@ def convert_file(
         OutputError: the output cannot be written.
     """
     path = resolve_data(spec, config.hub)
+    columns = columns_of_file(path, config.task, config.data)
     written = skipped = 0
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -44,9 +46,14 @@ def convert_file(
         raise OutputError(f"{output} cannot be written: {error}") from error
     try:
         with file:
-            for number, record in enumerate(iter_records(path)):
+            for number, record in enumerate(columns.records(iter_records(path, config.data.encoding))):
                 example, faults = parse_record(
-                    record, number, config.task, config.data.columns, config.data.labels
+                    record,
+                    number,
+                    config.task,
+                    columns.columns,
+                    config.data.labels,
+                    integer_labels=columns.integer_labels,
                 )
                 if example is None:
                     if not skip:
@@ -55,6 +62,8 @@ def convert_file(
                     continue
                 file.write(json.dumps(render(example), ensure_ascii=False) + "\n")
                 written += 1
+        if not written and not skipped:
+            raise DataError(f"{printable(str(path))} holds no rows")
         partial.replace(output)
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error}") from error

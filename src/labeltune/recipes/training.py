@@ -16,6 +16,7 @@ from labeltune.evaluation.headline import SELECTION, headline
 from labeltune.folder_lock import alone_with
 from labeltune.progress import row_progress
 from labeltune.ranks import is_sharded, rank
+from labeltune.recipes.data import without_too_long
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
 from labeltune.recipes.selection import save_selection
 from labeltune.run_folder import check_output, public_name, remove_checkpoints, remove_leftovers
@@ -88,6 +89,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> TrainR
     template = ChatTemplate(tokenizer)
     task = make_task(config.task, splits.labels, config.prompt)
     builder = PromptBuilder(task, template)
+    splits = without_too_long(splits, builder, config, say)
     workers = config.data.workers
     train_tokens, account = tokenize_rows(splits.train, builder, workers)
     validation_tokens = (
