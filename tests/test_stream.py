@@ -98,7 +98,7 @@ def test_the_command(in_folder: Path, model_folder: Path) -> None:
     command = [sys.executable, "-m", "labeltune", "predict", str(run), str(path)]
     options = ["-o", "out.jsonl", "--top-k", "2", "--min-confidence", "1.0"]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
-    assert done.returncode == 1 and "1 rows could not be predicted" in done.stderr
+    assert done.returncode == 1 and "1 row could not be predicted" in done.stderr
     assert "Traceback" not in done.stderr
     found = lines(in_folder / "out.jsonl")
     assert [row.get("label", "bad") for row in found] == [None, "bad", None]

@@ -16,13 +16,13 @@ def clipped(text: str, length: int) -> str:
     return f"{text[:kept]} ... {len(text) - 2 * kept} more characters ... {text[-kept:]}"
 
 
-def counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str, plural: str = "") -> str:
     """A number with its noun, for messages.
 
-    >>> counted(1, "row"), counted(2000, "row")
-    ('1 row', '2000 rows')
+    >>> counted(1, "row"), counted(2000, "row"), counted(2, "entity", "entities")
+    ('1 row', '2000 rows', '2 entities')
     """
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
 def printable(text: str, keep: str = "") -> str:

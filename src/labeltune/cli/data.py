@@ -47,7 +47,7 @@ def check(
     limit: Annotated[int, typer.Option(help="Faults listed of each kind; 0 for all.", min=0)] = 20,
     report: Annotated[
         Path | None,
-        typer.Option(help="HTML page to write: near-duplicates, labels that look wrong, token account."),
+        typer.Option(help="HTML page to write: near-duplicates, rows whose label to look at, token account."),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes; data.workers of the config when missing.", min=1)

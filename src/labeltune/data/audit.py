@@ -16,7 +16,7 @@ import numpy
 
 from labeltune.config import DataConfig, TaskName
 from labeltune.data.columns import FileColumns, columns_of_file
-from labeltune.data.labels import shown, twins
+from labeltune.data.labels import twins
 from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record, readable_mentions
 from labeltune.data.sources import Record, iter_records
 from labeltune.errors import counted, printable
@@ -217,9 +217,9 @@ def finished(audit: Audit, data: DataConfig, columns: FileColumns) -> Audit:
         )
     for group in twins(audit.first_places):
         rare = min(group, key=lambda label: (audit.labels[label], label))
-        noun = "entity" if audit.task == "ner" else "row"
+        nouns = ("entity", "entities") if audit.task == "ner" else ("row", "rows")
         listed = ", ".join(
-            f"{shown(label)} ({counted(audit.labels[label], noun)}, first at {audit.first_places[label]})"
+            f"{label!r} ({counted(audit.labels[label], *nouns)}, first in {_line(audit.first_places[label])})"
             for label in sorted(group, key=lambda label: -audit.labels[label])
         )
         message = f"these differ only in case, width, blanks or characters that cannot be seen: {listed}"
@@ -234,6 +234,12 @@ def finished(audit: Audit, data: DataConfig, columns: FileColumns) -> Audit:
             )
         )
     return audit
+
+
+def _line(where: str) -> str:
+    """The place in its file, without the file."""
+    place = where.rpartition(":")[2]
+    return place if place.startswith("row ") else f"line {place}"
 
 
 def text_hash(text: str) -> int:

@@ -32,8 +32,8 @@ def value_records(name: str, chunks: Iterable[bytes], encoding: str = "utf-8") -
             else:
                 raise ValueError("a JSON object or array is expected")
     except UnicodeDecodeError as error:
-        where = text.line + text.rest().count("\n")
-        yield sources.encoding_fault(name, where, text.bytes + error.start, encoding)
+        line = text.line + text.rest().count("\n")
+        yield sources.encoding_fault(name, line, text.bytes + error.start, encoding)
     except (ValueError, RecursionError) as error:
         where = f"{name}:{error.line if isinstance(error, _NoJson) else text.line}"
         yield Record(where, None, "unparsable_line", f"not valid JSON: {error}; the rest was not read")

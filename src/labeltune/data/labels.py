@@ -159,12 +159,3 @@ def twin_of(label: str, others: Sequence[str]) -> str | None:
     """The other label that looks the same."""
     seen = seen_as(label)
     return next((other for other in others if other != label and seen_as(other) == seen), None)
-
-
-def shown(label: str) -> str:
-    """A label in quotes, with escapes for what cannot be seen or tells blanks apart.
-
-    >>> shown("Spo\\u00adrt")
-    "'Spo\\\\xadrt'"
-    """
-    return repr(label)

@@ -16,17 +16,16 @@ def explain(text: str, start: int, end: int, entity: str) -> tuple[str, tuple[in
     Returns:
         A sentence, empty when nothing is known; and where the entity stands, (start, end) in characters, end exclusive.
     """
+    inside = 0 <= start < end <= len(text)
+    if inside and text[start:end].strip() == entity.strip():
+        place = _stripped(text, start, end)
+        return f"the two differ in blanks at their ends; without them it is {place[0]}:{place[1]}", place
     for reason, (a, b) in _guesses(text, start, end, entity) if entity in text else ():
         if 0 <= a < b <= len(text) and text[a:b] == entity:
             return f"{reason}; it stands at {a}:{b}", (a, b)
-    if 0 <= start < end <= len(text):
-        found = text[start:end]
-        if found.strip() == entity.strip():
-            place = _stripped(text, start, end)
-            return f"the two differ in blanks at their ends; without them it is {place[0]}:{place[1]}", place
-        for what, same in _SAMES:
-            if same(found) == same(entity):
-                return f"the two differ only in {what}", (start, end)
+    for what, same in _SAMES if inside else ():
+        if same(text[start:end]) == same(entity):
+            return f"the two differ only in {what}", (start, end)
     return _nearest(text, start, end, entity)
 
 
@@ -104,7 +103,8 @@ def _units(text: str, start: int, end: int, width: int) -> tuple[int, int]:
 
 def _mapped(text: str, start: int, end: int, pattern: str, size: int) -> tuple[int, int]:
     """Offsets that count every match of a pattern as `size` characters -> in characters."""
-    places, at = [], 0  # place in the text of every character that was counted
+    places: list[int] = []  # place in the text of every character that was counted
+    at = 0
     for match in re.finditer(pattern, text):
         places += range(at, match.start())
         places += [match.start()] * size

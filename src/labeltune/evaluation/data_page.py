@@ -54,7 +54,7 @@ def _headlines(report: DataReport) -> list[tuple[str, str, str]]:
     ]
     if report.suspects is not None:
         below = f"of {report.suspects.judged:,} judged"
-        items.append(("labels that look wrong", f"{len(report.suspects.suspects):,}", below))
+        items.append(("rows to look at", f"{len(report.suspects.suspects):,}", below))
     if report.tokens is not None:
         figures = report.tokens
         below = f"of the rows, by max_length={figures.max_length}"
@@ -167,9 +167,9 @@ def _pair_table(pairs: Sequence[NearDuplicate]) -> str:
 def _suspects(report: DataReport) -> str:
     found = report.suspects
     if found is None:
-        return '<h2>Labels that look wrong</h2><p class="soft">Judged for classification only.</p>'
+        return '<h2>Rows to look at</h2><p class="soft">Judged for classification only.</p>'
     parts = [
-        "<h2>Labels that look wrong</h2>",
+        "<h2>Rows to look at</h2>",
         f"<p>A linear model on {pages.text(found.features)} judged each row after learning from the others (out of fold, equal texts "
         f"together, first {JUDGED_CHARACTERS:,} characters), and confident learning (cleanlab) picked the labels that do not fit. "
         "It knows no more than the words: look before you change a label.</p>",

@@ -280,6 +280,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def count_rows(path: Path, encoding: str = "utf-8") -> int | None:
     """Rows of a file where they are quickly counted (jsonl, parquet), for a progress bar."""
+    if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
+        return None
     with path.open("rb") as file:
         form = find_format(path.name, file, encoding)
         if form.kind == "parquet" and not form.problem:
