@@ -268,6 +268,7 @@ OFFSETS: list[tuple[str, tuple[int, int], str, str]] = [
         "Oslo",
         "both offsets are 3 too small: the nearest 'Oslo' stands at 16:20",
     ),
+    ("Mara left Oslo", (10, 15), "Oslo", "the end is wrong: start + 4 characters; it stands at 10:14"),
     ("Mara left Oslo.", (3, 5), "Oslo", "the nearest 'Oslo' stands at 10:14"),
 ]
 
@@ -289,9 +290,9 @@ def test_overlaps_are_found_where_offsets_are_wrong_too() -> None:
 
 
 def test_entities_with_blanks_at_their_ends_are_warnings() -> None:
-    values = ner(entity(9, 15, " Oslo.", " city "), text="Mara left Oslo.")
+    values = ner(entity(9, 15, " Oslo."), text="Mara left Oslo.")
     example, faults = parse_record(Record("f:3", values), 0, "ner", ColumnsConfig())
-    assert example is not None and example.entities == (Entity(" Oslo.", "city", 9, 15),)
+    assert example is not None and example.entities == (Entity(" Oslo.", "地点", 9, 15),)
     (fault,) = faults
     assert (fault.kind, fault.severity) == ("entity_blanks", "warning")
     assert (
@@ -326,8 +327,9 @@ def test_labels_that_look_the_same_are_named_with_their_counts(tmp_path: Path) -
     types = [ner(entity(label=label)) for label in ("PLACE ", "PLACE", "place")]
     audit = audit_file(write_jsonl(tmp_path / "n.jsonl", types), "ner")
     assert audit.labels == {"PLACE": 2, "place": 1}
-    assert [fault.kind for fault in audit.faults] == ["label_twins"]
-    assert "'PLACE' (2 entities, first in line 1), 'place' (1 entity," in audit.faults[0].message
+    assert [fault.kind for fault in audit.faults] == ["entity_blanks", "label_twins"]
+    assert audit.faults[0].message == "entities[0]: blanks around the type 'PLACE ' are left out"
+    assert "'PLACE' (2 entities, first in line 1), 'place' (1 entity," in audit.faults[1].message
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,8 @@ def _units(text: str, start: int, end: int, width: int) -> tuple[int, int]:
     """Offsets in UTF-16 units (`width` 2) or UTF-8 bytes (1) -> in characters."""
     raw = text.encode("utf-16-le" if width == 2 else "utf-8", "surrogatepass")
     name = "utf-16-le" if width == 2 else "utf-8"
+    if width * end > len(raw):
+        return -1, -1
     try:
         before = raw[: width * start].decode(name)
         inside = raw[width * start : width * end].decode(name)

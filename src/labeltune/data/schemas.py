@@ -44,7 +44,7 @@ FAULT_KINDS: dict[str, tuple[Severity, str]] = {
     "exact_duplicate": ("warning", "the same row stands again"),
     "label_twins": ("warning", "labels differ only in case, width, blanks or characters that cannot be seen"),
     "integer_labels": ("warning", "labels are integers, read as text"),
-    "entity_blanks": ("warning", "an entity begins or ends with a blank"),
+    "entity_blanks": ("warning", "an entity or its type begins or ends with a blank"),
 }
 
 
@@ -347,6 +347,9 @@ def _entity(
         if entity_text != entity_text.strip():
             a, b = start + len(entity_text) - len(entity_text.lstrip()), start + len(entity_text.rstrip())
             message = f"{name}: {entity_text!r} begins or ends with a blank; without it, it stands at {a}:{b}"
+            faults.append(("entity_blanks", message))
+        if code != code.strip():
+            message = f"{name}: blanks around the type {code!r} are left out"
             faults.append(("entity_blanks", message))
         return entity, (start, end), faults
     reason, place = explain(text, start, end, entity_text) if explained else ("", None)
