@@ -155,7 +155,10 @@ def twins(labels: Iterable[str]) -> list[list[str]]:
     return [group for seen, group in groups.items() if len(group) > 1 and seen]
 
 
-def twin_of(label: str, others: Sequence[str]) -> str | None:
-    """The other label that looks the same."""
+def like(label: str, others: Sequence[str]) -> str:
+    """A hint at the label that was probably meant; empty when none looks the same."""
     seen = seen_as(label)
-    return next((other for other in others if other != label and seen_as(other) == seen), None)
+    other = next((other for other in others if other != label and seen_as(other) == seen), None)
+    if other is None:
+        return ""
+    return f"; it differs from {other!r} only in case, width, blanks or characters that cannot be seen"

@@ -11,8 +11,8 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from labeltune.config import ColumnsConfig, TaskName
+from labeltune.data.labels import like
 from labeltune.data.labels import parse_candidates as parse_candidates
-from labeltune.data.labels import twin_of
 from labeltune.data.offsets import explain
 from labeltune.data.sources import Record
 from labeltune.errors import DataError, clipped, printable
@@ -126,10 +126,10 @@ def parse_record(
                 lambda: _label(values, columns.output, labels if integer_labels else None, integer_labels)
             )
         if label is not None and candidates and label not in candidates:
-            message = f"{columns.output} {label!r} is not in {list(candidates)}{_like(label, candidates)}"
+            message = f"{columns.output} {label!r} is not in {list(candidates)}{like(label, candidates)}"
             faults.append(Fault("output_not_in_candidates", record.where, message))
         if labels is not None and label is not None and not candidates and label not in labels:
-            message = f"{label!r} is not in data.labels {list(labels)}{_like(label, labels)}"
+            message = f"{label!r} is not in data.labels {list(labels)}{like(label, labels)}"
             faults.append(Fault("unknown_label", record.where, message))
     elif answers_required:
         found = check(lambda: _entity_dicts(values, columns.entities))
@@ -219,14 +219,6 @@ def _integer_label(value: int, column: str, names: Sequence[str] | None) -> str:
     if 0 <= value < len(names):
         return names[value]
     raise _Problem("unknown_label", f"{column} {value} is no number of data.labels, 0 to {len(names) - 1}")
-
-
-def _like(label: str, others: Sequence[str]) -> str:
-    """A hint at the label that was probably meant."""
-    other = twin_of(label, others)
-    if other is None:
-        return ""
-    return f"; it differs from {other!r} only in case, width, blanks or characters that cannot be seen"
 
 
 def _encodable(value: str, column: str) -> str:
@@ -397,5 +389,5 @@ def _entity_label(raw: dict[str, Any], code: str, name: str, labels: Sequence[st
                 return str(candidate)
     raise _Problem(
         "unknown_label",
-        f"{name}: neither {code!r} nor its entity_names {names!r} is in data.labels {list(labels)}{_like(code, labels)}",
+        f"{name}: neither {code!r} nor its entity_names {names!r} is in data.labels {list(labels)}{like(code, labels)}",
     )
