@@ -22,6 +22,7 @@ from labeltune.data.download import ORIGINALS, download_original
 from labeltune.data.loading import load_rows
 from labeltune.data.sources import Record, iter_records, resolve_data
 from labeltune.errors import ConfigError, DataError, HubError, MissingExtraError, OutputError
+from labeltune.run_folder import write_json
 
 HUBS = {"ms": "modelscope", "hf": "huggingface_hub"}
 
@@ -343,6 +344,8 @@ def test_a_file_name_that_is_not_utf_8_is_shown_with_escapes(tmp_path: Path) -> 
     path.write_text('{"text": "a", "output": "b"}\n{\n')
     audit = load_rows(str(path), "classification").audit
     assert audit.usable == 1 and audit.faults[0].where == f"{tmp_path}/\\xd1\\xc1\\x1b[2J.jsonl:2"
+    write_json(tmp_path / "about.json", {"data": str(path), "text": "一"})
+    assert json.loads((tmp_path / "about.json").read_text("utf-8")) == {"data": str(path), "text": "一"}
 
 
 def test_csv_rows_stand_where_they_begin(tmp_path: Path) -> None:
@@ -393,6 +396,12 @@ def test_local_specs(tmp_path: Path) -> None:
     for name in ("rows.txt", "folder.csv"):
         with pytest.raises(DataError, match=r"\.jsonl"):
             resolve_data(str(tmp_path / name))
+
+
+def test_a_torn_line_names_its_column(tmp_path: Path) -> None:
+    found = records(tmp_path / "rows.jsonl", '{"text": "a",\n{"text": "fine"}\n{"text": "a"} {}\n')
+    assert [record.values is None for record in found] == [True, False, True]
+    assert found[2].problem == "not valid JSON: Extra data (column 15)"
 
 
 def hub_cache(folder: Path, files: dict[str, str]) -> Path:

@@ -324,7 +324,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: the folder cannot be written.
     """
-    write_bytes(path, text.encode("utf-8"))
+    # A file name that is not UTF-8 is written with escapes, which JSON reads back as they were.
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

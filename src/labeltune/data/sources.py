@@ -306,7 +306,9 @@ def json_records(name: str, lines: Iterable[tuple[int, str | Record]]) -> Iterat
         try:
             values = json_decoder().decode(line)
         except (ValueError, RecursionError) as error:
-            yield Record(where, None, "unparsable_line", f"not valid JSON: {error}")
+            at = f" (column {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else ""
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            yield Record(where, None, "unparsable_line", f"not valid JSON: {reason}{at}")
             continue
         if isinstance(values, dict):
             yield Record(where, values)
