@@ -194,6 +194,7 @@ def test_a_large_array_is_read_a_row_at_a_time(tmp_path: Path) -> None:
         ("rows.csv", '\ufeff"text";"output"\n"a, b";"c"\n', "separated by ';'"),
         ("rows.csv", "text\toutput\na\tb\n", "separated by a tab, not by ','; rename it to rows.tsv"),
         ("rows.csv", "text|output\na|b\n", "separated by '|'"),
+        ("rows.csv", "text，output\na，b\n", "separated by '，'"),
         ("rows.csv", "sep=;\ntext;output\na;1,5\n", "separated by ';'"),
         ("rows.tsv", "text,output\na,b\n", "separated by ',', not by a tab; rename it to rows.csv"),
         ("rows.csv", '{"text": "a"}\n{"text": "b"}\n', "look like JSON; rename it to rows.jsonl"),

@@ -34,7 +34,7 @@ ROW_LISTS = frozenset(
         "test",
     ]
 )
-_SEPARATORS = {",": "','", "\t": "a tab", ";": "';'", "|": "'|'"}
+_SEPARATORS = {",": "','", "\t": "a tab", ";": "';'", "|": "'|'", "，": "'，'"}
 #: How files begin that are something else: (bytes, what it is, what to do about it).
 _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (b"\xd0\xcf\x11\xe0", "an old Excel or Office file", "save it as .xlsx or .csv"),
