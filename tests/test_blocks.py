@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import gzip
+import json
 import os
 import random
 import signal
@@ -23,7 +25,7 @@ from conftest import LABELS, classification_rows, make_tokenizer, ner_rows, writ
 from labeltune.config import DataConfig, build_config
 from labeltune.data import audit_blocks, sources
 from labeltune.data.audit import Audit
-from labeltune.data.blocks import Block, cut_lines, cut_parquet, read_block
+from labeltune.data.blocks import Block, cut_file, cut_lines, cut_parquet, read_block
 from labeltune.data.loading import Rows, load_rows, stratified_split, stratum
 from labeltune.data.places import Place
 from labeltune.data.sources import Record, bounded_lines, iter_records
@@ -77,11 +79,29 @@ def test_blocks_of_lines_are_read_to_the_records_of_one_pass(
         path.write_bytes(generator.choice(BEGINNINGS) + middle + generator.choice(ENDS))
         with path.open("rb") as file:
             options = generator.choice([{}, {"most_bytes": 20}, {"most_bytes": 20, "multiple": 2}])
-            found = list(cut_lines(str(path), bounded_lines(file), generator.randrange(1, 6), **options))
+            found = list(cut_file(str(path), file, generator.randrange(1, 6), **options))
         assert [block.number for block in found] == list(range(len(found)))
         assert of_blocks(path, found) == list(iter_records(path)), path.read_bytes()
         if "multiple" in options:
             assert all(block.rows % 2 == 0 or block.rows >= 1 for block in found[:-1])
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.jsonl.gz", "rows.tsv"])
+def test_a_file_that_cannot_be_cut_is_one_block(tmp_path: Path, name: str) -> None:
+    rows, path = [{"text": f"row {n}"} for n in range(50)], tmp_path / name
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(
+        {
+            "rows.json": json.dumps(rows, indent=1).encode(),
+            "rows.csv": "\n".join(["text", *(row["text"] for row in rows)]).encode(),
+            "rows.jsonl.gz": gzip.compress(lines.encode()),
+            "rows.tsv": b"text,output\na,b\n",  # one fault of the file
+        }[name]
+    )
+    with path.open("rb") as file:
+        (block,) = cut_file(str(path), file, 7)
+    assert block.rows == (1 if name == "rows.tsv" else 50)
+    assert of_blocks(path, [block]) == list(iter_records(path))
 
 
 def test_a_block_that_is_full_of_bytes_ends_at_a_whole_chunk(tmp_path: Path) -> None:

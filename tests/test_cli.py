@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from conftest import classification_rows, ner_rows, write_jsonl
+from conftest import LABELS, classification_rows, ner_rows, write_jsonl
 from labeltune.cli import main, original
 from labeltune.config import load_config
 from labeltune.data.sources import iter_records
@@ -247,6 +248,107 @@ def test_check_against_a_test_file(labeltune: Any, in_folder: Path) -> None:
     assert "test.jsonl:1: error: shared_with_train: this text also stands in train.jsonl" in found.out
     (in_folder / "run.yaml").write_text("data: {train: train.jsonl, test: test.jsonl}\n")
     assert labeltune("data", "check", "run.yaml").out == found.out
+
+
+def test_check_takes_keys_for_a_data_file(labeltune: Any, in_folder: Path) -> None:
+    raw = "正文,意图\n今天下雨,天气\n进球了,体育\n".encode("gb18030")
+    (in_folder / "rows.csv").write_bytes(raw)
+    found = labeltune("data", "check", "rows.csv")
+    assert found.code == 1 and "data.encoding=gb18030" in found.out
+    found = labeltune("data", "check", "rows.csv", "data.encoding=gb18030")
+    assert found.code == 1 and "1 error, 0 warnings" in found.out
+    assert "labeltune data check rows.csv data.columns.text=COLUMN" in found.out
+    keys = ("data.encoding=gb18030", "data.columns.text=正文", "data.columns.output=意图")
+    found = labeltune("data", "check", "rows.csv", *keys)
+    assert found.code == 0 and "rows.csv: 2 rows, 2 usable, 0 errors, 0 warnings" in found.out
+    assert labeltune("data", "check", "rows.csv", "data.colums.text=a").code == 2
+    found = labeltune("data", "check", "rows.csv", "--labels", "[]")
+    assert found.code == 2 and "--labels '[]' names no label" in found.err
+    write_jsonl(in_folder / "ner.jsonl", ner_rows(3))
+    assert "rows without entities: 1" in labeltune("data", "check", "ner.jsonl").out
+    assert labeltune("data", "check", "ner.jsonl", "task=classification").code == 1
+
+
+def test_nothing_that_moves_the_terminal_is_printed(labeltune: Any, in_folder: Path) -> None:
+    labels = ["\x1b[31mred\x1b[2J", "x\ty", "two\nlines", "\u202egnp", "plain 中文\u3000"]
+    write_jsonl(
+        in_folder / "rows.jsonl", [{"text": str(n), "output": label} for n, label in enumerate(labels)]
+    )
+    rows = [{"text": "a", "category": ["b\x1b[2J"], "output": "c\x9b"}]
+    write_jsonl(in_folder / "bad\x1b[2J\udcff.jsonl", rows)
+    found = labeltune("data", "check", "rows.jsonl", "--test", "bad\x1b[2J\udcff.jsonl")
+    assert found.code == 1
+    printed = found.out + found.err
+    assert not [c for c in printed if not (c.isprintable() or c in "\n\u3000")]
+    for part in (
+        r"\x1b[31mred\x1b[2J",
+        r"x\ty",
+        r"two\nlines",
+        r"\u202egnp",
+        "bad\\x1b[2J\\xff.jsonl:1: error",
+    ):
+        assert part in printed
+    found = labeltune("data", "check", "none\x1b[2J.jsonl")
+    assert found.code == 2 and r"none\x1b[2J.jsonl does not exist" in found.err and "\x1b" not in found.err
+
+
+def rows_of_one_long_label(count: int) -> list[dict[str, Any]]:
+    rows = classification_rows(count)
+    for number in (3, 7):
+        rows[number] = {**rows[number], "category": [*LABELS, "long " * 40 * number]}
+    return rows
+
+
+def test_rows_that_cannot_fit_are_faults(labeltune: Any, in_folder: Path, model_folder: Path) -> None:
+    write_jsonl(in_folder / "rows.jsonl", rows_of_one_long_label(24))
+    (in_folder / "run.yaml").write_text(
+        f"model: {model_folder}\ntracking: none\noutput_dir: out\nprompt: {{max_length: 300}}\n"
+        "data: {train: rows.jsonl}\ntraining: {max_steps: 1}\n"
+    )
+    found = labeltune("data", "check", "run.yaml")
+    assert found.code == 1
+    lines = [line for line in found.out.splitlines() if ": error: too_long: " in line]
+    assert [line.partition(": ")[0] for line in lines] == ["rows.jsonl:4", "rows.jsonl:8"]
+    enough = re.findall(r"prompt\.max_length=(\d+) fits every row", found.out)
+    assert len(enough) == 2 and len(set(enough)) == 1
+    assert f"need {enough[0]} tokens, {int(enough[0]) - 300} more than prompt.max_length=300" in lines[1]
+    for command in (("train", "run.yaml"), ("plan", "run.yaml")):
+        stopped = labeltune(*command)
+        assert stopped.code == 2 and "Traceback" not in stopped.err
+        for part in (
+            "2 rows cannot fit:",
+            "rows.jsonl:4: ",
+            "rows.jsonl:8: ",
+            f"prompt.max_length={enough[0]}",
+        ):
+            assert part in stopped.err
+    less, fits = int(enough[0]) - 1, f"prompt.max_length={enough[0]}"
+    assert "1 error" in labeltune("data", "check", "run.yaml", f"prompt.max_length={less}").out
+    assert labeltune("data", "check", "run.yaml", fits).code == 0
+    skipped = labeltune("train", "run.yaml", "data.on_error=skip")
+    assert skipped.code == 0, skipped.err
+    assert "2 rows skipped that cannot fit prompt.max_length=300" in skipped.err
+
+
+def test_entities_that_cannot_fit_are_faults(labeltune: Any, in_folder: Path, model_folder: Path) -> None:
+    rows = ner_rows(9)
+    text = "他在南京" * 60
+    rows[4] = {
+        "text": text,
+        "entities": [
+            {"start_idx": n + 2, "end_idx": n + 4, "entity_text": "南京", "entity_label": "GPE"}
+            for n in range(0, len(text), 4)
+        ],
+    }
+    write_jsonl(in_folder / "rows.jsonl", rows)
+    (in_folder / "run.yaml").write_text(
+        f"task: ner\nmodel: {model_folder}\nprompt: {{max_length: 600}}\ndata: {{train: rows.jsonl}}\n"
+    )
+    found = labeltune("data", "check", "run.yaml")
+    assert found.code == 1 and "rows.jsonl:5: error: too_long" in found.out and "1 error, " in found.out
+    (enough,) = re.findall(r"prompt\.max_length=(\d+) fits every row", found.out)
+    assert labeltune("data", "check", "run.yaml", f"prompt.max_length={enough}").code == 0
+    assert labeltune("data", "check", "run.yaml", f"prompt.max_length={int(enough) - 1}").code == 1
 
 
 def test_check_as_json(labeltune: Any, in_folder: Path) -> None:

@@ -306,6 +306,6 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
     loaded = load_rows(str(path), "classification", data(path, columns=columns))
     assert loaded.example(1) == Example("n1", "t1", ("A", "B"), "B", None, f"{path}:2")
     with pytest.raises(
-        DataError, match=r"no column 'text'; the row has \['content', .* \(see data\.columns\)"
+        DataError, match=r"no column 'body'; the file has 'content', .* data\.columns\.text=COLUMN"
     ):
-        split(path)
+        split(path, columns={"text": "body"})

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from conftest import write_jsonl
-from labeltune import recipes
+from labeltune import progress, recipes
+from labeltune.cli.data import guess_task
 from labeltune.config import ColumnsConfig, DataConfig, load_config
 from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file, text_hash
 from labeltune.data.loading import load_rows
 from labeltune.data.schemas import FAULT_KINDS, parse_candidates, parse_record
 from labeltune.data.sources import Record
+from labeltune.errors import DataError
 from labeltune.types import Entity
 
 NER_DATA = DataConfig.model_validate({"labels": ["地点", "地理实体"]})
@@ -45,6 +49,15 @@ FAULTY: list[tuple[str, Any, str]] = [
     ("encoding", b"\xff\n", "not valid UTF-8"),
     ("unparsable_line", b"{\n", "not valid JSON"),
     ("missing_field", without("text"), "no column 'text'"),
+    ("wrong_type", row(output=True), "must be a string, not bool"),
+    ("wrong_type", row(output=1), "must be a string, not int; integers are read as labels where all rows"),
+    ("wrong_type", row(output=["A", "B"]), "rows with several labels (multi-label) are not supported"),
+    ("wrong_type", row(output=[[0, 2, "A"]]), "a list of [start, end, type], as doccano writes it"),
+    ("wrong_type", row(category="['A' 'B']"), "has no comma between 'A' and 'B'"),
+    ("wrong_type", row(category="['A', 'C' 'B']"), "has no comma between 'C' and 'B'"),
+    ("wrong_type", row(category='["A"\n"B"]'), 'has no comma between "A" and "B"'),
+    ("wrong_type", row(category="array(['A', 'B'], dtype=object)"), "holds a list in brackets and more"),
+    ("output_not_in_candidates", row(output="a"), "it differs from 'A' only in case, width, blanks"),
     ("missing_field", without("output"), "no column 'output'; the row has ['category', 'text']"),
     ("missing_field", ner({"entity_text": "南京", "entity_label": "地点", "start_idx": 2}), "end_idx"),
     ("missing_field", ner({"start_idx": 2, "end_idx": 4, "entity_label": "地点"}), "entities[0].entity_text"),
@@ -77,6 +90,9 @@ FAULTY: list[tuple[str, Any, str]] = [
     ("unknown_label", ner(entity(label="LOC", entity_names=7)), "neither 'LOC'"),
     ("span_mismatch", ner(entity(3, 5)), "text[3:5] is '京，', not '南京'"),
     ("span_mismatch", ner(entity(-2, 7)), "text[-2:7]"),
+    ("span_mismatch", ner(entity(5, 8)), "text[5:8] is not in the text, which has 7 characters"),
+    ("span_mismatch", ner(entity(5, -1)), "text[5:-1] is not in the text"),
+    ("span_mismatch", ner(entity(4, 2)), "text[4:2]"),
     ("entity_not_in_text", ner(entity(text="北京")), "'北京' does not occur in the text"),
     ("overlapping_entities", ner(entity(), entity(3, 5, "京，")), "'南京' at 2:4 and '京，' at 3:5"),
     ("duplicate_entity", ner(entity(), entity(label="地理实体")), "'南京' at 2:4 stands twice"),
@@ -144,7 +160,16 @@ def test_duplicates_and_shared_rows(tmp_path: Path) -> None:
     ]
     assert other.errors == 2
     tested = {kind for kind, *_ in FAULTY} | set(audit.counts) | set(other.counts)
+    # These are about the whole file, or a config; each has a test of its own.
+    tested |= {"no_rows", "label_twins", "integer_labels", "entity_blanks", "too_long"}
     assert tested == set(FAULT_KINDS)
+
+
+def test_duplicates_are_listed_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    texts = [*"abcdefgh", *"hgfedcba"]
+    audit = audit_file(write_jsonl(tmp_path / "a.jsonl", [row(text=t) for t in texts]), "classification")
+    assert add_duplicates(audit, numbered(audit)).tolist() == [*range(8, 16)]
+    assert [fault.where for fault in audit.faults] == [f"a.jsonl:{n}" for n in range(9, 17)]
 
 
 def test_candidates_tell_no_rows_apart_and_entities_do(tmp_path: Path) -> None:
@@ -186,6 +211,253 @@ def test_line_numbers_skip_what_was_left_out(tmp_path: Path) -> None:
         ("unparsable_line", f"{path}:3"),
         ("exact_duplicate", f"{path}:5"),
     ]
+
+
+#: text, the wrong offsets of "Oslo" (or the entity given), and what the message says.
+OFFSETS: list[tuple[str, tuple[int, int], str, str]] = [
+    (
+        "Mara left Oslo.",
+        (10, 13),
+        "Oslo",
+        "the end is inclusive, and must be exclusive (one more); it stands at 10:14",
+    ),
+    (
+        "Mara left Oslo.",
+        (11, 15),
+        "Oslo",
+        "the offsets count from 1, and must count from 0; it stands at 10:14",
+    ),
+    ("Mara left Oslo.", (11, 14), "Oslo", "count from 1 with an inclusive end; it stands at 10:14"),
+    ("😀😀 left Oslo.", (10, 14), "Oslo", "count UTF-16 units, and must count characters; it stands at 8:12"),
+    (
+        "Öl, Ägypten Oslo.",
+        (14, 18),
+        "Oslo",
+        "count UTF-8 bytes, and must count characters; it stands at 12:16",
+    ),
+    ("我在南京工作", (6, 12), "南京", "count UTF-8 bytes, and must count characters; it stands at 2:4"),
+    ("a\r\nb\r\nOslo", (4, 8), "Oslo", "CRLF counts as one character, and is two; it stands at 6:10"),
+    ("a\nb\nOslo", (6, 10), "Oslo", "counts as two characters (CRLF), and is one here; it stands at 4:8"),
+    (
+        "  Mara left Oslo",
+        (10, 14),
+        "Oslo",
+        "blanks at the beginning of the text do not count, and must; it stands at 12:16",
+    ),
+    (
+        "Mara   left  Oslo",
+        (10, 14),
+        "Oslo",
+        "several blanks count as one, and must each count; it stands at 13:17",
+    ),
+    ("Zu\u0308ri Oslo", (5, 9), "Oslo", "characters of another Unicode form (NFC); it stands at 6:10"),
+    ("Mara left Oslo .", (9, 14), "Oslo", "the two differ in blanks at their ends; without them it is 10:14"),
+    (
+        "Mara left Oslo.",
+        (10, 14),
+        "Oslo ",
+        "the two differ in blanks at their ends; without them it is 10:14",
+    ),
+    ("Mara left Oslo.", (10, 14), "OSLO", "the two differ only in case"),
+    ("Mara left Ｏslo.", (10, 14), "Oslo", "the two differ only in width or Unicode form (NFKC)"),
+    ("Mara left Oslo.", (10, 40), "Oslo", "the end is wrong: start + 4 characters; it stands at 10:14"),
+    ("Mara left Oslo.", (2, 14), "Oslo", "the start is wrong: end - 4 characters; it stands at 10:14"),
+    (
+        "Oslo, Mara left Oslo.",
+        (13, 17),
+        "Oslo",
+        "both offsets are 3 too small: the nearest 'Oslo' stands at 16:20",
+    ),
+    ("Mara left Oslo", (10, 15), "Oslo", "the end is wrong: start + 4 characters; it stands at 10:14"),
+    ("Mara left Oslo.", (3, 5), "Oslo", "the nearest 'Oslo' stands at 10:14"),
+]
+
+
+@pytest.mark.parametrize(("text", "offsets", "name", "part"), OFFSETS)
+def test_why_offsets_are_wrong_is_said(text: str, offsets: tuple[int, int], name: str, part: str) -> None:
+    values = ner(entity(*offsets, name), text=text)
+    example, faults = parse_record(Record("f:1", values), 0, "ner", ColumnsConfig())
+    assert example is None
+    assert [fault.kind for fault in faults if fault.kind != "entity_not_in_text"] == ["span_mismatch"]
+    assert part in faults[0].message, faults[0].message
+
+
+def test_overlaps_are_found_where_offsets_are_wrong_too() -> None:
+    found = [entity(10, -1, "Oslo"), entity(11, 14, "slo"), entity(0, 3, "Nils")]
+    _, faults = parse_record(Record("f:1", ner(*found, text="Nils left Oslo.")), 0, "ner", ColumnsConfig())
+    assert [fault.kind for fault in faults] == ["span_mismatch", "span_mismatch", "overlapping_entities"]
+    assert faults[2].message == "'Oslo' at 10:14 and 'slo' at 11:14"
+
+
+def test_entities_with_blanks_at_their_ends_are_warnings() -> None:
+    values = ner(entity(9, 15, " Oslo."), text="Mara left Oslo.")
+    example, faults = parse_record(Record("f:3", values), 0, "ner", ColumnsConfig())
+    assert example is not None and example.entities == (Entity(" Oslo.", "地点", 9, 15),)
+    (fault,) = faults
+    assert (fault.kind, fault.severity) == ("entity_blanks", "warning")
+    assert (
+        fault.message == "entities[0]: ' Oslo.' begins or ends with a blank; without it, it stands at 10:15"
+    )
+
+
+def test_labels_that_look_the_same_are_named_with_their_counts(tmp_path: Path) -> None:
+    labels = [
+        "Sport",
+        "sport",
+        "Ｓport",
+        "Sport\u200b",
+        "Spo\u00adrt",
+        "Sp ort",
+        "Sport",
+        "Art",
+        "art history",
+    ]
+    rows = [{"text": f"t{n}", "output": label} for n, label in enumerate(labels)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    (fault,) = audit_file(path, "classification").faults
+    assert (fault.kind, fault.severity) == ("label_twins", "warning")
+    assert fault.where == f"{path}:6" and fault.message.endswith(
+        "'Sport' (2 rows, first in line 1), 'Sp ort' (1 row, first in line 6), "
+        "'Sport\\u200b' (1 row, first in line 4), 'Spo\\xadrt' (1 row, first in line 5), 'sport' (1 row, first in line 2), 'Ｓport' (1 row, first in line 3)"
+    )
+    assert FAULT_KINDS["label_twins"][0] == "warning"
+    rows = [{"text": "a", "category": ["Ärger", "A\u0308rger", "b"], "output": "b"}]
+    (fault,) = audit_file(write_jsonl(tmp_path / "c.jsonl", rows), "classification").faults
+    assert fault.kind == "label_twins" and "(0 rows, first in line 1)" in fault.message
+    types = [ner(entity(label=label)) for label in ("PLACE ", "PLACE", "place")]
+    audit = audit_file(write_jsonl(tmp_path / "n.jsonl", types), "ner")
+    assert audit.labels == {"PLACE": 2, "place": 1}
+    assert [fault.kind for fault in audit.faults] == ["entity_blanks", "label_twins"]
+    assert audit.faults[0].message == "entities[0]: blanks around the type 'PLACE ' are left out"
+    assert "'PLACE' (2 entities, first in line 1), 'place' (1 entity," in audit.faults[1].message
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "kinds"),
+    [(None, ("0", "1", "2"), ["integer_labels"]), (["neg", "neu", "pos"], ("neg", "neu", "pos"), [])],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_column_of_integers_holds_labels(
+    names: Any, labels: tuple[str, ...], kinds: list[str], suffix: str, tmp_path: Path
+) -> None:
+    rows = [{"text": f"t{n}", "output": n % 3} for n in range(6)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    if suffix == "parquet":
+        path = tmp_path / "rows.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    data = DataConfig.model_validate({"labels": names})
+    audit = audit_file(path, "classification", data)
+    assert audit.usable == 6 and audit.label_set() == labels
+    assert [fault.kind for fault in audit.faults] == kinds and not audit.errors
+
+
+def test_integers_among_strings_are_faults(tmp_path: Path) -> None:
+    rows = [{"text": "a", "output": 1}, {"text": "b", "output": "x"}, {"text": "c", "output": True}]
+    audit = audit_file(write_jsonl(tmp_path / "rows.jsonl", rows), "classification")
+    assert [fault.kind for fault in audit.faults] == ["wrong_type"] * 2 and audit.usable == 1
+    many = [{"text": str(n), "output": n} for n in range(150)] + [{"text": "z", "output": "x"}]
+    audit = audit_file(write_jsonl(tmp_path / "many.jsonl", many), "classification")
+    assert [fault.kind for fault in audit.faults] == ["wrong_type", "integer_labels"] and audit.usable == 150
+    outside = DataConfig.model_validate({"labels": ["a", "b"]})
+    audit = audit_file(
+        write_jsonl(tmp_path / "o.jsonl", [{"text": "a", "output": 2}]), "classification", outside
+    )
+    assert [fault.kind for fault in audit.faults] == ["unknown_label"]
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "output"),
+    [
+        ({"text": "a", "label": "x"}, "text", "label"),
+        ({"sentence": "a", "label": "x"}, "sentence", "label"),
+        ({"文本": "a", "标签": "x"}, "文本", "标签"),
+        ({"内容": "a", "类别": "x"}, "内容", "类别"),
+        ({"content": "a", "标注": "x"}, "content", "标注"),
+        ({" Text": "a", "LABEL": "x"}, " Text", "LABEL"),
+        ({"instruction": "do", "input": "a", "output": "x"}, "input", "output"),
+        ({"instruction": "a", "input": "", "output": "x"}, "instruction", "output"),
+    ],
+)
+def test_columns_by_other_names_are_read_and_said(
+    row: dict[str, Any], text: str, output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [row, {**row, text: "b"}])
+    progress._noted.clear()
+    rows = load_rows(str(path), "classification")
+    assert [rows.example(n).text for n in (0, 1)] == ["a", "b"] and rows.example(0).label == "x"
+    told = [
+        f"note: {path}: column {old!r} is read as {new}" for old, new in ((text, "text"), (output, "output"))
+    ]
+    assert capsys.readouterr().err.splitlines() == [
+        line for line in told if "'text'" not in line and "'output'" not in line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        (
+            {"body": "a", "output": "x"},
+            "the file has 'body', 'output'; say which one holds it: labeltune data check 'my rows.jsonl' data.columns.text=COLUMN",
+        ),
+        (
+            {"sentence": "a", "content": "b", "output": "x"},
+            "'sentence' and 'content' may both be meant: say which, e.g. labeltune data check 'my rows.jsonl' data.columns.text=sentence",
+        ),
+        ({"text": "a", "category": "x"}, "data.columns.output=category"),
+        ({"text": "a", "label": [[0, 1, "T"]]}, "'label' is read as output"),
+    ],
+)
+def test_a_missing_column_is_one_fault_of_the_file(row: dict[str, Any], part: str, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "my rows.jsonl", [row] * 30)
+    audit = audit_file(path, "classification")
+    if "is read as" in part:
+        assert {fault.kind for fault in audit.faults} == {"wrong_type"} and "doccano" in audit.faults[
+            0
+        ].message
+        return
+    (fault,) = audit.faults
+    assert (fault.kind, fault.where) == ("missing_field", f"{path}:1") and part in fault.message
+    columns = {"text": "absent"}
+    data = DataConfig.model_validate({"columns": columns})
+    (fault,) = audit_file(path, "classification", data).faults
+    assert "no column 'absent'" in fault.message
+
+
+def test_rows_of_doccano_are_known_by_their_spans(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "他在南京", "label": [[2, 4, "地点"]]}] * 3)
+    (fault,) = audit_file(path, "ner").faults
+    assert fault.kind == "missing_field" and "'label' holds [start, end, type], as doccano" in fault.message
+    assert guess_task(str(path), load_config(None)) == "ner"
+
+
+@pytest.mark.parametrize(
+    ("value", "labels"),
+    [
+        ("('军事', '航天')", ["军事", "航天"]),
+        ("'军事', '航天'", ["军事", "航天"]),
+        ('"军事","航天"', ["军事", "航天"]),
+        ("(a), (b)", ["(a)", "(b)"]),
+        ("it's, that's", ["it's", "that's"]),
+        ("['it\\'s', \"a 'b'\"]", ["it's", "a 'b'"]),
+    ],
+)
+def test_lists_without_brackets_of_their_own(value: str, labels: list[str]) -> None:
+    assert parse_candidates(value) == labels
+
+
+@pytest.mark.parametrize("value", ["('a' 'b')", "'a' 'b', 'c'", "['a'\n 'b']", "[r'a' 'b']", "['a' \"b\"]"])
+def test_a_forgotten_comma_is_refused(value: str) -> None:
+    with pytest.raises(DataError, match="has no comma between"):
+        parse_candidates(value)
+
+
+@pytest.mark.parametrize("output", [0, 2.5, True, None, ["A"], "Football", {"a": 1}])
+@pytest.mark.parametrize("task", ["classification", "ner"])
+def test_prediction_does_not_look_at_answers(output: Any, task: Any) -> None:
+    values = row(output=output, entities=output)
+    example, faults = parse_record(Record("f:1", values), 0, task, ColumnsConfig(), None, False)
+    assert not faults and example is not None and example.label is None and example.entities is None
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import importlib
+import importlib.util
 import inspect
 import json
+import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,12 @@ from typing import Any
 import pytest
 
 from conftest import write_jsonl
-from labeltune.config import HubConfig
+from labeltune.config import DataConfig, HubConfig, build_config
 from labeltune.data.download import ORIGINALS, download_original
+from labeltune.data.loading import load_rows
 from labeltune.data.sources import Record, iter_records, resolve_data
-from labeltune.errors import DataError, HubError, OutputError
+from labeltune.errors import ConfigError, DataError, HubError, MissingExtraError, OutputError
+from labeltune.run_folder import write_json
 
 HUBS = {"ms": "modelscope", "hf": "huggingface_hub"}
 
@@ -124,11 +130,223 @@ def test_a_bad_json_line_does_not_stop_the_reading(tmp_path: Path, line: str) ->
     assert found[1].values == {"text": "fine"}
 
 
-def test_a_json_array_is_refused_with_the_repair(tmp_path: Path) -> None:
-    found = records(tmp_path / "rows.json", '[\n  {"text": "a"},\n  {"text": "b"}\n]\n')
-    assert [record.kind for record in found] == ["unparsable_line"]
-    assert "array" in found[0].problem and "jsonl" in found[0].problem
+ROWS = [{"text": "first", "n": 1}, {"text": "two\nlines", "n": [{"a": 2}]}, {"text": "三", "n": None}]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "json.gz", "jsonl.gz"])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("shape", ["array", "object", "named", "objects"])
+def test_json_that_goes_over_lines_is_read(
+    tmp_path: Path, suffix: str, indent: int | None, shape: str
+) -> None:
+    whole: Any = {
+        "array": ROWS,
+        "object": {"rows of mine": ROWS},
+        "named": {"version": "1.0", "data": ROWS, "end": [1]},
+    }
+    if shape == "objects":
+        content = "\n".join(json.dumps(row, indent=indent) for row in ROWS)
+    else:
+        content = json.dumps(whole[shape], indent=indent)
+    raw = b"\xef\xbb\xbf" + content.encode()
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(gzip.compress(raw) if suffix.endswith("gz") else raw)
+    found = list(iter_records(path))
+    assert [record.values for record in found] == ROWS
+    if indent and shape in ("array", "named"):
+        lines = content.split("\n")
+        begins = [number for number, line in enumerate(lines, 1) if '"text"' in line]
+        assert places(found, path) == [str(number - 1) for number in begins]
+
+
+def test_what_is_wrong_inside_an_array_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    found = records(path, '[\n  {"text": "a"},\n  7,\n  {"text": "b"}\n  {"text": "never read"}\n]\n')
+    assert places(found, path) == ["2", "3", "4", "5"]
+    assert found[1].problem == "a JSON object is expected, not a int"
+    assert "']' is expected, not '{'; the rest was not read" in found[3].problem
+    found = records(path, '[{"text": "a"},\n{"text": "b\n"}]')
+    assert places(found, path) == ["1", "2"] and "Invalid control character" in found[1].problem
+    found = records(path, b'[{"text": "a"},\n{"text": "\xff"}]')
+    assert found[-1].kind == "encoding" and found[-1].where.startswith(f"{path}:")
+    (found,) = records(path, '{"train": [{"text": "a"}], "test": [{"text": "b"}]}')[1:]
+    assert "two lists of rows, 'train' and 'test'" in found.problem
+    assert records(path, '{"text": "a", "entities": [{"x": 1}]}\n')[0].values == {
+        "text": "a",
+        "entities": [{"x": 1}],
+    }
     assert records(tmp_path / "lines.json", '{"text": "a"}\n')[0].values == {"text": "a"}
+
+
+def test_a_large_array_is_read_a_row_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("[" + ",".join(json.dumps({"text": "x" * 1000 + str(n)}) for n in range(50_000)) + "]")
+    tracemalloc.start()
+    count = sum(record.values is not None for record in iter_records(path))
+    assert count == 50_000 and tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("rows.csv", "text;output\na;b\nc;d\n", "separated by ';', not by ','; save it with commas"),
+        ("rows.csv", '\ufeff"text";"output"\n"a, b";"c"\n', "separated by ';'"),
+        ("rows.csv", "text\toutput\na\tb\n", "separated by a tab, not by ','; rename it to rows.tsv"),
+        ("rows.csv", "text|output\na|b\n", "separated by '|'"),
+        ("rows.csv", "text，output\na，b\n", "separated by '，'"),
+        ("rows.csv", "sep=;\ntext;output\na;1,5\n", "separated by ';'"),
+        ("rows.tsv", "text,output\na,b\n", "separated by ',', not by a tab; rename it to rows.csv"),
+        ("rows.csv", '{"text": "a"}\n{"text": "b"}\n', "look like JSON; rename it to rows.jsonl"),
+        ("rows.jsonl", "text,output\na,b\nc,d\n", "separated by ','; rename it to rows.csv"),
+        ("rows.csv", "text,output\ra,b\rc,d\r", "end in CR alone"),
+        ("rows.csv", "text,output,,\na,b,,\n", "columns 3, 4 have no name in the header"),
+        ("rows.csv", "text, output ,output\na,b,c\n", "two columns are called 'output'"),
+        ("rows.csv", gzip.compress(b"text\na\n"), "gzip-compressed; rename it to rows.csv.gz"),
+        ("rows.jsonl.gz", '{"text": "a"}\n', "not gzip-compressed; rename it to rows.jsonl"),
+        ("rows.csv", b"PK\x03\x04" + bytes(22) + b"xl/workbook.xml", "an Excel file; rename it to rows.xlsx"),
+        ("rows.jsonl", b"PK\x03\x04" + bytes(40), "a zip archive; unpack it"),
+        ("rows.json", b"PAR1....", "a parquet file; rename it to rows.parquet"),
+        ("rows.xlsx", "text,output\na,b\n", "no Excel file"),
+        ("rows.xlsx", b"\xd0\xcf\x11\xe0\xa1\xb1", "an old Excel or Office file; save it as .xlsx"),
+        ("rows.jsonl", "<!DOCTYPE html><html>", "a web page"),
+        ("rows.parquet", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("rows.csv", "text,output\na,b\n".encode("utf-16-le"), "set data.encoding=utf-16-le"),
+    ],
+)
+def test_one_cause_is_one_fault_of_the_file(
+    name: str, content: str | bytes, part: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    (found,) = records(path, content)
+    assert part in found.problem and found.whole and found.where == f"{path}:1"
+    rows = load_rows(str(path), "classification")
+    assert [(fault.kind, fault.where) for fault in rows.audit.faults] == [("unparsable_line", f"{path}:1")]
+    assert rows.audit.usable == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", "sep=,\n text ,\ufeffoutput\na,b,,\n"),
+        ("rows.csv", "text,output\r\na,b\r\n"),
+        ("rows.tsv", "text\toutput\na\tb\n"),
+        ("rows.tsv.gz", gzip.compress(b"text\toutput\na\tb\n")),
+        ("rows.CSV", '"text","output"\n"a","b"\n'),
+    ],
+)
+def test_tables_are_read(name: str, content: str | bytes, tmp_path: Path) -> None:
+    (found,) = records(tmp_path / name, content)
+    assert found.values == {"text": "a", "output": "b"}
+
+
+def test_a_value_with_a_separator_belongs_into_quotes(tmp_path: Path) -> None:
+    found = records(tmp_path / "rows.csv", "text,price\na,1,5\n")
+    assert "names 2 columns, this row has 3; put a value that holds the separator into double quotes" in (
+        found[0].problem
+    )
+
+
+def test_gzip_data_that_is_cut_is_one_fault_behind_the_rows(tmp_path: Path) -> None:
+    raw = "".join(json.dumps({"text": f"row {n} {n * 7919 % 1000}"}) + "\n" for n in range(5000)).encode()
+    path = tmp_path / "rows.jsonl.gz"
+    found = records(path, gzip.compress(raw)[:-2000])
+    assert len(found) > 100 and all(record.values for record in found[:-1])
+    assert "the gzip data is damaged" in found[-1].problem and found[-1].where == f"{path}:{len(found)}"
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "gbk", "utf-16", "utf-16-le", "big5", "shift_jis"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json"])
+def test_other_encodings(tmp_path: Path, encoding: str, name: str) -> None:
+    path = tmp_path / name
+    content = {
+        "rows.jsonl": '{"text": "中文", "output": "一"}\n',
+        "rows.csv": "text,output\n中文,一\n",
+        "rows.json": '[\n{"text": "中文",\n "output": "一"}]',
+    }[name]
+    path.write_bytes(content.encode(encoding))
+    (found,) = iter_records(path, encoding)
+    assert found.values == {"text": "中文", "output": "一"}
+    data = DataConfig.model_validate({"encoding": encoding, "workers": 3})
+    assert load_rows(str(path), "classification", data).audit.usable == 1
+    wrong = list(iter_records(path))[-1]
+    if encoding != "utf-16-le":
+        assert wrong.kind == "encoding" and "data.encoding=" in wrong.problem
+
+
+def test_what_is_not_in_the_given_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"text,output\na,b\n\x81\xff,c\n")
+    found = list(iter_records(path, "gb18030"))
+    assert [record.kind for record in found] == ["", "encoding"] and found[1].where == f"{path}:3"
+    assert "not valid gb18030" in found[1].problem
+    for wrong in ("gb-none", "base64"):
+        with pytest.raises(ConfigError, match="is no encoding"):
+            build_config({"data": {"encoding": wrong}})
+
+
+def test_excel_files_are_read_as_csv_is(tmp_path: Path) -> None:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    sheet = book.active
+    for cells in (
+        [],
+        ["text", " output ", None, "n"],
+        ["a text", 1, None, 2.5],
+        [],
+        ["星", True, None, None],
+    ):
+        sheet.append(cells)
+    book.create_sheet("empty")
+    path = tmp_path / "rows.xlsx"
+    book.save(path)
+    found = list(iter_records(path))
+    assert [record.values for record in found] == [
+        {"text": "a text", "output": "1", "": "", "n": "2.5"},
+        {"text": "星", "output": "TRUE", "": "", "n": ""},
+    ]
+    assert places(found, path) == ["3", "5"]
+    book["empty"].append(["text"])
+    book.save(path)
+    (record,) = iter_records(path)
+    assert record.whole and "2 sheets hold rows: 'Sheet', 'empty'" in record.problem
+    (record,) = records(path, path.read_bytes()[:200])
+    assert record.whole and "not a readable Excel file" in record.problem
+
+
+def test_reading_excel_files_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "openpyxl" else find(name, *rest)
+    )
+    with pytest.raises(MissingExtraError, match=r"labeltune\[xlsx\]"):
+        records(tmp_path / "rows.xlsx", b"PK\x03\x04")
+
+
+def test_folders_pipes_and_devices_are_refused_before_they_are_opened(tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "null.csv").symlink_to("/dev/null")
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    for name, part in (
+        ("folder.jsonl", "is a folder; name a file in it"),
+        ("pipe.jsonl", "is a pipe; write its rows to a file"),
+        ("null.csv", "is a device"),
+        ("loop.csv", "cannot be read"),
+        ("x" * 300 + ".jsonl", "cannot be read"),
+    ):
+        with pytest.raises(DataError, match=part):
+            resolve_data(str(tmp_path / name))
+
+
+def test_a_file_name_that_is_not_utf_8_is_shown_with_escapes(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xd1\xc1\x1b[2J.jsonl"))
+    path.write_text('{"text": "a", "output": "b"}\n{\n')
+    audit = load_rows(str(path), "classification").audit
+    assert audit.usable == 1 and audit.faults[0].where == f"{tmp_path}/\\xd1\\xc1\\x1b[2J.jsonl:2"
+    write_json(tmp_path / "about.json", {"data": str(path), "text": "一"})
+    assert json.loads((tmp_path / "about.json").read_text("utf-8")) == {"data": str(path), "text": "一"}
 
 
 def test_csv_rows_stand_where_they_begin(tmp_path: Path) -> None:
@@ -179,6 +397,12 @@ def test_local_specs(tmp_path: Path) -> None:
     for name in ("rows.txt", "folder.csv"):
         with pytest.raises(DataError, match=r"\.jsonl"):
             resolve_data(str(tmp_path / name))
+
+
+def test_a_torn_line_names_its_column(tmp_path: Path) -> None:
+    found = records(tmp_path / "rows.jsonl", '{"text": "a",\n{"text": "fine"}\n{"text": "a"} {}\n')
+    assert [record.values is None for record in found] == [True, False, True]
+    assert found[2].problem == "not valid JSON: Extra data (column 15)"
 
 
 def hub_cache(folder: Path, files: dict[str, str]) -> Path:

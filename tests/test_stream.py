@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from conftest import classification_rows, write_jsonl
+from conftest import LABELS, classification_rows, write_jsonl
 from labeltune import recipes
-from labeltune.errors import OutputError
+from labeltune.errors import DataError, OutputError
 from labeltune.inference import stream
 from labeltune.inference.load import load_predictor
 from labeltune.inference.stream import count_rows, predict_file
@@ -98,7 +100,7 @@ def test_the_command(in_folder: Path, model_folder: Path) -> None:
     command = [sys.executable, "-m", "labeltune", "predict", str(run), str(path)]
     options = ["-o", "out.jsonl", "--top-k", "2", "--min-confidence", "1.0"]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
-    assert done.returncode == 1 and "1 rows could not be predicted" in done.stderr
+    assert done.returncode == 1 and "1 row could not be predicted" in done.stderr
     assert "Traceback" not in done.stderr
     found = lines(in_folder / "out.jsonl")
     assert [row.get("label", "bad") for row in found] == [None, "bad", None]
@@ -174,3 +176,48 @@ def test_notes_that_killed_processes_left_half_written_are_removed(in_folder: Pa
     other.write_text("half")
     predict_file(predictor_for(), path, in_folder / "out.jsonl")
     assert not mine.exists() and other.exists()
+
+
+def test_a_file_of_which_nothing_can_be_read_is_one_error(in_folder: Path) -> None:
+    predictor = predictor_for()
+    for name, content, part in (
+        ("rows.csv", "text;n\na;b\n", r"rows\.csv:1: its columns seem to be separated by ';'"),
+        (
+            "rows.jsonl",
+            '{"body": "a"}\n{"body": "b"}\n',
+            r"rows\.jsonl:1: no column 'text'; the file has 'body'",
+        ),
+    ):
+        (in_folder / name).write_text(content)
+        with pytest.raises(DataError, match=part):
+            predict_file(predictor, in_folder / name, in_folder / "out.jsonl")
+    assert [p.name for p in in_folder.iterdir() if "out" in p.name] == []
+
+
+def test_rows_are_predicted_whatever_their_answers_are(in_folder: Path) -> None:
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a", "b"], "output": [0, 1], "entities": [3.5, None]}),
+        in_folder / "rows.parquet",
+    )
+    write_jsonl(
+        in_folder / "rows.jsonl",
+        [
+            {"text": "a", "output": 0},
+            {"text": "b", "output": ["Sports"], "entities": "none"},
+            {"text": "a", "category": LABELS, "output": "Football"},
+            {"sentence": "never mind", "text": "b", "output": None},
+        ],
+    )
+    (in_folder / "rows.csv").write_text("文本,output\na,\nb,Football\n", encoding="utf-8")
+    for task in ("classification", "ner"):
+        predictor = predictor_for(task, max_new_tokens=4)
+        for name, count in (("rows.parquet", 2), ("rows.jsonl", 4), ("rows.csv", 2)):
+            assert predict_file(predictor, in_folder / name, in_folder / "out.jsonl") == 0
+            found = lines(in_folder / "out.jsonl")
+            assert len(found) == count and not any("error" in row for row in found)
+
+
+def test_rows_are_counted_by_what_the_file_is(in_folder: Path) -> None:
+    (in_folder / "array.jsonl").write_text('[\n{"text": "a"},\n{"text": "b"}\n]\n')
+    (in_folder / "lines.json").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert count_rows(in_folder / "array.jsonl") is None and count_rows(in_folder / "lines.json") == 2

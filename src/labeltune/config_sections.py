@@ -76,7 +76,9 @@ class DataConfig(Section):
     """Where the rows come from."""
 
     train: str = Field(
-        "train.jsonl", min_length=1, description="jsonl, csv or parquet file, or `ms:`/`hf:` data set"
+        "train.jsonl",
+        min_length=1,
+        description="file of rows (jsonl, json, csv, tsv, parquet, xlsx), or `ms:`/`hf:` data set",
     )
     validation: str | None = Field(
         None, description="validation file; when empty, a part of `train` is held out"
@@ -95,6 +97,7 @@ class DataConfig(Section):
         None, description="the label set; when empty, the labels seen in the training rows"
     )
     columns: ColumnsConfig = Field(default_factory=lambda: ColumnsConfig(), description="column names")
+    encoding: str = Field("utf-8", description="encoding of text files, e.g. `gb18030` for GBK")
     on_error: Literal["stop", "skip"] = Field(
         "stop", description="what training does with faulty rows: stop, or skip them and say how many"
     )
@@ -103,6 +106,16 @@ class DataConfig(Section):
         "auto",
         description="processes that check and tokenize; the result is the same for any number; auto: one per core, one for small files",
     )
+
+    @model_validator(mode="after")
+    def _encoding_is_known(self) -> DataConfig:
+        try:
+            "".encode(self.encoding)
+        except (LookupError, ValueError):
+            raise ValueError(
+                f"data.encoding={self.encoding!r} is no encoding; utf-8, gb18030, utf-16 are"
+            ) from None
+        return self
 
     @model_validator(mode="after")
     def _labels_are_distinct(self) -> DataConfig:

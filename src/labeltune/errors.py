@@ -16,6 +16,39 @@ def clipped(text: str, length: int) -> str:
     return f"{text[:kept]} ... {len(text) - 2 * kept} more characters ... {text[-kept:]}"
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number with its noun, for messages.
+
+    >>> counted(1, "row"), counted(2000, "row"), counted(2, "entity", "entities")
+    ('1 row', '2000 rows', '2 entities')
+    """
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text that does nothing to a terminal or a table: what cannot be seen is written as Python's escapes.
+
+    Those are control and formatting characters (escape sequences, line breaks, zero-width and right-to-left marks), and bytes
+    of file names that are not UTF-8.
+
+    Args:
+        keep: characters that stay as they are all the same, e.g. line breaks.
+
+    >>> printable("a\\x1b[2J")
+    'a\\\\x1b[2J'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c in keep or c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of a file name
+        return f"\\x{code - 0xDC00:02x}"
+    return character if character == "\u3000" else character.encode("unicode_escape").decode("ascii")
+
+
 class LabeltuneError(Exception):
     """Base of every error a user can cause or repair.
 

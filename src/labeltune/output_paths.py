@@ -218,3 +218,18 @@ def _with_parents(path: Path) -> Iterator[Path]:
     real = Path(os.path.realpath(path))
     yield real
     yield from real.parents
+
+
+def obey_umask(folder: Path) -> None:
+    """Give a folder and all in it the rights that the umask asks for; safetensors and tempfile let only their owner read."""
+    mask = umask()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def umask() -> int:
+    """The rights that new files are not given."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -8,11 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from labeltune.errors import printable
 from labeltune.messages import localize
+from labeltune.ranks import rank
 
 _SECONDS_BETWEEN_LINES = 5.0
 #: Nothing is said for longer than this, without a bar.
 SILENCE = 15.0
+_noted: set[str] = set()
 
 
 class _Now:
@@ -73,6 +76,13 @@ def no_long_silence(say: Callable[[str], None]) -> Iterator[None]:
         ended.set()
         thread.join()
         _Now.phase = ""
+
+
+def note(line: str) -> None:
+    """Say something once on standard error, by the first process of a job alone."""
+    if rank() == 0 and line not in _noted:
+        _noted.add(line)
+        print(localize(f"note: {printable(line)}"), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from labeltune.config import (
     TaskName,
 )
 from labeltune.errors import ModelError, OutputError, first_line
-from labeltune.output_paths import check_folder, is_stream, link_target, open_stream
+from labeltune.output_paths import check_folder, is_stream, link_target, open_stream, umask
 from labeltune.untrusted import PICKLES, may_run_code
 
 RUN_FILE = "labeltune.json"
@@ -328,6 +328,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: the folder cannot be written.
     """
+    # A file name that is not UTF-8 is written with escapes, which JSON reads back as they were.
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
@@ -352,7 +353,7 @@ def write_bytes(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).chmod(0o666 & ~_umask())
+            Path(name).chmod(0o666 & ~umask())
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -380,20 +381,6 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, UTF-8, indented."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
-
-
-def obey_umask(folder: Path) -> None:
-    """Give a folder and all in it the rights that the umask asks for; safetensors and tempfile let only their owner read."""
-    mask = _umask()
-    for path in (folder, *folder.rglob("*")):
-        if not path.is_symlink():
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def file_hash(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +23,18 @@ app = typer.Typer(help="Check, convert and download data.", no_args_is_help=True
 @app.command()
 def check(
     file: Annotated[
-        str, typer.Argument(help="jsonl, csv or parquet; or a config.yaml, whose data is checked.")
+        str,
+        typer.Argument(
+            help="jsonl, json, csv, tsv, parquet or xlsx; or a config.yaml, whose data is checked."
+        ),
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Config keys, e.g. data.columns.text=content or data.encoding=gb18030.",
+        ),
+    ] = None,
     test: Annotated[
         str | None, typer.Option(help="Test rows; those that also stand in FILE are errors.")
     ] = None,
@@ -39,7 +49,7 @@ def check(
     limit: Annotated[int, typer.Option(help="Faults listed of each kind; 0 for all.", min=0)] = 20,
     report: Annotated[
         Path | None,
-        typer.Option(help="HTML page to write: near-duplicates, labels that look wrong, token account."),
+        typer.Option(help="HTML page to write: near-duplicates, rows whose label to look at, token account."),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes; data.workers of the config when missing.", min=1)
@@ -52,7 +62,7 @@ def check(
         from labeltune.evaluation.data_report import check_report
 
         check_report(report, [given for given in (file, test) if given is not None])
-    config, train_file, test_file = _check_target(file, test, task, labels)
+    config, train_file, test_file = _check_target(file, test, task, labels, overrides or [])
     if report is not None:
         read = (train_file, config.data.validation, test_file)
         check_report(report, [given for given in read if given is not None])
@@ -61,7 +71,7 @@ def check(
     model = _model_at_hand(tokenizer, config if Path(file).suffix in (".yaml", ".yml") else None)
     loaded = _load_tokenizer(model) if model is not None else None
     counter = _token_counter(loaded) if loaded is not None else None
-    rows = recipes.check_data(config, train_file, test_file, counter)
+    rows = recipes.check_data(config, train_file, test_file, counter, loaded)
     audits = [r.audit for r in rows]
     findings = recipes.report_data(rows, config, report, loaded, model) if report is not None else None
     if as_json:
@@ -84,34 +94,35 @@ def check(
 
 
 def _check_target(
-    file: str, test: str | None, task: str | None, labels: str | None
+    file: str, test: str | None, task: str | None, labels: str | None, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, str, str | None]:
     from labeltune.config import load_config
-    from labeltune.data.schemas import parse_candidates
-    from labeltune.data.sources import resolve_data
-    from labeltune.errors import DataError
+    from labeltune.data.labels import named_labels
 
+    keys = [*overrides, f"task={task}"] if task else [*overrides]
     if Path(file).suffix in (".yaml", ".yml"):
-        config = load_config(file, [f"task={task}"] if task else [])
+        config = load_config(file, keys)
         return config, config.data.train, test or config.data.test
-    overrides = [f"task={task or guess_task(resolve_data(file))}"]
     if labels:
-        try:
-            names = [label for label in parse_candidates(labels) if label]
-        except DataError as error:
-            raise DataError(f"--labels {error}") from None
-        overrides.append(f"data.labels={json.dumps(names, ensure_ascii=False)}")
-    return load_config(None, overrides), file, test
+        names = named_labels("--labels", labels)
+        keys.append(f"data.labels={json.dumps(names, ensure_ascii=False)}")
+    config = load_config(None, keys)
+    if not any(key.partition("=")[0].strip() == "task" for key in keys):
+        config = load_config(None, [*keys, f"task={guess_task(file, config)}"])
+    return config, file, test
 
 
-def guess_task(path: Path) -> str:
+def guess_task(spec: str, config: RunConfig) -> str:
     """`ner` when the first readable rows have entities, else `classification`."""
     from itertools import islice
 
-    from labeltune.data.sources import iter_records
+    from labeltune.data import columns
+    from labeltune.data.sources import iter_records, resolve_data
 
-    records = [record for record in islice(iter_records(path), 100) if record.values is not None]
-    return "ner" if any("entities" in (record.values or {}) for record in records) else "classification"
+    first = islice(iter_records(resolve_data(spec, config.hub), config.data.encoding), columns.LOOKED_AT)
+    named = config.data.columns.entities
+    rows = (record.values for record in first if record.values is not None)
+    return "ner" if any(named in row or columns.guess_task(row) for row in rows) else "classification"
 
 
 def _model_at_hand(tokenizer: str | None, config: RunConfig | None) -> Path | None:
@@ -147,9 +158,11 @@ def _token_counter(tokenizer: Any) -> Callable[[list[str]], list[int]]:
 
 
 def _report_line(path: Path | None, findings: dict[str, Any]) -> str:
-    found = [f"{findings['near_duplicates']['pairs']} pairs of near-duplicates"]
+    from labeltune.errors import counted, printable
+
+    found = [f"{counted(findings['near_duplicates']['pairs'], 'pair')} of near-duplicates"]
     if findings["suspects"] is not None:
-        found.append(f"{findings['suspects']['suspects']} labels that look wrong")
+        found.append(f"{counted(findings['suspects']['suspects'], 'row')} to look at for their label")
     if findings["tokens"] is not None:
         found.append(
             f"{findings['tokens']['shortened_share']:.1%} of the texts shortened, "
@@ -157,11 +170,13 @@ def _report_line(path: Path | None, findings: dict[str, Any]) -> str:
         )
     else:
         found.append("tokens were not counted (the page says why)")
-    return f"report: {path}: {', '.join(found)}"
+    return f"report: {printable(str(path))}: {', '.join(found)}"
 
 
 @spoken("stdout")
 def _print_audit(audit: Audit, limit: int) -> None:
+    from labeltune.errors import counted, printable
+
     shown: dict[str, int] = {}
     for fault in audit.faults:
         shown[fault.kind] = shown.get(fault.kind, 0) + 1
@@ -170,9 +185,8 @@ def _print_audit(audit: Audit, limit: int) -> None:
     for kind, count in shown.items():
         if limit and count > limit:
             print(f"... {count - limit} more of {kind} (--limit 0 lists all)")
-    print(
-        f"\n{audit.path}: {audit.rows} rows, {audit.usable} usable, {audit.errors} errors, {audit.warnings} warnings"
-    )
+    counts = f"{counted(audit.errors, 'error')}, {counted(audit.warnings, 'warning')}"
+    print(f"\n{printable(str(audit.path))}: {counted(audit.rows, 'row')}, {audit.usable} usable, {counts}")
     for kind, count in audit.counts.most_common():
         print(f"  {count:8d}  {kind}")
     if audit.task == "ner":
@@ -182,7 +196,7 @@ def _print_audit(audit: Audit, limit: int) -> None:
     total = sum(audit.labels.values())
     print(f"  labels ({len(audit.labels)}):")
     for label, count in audit.labels.most_common(50):
-        print(f"  {count:8d}  {count / total:6.1%}  {label}")
+        print(f"  {count:8d}  {count / total:6.1%}  {printable(label)}")
     words = {"p10": "10th percentile", "p50": "median", "p90": "90th percentile", "p99": "99th percentile"}
     lengths = audit.length_percentiles().items()
     line = ", ".join(f"{words.get(name, 'longest')} {value:,}" for name, value in lengths)
@@ -199,7 +213,7 @@ def convert(
 ) -> None:
     """Write the original recipe's instruction/input/output jsonl."""
     from labeltune.data.convert import convert_file
-    from labeltune.errors import ConfigError
+    from labeltune.errors import ConfigError, counted, printable
     from labeltune.output_paths import check_file
     from labeltune.tasks import make_task
 
@@ -218,7 +232,7 @@ def convert(
         }
 
     written, skipped = convert_file(source, output, config, render, skip=on_error == "skip")
-    print(f"{output}: {written} rows written, {skipped} skipped", file=sys.stderr)
+    print(f"{printable(str(output))}: {counted(written, 'row')} written, {skipped} skipped", file=sys.stderr)
 
 
 def _labels_of(source: str, config: RunConfig) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from labeltune.cli import (
 )
 from labeltune.cli.habits import check_options
 from labeltune.cli.streams import drop_output, prepare_streams
-from labeltune.errors import Interrupted, LabeltuneError
+from labeltune.errors import Interrupted, LabeltuneError, printable
 from labeltune.messages import localize, spoken
 from labeltune.ranks import rank, world
 
@@ -120,7 +120,7 @@ def _run_app(command: typer.Typer, name: str | None) -> None:
     except LabeltuneError as error:
         # Who pressed Ctrl-C knows that nothing went wrong.
         begins = "" if isinstance(error, Interrupted) else f"error{_on_rank()}: "
-        print(localize(f"{begins}{error}"), file=sys.stderr)
+        print(printable(localize(f"{begins}{error}"), keep="\n"), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(localize("interrupted"), file=sys.stderr)

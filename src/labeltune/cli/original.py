@@ -78,11 +78,11 @@ def predict_main() -> None:
     ) -> None:
         """Load a checkpoint and predict one document."""
         from labeltune.cli.quiet import quiet_libraries
-        from labeltune.data.schemas import parse_candidates
+        from labeltune.data.labels import named_labels
         from labeltune.run_folder import find_checkpoint
 
         folder = find_checkpoint(checkpoint or "./output/Qwen2", prefer_newest=True)
-        labels = [label for label in parse_candidates(category) if label] if category else None
+        labels = named_labels("--category", category) if category else None
         quiet_libraries()
         from labeltune.inference.load import load_predictor
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from labeltune.cli.streams import Closed
+from labeltune.errors import counted
 
 if TYPE_CHECKING:
     from labeltune.types import Example
@@ -23,7 +23,10 @@ STANDARD_INPUT = Path("/dev/stdin")
 def predict(
     run: Annotated[str, typer.Argument(help="Run folder or checkpoint.")],
     file: Annotated[
-        str | None, typer.Argument(help="jsonl, csv or parquet with a `text` column; - or nothing: stdin.")
+        str | None,
+        typer.Argument(
+            help="jsonl, json, csv, tsv, parquet or xlsx with a `text` column; - or nothing: stdin."
+        ),
     ] = None,
     text: Annotated[
         list[str] | None, typer.Option("--text", "-t", help="A document (may be repeated).")
@@ -31,6 +34,7 @@ def predict(
     category: Annotated[
         str | None, typer.Option(help="Candidate labels, as a list or between commas.")
     ] = None,
+    encoding: Annotated[str, typer.Option(help="Encoding of a text file, e.g. gb18030.")] = "utf-8",
     output: Annotated[
         str | None,
         typer.Option(
@@ -74,23 +78,22 @@ def predict(
 ) -> None:
     """Answer texts or the rows of a file: one JSON line a row.
 
-    Rows come with their id, in the order of the input. On stdin every line is a document.
+    Rows come with their id, in the order of the input. On stdin a JSON object is a row as in a file, every other line is a
+    document. Blank lines are no rows: they take no id (ids count rows from 0).
 
-    A row of a file that cannot be read gets an `error` in its place, and the exit code is 1 at the end. The `score` of an
+    A row that cannot be read gets an `error` in its place, and the exit code is 1 at the end. The `score` of an
     entity is the mean log-probability of the tokens of its answer: 0 is certain, -0.1 is 90 % a token.
     """
     from labeltune.cli.quiet import quiet_libraries
-    from labeltune.data.schemas import parse_candidates
-    from labeltune.data.sources import resolve_data
+    from labeltune.config import build_config
+    from labeltune.data.labels import named_labels
+    from labeltune.data.sources import iter_records, resolve_data
     from labeltune.errors import ConfigError, DataError
     from labeltune.output_paths import check_folder, is_stream, open_stream
     from labeltune.run_files import files_read
     from labeltune.run_folder import write_text
 
-    try:
-        labels = tuple(label for label in parse_candidates(category) if label) if category else ()
-    except DataError as error:
-        raise DataError(f"--category {error}") from None
+    labels = named_labels("--category", category) if category is not None else ()
     check_engine(engine, workers, address)
     changes = {"decoding": decoding, "long_text": long_text}
     changes = {key: value for key, value in changes.items() if value is not None}
@@ -118,13 +121,12 @@ def predict(
         if file is not None:
             raise DataError("give --text or a file, not both")
         given = [_checked(i, {"text": t}, labels, f"--text {i + 1}") for i, t in enumerate(text)]
-    elif file is None or file == "-":
-        try:
-            given = [_stdin_row(i, line, labels) for i, line in enumerate(sys.stdin) if line.strip()]
-        except UnicodeDecodeError as error:
-            raise DataError(f"standard input is not UTF-8: {error}") from None
-    else:
+    elif file is not None and file != "-":
         path = resolve_data(file)
+        build_config({"data": {"encoding": encoding}}, "--encoding")
+        unreadable = next(iter_records(path, encoding), None)
+        if unreadable is not None and unreadable.whole:
+            raise DataError(f"{unreadable.where}: {unreadable.problem}")
     target = Path(output) if output is not None else None
     if resume and (path is None or target is None or is_stream(target)):
         raise ConfigError("--resume needs an input file, and a file for --output")
@@ -132,13 +134,20 @@ def predict(
     quiet_libraries()
     from labeltune.inference.load import load_predictor
     from labeltune.inference.row_files import csv_of, is_csv
-    from labeltune.inference.stream import count_rows, predict_file, predict_lines, read_rows
+    from labeltune.inference.stream import (
+        Row,
+        count_rows,
+        predict_file,
+        predict_lines,
+        read_rows,
+        read_stream,
+    )
     from labeltune.progress import row_progress
 
     bad = 0
     with load_predictor(run, merge=True) as predictor:
         predictor.change(**changes)
-        total = len(given) if path is None else count_rows(path)
+        total = len(given) or None if path is None else count_rows(path, encoding)
         shown = total is None or total > predictor.generation.batch_size
         with row_progress(total, "predict", shown=shown) as advance:
             how_rows: dict[str, Any] = {
@@ -148,10 +157,21 @@ def predict(
             }
             if path is not None and target is not None and not is_stream(target):
                 bad = predict_file(
-                    predictor, path, target, labels=labels, resume=resume, **how_rows, progress=advance
+                    predictor,
+                    path,
+                    target,
+                    labels=labels,
+                    resume=resume,
+                    **how_rows,
+                    progress=advance,
+                    encoding=encoding,
                 )
             else:
-                source = read_rows(path, predictor, labels) if path is not None else given
+                source: Iterable[Row] = given
+                if path is not None:
+                    source = read_rows(path, predictor, labels, encoding)
+                elif not text:
+                    source = read_stream(sys.stdin.buffer, predictor, labels)
 
                 def lines() -> Iterator[str]:
                     nonlocal bad
@@ -202,7 +222,8 @@ def _check_target(output: str | None, path: Path | None, run: str) -> None:
 
 def _end(bad: int) -> None:
     if bad:
-        print(f"{bad} rows could not be predicted; their lines hold an error", file=sys.stderr)
+        lines = "its line holds" if bad == 1 else "their lines hold"
+        print(f"{counted(bad, 'row')} could not be predicted; {lines} an error", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -218,20 +239,6 @@ def check_engine(engine: str, workers: int | None, address: str | None) -> None:
         raise ConfigError("--workers and --address need --engine ray")
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise MissingExtraError("--engine ray", "ray")
-
-
-def _stdin_row(number: int, line: str, labels: tuple[str, ...]) -> Example:
-    """A JSON object with a `text` is a row; every other line is a document."""
-    where = f"stdin:{number + 1}"
-    stripped = line.strip()
-    if stripped.startswith("{"):
-        try:
-            values = json.loads(stripped)
-        except (ValueError, RecursionError):
-            values = None
-        if isinstance(values, dict) and "text" in values:
-            return _checked(number, values, (), where)
-    return _checked(number, {"text": line.rstrip("\n")}, labels, where)
 
 
 def _checked(number: int, values: dict[str, Any], labels: tuple[str, ...], where: str) -> Example:

@@ -53,7 +53,7 @@ def train(
             raise ConfigError(
                 "name a config (`labeltune init classification` writes one) or rows: --data FILE"
             )
-        defaults = _defaults(data, task)
+        defaults = _defaults(data, task, changes)
     elif data is not None:
         changes.append(_change("data.train", data))
     for key, value in (("task", task), ("model", model), ("hub.accept_license", accept_license)):
@@ -79,16 +79,16 @@ def train(
     recipes.train(loaded, resume=resume, overwrite=overwrite, command=command)
 
 
-def _defaults(data: str, task: str | None) -> list[str]:
+def _defaults(data: str, task: str | None, changes: list[str]) -> list[str]:
     """What stands in for a config: the task, the rows, and places named after the file."""
     from labeltune.cli.data import guess_task
-    from labeltune.data.sources import resolve_data
+    from labeltune.config import load_config
 
     name = (
         Path(data.partition(":")[2] if data.startswith(("ms:", "hf:")) else data).name.partition(".")[0]
         or "run"
     )
-    guessed = task or guess_task(resolve_data(data))
+    guessed = task or guess_task(data, load_config(None, changes))
     return [
         f"task={guessed}",
         _change("data.train", data),

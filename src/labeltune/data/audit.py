@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy
 
-from labeltune.config import ColumnsConfig, DataConfig, TaskName
+from labeltune.config import DataConfig, TaskName
+from labeltune.data.columns import FileColumns, columns_of_file
+from labeltune.data.labels import twins
 from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record, readable_mentions
 from labeltune.data.sources import Record, iter_records
+from labeltune.errors import counted, printable
 from labeltune.types import Example
 
 #: Fault messages kept; beyond it they are counted only.
@@ -40,6 +43,7 @@ class Audit:
             whose text and pairs can be read, also where they are unusable, e.g. because a span does not match: what a
             file holds must not depend on which of its rows have other faults.
         without_candidates: usable classification rows that name no candidates; `first_without` is the place of the first.
+        first_places: label -> where it stands first, as an answer or a candidate.
     """
 
     path: Path
@@ -54,6 +58,7 @@ class Audit:
     candidates: set[str] = field(default_factory=set)
     without_candidates: int = 0
     first_without: str = ""
+    first_places: dict[str, str] = field(default_factory=dict)
     text_hashes: array[int] = field(default_factory=lambda: array("Q"))
     answer_hashes: array[int] = field(default_factory=lambda: array("Q"))
     lengths: array[int] = field(default_factory=lambda: array("I"))
@@ -77,6 +82,7 @@ class Audit:
         self.counts.update(other.counts)
         self.labels.update(other.labels)
         self.candidates |= other.candidates
+        self.first_places = {**other.first_places, **self.first_places}
         self.text_hashes.extend(other.text_hashes)
         self.answer_hashes.extend(other.answer_hashes)
         self.lengths.extend(other.lengths)
@@ -106,7 +112,7 @@ class Audit:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready summary, without the single faults."""
         return {
-            "file": str(self.path),
+            "file": printable(str(self.path)),
             "rows": self.rows,
             "usable": self.usable,
             "errors": self.errors,
@@ -128,6 +134,7 @@ def audit_file(
     token_counts: Callable[[list[str]], list[int]] | None = None,
     write: Callable[[Example], None] | None = None,
     max_rows: int | None = None,
+    columns: FileColumns | None = None,
 ) -> Audit:
     """Read a file once, checking every row.
 
@@ -135,23 +142,27 @@ def audit_file(
         token_counts: texts -> their lengths in tokens; characters are counted when None.
         write: called with every usable example, in order.
         max_rows: stop after this many records.
+        columns: of this file; found by its first rows when None.
     """
     audit = Audit(path, task, length_unit="tokens" if token_counts else "characters")
-    add_records(audit, islice(iter_records(path), max_rows), 0, data, token_counts, write)
-    return finished(audit, data)
+    data = data or DataConfig()
+    columns = columns or columns_of_file(path, task, data)
+    records = islice(columns.records(iter_records(path, data.encoding)), max_rows)
+    add_records(audit, records, 0, data, columns, token_counts, write)
+    return finished(audit, data, columns)
 
 
 def add_records(
     audit: Audit,
     records: Iterable[Record],
     first: int,
-    data: DataConfig | None,
+    data: DataConfig,
+    columns: FileColumns,
     token_counts: Callable[[list[str]], list[int]] | None,
     write: Callable[[Example], None] | None,
 ) -> None:
     """Check records, the first of which has the number `first` in its file."""
-    columns: ColumnsConfig = data.columns if data is not None else ColumnsConfig()
-    labels = data.labels if data is not None else None
+    names, labels = columns.columns, data.labels
     pending: list[str] = []
     waiting = 0
 
@@ -163,17 +174,19 @@ def add_records(
 
     for number, record in enumerate(records, start=first):
         audit.rows += 1
-        example, faults = parse_record(record, number, audit.task, columns, labels)
+        example, faults = parse_record(
+            record, number, audit.task, names, labels, integer_labels=columns.integer_labels
+        )
         for fault in faults:
             audit.add_fault(fault)
         if example is None:
             if audit.task == "ner":
-                _count_mentions(audit, readable_mentions(record, columns, labels))
+                _count_mentions(audit, readable_mentions(record, names, labels))
             continue
         audit.usable += 1
         audit.text_hashes.append(text_hash(example.text))
         audit.answer_hashes.append(_answer_hash(example))
-        _count_labels(audit, example)
+        _count_labels(audit, example, record.where)
         if audit.task == "classification" and not example.candidates:
             audit.without_candidates += 1
             audit.first_without = audit.first_without or record.where
@@ -187,20 +200,46 @@ def add_records(
     flush()
 
 
-def finished(audit: Audit, data: DataConfig | None) -> Audit:
+def finished(audit: Audit, data: DataConfig, columns: FileColumns) -> Audit:
     """An audit of all records, with the faults that only the whole file shows."""
-    columns: ColumnsConfig = data.columns if data is not None else ColumnsConfig()
-    labels = data.labels if data is not None else None
+    labels, name = data.labels, printable(str(audit.path))
+    if not audit.rows:
+        audit.add_fault(Fault("no_rows", f"{name}:1", "the file holds no rows"))
+    if columns.integer_labels and audit.usable and labels is None:
+        examples = ", ".join(repr(label) for label in sorted(audit.labels)[:3])
+        audit.add_fault(
+            Fault(
+                "integer_labels",
+                f"{name}:1",
+                f"{columns.columns.output} holds integers; they are read as labels {examples} ...; name them with "
+                "data.labels=[first, second, ...], where 0 is the first",
+            )
+        )
+    for group in twins(audit.first_places):
+        rare = min(group, key=lambda label: (audit.labels[label], label))
+        nouns = ("entity", "entities") if audit.task == "ner" else ("row", "rows")
+        listed = ", ".join(
+            f"{label!r} ({counted(audit.labels[label], *nouns)}, first in {_line(audit.first_places[label])})"
+            for label in sorted(group, key=lambda label: -audit.labels[label])
+        )
+        message = f"these differ only in case, width, blanks or characters that cannot be seen: {listed}"
+        audit.add_fault(Fault("label_twins", audit.first_places[rare], message))
     if 0 < audit.without_candidates < audit.usable and labels is None:
         audit.add_fault(
             Fault(
                 "missing_field",
                 audit.first_without,
                 f"{audit.without_candidates} of {audit.usable} rows (this is the first) have no candidates in "
-                f"{columns.category!r} while others have; add them, or set data.labels",
+                f"{columns.columns.category!r} while others have; add them, or set data.labels",
             )
         )
     return audit
+
+
+def _line(where: str) -> str:
+    """The place in its file, without the file."""
+    place = where.rpartition(":")[2]
+    return place if place.startswith("row ") else f"line {place}"
 
 
 def text_hash(text: str) -> int:
@@ -213,13 +252,19 @@ def _answer_hash(example: Example) -> int:
     return text_hash(json.dumps([example.label, entities], ensure_ascii=False))
 
 
-def _count_labels(audit: Audit, example: Example) -> None:
-    audit.candidates.update(example.candidates)
+def _count_labels(audit: Audit, example: Example, where: str) -> None:
+    if not audit.candidates.issuperset(example.candidates):
+        audit.candidates.update(example.candidates)
+        for label in example.candidates:
+            audit.first_places.setdefault(label, where)
     if example.entities is None:
-        audit.labels[example.label or ""] += 1
-        return
-    audit.labels.update(entity.label for entity in example.entities)
-    _count_mentions(audit, [(entity.text, entity.label) for entity in example.entities])
+        names = [example.label or ""]
+    else:
+        names = [entity.label for entity in example.entities]
+        _count_mentions(audit, [(entity.text, entity.label) for entity in example.entities])
+    for label in names:
+        audit.first_places.setdefault(label, where)
+    audit.labels.update(names)
 
 
 def _count_mentions(audit: Audit, pairs: list[tuple[str, str]] | None) -> None:
@@ -240,22 +285,20 @@ def add_duplicates(audit: Audit, where: Callable[[int], str]) -> numpy.ndarray[A
     """
     texts = numpy.frombuffer(audit.text_hashes, dtype=numpy.uint64)
     order = numpy.argsort(texts, kind="stable")
-    repeats: list[int] = []
+    #: row -> (the first row with its text, whether it is the same row).
+    again: dict[int, tuple[int, bool]] = {}
     for group in _equal_runs(texts, order):
         first = int(group[0])
         for row in map(int, group[1:]):
-            if audit.answer_hashes[row] == audit.answer_hashes[first]:
-                repeats.append(row)
-                audit.add_fault(Fault("exact_duplicate", where(row), f"the same row as {where(first)}"))
-            else:
-                audit.add_fault(
-                    Fault(
-                        "conflicting_duplicate",
-                        where(row),
-                        f"the same text as {where(first)}, with another answer",
-                    )
-                )
-    return numpy.array(sorted(repeats), dtype=numpy.int64)
+            again[row] = first, audit.answer_hashes[row] == audit.answer_hashes[first]
+    for row in sorted(again):
+        first, same = again[row]
+        kind = "exact_duplicate" if same else "conflicting_duplicate"
+        message = f"the same row as {where(first)}"
+        if not same:
+            message = f"the same text as {where(first)}, with another answer"
+        audit.add_fault(Fault(kind, where(row), message))
+    return numpy.array([row for row in sorted(again) if again[row][1]], dtype=numpy.int64)
 
 
 def _equal_runs(values: Any, order: Any) -> Iterator[Any]:
@@ -277,5 +320,7 @@ def add_shared(train: Audit, other: Audit, where: Callable[[int], str]) -> list[
     )
     rows = [int(row) for row in numpy.flatnonzero(mask)]
     for row in rows:
-        other.add_fault(Fault("shared_with_train", where(row), f"this text also stands in {train.path}"))
+        other.add_fault(
+            Fault("shared_with_train", where(row), f"this text also stands in {printable(str(train.path))}")
+        )
     return rows

@@ -14,15 +14,16 @@ from typing import Any
 
 from labeltune.config import DataConfig, TaskName
 from labeltune.data.audit import Audit, add_records, finished
-from labeltune.data.blocks import Block, cut_lines, cut_parquet, read_block
-from labeltune.data.sources import bounded_lines
+from labeltune.data.blocks import Block, cut_file, read_block
+from labeltune.data.columns import FileColumns
+from labeltune.data.formats import find_format
+from labeltune.errors import printable
 from labeltune.processes import mapped
 
 _ROWS = 8192
 _BYTES = 4 << 20
 #: Smaller files are checked before other processes would have started.
 ENOUGH_BYTES = 8 << 20
-SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class _Check:
 
     path: Path
     task: TaskName
-    data: DataConfig | None
+    data: DataConfig
+    columns: FileColumns
     token_counts: Callable[[list[str]], list[int]] | None
     schema: Any
 
@@ -43,7 +45,13 @@ class _Check:
         with self.path.open("rb") as file:
             records = islice(read_block(block, file), block.rows)
             add_records(
-                audit, records, block.first, self.data, self.token_counts, lambda e: rows.append(e.to_row())
+                audit,
+                records,
+                block.first,
+                self.data,
+                self.columns,
+                self.token_counts,
+                lambda e: rows.append(e.to_row()),
             )
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.schema) as writer:
@@ -51,15 +59,18 @@ class _Check:
         return audit, sink.getvalue().to_pybytes()
 
 
-def can_be_cut(path: Path) -> bool:
+def can_be_cut(path: Path, encoding: str) -> bool:
     """Whether blocks of this file can be read by themselves; a csv field may hold line breaks, so those cannot."""
-    return path.suffix.lower() in SUFFIXES
+    with path.open("rb") as file:
+        form = find_format(path.name, file, encoding)
+    return form.plain or (form.kind == "parquet" and not form.problem)
 
 
 def audit_blocks(
     path: Path,
     task: TaskName,
-    data: DataConfig | None,
+    data: DataConfig,
+    columns: FileColumns,
     schema: Any,
     write_table: Callable[[Any], None],
     workers: int,
@@ -79,21 +90,17 @@ def audit_blocks(
     import pyarrow as pa
 
     audit = Audit(path, task, length_unit="tokens" if token_counts else "characters")
-    check = _Check(path, task, data, token_counts, schema)
+    check = _Check(path, task, data, columns, token_counts, schema)
     with closing(mapped(check, _blocks(path, max_rows), workers)) as found:
         for part, rows in found:
             audit.extend(part)
             write_table(pa.ipc.open_stream(rows).read_all())
-    return finished(audit, data)
+    return finished(audit, data, columns)
 
 
 def _blocks(path: Path, max_rows: int | None) -> Iterator[Block]:
     with path.open("rb") as file:
-        if path.suffix.lower() == ".parquet":
-            blocks = cut_parquet(str(path), file, _ROWS)
-        else:
-            blocks = cut_lines(str(path), bounded_lines(file), _ROWS, most_bytes=_BYTES)
-        for block in blocks:
+        for block in cut_file(printable(str(path)), file, _ROWS, most_bytes=_BYTES):
             if max_rows is not None and block.first + block.rows >= max_rows:
                 if block.first < max_rows:
                     yield replace(block, rows=max_rows - block.first)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO
 
+from labeltune.data.formats import find_format
 from labeltune.data.parquet import read_rows, repeated_column
 from labeltune.data.sources import (
     MAX_LINE_BYTES,
@@ -17,9 +18,9 @@ from labeltune.data.sources import (
     Record,
     bounded_lines,
     decoded_lines,
-    is_json_array,
     json_records,
     parquet_records,
+    records_of,
 )
 
 #: A block that has as many bytes ends, also before it has all its rows.
@@ -38,6 +39,7 @@ class Block:
         line: number of its first line, from 1 (text files).
         start: where it begins, in bytes (text files).
         end: where it ends, in bytes, exclusive.
+        whole: the file is not cut: no part of it can be read by itself.
     """
 
     file: str
@@ -47,6 +49,7 @@ class Block:
     line: int = 1
     start: int = 0
     end: int = 0
+    whole: bool = False
 
 
 class _Counted:
@@ -61,13 +64,37 @@ class _Counted:
             yield raw
 
 
+def cut_file(
+    name: str, file: BinaryIO, rows: int, multiple: int = 1, most_bytes: int = MOST_BYTES
+) -> Iterator[Block]:
+    """Blocks of any file; one block where its rows do not stand in lines of their own.
+
+    Args:
+        name: the file's name, which ends as those of data files do.
+        file: opened for reading; it can be positioned.
+        rows, multiple, most_bytes: as of `cut_lines`.
+
+    Raises:
+        pyarrow.ArrowException: a parquet file is damaged.
+    """
+    form = find_format(name, file)
+    if form.kind == "parquet" and not form.problem:
+        yield from cut_parquet(name, file, rows)
+    elif form.plain:
+        yield from cut_lines(name, bounded_lines(file), rows, multiple, most_bytes)
+    else:
+        count = sum(1 for _ in records_of(name, file, form))
+        if count:
+            yield Block(name, 0, 0, count, whole=True)
+
+
 def cut_lines(
     name: str, lines: Iterable[bytes], rows: int, multiple: int = 1, most_bytes: int = MOST_BYTES
 ) -> Iterator[Block]:
-    """Blocks of a jsonl file, in one pass that keeps no line.
+    """Blocks of lines of JSON, in one pass that keeps no line.
 
     Args:
-        name: the file's name; with `.json`, an array is one record that cannot be read.
+        name: the file's name.
         lines: as `bounded_lines` gives them.
         rows: records of a block.
         multiple: a block that ends early, because of its bytes, has a multiple of this many records.
@@ -77,10 +104,8 @@ def cut_lines(
     begin = 1
     for at, line in decoded_lines(name, counted):
         last = isinstance(line, Record) and line.kind == "encoding"
-        if not isinstance(line, Record):
-            if not line or line.isspace():
-                continue
-            last = first + count == 0 and is_json_array(name, line)
+        if not isinstance(line, Record) and (not line or line.isspace()):
+            continue
         count += 1
         full = count >= rows or (counted.bytes - start >= most_bytes and count % multiple == 0)
         if full or last:
@@ -113,12 +138,14 @@ def read_block(block: Block, file: BinaryIO) -> Iterator[Record]:
     Raises:
         pyarrow.ArrowException: a parquet file is damaged.
     """
+    if block.whole:
+        return records_of(block.file, file, find_format(block.file, file))
     if block.file.lower().endswith(".parquet"):
         return _parquet_rows(block, file)
     file.seek(block.start)
     lines = _Counted(bounded_lines(file))
     decoded = decoded_lines(block.file, _until(lines, block.end - block.start), block.line, block.start)
-    return json_records(block.file, decoded, first=block.first == 0)
+    return json_records(block.file, decoded)
 
 
 def _until(lines: _Counted, size: int) -> Iterator[bytes]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from labeltune.config import RunConfig
+from labeltune.data.columns import columns_of_file
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records, resolve_data
-from labeltune.errors import DataError, OutputError
+from labeltune.errors import DataError, OutputError, printable
 from labeltune.output_paths import check_file, is_stream, link_target, open_stream
 from labeltune.types import Example
 
@@ -39,11 +40,17 @@ def convert_file(
     """
     path = resolve_data(spec, config.hub)
     check_file(output, [path])
+    columns = columns_of_file(path, config.task, config.data)
     written = skipped = 0
     with _lines_to(output) as file:
-        for number, record in enumerate(iter_records(path)):
+        for number, record in enumerate(columns.records(iter_records(path, config.data.encoding))):
             example, faults = parse_record(
-                record, number, config.task, config.data.columns, config.data.labels
+                record,
+                number,
+                config.task,
+                columns.columns,
+                config.data.labels,
+                integer_labels=columns.integer_labels,
             )
             if example is None:
                 if not skip:
@@ -52,6 +59,8 @@ def convert_file(
                 continue
             file.write((json.dumps(render(example), ensure_ascii=False) + "\n").encode())
             written += 1
+        if not written and not skipped:
+            raise DataError(f"{printable(str(path))} holds no rows")
     return written, skipped
 
 

@@ -18,11 +18,12 @@ import numpy
 from labeltune.config import DataConfig, HubConfig, TaskName
 from labeltune.data.audit import Audit, add_duplicates, audit_file
 from labeltune.data.audit_blocks import ENOUGH_BYTES, audit_blocks, can_be_cut
+from labeltune.data.columns import columns_of_file
 from labeltune.data.meeting import add_meeting_faults, nothing_to_learn, other_task
 from labeltune.data.schemas import FAULT_KINDS, Fault
 from labeltune.data.scratch import OTHER_TEMPORARY, scratch_folder
 from labeltune.data.sources import resolve_data
-from labeltune.errors import ConfigError, DataError, OutputError
+from labeltune.errors import ConfigError, DataError, OutputError, counted, first_line, printable
 from labeltune.processes import worker_count
 from labeltune.run_folder import writing
 from labeltune.types import Example
@@ -140,7 +141,7 @@ def load_rows(
             raise OutputError(
                 f"checked rows cannot be kept in {folder}: {error.strerror}; {OTHER_TEMPORARY}"
             ) from error
-        raise DataError(f"data file {path} cannot be read: {error}") from None
+        raise DataError(f"data file {printable(str(path))} cannot be read: {first_line(error)}") from None
     if (
         audit.rows
         and not audit.usable
@@ -148,7 +149,7 @@ def load_rows(
     ):
         audit.faults.clear()
         audit.counts.clear()
-        audit.add_fault(Fault("wrong_task", f"{path}:1", problem))
+        audit.add_fault(Fault("wrong_task", f"{printable(str(path))}:1", problem))
     if audit.usable:
         dataset = Dataset.from_file(target)
     else:
@@ -172,15 +173,24 @@ def _audit_into(
     from datasets.arrow_writer import ArrowWriter
 
     schema = features()
-    wanted = data.workers if data is not None else "auto"
-    workers = worker_count(wanted, path.stat().st_size >= ENOUGH_BYTES)
-    if workers > 1 and can_be_cut(path):
+    data = data or DataConfig()
+    columns = columns_of_file(path, task, data)
+    workers = worker_count(data.workers, path.stat().st_size >= ENOUGH_BYTES)
+    if workers > 1 and columns.problem is None and can_be_cut(path, data.encoding):
         arrow = schema.arrow_schema
         try:
             with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, arrow) as stream:
                 write = stream.write_table
                 return audit_blocks(
-                    path, task, data, arrow, write, workers, token_counts=token_counts, max_rows=max_rows
+                    path,
+                    task,
+                    data,
+                    columns,
+                    arrow,
+                    write,
+                    workers,
+                    token_counts=token_counts,
+                    max_rows=max_rows,
                 )
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             if path.suffix.lower() != ".parquet":
@@ -194,6 +204,7 @@ def _audit_into(
             token_counts=token_counts,
             write=_Writing(writer),
             max_rows=max_rows,
+            columns=columns,
         )
         writer.finalize()
     return audit
@@ -239,9 +250,8 @@ def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: i
         _stop_on_errors([*audits, test.audit], data)
     _stop_on_errors(audits, data)
     if not rows.audit.usable:
-        raise DataError(
-            f"{rows.audit.path} holds no usable row; see: labeltune data check {rows.audit.path} --task {task}"
-        )
+        name = printable(str(rows.audit.path))
+        raise DataError(f"{name} holds no usable row; see: labeltune data check {name} --task {task}")
     if (nothing := nothing_to_learn(rows.audit)) is not None:
         raise DataError(f"{rows.audit.path}: {nothing}")
     skipped: Counter[str] = Counter()
@@ -309,7 +319,7 @@ def _stop_on_errors(audits: list[Audit], data: DataConfig) -> None:
     shown = "\n  ".join(str(fault) for fault in faults[:_SHOWN_FAULTS])
     more = f"\n  ... and {errors - _SHOWN_FAULTS} more" if errors > _SHOWN_FAULTS else ""
     raise DataError(
-        f"the data holds {errors} errors:\n  {shown}{more}\n"
+        f"the data holds {counted(errors, 'error')}:\n  {shown}{more}\n"
         "Repair them, or leave faulty rows out with data.on_error=skip; `labeltune data check` lists all of them"
     )
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +11,23 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from labeltune.config import ColumnsConfig, TaskName
+from labeltune.data.labels import like
+from labeltune.data.labels import parse_candidates as parse_candidates
+from labeltune.data.offsets import explain
 from labeltune.data.sources import Record
-from labeltune.errors import DataError, clipped
+from labeltune.errors import DataError, clipped, printable
 from labeltune.types import Entity, Example
 
 Severity = Literal["error", "warning"]
 
 #: Every kind of fault, and what it says. Errors make a row unusable; warnings are worth a look.
 FAULT_KINDS: dict[str, tuple[Severity, str]] = {
-    "encoding": ("error", "the file is not UTF-8"),
-    "unparsable_line": ("error", "the line cannot be parsed"),
+    "encoding": (
+        "error",
+        "the file is not in its encoding, which is UTF-8 unless data.encoding says otherwise",
+    ),
+    "unparsable_line": ("error", "the line, or the file, cannot be parsed"),
+    "no_rows": ("error", "the file holds no rows"),
     "missing_field": ("error", "a column is missing"),
     "empty_field": ("error", "a column is empty"),
     "wrong_type": ("error", "a value has the wrong type"),
@@ -33,17 +38,21 @@ FAULT_KINDS: dict[str, tuple[Severity, str]] = {
     "entity_not_in_text": ("error", "the entity does not occur in the text"),
     "overlapping_entities": ("error", "two entities overlap"),
     "duplicate_entity": ("error", "the same span stands twice"),
+    "too_long": ("error", "instruction, candidates and answer alone do not fit prompt.max_length"),
     "shared_with_train": ("error", "the text also stands in the training rows"),
     "wrong_task": ("error", "the rows are those of the other task"),
     "one_label": ("error", "the training rows leave nothing to learn"),
     "conflicting_duplicate": ("warning", "the same text stands again with another answer"),
     "exact_duplicate": ("warning", "the same row stands again"),
+    "label_twins": ("warning", "labels differ only in case, width, blanks or characters that cannot be seen"),
+    "integer_labels": ("warning", "labels are integers, read as text"),
+    "entity_blanks": ("warning", "an entity or its type begins or ends with a blank"),
 }
 
 
 _MESSAGE_LENGTH = 400
-#: Characters of candidates that are written as one string; beyond it Python's own reader takes minutes and gigabytes.
-_MAX_WRITTEN_LIST = 2**20
+#: Faults of a row's entities that are explained.
+_EXPLAINED = 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Fault:
 
     def __post_init__(self) -> None:
         # A hundred thousand of them are kept, and a row may name ten thousand labels.
-        object.__setattr__(self, "message", clipped(self.message, _MESSAGE_LENGTH))
+        object.__setattr__(self, "message", printable(clipped(self.message, _MESSAGE_LENGTH)))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.severity}: {self.kind}: {self.message}"
@@ -80,6 +89,7 @@ def parse_record(
     columns: ColumnsConfig,
     labels: Sequence[str] | None = None,
     answers_required: bool = True,
+    integer_labels: bool = False,
 ) -> tuple[Example | None, list[Fault]]:
     """Read one record by its task's schema.
 
@@ -87,7 +97,8 @@ def parse_record(
         record: what stands in the file.
         number: the row's number (from 0), its id when it has none.
         labels: the label set, None to accept every label.
-        answers_required: False for prediction, where `output` and `entities` may be missing.
+        answers_required: False for prediction, which does not look at `output` and `entities`.
+        integer_labels: all labels of the file are integers, and stand for themselves or for a number of `labels`.
 
     Returns:
         The example (None when any fault is an error) and all faults of the row.
@@ -112,20 +123,17 @@ def parse_record(
     entities: tuple[Entity, ...] | None = None
     if task == "classification":
         candidates = check(lambda: _candidates(values, columns.category)) or ()
-        label = check(lambda: _label(values, columns.output, answers_required))
+        if answers_required:
+            label = check(
+                lambda: _label(values, columns.output, labels if integer_labels else None, integer_labels)
+            )
         if label is not None and candidates and label not in candidates:
-            faults.append(
-                Fault(
-                    "output_not_in_candidates",
-                    record.where,
-                    f"{columns.output} {label!r} is not in {list(candidates)}",
-                )
-            )
+            message = f"{columns.output} {label!r} is not in {list(candidates)}{like(label, candidates)}"
+            faults.append(Fault("output_not_in_candidates", record.where, message))
         if labels is not None and label is not None and not candidates and label not in labels:
-            faults.append(
-                Fault("unknown_label", record.where, f"{label!r} is not in data.labels {list(labels)}")
-            )
-    elif answers_required or values.get(columns.entities) is not None:
+            message = f"{label!r} is not in data.labels {list(labels)}{like(label, labels)}"
+            faults.append(Fault("unknown_label", record.where, message))
+    elif answers_required:
         found = check(lambda: _entity_dicts(values, columns.entities))
         if found is not None and text is not None:
             entities, problems = _entities(found, text, labels)
@@ -170,10 +178,49 @@ def is_blank(text: str) -> bool:
     )
 
 
-def _label(values: dict[str, Any], column: str, required: bool) -> str | None:
-    if not required and values.get(column) in (None, ""):
-        return None
+def _label(values: dict[str, Any], column: str, names: Sequence[str] | None, integer_labels: bool) -> str:
+    value = values.get(column)
+    if integer_labels and isinstance(value, int) and not isinstance(value, bool):
+        return _integer_label(value, column, names)
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise _Problem(
+            "wrong_type",
+            f"{column} must be a string, not int; integers are read as labels where all rows have them",
+        )
+    if integer_labels and isinstance(value, str):
+        raise _Problem(
+            "wrong_type", f"{column} must be an integer, as in the rows before, not the string {value!r}"
+        )
+    if isinstance(value, (list, tuple)):
+        hint = "rows with several labels (multi-label) are not supported, write one label a row"
+        if is_spans(value):
+            hint = f"this is a list of [start, end, type], as doccano writes it; {DOCCANO}"
+        raise _Problem("wrong_type", f"{column} must be a string, not list; {hint}")
     return _encodable(_string(values, column).strip(), column)
+
+
+#: What to do with doccano's entities.
+DOCCANO = (
+    'for entities (--task ner) write them into a column "entities" as '
+    '{"start_idx": 0, "end_idx": 2, "entity_text": "...", "entity_label": "..."}'
+)
+
+
+def is_spans(value: Any) -> bool:
+    """Whether a value is a list of [start, end, type]."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(v, list) and len(v) == 3 and isinstance(v[2], str) for v in value)
+    )
+
+
+def _integer_label(value: int, column: str, names: Sequence[str] | None) -> str:
+    if names is None or str(value) in names:
+        return str(value)
+    if 0 <= value < len(names):
+        return names[value]
+    raise _Problem("unknown_label", f"{column} {value} is no number of data.labels, 0 to {len(names) - 1}")
 
 
 def _encodable(value: str, column: str) -> str:
@@ -182,43 +229,6 @@ def _encodable(value: str, column: str) -> str:
     except UnicodeEncodeError:
         raise _Problem("wrong_type", f"{column} holds half a surrogate pair") from None
     return value
-
-
-def parse_candidates(value: str) -> list[str]:
-    """Candidates written as text: a JSON or Python list, or labels between commas (`,` `，` `、`).
-
-    >>> parse_candidates("['Military', 'Space']")
-    ['Military', 'Space']
-    >>> parse_candidates("Military,Space")
-    ['Military', 'Space']
-
-    Raises:
-        DataError: it stands in brackets and is no list of strings, or it is longer than any list of labels.
-    """
-    if len(value) > _MAX_WRITTEN_LIST:
-        raise DataError(f"has more than {_MAX_WRITTEN_LIST} characters; write it as a list, not as a string")
-    stripped = value.strip()
-    if stripped.startswith("[") and stripped.endswith("]"):
-        for reader in (json.loads, _python_value):
-            try:
-                parsed = reader(stripped)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-            if isinstance(parsed, list) and all(isinstance(label, str) for label in parsed):
-                return [label.strip() for label in parsed]
-        raise DataError(
-            f"stands in brackets but is no JSON or Python list of strings: {clipped(stripped, 100)!r}; write it "
-            'as ["a", "b"], or between commas without brackets'
-        )
-    for separator in "，、":
-        stripped = stripped.replace(separator, ",")
-    return [label.strip() for label in stripped.split(",")]
-
-
-def _python_value(text: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a backslash in a label is not ours to warn about
-        return ast.literal_eval(text)
 
 
 def _candidates(values: dict[str, Any], column: str) -> tuple[str, ...]:
@@ -255,7 +265,8 @@ def _entity_dicts(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             raise _Problem("wrong_type", f"{column} must be a JSON list of entities") from None
     if not isinstance(value, list) or not all(isinstance(entity, dict) for entity in value):
-        raise _Problem("wrong_type", f"{column} must be a list of objects")
+        hint = f"; {DOCCANO}" if is_spans(value) else ""
+        raise _Problem("wrong_type", f"{column} must be a list of objects{hint}")
     return value
 
 
@@ -281,7 +292,7 @@ def readable_mentions(
             try:
                 pairs.append((text, _entity_label(raw, code, name, labels)))
             except _Problem:
-                pairs.append((text, code))
+                pairs.append((text, code.strip()))
     except _Problem:
         return None
     return pairs
@@ -292,39 +303,57 @@ def _entities(
 ) -> tuple[tuple[Entity, ...], list[tuple[str, str]]]:
     problems: list[tuple[str, str]] = []
     entities: list[Entity] = []
+    #: Where entities stand, also those whose offsets are wrong but can be told.
+    placed: list[tuple[int, int, str]] = []
     for index, raw in enumerate(found):
+        name = f"entities[{index}]"
         try:
-            entities.append(_entity(raw, f"entities[{index}]", text, labels))
+            entity, place, faults = _entity(raw, name, text, labels, len(problems) < _EXPLAINED)
         except _Problem as problem:
             problems.append((problem.kind, str(problem)))
-            if problem.kind == "span_mismatch" and raw["entity_text"] not in text:
-                problems.append(
-                    (
-                        "entity_not_in_text",
-                        f"entities[{index}]: {raw['entity_text']!r} does not occur in the text",
-                    )
-                )
+            continue
+        problems += faults
+        if entity is not None:
+            entities.append(entity)
+        if place is not None:
+            placed.append((*place, raw["entity_text"]))
     entities.sort(key=lambda e: (e.start or 0, e.end or 0))
-    for left, right in pairwise(entities):
-        if (left.start, left.end) == (right.start, right.end):
-            problems.append(("duplicate_entity", f"{left.text!r} at {left.start}:{left.end} stands twice"))
-        elif (right.start or 0) < (left.end or 0):
+    placed.sort()
+    for (start, end, left), (begin, stop, right) in pairwise(placed):
+        if (start, end) == (begin, stop):
+            problems.append(("duplicate_entity", f"{left!r} at {start}:{end} stands twice"))
+        elif begin < end:
             problems.append(
-                (
-                    "overlapping_entities",
-                    f"{left.text!r} at {left.start}:{left.end} and {right.text!r} at {right.start}:{right.end}",
-                )
+                ("overlapping_entities", f"{left!r} at {start}:{end} and {right!r} at {begin}:{stop}")
             )
     return tuple(entities), problems
 
 
-def _entity(raw: dict[str, Any], name: str, text: str, labels: Sequence[str] | None) -> Entity:
+def _entity(
+    raw: dict[str, Any], name: str, text: str, labels: Sequence[str] | None, explained: bool
+) -> tuple[Entity | None, tuple[int, int] | None, list[tuple[str, str]]]:
+    """(the entity, where it stands, what is wrong with its place and, if it is to be `explained`, why)."""
     entity_text, code = _entity_strings(raw, name)
     start, end = (_offset(raw, key, name) for key in ("start_idx", "end_idx"))
-    if start < 0 or text[start:end] != entity_text:
-        found = text[max(start, 0) : max(end, 0)]
-        raise _Problem("span_mismatch", f"{name}: text[{start}:{end}] is {found!r}, not {entity_text!r}")
-    return Entity(entity_text, _entity_label(raw, code, name, labels), start, end)
+    if 0 <= start < end <= len(text) and text[start:end] == entity_text:
+        entity = Entity(entity_text, _entity_label(raw, code, name, labels), start, end)
+        faults = []
+        if entity_text != entity_text.strip():
+            a, b = start + len(entity_text) - len(entity_text.lstrip()), start + len(entity_text.rstrip())
+            message = f"{name}: {entity_text!r} begins or ends with a blank; without it, it stands at {a}:{b}"
+            faults.append(("entity_blanks", message))
+        if code != code.strip():
+            message = f"{name}: blanks around the type {code!r} are left out"
+            faults.append(("entity_blanks", message))
+        return entity, (start, end), faults
+    reason, place = explain(text, start, end, entity_text) if explained else ("", None)
+    found = f"is {text[max(start, 0) : max(end, 0)]!r}, not {entity_text!r}"
+    if not 0 <= start <= end <= len(text):
+        found = f"is not in the text, which has {len(text)} characters: {entity_text!r} is expected"
+    faults = [("span_mismatch", f"{name}: text[{start}:{end}] {found}{'; ' if reason else ''}{reason}")]
+    if place is None and entity_text not in text:
+        faults.append(("entity_not_in_text", f"{name}: {entity_text!r} does not occur in the text"))
+    return None, place, faults
 
 
 def _entity_strings(raw: dict[str, Any], name: str) -> tuple[str, str]:
@@ -352,6 +381,7 @@ def _offset(raw: dict[str, Any], key: str, name: str) -> int:
 
 def _entity_label(raw: dict[str, Any], code: str, name: str, labels: Sequence[str] | None) -> str:
     """The configured name of an entity's type: its code, or the first of its `entity_names` in the label set."""
+    code = code.strip()
     if labels is None or code in labels:
         return _encodable(code, f"{name}.entity_label")
     names = raw.get("entity_names")
@@ -361,5 +391,5 @@ def _entity_label(raw: dict[str, Any], code: str, name: str, labels: Sequence[st
                 return str(candidate)
     raise _Problem(
         "unknown_label",
-        f"{name}: neither {code!r} nor its entity_names {names!r} is in data.labels {list(labels)}",
+        f"{name}: neither {code!r} nor its entity_names {names!r} is in data.labels {list(labels)}{like(code, labels)}",
     )

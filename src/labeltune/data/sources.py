@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from labeltune.config import HubConfig
-from labeltune.errors import DataError, HubError, first_line
+from labeltune.data.formats import DAMAGED, SUFFIXES, Format, find_format, is_data_file, opened
+from labeltune.errors import DataError, HubError, first_line, printable
 from labeltune.untrusted import check_inside
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 #: A line of a file, or a row of it, that is longer than this is no document; it is a fault, and never held in memory.
 MAX_LINE_BYTES = 16 * 2**20
 
@@ -28,12 +29,14 @@ class Record:
         values: column -> value, None when the line could not be read.
         kind: the fault's kind when `values` is None.
         problem: the fault's message when `values` is None.
+        whole: the fault is one of the file, of which nothing can be read.
     """
 
     where: str
     values: dict[str, Any] | None
     kind: str = ""
     problem: str = ""
+    whole: bool = False
 
 
 def resolve_data(spec: str, hub: HubConfig | None = None) -> Path:
@@ -50,14 +53,32 @@ def resolve_data(spec: str, hub: HubConfig | None = None) -> Path:
         path = _download(spec, hub or HubConfig())
     else:
         path = Path(spec).expanduser()
-        if not path.exists():
-            raise DataError(
-                f"data file {spec} does not exist (looked in {Path.cwd()}). Give another path, "
-                "or fetch the original data with: labeltune data download fudan|ccfbdci"
-            )
-    if path.suffix.lower() not in SUFFIXES or not path.is_file():
-        raise DataError(f"data file {spec} must end in {', '.join(SUFFIXES)}")
+    _check_file(path, printable(spec))
     return path
+
+
+def _check_file(path: Path, spec: str) -> None:
+    """Raise why a path is no file of data; nothing is opened, as a pipe would wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise DataError(
+            f"data file {spec} does not exist (looked in {printable(str(Path.cwd()))}). Give another path, "
+            "or fetch the original data with: labeltune data download fudan|ccfbdci"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"data file {spec} cannot be read: {reason}") from None
+    endings = ", ".join(SUFFIXES)
+    if stat.S_ISDIR(mode):
+        raise DataError(f"data file {spec} is a folder; name a file in it, which ends in {endings}")
+    if not stat.S_ISREG(mode):
+        what = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise DataError(f"data file {spec} is {what}; write its rows to a file that ends in {endings}")
+    if not is_data_file(path.name):
+        raise DataError(f"data file {spec} must end in {endings}")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"data file {spec} cannot be read: permission denied")
 
 
 def _download(spec: str, hub: HubConfig) -> Path:
@@ -73,8 +94,8 @@ def _download(spec: str, hub: HubConfig) -> Path:
         if inside.is_absolute() or ".." in inside.parts or not (folder / inside).is_file():
             raise DataError(f"data set {spec!r}: no file {'/'.join(parts[2:])} in it")
         return folder / inside
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    train = [p for p in files if p.stem == "train"]
+    files = sorted(p for p in folder.rglob("*") if is_data_file(p.name))
+    train = [p for p in files if p.name.partition(".")[0] == "train"]
     found = train if len(train) == 1 else files
     if len(found) != 1:
         names = ", ".join(str(p.relative_to(folder)) for p in files) or "none"
@@ -133,15 +154,57 @@ def _fetch_dataset(
     )
 
 
-def iter_records(path: Path) -> Iterator[Record]:
-    """Stream a file; faults of single lines are yielded, in place, as records without values."""
-    suffix = path.suffix.lower()
-    if suffix == ".csv":
-        yield from _iter_csv(path)
-    elif suffix == ".parquet":
-        yield from _iter_parquet(path)
-    else:
-        yield from json_records(str(path), _iter_lines(path))
+def iter_records(path: Path, encoding: str = "utf-8") -> Iterator[Record]:
+    """Stream a file; faults of single lines are yielded, in place, as records without values.
+
+    Args:
+        encoding: of a text file.
+    """
+    name = printable(str(path))
+    with path.open("rb") as file:
+        form = find_format(path.name, file, encoding)
+        if form.kind == "parquet" and not form.problem:
+            yield from _iter_parquet(path, name)
+        else:
+            yield from records_of(name, file, form)
+
+
+def records_of(name: str, file: BinaryIO, form: Format) -> Iterator[Record]:
+    """The records of an open file that is no parquet.
+
+    Args:
+        name: the file's name for messages.
+        form: as `find_format` says.
+    """
+    if form.problem:
+        yield Record(f"{name}:1", None, "unparsable_line", form.problem, whole=True)
+        return
+    from labeltune.data.json_values import value_records
+    from labeltune.data.tables import sheet_records, table_records
+
+    if form.kind == "sheet":
+        yield from sheet_records(name, file)
+        return
+    text = opened(file, form)
+    last: Record | None = None
+    try:
+        if form.kind == "json":
+            chunks = iter(lambda: text.read(1 << 16), b"")
+            records = value_records(name, chunks, form.encoding)
+        else:
+            lines = decoded_lines(name, bounded_lines(text), encoding=form.encoding)
+            records = (
+                json_records(name, lines)
+                if form.kind == "lines"
+                else table_records(name, lines, form.delimiter)
+            )
+        for record in records:
+            last = record
+            yield record
+    except DAMAGED as error:
+        line = int(last.where.rpartition(":")[2].removeprefix("row ")) + 1 if last else 1
+        problem = f"the gzip data is damaged ({first_line(error)}); the rest was not read"
+        yield Record(f"{name}:{line}", None, "unparsable_line", problem, whole=last is None)
 
 
 class LongLine(bytes):
@@ -170,7 +233,7 @@ def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def decoded_lines(
-    name: str, lines: Iterable[bytes], number: int = 1, offset: int = 0
+    name: str, lines: Iterable[bytes], number: int = 1, offset: int = 0, encoding: str = "utf-8"
 ) -> Iterator[tuple[int, str | Record]]:
     """Lines with their numbers, decoded. A line that is too long becomes a record; so does one that is not UTF-8, and that
     ends the file.
@@ -180,6 +243,7 @@ def decoded_lines(
         lines: as `bounded_lines` gives them.
         number: of the first line.
         offset: bytes before it.
+        encoding: what the lines were before they were UTF-8, for messages.
     """
     for at, raw in enumerate(lines, start=number):
         if isinstance(raw, LongLine):
@@ -189,7 +253,7 @@ def decoded_lines(
             yield at, Record(f"{name}:{at}", None, "unparsable_line", problem)
             offset += raw.size
             continue
-        if at == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        if at == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff") and encoding == "utf-8":
             yield at, _encoding_fault(name, at, 0, "the file is UTF-16", "UTF-16")
             return
         if at == 1 and raw.startswith(b"\xef\xbb\xbf"):
@@ -197,53 +261,54 @@ def decoded_lines(
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            yield at, _encoding_fault(name, at, offset + error.start, "not valid UTF-8")
+            yield at, encoding_fault(name, at, offset + error.start, encoding)
             return
         yield at, text
         offset += len(raw)
 
 
-def _iter_lines(path: Path) -> Iterator[tuple[int, str | Record]]:
-    with path.open("rb") as file:
-        yield from decoded_lines(str(path), bounded_lines(file))
+def encoding_fault(name: str, line: int, offset: int, encoding: str = "utf-8") -> Record:
+    """What is not valid in the encoding that the file should have.
+
+    Args:
+        offset: of the first wrong byte; not told where the encoding is not UTF-8.
+    """
+    if encoding == "utf-8":
+        return _encoding_fault(name, line, offset, "not valid UTF-8")
+    problem = (
+        f"not valid {encoding} (data.encoding); give the encoding that the file has; the rest was not read"
+    )
+    return Record(f"{name}:{line}", None, "encoding", problem)
 
 
 def _encoding_fault(name: str, line: int, offset: int, what: str, encoding: str = "GB18030") -> Record:
     last = name.replace("\\", "/").rpartition("/")[2]
-    fix = f"convert it with: iconv -f {encoding} -t UTF-8 {last} (or from whatever encoding it has)"
+    fix = (
+        f"set data.encoding={encoding.lower()}, or convert it with: iconv -f {encoding} -t UTF-8 {last} "
+        "(or from whatever encoding it has)"
+    )
     return Record(
         f"{name}:{line}", None, "encoding", f"{what} at byte {offset}; {fix}; the rest was not read"
     )
 
 
-def json_records(
-    name: str, lines: Iterable[tuple[int, str | Record]], first: bool = True
-) -> Iterator[Record]:
-    """Decoded lines -> records.
-
-    Args:
-        first: no record stands before these lines.
-    """
+def json_records(name: str, lines: Iterable[tuple[int, str | Record]]) -> Iterator[Record]:
+    """Decoded lines -> records."""
     for number, line in lines:
         where = f"{name}:{number}"
         if isinstance(line, Record):
             yield line
             if line.kind == "encoding":
                 return
-            first = False
             continue
         if not line or line.isspace():
             continue
-        if first and is_json_array(name, line):
-            yield Record(
-                where, None, "unparsable_line", "a JSON array; write one JSON object a line (jsonl) instead"
-            )
-            return
-        first = False
         try:
-            values = _decoder().decode(line)
+            values = json_decoder().decode(line)
         except (ValueError, RecursionError) as error:
-            yield Record(where, None, "unparsable_line", f"not valid JSON: {error}")
+            at = f" (column {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else ""
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            yield Record(where, None, "unparsable_line", f"not valid JSON: {reason}{at}")
             continue
         if isinstance(values, dict):
             yield Record(where, values)
@@ -253,13 +318,9 @@ def json_records(
             )
 
 
-def is_json_array(name: str, first_line: str) -> bool:
-    """Whether a file is one JSON array, by its name and its first line that is not blank; it is read no further."""
-    return name.lower().endswith(".json") and first_line.lstrip().startswith("[")
-
-
 @lru_cache(maxsize=1)
-def _decoder() -> json.JSONDecoder:
+def json_decoder() -> json.JSONDecoder:
+    """Reads objects whose keys are all different."""
     return json.JSONDecoder(object_pairs_hook=_object)
 
 
@@ -272,77 +333,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-class _DecodedLines:
-    """Feeds csv with checked lines, and remembers the fault that ended them.
-
-    Attributes:
-        room: characters that the current row may still have; without it a quote that is never closed reads the whole file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._lines = _iter_lines(path)
-        self.fault: Record | None = None
-        self.room = MAX_LINE_BYTES
-
-    def __iter__(self) -> _DecodedLines:
-        return self
-
-    def __next__(self) -> str:
-        _, line = next(self._lines)
-        if isinstance(line, Record):
-            self.fault = line
-            raise StopIteration
-        self.room -= len(line)
-        if self.room < 0:
-            raise csv.Error(
-                f"the row has more than {MAX_LINE_BYTES} characters; perhaps a quote is not closed"
-            )
-        return line
-
-
-def _iter_csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(1 << 30)
-    lines = _DecodedLines(path)
-    reader = csv.reader(lines, strict=True)
-    header: list[str] | None = None
-    while True:
-        where = f"{path}:{reader.line_num + 1}"
-        lines.room = MAX_LINE_BYTES
-        try:
-            row = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            if lines.fault is not None:
-                break
-            yield Record(where, None, "unparsable_line", f"not valid CSV: {error}; the rest was not read")
-            return
-        if not row:
-            continue
-        if header is None:
-            header = row
-            twice = next((name for i, name in enumerate(row) if name in row[:i]), None)
-            if twice is not None:
-                problem = f"two columns are called {twice!r}; rename one"
-                yield Record(where, None, "unparsable_line", f"{problem}; the rest was not read")
-                return
-        elif len(row) != len(header):
-            yield Record(
-                where,
-                None,
-                "unparsable_line",
-                f"the header names {len(header)} columns, this row has {len(row)}",
-            )
-        else:
-            yield Record(where, dict(zip(header, row, strict=True)))
-    if lines.fault is not None:
-        yield lines.fault
-
-
-def _iter_parquet(path: Path) -> Iterator[Record]:
+def _iter_parquet(path: Path, name: str) -> Iterator[Record]:
     from labeltune.data.parquet import iter_rows
 
-    return parquet_records(str(path), iter_rows(path, MAX_LINE_BYTES))
+    return parquet_records(name, iter_rows(path, MAX_LINE_BYTES))
 
 
 def parquet_records(name: str, rows: Iterable[dict[str, Any] | str], first: int = 0) -> Iterator[Record]:

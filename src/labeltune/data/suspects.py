@@ -1,4 +1,4 @@
-"""Labels that look wrong: what a quick model, trained on the other rows, would not have said."""
+"""Rows to look at for their label: what a quick model, trained on the other rows, would surely not have said."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from labeltune.progress import row_progress
 #: Rows that are judged, and the characters read of each: the n-grams of 20,000 long rows take some 0.6 GB.
 MAX_ROWS = 20_000
 MAX_CHARACTERS = 1000
-#: Texts that a label must have, to be learned from the other folds.
-MIN_TEXTS = 5
+#: Texts that a label must have, to be learned from the other folds; with fewer the model's doubts are mostly its own faults.
+MIN_TEXTS = 30
+#: Probability that another label must have at least, and how many times the given label's that must be.
+SURE = 0.7
+CLEARLY = 3.0
 FOLDS = 10
 _LONGEST_NGRAM = 3
 _FEATURES = 2**16
@@ -98,7 +101,8 @@ def find_suspects(
 
     Every row is judged by logistic regressions, one a label, on the character n-grams of the rows in the other folds, all
     files together; equal texts stand in one fold. Labels that are no candidate of a row have probability 0 there.
-    cleanlab says how many labels are wrong and which; they are ranked by the probability of the given label.
+    cleanlab says how many labels are wrong and which; they are ranked by the probability of the given label. Of those only
+    the rows are kept for which the model is sure of another label (`SURE`, `CLEARLY`): few rows make it doubt right ones.
 
     At most `MAX_ROWS` rows are judged, each by its first `MAX_CHARACTERS` characters.
 
@@ -145,6 +149,9 @@ def find_suspects(
     agreement, name, probabilities = best
     found = []
     for at in _ranked(targets, probabilities):
+        most, own = probabilities[at].max(), probabilities[at, targets[at]]
+        if most < SURE or most < CLEARLY * own:
+            continue
         file, number = places[judged[at]]
         row = files[file].dataset[number]
         suggested = int(probabilities[at].argmax())

@@ -63,7 +63,7 @@ def _headlines(report: DataReport) -> list[str]:
     if report.suspects is not None:
         judged = report.suspects.judged
         below = both(f"of {judged:,} judged", f"共判断 {judged:,} 行")
-        minor.append((both("Labels to look at", "可疑标签"), f"{len(report.suspects.suspects):,}", below))
+        minor.append((both("Rows to look at", "待核对的行"), f"{len(report.suspects.suspects):,}", below))
     if report.tokens is not None:
         figures = report.tokens
         below = both(f"by max_length={figures.max_length}", f"因 max_length={figures.max_length}")
@@ -261,7 +261,7 @@ def _pair_table(pairs: Sequence[NearDuplicate]) -> str:
 
 def _suspects(report: DataReport) -> str:
     found = report.suspects
-    title = f"<h2>{both('Labels to look at', '可疑标签')}</h2>"
+    title = f"<h2>{both('Rows to look at', '待核对的行')}</h2>"
     if found is None:
         return title + paragraph(both("Judged for classification only.", "仅对分类任务进行判断。"), "soft")
     parts = [

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 
+from labeltune.errors import counted
 from labeltune.evaluation.measures import bootstrap, wilson
 from labeltune.evaluation.spans import f1_of_counts, span_counts, spans
 from labeltune.types import Example, Prediction
@@ -40,8 +41,8 @@ def _by_length(examples: Sequence[Example], predictions: Sequence[Prediction]) -
     found = []
     for each in sorted(set(part.tolist())):
         rows = numpy.flatnonzero(part == each)
-        shortest, longest = lengths[rows].min(), lengths[rows].max()
-        name = f"{shortest} to {longest} characters" if shortest < longest else f"{longest} characters"
+        least, most = lengths[rows].min(), lengths[rows].max()
+        name = f"{least} to {most} characters" if least < most else counted(least, "character")
         found.append({"slice": name, "rows": len(rows), **_headline(examples, predictions, rows)})
     return found
 

@@ -19,9 +19,8 @@ import pyarrow
 import ray.data
 import ray.exceptions
 
-from labeltune.data.blocks import Block, cut_lines, cut_parquet, read_block
+from labeltune.data.blocks import Block, cut_file, read_block
 from labeltune.data.places import Place
-from labeltune.data.sources import bounded_lines
 from labeltune.errors import ConfigError, DataError, LabeltuneError, ModelError, OutputError, first_line
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.stream import CHUNK_ROWS, predict_lines, rows_of
@@ -283,9 +282,7 @@ def list_inputs(source: Place) -> dict[str, tuple[Place, dict[str, Any]]]:
 
 def _cut(where: Place, rows: int) -> list[Block]:
     with where.open() as file:
-        if where.name.lower().endswith(".parquet"):
-            return list(cut_parquet(where.name, file, rows))
-        return list(cut_lines(where.name, bounded_lines(file), rows, CHUNK_ROWS))
+        return list(cut_file(where.name, file, rows, CHUNK_ROWS))
 
 
 def _cut_all(inputs: dict[str, Place], rows: int) -> list[Block]:

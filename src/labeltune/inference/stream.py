@@ -10,11 +10,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from labeltune.config import ColumnsConfig, DataConfig
+from labeltune.data.columns import columns_of_file
+from labeltune.data.formats import find_format
 from labeltune.data.schemas import Fault, parse_record
 from labeltune.data.sources import Record, bounded_lines, iter_records
-from labeltune.errors import DataError, OutputError, PromptError
+from labeltune.data.standard_input import input_records
+from labeltune.errors import DataError, OutputError, PromptError, printable
 from labeltune.folder_lock import alone_with
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.row_files import csv_of, is_csv, unfinished_names
@@ -42,23 +46,50 @@ class BadRow:
 Row = Example | BadRow
 
 
-def read_rows(path: Path, predictor: Predictor, labels: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of a file, each an example or the reason why not; `labels` are for rows that bring no candidates."""
-    return rows_of(iter_records(path), predictor, labels)
+def read_rows(
+    path: Path, predictor: Predictor, labels: Sequence[str] = (), encoding: str = "utf-8"
+) -> Iterator[Row]:
+    """The rows of a file, each an example or the reason why not; `labels` are for rows that bring no candidates.
+
+    Raises:
+        DataError: nothing of the file can be read, or it has no column for the text.
+    """
+    data = DataConfig(columns=predictor.columns, encoding=encoding)
+    columns = columns_of_file(path, predictor.task.name, data, answers_required=False)
+    if columns.problem is not None:
+        raise DataError(f"{columns.problem.where}: {columns.problem.problem}")
+    return rows_of(iter_records(path, encoding), predictor, labels, columns=columns.columns)
+
+
+def read_stream(file: IO[bytes], predictor: Predictor, labels: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of standard input: as a file's, and a line that is no JSON object is a document.
+
+    Blank lines are no rows. A line that begins like a JSON object and is none is a row that cannot be predicted.
+    """
+    records, columns = input_records(file, predictor.task.name, predictor.columns)
+    return rows_of(records, predictor, labels, columns=columns)
 
 
 def rows_of(
-    records: Iterable[Record], predictor: Predictor, labels: Sequence[str] = (), first: int = 0
+    records: Iterable[Record],
+    predictor: Predictor,
+    labels: Sequence[str] = (),
+    first: int = 0,
+    columns: ColumnsConfig | None = None,
 ) -> Iterator[Row]:
-    """The rows of records, of which `first` is the number of the first one in its file."""
-    task = predictor.task
+    """The rows of records, of which `first` is the number of the first one in its file.
+
+    Args:
+        columns: names of the columns in this file; the predictor's when None.
+    """
+    task, columns = predictor.task, columns or predictor.columns
     labels_known = task.labels if task.name == "ner" else None
     for number, record in enumerate(records, start=first):
         example, faults = parse_record(
-            record, number, task.name, predictor.columns, labels_known, answers_required=False
+            record, number, task.name, columns, labels_known, answers_required=False
         )
         if example is None:
-            own = (record.values or {}).get(predictor.columns.id)
+            own = (record.values or {}).get(columns.id)
             has_id = isinstance(own, str | int) and own != ""
             name = str(own).encode("utf-8", "replace").decode() if has_id else str(number)
             yield BadRow(name, _first_error(faults), record.where)
@@ -158,6 +189,7 @@ def predict_file(
     top_k: int | None = None,
     with_text: bool = False,
     progress: Callable[[int], None] | None = None,
+    encoding: str = "utf-8",
 ) -> int:
     """Predict a file into another, jsonl or (by its name) csv; `output` appears when it is whole.
 
@@ -171,8 +203,18 @@ def predict_file(
         OutputError: nothing to resume, the rest belongs to another input, run or setting, or another process writes it.
     """
     with alone_with_output(output.resolve(), str(output)):
+        rows = read_rows(path, predictor, labels, encoding)
         return _predict_into(
-            predictor, path, link_target(output), labels, resume, min_confidence, top_k, with_text, progress
+            predictor,
+            path,
+            rows,
+            link_target(output),
+            labels,
+            resume,
+            min_confidence,
+            top_k,
+            with_text,
+            progress,
         )
 
 
@@ -183,13 +225,17 @@ def alone_with_output(output: Path, name: str) -> AbstractContextManager[None]:
     # Beside the output, where every process looks that could write it, whatever its temporary folder is.
     lock = output.with_name(f".{output.name}.lock")
     return alone_with(
-        lock, f"another predict writes {name}", "wait for it, or choose another --output", tidy=True
+        lock,
+        f"another predict writes {printable(name)}",
+        "wait for it, or choose another --output",
+        tidy=True,
     )
 
 
 def _predict_into(
     predictor: Predictor,
     path: Path,
+    source: Iterator[Row],
     output: Path,
     labels: Sequence[str],
     resume: bool,
@@ -217,7 +263,7 @@ def _predict_into(
         write_json(note, mine)
     if progress is not None and done:
         progress(done)
-    rows = islice(read_rows(path, predictor, labels), done, None)
+    rows = islice(source, done, None)
     with writing(output, "what is done is kept, go on with --resume"):
         with part.open("ab") as file:
             for lines, faults in predict_lines(
@@ -295,17 +341,20 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def count_rows(path: Path) -> int | None:
+def count_rows(path: Path, encoding: str = "utf-8") -> int | None:
     """Rows of a file where they are quickly counted (jsonl, parquet), for a progress bar."""
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            return int(pq.read_metadata(path).num_rows)
-        except (pa.ArrowException, OSError):
-            return None  # reading the rows says what is wrong
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
         return None
     with path.open("rb") as file:
+        form = find_format(path.name, file, encoding)
+        if form.kind == "parquet" and not form.problem:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            try:
+                return int(pq.read_metadata(path).num_rows)
+            except (pa.ArrowException, OSError):
+                return None  # reading the rows says what is wrong
+        if not form.plain:
+            return None
         return sum(1 for line in bounded_lines(file) if line.strip())

@@ -37,7 +37,7 @@ def encode_to_fit(
         PromptError: instruction, candidates and answer alone exceed `max_length`; the message says by how many tokens.
     """
     encoded = template.encode(conversation, answer)
-    excess = _needed(encoded, reserve) - max_length
+    excess = needed_tokens(encoded, reserve) - max_length
     if excess <= 0:
         return encoded
     text, (begin, end) = encoded.text, encoded.text_chars
@@ -49,7 +49,7 @@ def encode_to_fit(
     while True:
         keep = max(keep, 0)
         shortened = template.encode(conversation.with_text(_shorten(text, spans, keep, side)), answer)
-        excess = _needed(shortened, reserve) - max_length
+        excess = needed_tokens(shortened, reserve) - max_length
         if excess <= 0:
             return replace(shortened, excess=whole)
         if keep == 0:
@@ -60,7 +60,8 @@ def encode_to_fit(
         keep -= excess
 
 
-def _needed(encoded: Encoded, reserve: int) -> int:
+def needed_tokens(encoded: Encoded, reserve: int) -> int:
+    """Tokens of a conversation, with room for any answer (`reserve`) behind its prompt."""
     return max(len(encoded.ids), encoded.answer_span[0] + reserve)
 
 

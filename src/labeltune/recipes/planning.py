@@ -13,6 +13,7 @@ from labeltune.data.loading import load_splits
 from labeltune.processes import worker_count
 from labeltune.progress import row_progress
 from labeltune.ranks import world
+from labeltune.recipes.data import without_too_long
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
 
@@ -112,6 +113,7 @@ def plan(
     local = resolve_model(config.model, config.hub, weights=False)
     template = ChatTemplate(load_tokenizer(local.folder, config.hub.trust_remote_code))
     builder = PromptBuilder(make_task(config.task, splits.labels, config.prompt), template)
+    splits = without_too_long(splits, builder, config)
     tokens, _ = tokenize_rows(splits.train, builder, config.data.workers)
     precision = pick_precision(options.precision, full=options.method == "full")
     shape = model_shape(local.folder, config, precision)

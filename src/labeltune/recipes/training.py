@@ -18,6 +18,7 @@ from labeltune.folder_lock import alone_with
 from labeltune.messages import localize
 from labeltune.progress import begin, no_long_silence, row_progress, spoke
 from labeltune.ranks import is_sharded, rank
+from labeltune.recipes.data import without_too_long
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
 from labeltune.recipes.rows import (
     fixed_handful,
@@ -131,6 +132,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     template = ChatTemplate(tokenizer)
     task = make_task(config.task, splits.labels, config.prompt)
     builder = PromptBuilder(task, template)
+    splits = without_too_long(splits, builder, config, say)
     workers = config.data.workers
     begin("tokenizing the rows")
     train_tokens, account = tokenize_rows(splits.train, builder, workers)

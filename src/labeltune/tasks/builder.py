@@ -7,7 +7,7 @@ from typing import Literal
 
 from labeltune.errors import PromptError
 from labeltune.prompts.template import ChatTemplate, Encoded
-from labeltune.prompts.truncation import ELLIPSIS, Side, encode_to_fit
+from labeltune.prompts.truncation import ELLIPSIS, Side, encode_to_fit, needed_tokens
 from labeltune.tasks.base import Task
 from labeltune.types import Example
 
@@ -84,6 +84,16 @@ class PromptBuilder:
                     f"prompt.max_length={self.task.prompt.max_length}; raise it"
                 )
             start = max(start + 1, end - (end - start) // 4)
+
+    def least(self, example: Example) -> int:
+        """Tokens of instruction, candidates, right answer and template, with nothing of the text.
+
+        Raises:
+            DataError: the example has no right answer.
+        """
+        conversation = self.task.conversation(example).with_text("")
+        encoded = self.template.encode(conversation, self.task.target(example))
+        return needed_tokens(encoded, self.reserve(example))
 
     def answer_ids(self, example: Example, answer: str) -> list[int]:
         """Token ids of an answer with its end of turn, as training has them; they do not depend on the text."""

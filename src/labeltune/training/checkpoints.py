@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from labeltune.errors import OutputError
+from labeltune.output_paths import obey_umask
 from labeltune.run_folder import (
     MANIFEST_FILE,
     RunInfo,
     file_hash,
-    obey_umask,
     why_not_written,
     write_bytes,
     write_json,

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,11 @@ _UNIT_ROWS = 2_048
 ENOUGH_ROWS = 8_192
 #: Token files that no run has used for this long are removed.
 KEPT_SECONDS = 30 * 24 * 3600
+#: Tokens that a tokenizer may add where an answer begins and ends.
+_MARGIN = 16
+_BATCH_ROWS = 1_000
+#: Kinds of rows whose tokens are remembered.
+_KEPT_KEYS = 10_000
 _OTHER_CACHE = "set LABELTUNE_CACHE to a folder that can be written"
 
 
@@ -117,6 +122,39 @@ def token_columns(
                 os.utime(file)
             parts.append(datasets.Dataset.from_file(str(file)))
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def rows_that_cannot_fit(dataset: Dataset, builder: PromptBuilder) -> dict[int, int]:
+    """Rows whose instruction, candidates and answer alone are longer than `prompt.max_length`: number -> tokens they need."""
+    limit = builder.task.prompt.max_length
+    known: dict[Any, int] = {}
+    found: dict[int, int] = {}
+    without = 0  # tokens of a row of entities without its answer; 0 when that is not known yet
+    first = 0
+    columns = dataset.select_columns(["candidates", "label", "entities"]).with_format("arrow")
+    for batch in columns.iter(batch_size=_BATCH_ROWS):
+        rows = batch.to_pylist()
+        for number, row in enumerate(rows, start=first):
+            example = None
+            if row["entities"] is None:
+                key: Any = (tuple(row["candidates"] or ()), row["label"])
+            else:
+                example = Example.from_row({**row, "id": "", "text": "", "source": ""})
+                key = builder.task.target(example)
+                without = without or builder.least(replace(example, entities=()))
+                # A token stands for a byte at least, so most answers need not be tokenized.
+                if without + len(key.encode()) + _MARGIN <= limit:
+                    continue
+            if key not in known:
+                if len(known) >= _KEPT_KEYS:
+                    known.clear()
+                known[key] = builder.least(
+                    example or Example.from_row({**row, "id": "", "text": "", "source": ""})
+                )
+            if known[key] > limit:
+                found[number] = known[key]
+        first += len(rows)
+    return found
 
 
 def _features() -> Any:

@@ -1,0 +1,178 @@
+"""Which column of a file holds what: the configured names, else other names that people use, said once."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from labeltune.config import ColumnsConfig, DataConfig, TaskName
+from labeltune.data.schemas import DOCCANO, is_spans
+from labeltune.data.sources import Record, iter_records
+from labeltune.progress import note
+
+#: Rows that are looked at.
+LOOKED_AT = 100
+_DEFAULTS = ColumnsConfig()
+#: Other names of a column, where it has its default name and the file does not.
+ALIASES = {
+    "text": ("text", "sentence", "content", "文本", "内容", "input"),
+    "output": ("output", "label", "标签", "类别", "标注"),
+    "entities": ("entities",),
+}
+#: Where rows of instruction, input and output have no input, their text is the instruction.
+_INSTRUCTION = "instruction"
+
+
+@dataclass(frozen=True)
+class FileColumns:
+    """How the columns of one file are read.
+
+    Attributes:
+        columns: their names in this file.
+        integer_labels: all labels that were looked at are integers.
+        notes: what is not as the config says, to be told.
+        problem: why no row of the file can be read.
+    """
+
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    integer_labels: bool = False
+    notes: tuple[str, ...] = ()
+    problem: Record | None = None
+
+    def records(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The records of the file, or the one that says why there are none."""
+        return iter(records) if self.problem is None else iter((self.problem,))
+
+
+class _Seen:
+    """What the columns of some rows hold.
+
+    Attributes:
+        rows: rows that could be read.
+        names: column -> whether a value of it is not empty.
+        first: place of the first row.
+    """
+
+    def __init__(self, output: str) -> None:
+        self.rows, self.first = 0, ""
+        self.names: dict[str, bool] = {}
+        self.labels: set[type] = set()
+        self.spans: set[str] = set()
+        self._output = output
+
+    def add(self, record: Record) -> None:
+        if record.values is None:
+            return
+        self.rows += 1
+        self.first = self.first or record.where
+        for name, value in record.values.items():
+            self.names[name] = self.names.get(name, False) or value not in (None, "")
+            if is_spans(value):
+                self.spans.add(name)
+        label = record.values.get(self._output)
+        if label is not None:
+            self.labels.add(type(label))
+
+
+def columns_of_file(
+    path: Path, task: TaskName, data: DataConfig, answers_required: bool = True
+) -> FileColumns:
+    """Look at the first rows of a file; what is found is said once on standard error."""
+    seen: list[Record] = []
+    for record in islice(iter_records(path, data.encoding), LOOKED_AT):
+        if record.whole:
+            return FileColumns(data.columns, problem=record)
+        seen.append(_outline(record))
+    found = find_columns(seen, path.name, task, data.columns, answers_required)
+    for line in found.notes:
+        note(f"{path}: {line}")
+    return found
+
+
+def _outline(record: Record) -> Record:
+    """A record whose long values are not kept."""
+    values = record.values
+    if values is None:
+        return record
+    return Record(record.where, {k: v[:100] if isinstance(v, str) else v for k, v in values.items()})
+
+
+def find_columns(
+    records: Iterable[Record],
+    file: str,
+    task: TaskName,
+    columns: ColumnsConfig,
+    answers_required: bool = True,
+) -> FileColumns:
+    """Decide by some rows.
+
+    Args:
+        file: its name, for messages.
+        answers_required: whether the answer's column has to be there.
+    """
+    wanted = ["text"]
+    if answers_required:
+        wanted.append("output" if task == "classification" else "entities")
+    records = list(records)
+    seen = _Seen(columns.output)
+    for record in records:
+        seen.add(record)
+    if not seen.rows:
+        return FileColumns(columns)
+    notes: list[str] = []
+    changes: dict[str, str] = {}
+    for role in wanted:
+        name = getattr(columns, role)
+        if name in seen.names:
+            continue
+        taken = {getattr(columns, other) for other in type(columns).model_fields if other != role}
+        found = _candidates(role, seen, taken) if name == getattr(_DEFAULTS, role) else []
+        if len(found) != 1:
+            problem = _missing(role, name, found, seen, file, task)
+            return FileColumns(
+                columns, problem=Record(seen.first, None, "missing_field", problem, whole=True)
+            )
+        changes[role] = found[0]
+        notes.append(f"column {found[0]!r} is read as {name}")
+    columns = columns.model_copy(update=changes)
+    if "output" in changes:
+        seen = _Seen(columns.output)
+        for record in records:
+            seen.add(record)
+    return FileColumns(columns, seen.labels == {int}, tuple(notes))
+
+
+def _candidates(role: str, seen: _Seen, taken: set[str]) -> list[str]:
+    """Columns that may be the one that is missing."""
+    filled = [name for name, full in seen.names.items() if full and name not in taken]
+    found = [name for name in filled if name.strip().casefold() in ALIASES[role]]
+    if role == "text" and not found and _INSTRUCTION in filled:
+        return [_INSTRUCTION]
+    return found
+
+
+def _missing(role: str, name: str, found: list[str], seen: _Seen, file: str, task: TaskName) -> str:
+    columns = ", ".join(repr(other) for other in sorted(seen.names)[:20])
+    problem = f"no column {name!r}; the file has {columns or 'no columns'}"
+    if role != "text" and seen.spans:
+        return f"{problem}; {min(seen.spans)!r} holds [start, end, type], as doccano writes it: {DOCCANO}"
+    if task == "ner" and role == "entities":
+        return f"{problem}; write a list of objects into it, [] for a text without entities, or give --task classification"
+    guess = found[0] if found else "COLUMN"
+    command = f"labeltune data check {shlex.quote(file)} {shlex.quote(f'data.columns.{role}={guess}')}"
+    if found:
+        both = " and ".join(repr(other) for other in found)
+        return f"{problem}; {both} may both be meant: say which, e.g. {command}"
+    if role == "output" and seen.names.get("category") and task == "classification":
+        command = f"labeltune data check {shlex.quote(file)} data.columns.output=category data.columns.category=candidates"
+        return f"{problem}; if 'category' holds the right label: {command}"
+    return f"{problem}; say which one holds it: {command}"
+
+
+def guess_task(values: dict[str, Any]) -> bool:
+    """Whether a row looks like one with entities."""
+    return "entities" in values or any(is_spans(value) for value in values.values())

@@ -1,0 +1,195 @@
+"""JSON that goes over lines: an array, an object that holds a list of rows, or objects one after the other; a row at a time."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from labeltune.data import sources
+from labeltune.data.formats import ROW_LISTS, row_list
+from labeltune.data.sources import Record
+
+_BLANKS = " \t\r\n"
+
+
+def value_records(name: str, chunks: Iterable[bytes], encoding: str = "utf-8") -> Iterator[Record]:
+    """The rows, each at the line where it begins; what is no JSON ends the file with a record that says so.
+
+    Args:
+        name: the file's name for messages.
+        chunks: its content, as UTF-8.
+        encoding: what it was before, for messages.
+    """
+    text = _Text(chunks)
+    try:
+        while begins := text.next():
+            if begins == "[":
+                yield from _elements(name, text)
+            elif begins == "{":
+                yield from _object(name, text)
+            else:
+                raise ValueError("a JSON object or array is expected")
+    except UnicodeDecodeError as error:
+        line = text.line + text.rest().count("\n")
+        yield sources.encoding_fault(name, line, text.bytes + error.start, encoding)
+    except (ValueError, RecursionError) as error:
+        where = f"{name}:{error.line if isinstance(error, _NoJson) else text.line}"
+        yield Record(where, None, "unparsable_line", f"not valid JSON: {error}; the rest was not read")
+
+
+class _NoJson(ValueError):
+    def __init__(self, reason: str, line: int) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+def _elements(name: str, text: _Text) -> Iterator[Record]:
+    """The rows of an array, of which the bracket comes next."""
+    text.take("[")
+    if text.next() == "]":
+        text.take("]")
+        return
+    while True:
+        text.next()
+        where = f"{name}:{text.line}"
+        value = text.value()
+        if isinstance(value, dict):
+            yield Record(where, value)
+        else:
+            problem = f"a JSON object is expected, not a {type(value).__name__}"
+            yield Record(where, None, "unparsable_line", problem)
+        if text.next() != ",":
+            text.take("]")
+            return
+        text.take(",")
+
+
+def _object(name: str, text: _Text) -> Iterator[Record]:
+    """A row; or the rows of the list that the object holds."""
+    where = f"{name}:{text.line}"
+    values: dict[str, Any] = {}
+    list_name = ""
+    text.take("{")
+    while text.next() != "}":
+        key = text.value()
+        if not isinstance(key, str):
+            raise ValueError("a key is expected")
+        if key in values:
+            raise ValueError(f"the key {key!r} stands twice in an object")
+        text.next()
+        text.take(":")
+        if text.next() == "[" and key.lower() in ROW_LISTS:
+            if list_name:
+                raise ValueError(
+                    f"it holds two lists of rows, {list_name!r} and {key!r}; write a file for each"
+                )
+            list_name = key
+            yield from _elements(name, text)
+            values[key] = None
+        else:
+            values[key] = text.value()
+        if text.next() != ",":
+            break
+        text.take(",")
+        if text.next() == "}":
+            raise ValueError("a key is expected behind a comma")
+    text.take("}")
+    if list_name:
+        return
+    rows = row_list(values)
+    if rows is None:
+        yield Record(where, values)
+        return
+    for number, row in enumerate(rows, start=1):
+        yield Record(f"{name}:row {number}", row)
+
+
+class _Text:
+    """A text of which no more is held than a row.
+
+    Attributes:
+        at: place in what is held.
+        line: its line in the file, from 1.
+        bytes: bytes that were decoded.
+    """
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = iter(chunks)
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._held = ""
+        self._ended = False
+        self.at, self.line, self.bytes = 0, 1, 0
+
+    def rest(self) -> str:
+        """What is held and not taken."""
+        return self._held[self.at :]
+
+    def next(self) -> str:
+        """The next character that is not blank, not taken; empty at the end."""
+        while True:
+            end = self.at
+            while end < len(self._held) and self._held[end] in _BLANKS:
+                end += 1
+            self._advance(end)
+            if end < len(self._held):
+                return self._held[end]
+            if not self._more():
+                return ""
+
+    def take(self, character: str) -> None:
+        """Take the next character.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        if self.next() != character:
+            raise ValueError(f"{character!r} is expected, not {self.next()!r}")
+        self._advance(self.at + 1)
+
+    def value(self) -> Any:
+        """Take the next value.
+
+        Raises:
+            ValueError: it is no JSON, or longer than a row may be.
+            RecursionError: it is nested too deeply.
+        """
+        self.next()
+        while True:
+            try:
+                found, end = sources.json_decoder().raw_decode(self._held, self.at)
+            except json.JSONDecodeError as error:
+                line = self.line + self._held.count("\n", self.at, error.pos)
+                if len(self._held) - self.at > sources.MAX_LINE_BYTES or not self._more():
+                    raise _NoJson(error.msg, line) from None
+                continue
+            size = end - self.at
+            if end == len(self._held) and self._more():
+                continue  # a number may go on
+            if size > sources.MAX_LINE_BYTES:
+                raise ValueError(f"the row has more than {sources.MAX_LINE_BYTES} characters")
+            self._advance(self.at + size)
+            return found
+
+    def _advance(self, end: int) -> None:
+        self.line += self._held.count("\n", self.at, end)
+        self.at = end
+
+    def _more(self) -> bool:
+        """Read on; as much again as is held, so that a long value is not looked at too often."""
+        if self._ended:
+            return False
+        parts = [self._held[self.at :]]
+        wanted = max(1, len(parts[0]))
+        while wanted > 0 and not self._ended:
+            raw = next(self._chunks, None)
+            self._ended = raw is None
+            part = self._decoder.decode(raw or b"", self._ended)
+            if self.bytes == 0:
+                part = part.removeprefix("\ufeff")
+            self.bytes += len(raw or b"")
+            parts.append(part)
+            wanted -= len(part)
+        self._held, self.at = "".join(parts), 0
+        return len(self._held) > len(parts[0])

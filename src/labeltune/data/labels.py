@@ -1,0 +1,164 @@
+"""Labels as people write them: lists as text, and labels that only look different."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import tokenize
+import unicodedata
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from labeltune.errors import DataError, clipped
+
+#: Characters of candidates that are written as one string; beyond it Python's own reader takes minutes and gigabytes.
+_MAX_WRITTEN_LIST = 2**20
+_STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+_BRACKETS = {"[": "]", "(": ")", "{": "}"}
+#: Characters of other categories that show nothing: fillers and joiners.
+_UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0")
+
+
+def parse_candidates(value: str) -> list[str]:
+    """Candidates written as text: a JSON or Python list, or labels between commas (`,` `，` `、`).
+
+    >>> parse_candidates("['Military', 'Space']")
+    ['Military', 'Space']
+    >>> parse_candidates("Military,Space")
+    ['Military', 'Space']
+
+    Raises:
+        DataError: it stands in brackets and is no list of strings, a comma is missing between two strings, or it is longer
+            than any list of labels.
+    """
+    if len(value) > _MAX_WRITTEN_LIST:
+        raise DataError(f"has more than {_MAX_WRITTEN_LIST} characters; write it as a list, not as a string")
+    stripped = value.strip()
+    if stripped.startswith("[") and stripped.endswith("]"):
+        parsed = _json_list(stripped)
+        if parsed is None:
+            parsed = _python_list(stripped)
+        if parsed is None:
+            raise DataError(
+                f"stands in brackets but is no JSON or Python list of strings: {clipped(stripped, 100)!r}; write it "
+                'as ["a", "b"], or between commas without brackets'
+            )
+        return [label.strip() for label in parsed]
+    if re.search(r"\[\s*['\"]", stripped) and re.search(r"['\"]\s*\]", stripped):
+        raise DataError(
+            f"holds a list in brackets and more around it: {clipped(stripped, 100)!r}; write the list alone, as "
+            '["a", "b"]'
+        )
+    # A tuple, a set, or strings in quotes without brackets; what only begins like them is plain text.
+    if _BRACKETS.get(stripped[:1]) == stripped[-1:] or (stripped[:1] in "'\"" and stripped[-1:] in "'\""):
+        inside = stripped[1:-1] if stripped[:1] in _BRACKETS else stripped
+        parsed = _python_list(f"[{inside}]") if stripped else None
+        if parsed is not None and len(parsed) > 1:
+            return [label.strip() for label in parsed]
+    for separator in "，、":
+        stripped = stripped.replace(separator, ",")
+    return [label.strip() for label in stripped.split(",")]
+
+
+def named_labels(option: str, value: str) -> tuple[str, ...]:
+    """Labels that were given on the command line.
+
+    Raises:
+        DataError: it cannot be read, or names no label.
+    """
+    try:
+        labels = tuple(label for label in parse_candidates(value) if label)
+    except DataError as error:
+        raise DataError(f"{option} {error}") from None
+    if not labels:
+        raise DataError(f"{option} {value!r} names no label; write it as {option} 'a,b', or leave it out")
+    return labels
+
+
+def _json_list(text: str) -> list[str] | None:
+    try:
+        return _strings(json.loads(text))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _python_list(text: str) -> list[str] | None:
+    """The strings of a Python list.
+
+    Raises:
+        DataError: two strings stand beside each other, which Python reads as one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a backslash in a label is not ours to warn about
+            parsed = _strings(ast.literal_eval(text))
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    if parsed is None or len(parsed) == len(_STRING.findall(text)):
+        return parsed
+    pair = _neighbours(text)
+    if pair is None:
+        return parsed
+    raise DataError(
+        f"has no comma between {clipped(pair[0], 40)} and {clipped(pair[1], 40)}; numpy prints lists like that, and Python would "
+        'read one label; write it as ["a", "b"]'
+    )
+
+
+def _neighbours(text: str) -> tuple[str, str] | None:
+    """Two strings of a list with nothing between them."""
+    before = ""
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.STRING:
+            if before:
+                return before, token.string
+            before = token.string
+        elif token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT):
+            before = ""
+    return None
+
+
+def _strings(value: Any) -> list[str] | None:
+    return value if isinstance(value, list) and all(isinstance(label, str) for label in value) else None
+
+
+def seen_as(label: str) -> str:
+    """What is left of a label when case, width, blanks and characters that cannot be seen do not count.
+
+    >>> seen_as("Ｓport\\u200b ") == seen_as("sport")
+    True
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).casefold())
+    return "".join(c for c in folded if not _is_unseen(c))
+
+
+def _is_unseen(character: str) -> bool:
+    if character.isascii():
+        return not character.isprintable() or character == " "
+    code = ord(character)
+    return (
+        unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp")
+        or character in _UNSEEN
+        or 0xFE00 <= code <= 0xFE0F
+        or 0xE0100 <= code <= 0xE01EF
+    )
+
+
+def twins(labels: Iterable[str]) -> list[list[str]]:
+    """Groups of different labels that look the same (`seen_as`), sorted."""
+    groups: dict[str, list[str]] = {}
+    for label in sorted(set(labels)):
+        groups.setdefault(seen_as(label), []).append(label)
+    return [group for seen, group in groups.items() if len(group) > 1 and seen]
+
+
+def like(label: str, others: Sequence[str]) -> str:
+    """A hint at the label that was probably meant; empty when none looks the same."""
+    seen = seen_as(label)
+    other = next((other for other in others if other != label and seen_as(other) == seen), None)
+    if other is None:
+        return ""
+    return f"; it differs from {other!r} only in case, width, blanks or characters that cannot be seen"

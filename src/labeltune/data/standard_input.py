@@ -1,0 +1,82 @@
+"""Rows from standard input: read as a file's, where a line that is no JSON object is a document."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import IO
+
+from labeltune.config import ColumnsConfig, TaskName
+from labeltune.data.columns import LOOKED_AT, find_columns
+from labeltune.data.formats import is_whole_json
+from labeltune.data.json_values import value_records
+from labeltune.data.sources import Record, bounded_lines, decoded_lines, json_records
+from labeltune.progress import note
+
+NAME = "stdin"
+#: Lines that are looked at for two that are not blank, and characters of rows that are held to find their columns.
+_MOST_LINES = 1_000
+_MOST_CHARACTERS = 1_000_000
+_LIKE_JSON = re.compile(r'\s*\{\s*("|\}|$)')
+
+
+@dataclass(frozen=True)
+class _Document(Record):
+    """A line that is the text itself."""
+
+    text: str = ""
+
+
+def input_records(
+    file: IO[bytes], task: TaskName, columns: ColumnsConfig
+) -> tuple[Iterator[Record], ColumnsConfig]:
+    """The records of standard input, each with its line, and the names of their columns.
+
+    A line that begins like a JSON object and is none is a record without values. Blank lines are no records; that some stood
+    between others is said at the end.
+    """
+    lines = bounded_lines(file)
+    begin: list[bytes] = []
+    while len(begin) < _MOST_LINES and sum(1 for line in begin if line.strip()) < 2:
+        line = next(lines, None)
+        if line is None:
+            break
+        begin.append(line)
+    text = b"".join(begin).decode("utf-8", "replace").removeprefix("\ufeff")
+    if is_whole_json(NAME, text):
+        records = value_records(NAME, chain(begin, iter(lambda: file.read(1 << 16), b"")))
+    else:
+        records = _line_records(chain(begin, lines))
+    first, size = [], 0
+    for record in islice(records, LOOKED_AT):
+        first.append(record)
+        size += len(record.text) if isinstance(record, _Document) else len(str(record.values))
+        if size > _MOST_CHARACTERS:
+            break
+    rows = [record for record in first if not isinstance(record, _Document)]
+    found = find_columns(rows, NAME, task, columns, answers_required=False)
+    for told in found.notes:
+        note(f"{NAME}: {told}")
+    return _with_texts(chain(first, records), found.columns.text), found.columns
+
+
+def _with_texts(records: Iterable[Record], column: str) -> Iterator[Record]:
+    for record in records:
+        yield Record(record.where, {column: record.text}) if isinstance(record, _Document) else record
+
+
+def _line_records(lines: Iterable[bytes]) -> Iterator[Record]:
+    blank = skipped = 0
+    for number, line in decoded_lines(NAME, lines):
+        if isinstance(line, str) and (not line or line.isspace()):
+            blank += 1
+            continue
+        skipped, blank = skipped + blank, 0
+        if isinstance(line, str) and not _LIKE_JSON.match(line):
+            yield _Document(f"{NAME}:{number}", {}, text=line.rstrip("\r\n"))
+        else:
+            yield from json_records(NAME, [(number, line)])
+    if skipped:
+        note(f"{NAME}: {skipped} blank lines were skipped; they are no rows and take no id")
