@@ -47,24 +47,37 @@ class LogSums:
         return LogSums(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
-class ContinueSums(TrainerCallback):  # type: ignore[misc]
-    """Sets the sums of a checkpoint when training begins, where Trainer has just set them to zero."""
+class ContinueRun(TrainerCallback):  # type: ignore[misc]
+    """When a resumed training begins: sets the sums of its checkpoint, where Trainer has just set them to zero, and the patience
+    that is asked for now, where Trainer has just brought back the checkpoint's."""
 
-    def __init__(self, trainer: PackTrainer, checkpoint: Path) -> None:
+    def __init__(
+        self, trainer: PackTrainer, checkpoint: Path, patience: int | None, min_delta: float
+    ) -> None:
         self.trainer, self.sums = trainer, LogSums.load(checkpoint)
+        self.patience, self.min_delta = patience, min_delta
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """See the class."""
         if self.sums is not None:
             self.trainer.continue_sums(self.sums)
+        for callback in early_stopping(self.trainer.callback_handler.callbacks):
+            callback.early_stopping_patience = self.patience
+            callback.early_stopping_threshold = self.min_delta
+            # Trainer saves the state of callbacks that the checkpoint knows, and fails at a new one.
+            state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+
+
+def early_stopping(callbacks: Iterable[Any]) -> list[Any]:
+    """Those of the callbacks that stop a run early: none or one."""
+    return [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
 
 
 def is_finished(state: Any, callbacks: Iterable[Any]) -> bool:
     """Whether all steps are done, or early stopping has ended the run; Trainer would do one more step."""
     patience_used_up = any(
-        isinstance(callback, EarlyStoppingCallback)
-        and callback.early_stopping_patience_counter >= callback.early_stopping_patience
-        for callback in callbacks
+        callback.early_stopping_patience_counter >= callback.early_stopping_patience
+        for callback in early_stopping(callbacks)
     )
     return bool(state.global_step >= state.max_steps or patience_used_up)
 
