@@ -35,6 +35,8 @@ def compare(
 
     found = recipes.compare(first, second, data, on_error=on_error, max_rows=max_rows, output=output)
     print_differences(found)
+    if output is not None:
+        print(f"report: {output / 'comparison.html'}", file=sys.stderr)
     print(json.dumps(found, ensure_ascii=False, indent=2))
 
 

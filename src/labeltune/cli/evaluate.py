@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,13 +63,13 @@ def evaluate(
         address=address,
     )
     print_summary(metrics)
+    if output is not None:
+        print(f"report: {output / 'report.html'}", file=sys.stderr)
     print(json.dumps(metrics, ensure_ascii=False, indent=2))
 
 
 def print_summary(metrics: dict[str, Any]) -> None:
     """Headline figures on standard error, for people."""
-    import sys
-
     from labeltune.evaluation.headline import rows_line, shown_headline, worse_than_constant
 
     print(f"rows: {rows_line(metrics)}", file=sys.stderr)

@@ -291,8 +291,9 @@ class _Part:
         return self.rows.dataset.select(numpy.flatnonzero(self.mask))
 
     def texts(self) -> numpy.ndarray[Any, Any]:
-        hashes: numpy.ndarray[Any, Any] = numpy.array(self.rows.audit.text_hashes, dtype=numpy.uint64)
-        return hashes[self.mask]
+        hashes = numpy.array(self.rows.audit.text_hashes, dtype=numpy.uint64)
+        kept: numpy.ndarray[Any, Any] = hashes[self.mask]
+        return kept
 
     def fingerprint(self) -> str:
         answers = numpy.array(self.rows.audit.answer_hashes, dtype=numpy.uint64)[self.mask]
@@ -308,7 +309,7 @@ def _stop_on_errors(audits: list[Audit], data: DataConfig) -> None:
     shown = "\n  ".join(str(fault) for fault in faults[:_SHOWN_FAULTS])
     more = f"\n  ... and {errors - _SHOWN_FAULTS} more" if errors > _SHOWN_FAULTS else ""
     raise DataError(
-        f"the data holds {errors} errors:\n  {shown}{more}\n"
+        f"the data holds {errors} {'error' if errors == 1 else 'errors'}:\n  {shown}{more}\n"
         "Repair them, or leave faulty rows out with data.on_error=skip; `labeltune data check` lists all of them"
     )
 

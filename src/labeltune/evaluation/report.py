@@ -127,7 +127,10 @@ def _baselines(metrics: Mapping[str, Any]) -> str:
         return ""
     rows = [(name.replace("_", " "), *_interval(measure)) for name, measure in found.items()]
     worse = worse_than_constant(metrics)
-    comment = f'<p class="bad">accuracy: {text(worse)}</p>' if worse else ""
+    comment = ""
+    if worse is not None:
+        chinese = f"准确率低于始终回答最常见标签（{found['majority']['value']:.3f}）"
+        comment = f'<p class="bad">{both(f"accuracy: {worse}", chinese)}</p>'
     return f"<h2>{both('Without learning', '不学习的基线')}</h2>{comment}" + table(
         ["baseline", "value", ""], rows
     )

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from labeltune.run_folder import write_json
@@ -49,7 +50,8 @@ class LogSums:
 
 class ContinueRun(TrainerCallback):  # type: ignore[misc]
     """When a resumed training begins: sets the sums of its checkpoint, where Trainer has just set them to zero, and the patience
-    that is asked for now, where Trainer has just brought back the checkpoint's."""
+    that is asked for now, where Trainer has just brought back the checkpoint's. The learning rate is that of the schedule as it is
+    now: with more steps than before, the checkpoint's would make the first step with a rate of zero."""
 
     def __init__(
         self, trainer: PackTrainer, checkpoint: Path, patience: int | None, min_delta: float
@@ -57,8 +59,15 @@ class ContinueRun(TrainerCallback):  # type: ignore[misc]
         self.trainer, self.sums = trainer, LogSums.load(checkpoint)
         self.patience, self.min_delta = patience, min_delta
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
         """See the class."""
+        if isinstance(lr_scheduler, LambdaLR) and optimizer is not None:
+            rates = zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+            for group, (base, share) in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * share(lr_scheduler.last_epoch)
+            lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
         if self.sums is not None:
             self.trainer.continue_sums(self.sums)
         for callback in early_stopping(self.trainer.callback_handler.callbacks):
