@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labeltune.config import load_config
+from labeltune.evaluation.headline import headline, worse_than_constant
 from labeltune.evaluation.measures import bootstrap, wilson
 from labeltune.evaluation.metrics import (
     classification_metrics,
@@ -23,6 +24,7 @@ from labeltune.evaluation.spans import (
     dictionary_entities,
     entity_dictionary,
     ner_metrics,
+    precision_and_recall,
     spans,
     strict_span_f1,
 )
@@ -158,6 +160,30 @@ def test_entities_without_a_place_match_nothing() -> None:
 def test_nothing_to_find_and_nothing_found_is_right() -> None:
     found = ner_metrics([example("t")], [Prediction("0", "none", entities=())])
     assert found["span_f1"]["value"] == 1 and found["labels"] == {}
+    assert found["precision"] == found["recall"] == 1.0
+    assert headline([example("t")], [Prediction("0", "none", entities=())]) == {
+        "span_f1": 1.0,
+        "precision": 1.0,
+        "recall": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("counts", "precision", "recall"), [((0, 0, 2), 0.0, 0.0), ((0, 3, 0), 0.0, 0.0), ((1, 2, 4), 0.5, 0.25)]
+)
+def test_precision_and_recall_of_one_sided_rows_agree_with_f1(
+    counts: tuple[int, int, int], precision: float, recall: float
+) -> None:
+    assert precision_and_recall(*counts) == {"precision": precision, "recall": recall}
+
+
+def test_worse_than_a_constant_answer_is_said() -> None:
+    examples = [Example(str(n), "t", ("A", "B"), "AAAB"[n]) for n in range(4)]
+    answers = lambda labels: [Prediction(str(n), x, label=x) for n, x in enumerate(labels)]  # noqa: E731
+    metrics = {"task": "classification", **classification_metrics(examples, answers("BBAB"))}
+    assert worse_than_constant(metrics) == "worse than always answering 'A' (0.750)"
+    metrics = {"task": "classification", **classification_metrics(examples, answers("AAAA"))}
+    assert worse_than_constant(metrics) is None
 
 
 def test_mentions_take_their_occurrences_in_order() -> None:

@@ -6,18 +6,21 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from conftest import classification_rows, write_jsonl
 from labeltune import recipes
-from labeltune.config import RunConfig
-from labeltune.errors import Interrupted, OutputError
+from labeltune.config import RunConfig, build_config
+from labeltune.errors import ConfigError, Interrupted, OutputError
 from labeltune.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage
 from labeltune.training import trainer
 from labeltune.training.callbacks import Progress
+from labeltune.training.checkpoints import write_manifest
 from labeltune.training.stepping import PackTrainer
 from test_checkpoints import same_weights
 from test_training import config_for
@@ -70,6 +73,9 @@ def test_a_run_killed_behind_its_last_checkpoint_has_nothing_left_to_do(
     assert whole.steps == 4, "not where the epoch ends"
     before = log(Path(config.output_dir))
     shutil.copytree(whole.last, in_folder / "kept")
+    # As if it had been killed before it could note that everything is done.
+    (Path(config.output_dir) / "finished.json").unlink()
+    Path(config.output_dir, "validation", "report.html").unlink()
     again = recipes.train(config, resume=True)
     assert again.steps == 4 and again.last == whole.last and log(Path(config.output_dir)) == before
     assert same_weights(again.last, in_folder / "kept") and again.best.resolve() == whole.best.resolve()
@@ -87,12 +93,131 @@ def test_ctrl_c_keeps_its_checkpoint_when_only_one_is_kept(
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Progress, "on_step_end", press)
-    with pytest.raises(Interrupted, match="checkpoint-3 is saved"):
-        recipes.train(config)
+    told = "^stopped at step 3 of 6; checkpoint-3 is saved, go on with: labeltune train c.yaml --resume$"
+    with pytest.raises(Interrupted, match=told):
+        recipes.train(config, command="labeltune train c.yaml")
     assert checkpoints(Path(config.output_dir))[-1].name == "checkpoint-3"
     monkeypatch.setattr(Progress, "on_step_end", moved)
     result = recipes.train(config, resume=True)
     assert result.last.is_dir() and result.best.is_dir()
+
+
+def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of every file but the lock."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def changed(config: RunConfig, **values: Any) -> RunConfig:
+    """The config with other values: `training__seed=1`."""
+    plain = config.model_dump(mode="json")
+    for key, value in values.items():
+        section, _, name = key.rpartition("__")
+        (plain[section] if section else plain)[name] = value
+    return build_config(plain)
+
+
+def test_a_finished_run_is_left_as_it_is_and_can_be_trained_on(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder, max_steps=2, save_steps=1)
+    whole = recipes.train(config)
+    before, said = everything(in_folder), []
+    again = recipes.train(config, resume=True, say=said.append)
+    assert said[-1] == (
+        "nothing to do: all 2 steps are done; to train on, raise training.max_steps, which is 2: "
+        "--resume training.max_steps=..."
+    )
+    assert everything(in_folder) == before
+    assert replace(again, seconds=whole.seconds) == whole
+    # What labeltune 0.1.0 has left is recognised too: it noted neither the end nor the config.
+    (in_folder / "out" / "finished.json").unlink()
+    for checkpoint in checkpoints(in_folder / "out"):
+        for name in ("training.json", "training.u64"):
+            (checkpoint / name).unlink()
+        write_manifest(checkpoint)
+    before = everything(in_folder)
+    old = recipes.train(config, resume=True)
+    assert everything(in_folder) == before and replace(old, seconds=whole.seconds) == whole
+    longer = recipes.train(changed(config, training__max_steps=3), resume=True, say=said.append)
+    assert longer.steps == 3 and (longer.last / "training.json").is_file()
+    rates = [line["learning_rate"] for line in log(in_folder / "out") if "learning_rate" in line]
+    assert rates == pytest.approx([0.01, 0.005, 0.01 / 3]), "the schedule of three steps"
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_resume_takes_no_other_config_and_no_other_rows(
+    remembered: bool, in_folder: Path, model_folder: Path
+) -> None:
+    config = config_for(in_folder, model_folder, max_steps=2, save_steps=1)
+    recipes.train(config)
+    if not remembered:  # a checkpoint of labeltune 0.1.0
+        for name in ("training.json", "training.u64"):
+            (in_folder / "out" / "checkpoint-2" / name).unlink()
+        write_manifest(in_folder / "out" / "checkpoint-2")
+    other = [{**row, "category": None, "output": "New" + row["output"]} for row in classification_rows(48)]
+    renamed = str(write_jsonl(in_folder / "other.jsonl", other))
+    before = everything(in_folder)
+
+    def refused(**values: Any) -> str:
+        with pytest.raises(
+            ConfigError, match=r"--resume goes on with what .*checkpoint-2 was trained"
+        ) as raised:
+            recipes.train(changed(config, training__max_steps=3, **values), resume=True)
+        assert raised.value.exit_code == 2 and everything(in_folder) == before
+        return str(raised.value)
+
+    found = refused(lora__r=4, prompt__max_length=400)
+    assert "\n  prompt.max_length: 512 in checkpoint-2, 400 now\n" in found
+    assert "\n  lora.r: 8 in checkpoint-2, 4 now\n" in found and "max_steps" not in found
+    found = refused(data__train=renamed)
+    assert "labels: Art, Space, Sports in checkpoint-2, NewArt, NewSpace, NewSports now" in found
+    assert ("data.train: " in found) == remembered
+    if remembered:
+        assert "training.learning_rate: 0.01 in checkpoint-2, 0.5 now" in refused(training__learning_rate=0.5)
+        assert "data.validation_fraction: 0.1 in checkpoint-2, 0.3 now" in refused(
+            data__validation_fraction=0.3
+        )
+        rows = [{**row, "text": row["text"] + "!"} for row in classification_rows(48)]
+        path = Path(config.data.train)
+        kept = path.read_bytes()
+        write_jsonl(path, rows)
+        before = everything(in_folder)
+        assert "43 for training and 5 for validation now, not the same ones" in refused()
+        path.write_bytes(kept)
+    # The same rows in another file, and another place for the run: nothing that matters.
+    moved = in_folder / "elsewhere.jsonl"
+    shutil.copyfile(config.data.train, moved)
+    (in_folder / "out").rename(in_folder / "moved")
+    values = {"data__train": str(moved), "output_dir": str(in_folder / "moved"), "training__max_steps": 3}
+    said: list[str] = []
+    assert recipes.train(changed(config, **values, eval__patience=5), resume=True, say=said.append).steps == 3
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience(in_folder: Path, model_folder: Path) -> None:
+    config = impatient(config_for(in_folder, model_folder, max_steps=6, save_steps=1))
+    assert recipes.train(config).steps == 2
+    said: list[str] = []
+    assert recipes.train(config, resume=True, say=said.append).steps == 2
+    assert said[-1].startswith(
+        "nothing to do: training stopped at step 2, after 1 checkpoints without improvement"
+    )
+    more = recipes.train(changed(config, eval__patience=3), resume=True)
+    assert (more.steps, more.unimproved) == (4, 3)
+    assert recipes.train(changed(config, eval__patience=None), resume=True).steps == 6
+
+
+def test_outputs_can_be_read_by_others(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder, max_steps=1)
+    before = os.umask(0o022)
+    try:
+        result = recipes.train(config)
+        exported = recipes.export(result.best, in_folder / "merged", merged=True, verify=False)
+    finally:
+        os.umask(before)
+    for folder in (result.last, exported.folder):
+        found = {path.name: path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+        assert set(found.values()) == {0o644}, found
+        assert folder.stat().st_mode & 0o777 == 0o755
+    assert not (result.last / "README.md").exists(), "peft's empty card"
 
 
 def test_the_last_checkpoint_that_is_named_exists(

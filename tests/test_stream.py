@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,13 +131,27 @@ def test_two_predicts_onto_one_file_are_told_apart(in_folder: Path) -> None:
     path = write_jsonl(in_folder / "rows.jsonl", [{"text": "a"}, {"text": "b"}])
     predictor, seen = predictor_for(), []
 
+    other = in_folder / "tmp"
+    other.mkdir()
+    predicts = (
+        "from pathlib import Path; from labeltune.inference.stream import alone_with_output\n"
+        f"with alone_with_output(Path({str(in_folder / 'out.jsonl')!r}), 'it'): pass"
+    )
+
     def meanwhile(_: int) -> None:
         with pytest.raises(OutputError, match="another predict writes") as raised:
             predict_file(predictor, path, in_folder / "out.jsonl")
+        # Also from a process whose temporary folder is another.
+        environment = {**os.environ, "TMPDIR": str(other)}
+        done = subprocess.run(
+            [sys.executable, "-c", predicts], env=environment, capture_output=True, text=True
+        )
+        assert f"OutputError: another predict writes it (process {os.getpid()})" in done.stderr
         seen.append(str(raised.value))
         predict_file(predictor, path, in_folder / "other.jsonl")
 
     predict_file(predictor, path, in_folder / "out.jsonl", progress=meanwhile)
+    assert sorted(p.name for p in in_folder.glob(".*")) == [], "the lock is taken away"
     assert seen and (in_folder / "out.jsonl").read_text() == (in_folder / "other.jsonl").read_text()
 
 

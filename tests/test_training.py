@@ -111,7 +111,8 @@ def test_ctrl_c_saves_and_resume_equals_uninterrupted(in_folder: Path, model_fol
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=120)
     assert process.returncode == 130, rest
-    assert "--resume continues it" in rest and "Traceback" not in rest
+    assert f"go on with: labeltune train {path} --resume\n" in rest
+    assert "\nstopped at step " in rest and "error:" not in rest and "Traceback" not in rest
     saved = checkpoints(Path(config.output_dir))
     assert len(saved) == 1
     assert int(saved[0].name.split("-")[1]) < 220

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import LABELS, classification_rows, ner_rows, write_jsonl
-from labeltune import recipes
+from labeltune import progress, recipes
 from labeltune.config import RunConfig, load_config
 from labeltune.data.loading import load_splits
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.evaluation.headline import rows_line
 from labeltune.recipes import training as training_recipe
-from labeltune.recipes.rows import validation_rows
+from labeltune.recipes.rows import validation_rows, warn_of_rows
 from test_training import config_for
 
 SELECTION = "validation (used for selection)"
@@ -246,3 +247,62 @@ def test_a_metric_of_the_other_task_is_refused() -> None:
         load_config(None, ["eval.metric=span_f1"])
     with pytest.raises(ConfigError, match=r"did you mean 'training\.save_steps'"):
         load_config(None, ["training.eval_steps=10"])
+
+
+def test_what_will_disappoint_is_said_before_training(in_folder: Path, model_folder: Path) -> None:
+    said: list[str] = []
+
+    def told(config: RunConfig) -> list[str]:
+        said.clear()
+        splits = load_splits(config.task, config.data, config.hub, 0)
+        warn_of_rows(config, splits, validation_rows(splits, 100), said.append)
+        return said
+
+    empty = [{"text": f"nothing here {i}", "entities": []} for i in range(4)]
+    path = str(write_jsonl(in_folder / "empty.jsonl", empty))
+    config = with_validation(in_folder, model_folder, "ner")
+    assert told(config) == []
+    config = config.model_copy(update={"data": config.data.model_copy(update={"validation": path})})
+    assert told(config) == [
+        "warning: none of the 4 validation rows holds an entity, and span_f1 on them picks `best`; name rows with entities as "
+        "data.validation, or set eval.metric=loss"
+    ]
+    by_loss = config.model_copy(update={"eval": config.eval.model_copy(update={"metric": "loss"})})
+    assert told(by_loss) == []
+    rows = [{"text": f"今天的比赛 {i}", "output": "体育艺术"[i % 2 * 2 :][:2]} for i in range(8)]
+    chinese = load_config(None, [f"data.train={write_jsonl(in_folder / 'zh.jsonl', rows)}", "model=pocket"])
+    assert [line.split(";")[0] for line in told(chinese)] == [
+        "warning: pocket reads Chinese, and most other scripts, byte by byte, and learns little of them"
+    ]
+    assert told(chinese.model_copy(update={"model": "pocket-zh"})) == []
+
+
+def test_no_phase_is_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SILENCE", 0.2)
+    said: list[str] = []
+    with progress.no_long_silence(said.append):
+        progress.begin("loading the model", said.append)
+        time.sleep(0.7)
+        with progress.bar_shown():
+            before = len(said)
+            time.sleep(0.5)
+            assert len(said) == before, "a bar says enough"
+        progress.begin("in step 1 of 2")
+        time.sleep(0.5)
+    assert said[0] == "loading the model" and said[1].startswith("... loading the model (")
+    assert said[-1].startswith("... in step 1 of 2 (") and 4 <= len(said) <= 8
+
+
+def test_a_training_says_its_phases_and_what_comes_next(in_folder: Path, model_folder: Path) -> None:
+    config = with_validation(in_folder, model_folder, max_steps=2, save_steps=2)
+    said: list[str] = []
+    recipes.train(config, say=said.append, command="labeltune train c.yaml")
+    phases = ["loading the model", "checking packing on your rows"]
+    phases += ["predicting 16 validation rows with the best checkpoint"]
+    assert [line for line in said if line in phases] == phases
+    assert said[-4].startswith("done in ") and " s of them training: " in said[-4]
+    assert said[-3:] == [
+        f"next: labeltune evaluate {config.output_dir} --data FILE",
+        f'      labeltune predict {config.output_dir} --text "..."',
+        f"      labeltune serve {config.output_dir}",
+    ]

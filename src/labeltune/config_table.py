@@ -16,7 +16,7 @@ from labeltune.config import (
 BEGIN = "<!-- config table: begin (made by python -m labeltune.config_table) -->"
 END = "<!-- config table: end -->"
 BY_TASK = "by task"
-_BY_TASK = {CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, "./output/Qwen2", "labeltune"}
+_BY_TASK = {CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, "./output/Qwen2"}
 
 
 def config_table() -> str:

@@ -12,4 +12,5 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("MODELSCOPE_LOG_LEVEL", "40")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

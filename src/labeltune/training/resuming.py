@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from labeltune.run_folder import write_json
@@ -47,24 +48,45 @@ class LogSums:
         return LogSums(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
-class ContinueSums(TrainerCallback):  # type: ignore[misc]
-    """Sets the sums of a checkpoint when training begins, where Trainer has just set them to zero."""
+class ContinueRun(TrainerCallback):  # type: ignore[misc]
+    """When a resumed training begins: sets the sums of its checkpoint, where Trainer has just set them to zero, and the patience
+    that is asked for now, where Trainer has just brought back the checkpoint's. The learning rate is that of the schedule as it is
+    now: with more steps than before, the checkpoint's would make the first step with a rate of zero."""
 
-    def __init__(self, trainer: PackTrainer, checkpoint: Path) -> None:
+    def __init__(
+        self, trainer: PackTrainer, checkpoint: Path, patience: int | None, min_delta: float
+    ) -> None:
         self.trainer, self.sums = trainer, LogSums.load(checkpoint)
+        self.patience, self.min_delta = patience, min_delta
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
         """See the class."""
+        if isinstance(lr_scheduler, LambdaLR) and optimizer is not None:
+            rates = zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+            for group, (base, share) in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * share(lr_scheduler.last_epoch)
+            lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
         if self.sums is not None:
             self.trainer.continue_sums(self.sums)
+        for callback in early_stopping(self.trainer.callback_handler.callbacks):
+            callback.early_stopping_patience = self.patience
+            callback.early_stopping_threshold = self.min_delta
+            # Trainer saves the state of callbacks that the checkpoint knows, and fails at a new one.
+            state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+
+
+def early_stopping(callbacks: Iterable[Any]) -> list[Any]:
+    """Those of the callbacks that stop a run early: none or one."""
+    return [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
 
 
 def is_finished(state: Any, callbacks: Iterable[Any]) -> bool:
     """Whether all steps are done, or early stopping has ended the run; Trainer would do one more step."""
     patience_used_up = any(
-        isinstance(callback, EarlyStoppingCallback)
-        and callback.early_stopping_patience_counter >= callback.early_stopping_patience
-        for callback in callbacks
+        callback.early_stopping_patience_counter >= callback.early_stopping_patience
+        for callback in early_stopping(callbacks)
     )
     return bool(state.global_step >= state.max_steps or patience_used_up)
 

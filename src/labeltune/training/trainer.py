@@ -146,7 +146,7 @@ def run_training(
     from transformers.trainer_callback import PrinterCallback
 
     from labeltune.training.callbacks import Progress, StopOnDivergence, StopOnInterrupt, WriteMetrics
-    from labeltune.training.resuming import ContinueSums, best_loss
+    from labeltune.training.resuming import ContinueRun, best_loss, early_stopping
     from labeltune.training.stepping import PackTrainer
 
     if precision.device == "cpu":
@@ -154,7 +154,6 @@ def run_training(
     arguments = training_arguments(config, precision, validation is not None)
     stopper, progress = StopOnInterrupt(), Progress(config.training.batch_size)
     watch = StopOnDivergence(model.config.get_text_config().vocab_size, say)
-    stopping = _early_stopping(config, validation)
     trainer = PackTrainer(
         lambda ready: prepare_steps(ready, tokenizer, config, precision, train, arguments.device, say),
         config.training.batch_size,
@@ -174,13 +173,13 @@ def run_training(
             WriteMetrics(),
             stopper,
             watch,
-            *stopping,
+            *_early_stopping(config, validation),
             *callbacks,
         ],
     )
     trainer.remove_callback(PrinterCallback)
     if resume_from is not None:
-        trainer.add_callback(ContinueSums(trainer, resume_from))
+        trainer.add_callback(ContinueRun(trainer, resume_from, config.eval.patience, config.eval.min_delta))
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ConfigError("FSDP 1 is not supported; set fsdp_version: 2 as in configs/distributed/fsdp2.yaml")
@@ -223,7 +222,10 @@ def run_training(
         metric=trainer.state.best_metric if measured else None,
         validation_loss=best_loss(trainer.state) if measured else None,
         seconds=float(output.metrics["train_runtime"]),
-        unimproved=max((callback.early_stopping_patience_counter for callback in stopping), default=0),
+        unimproved=sum(
+            callback.early_stopping_patience_counter
+            for callback in early_stopping(trainer.callback_handler.callbacks)
+        ),
     )
 
 
