@@ -12,8 +12,10 @@ DEMO ?= classification
 
 setup: $(READY)
 
-# Two marks: what the demo needs is a part of what the tests need, and must not be taken for it. Python compiles what the
-# demo imports; for the tests, which start hundreds of processes, everything is compiled, on all cores.
+# pip compiles nothing, which would take longer than all else it does: Python compiles what is imported, and keeps it.
+export PYTHONDONTWRITEBYTECODE =
+
+# Two marks: what the demo needs is a part of what the tests need, and must not be taken for it.
 $(DEMO_READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --editable .
@@ -22,12 +24,10 @@ $(DEMO_READY): pyproject.toml constraints.txt
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --editable ".[dev]"
-	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1
 	touch $(DEMO_READY) $(READY)
 
 # One task on two CPU cores; DEMO=ner, DEMO=zh and DEMO=all are the others. The Chinese rows run on pocket-zh, after you
 # accept the Gemma terms: the demo asks, or takes ACCEPT_LICENSE=gemma for an answer.
-demo: export PYTHONDONTWRITEBYTECODE =
 demo: $(DEMO_READY)
 	$(BIN)/python examples/demo.py $(DEMO) $(if $(ACCEPT_LICENSE),--accept-license=$(ACCEPT_LICENSE))
 

@@ -75,7 +75,8 @@ def run_task(name: str, license_name: str | None) -> Outcome:
     """Check, fine-tune, measure, compare. The model is loaded once after training, and asked once about each test row."""
     from labeltune import load_predictor, recipes
 
-    run, report = OUTPUT / name, OUTPUT / f"{name}-report"
+    run = OUTPUT / name.replace("_", "-")
+    report = Path(f"{run}-report")
     overrides = [f"data.{part}={HERE}/data/{name}_{part}.jsonl" for part in ("train", "test")]
     overrides += [f"output_dir={run}", f"swanlab.log_dir={OUTPUT}/swanlog"]
     if license_name is not None:

@@ -50,7 +50,7 @@ def world(in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) 
     (fake / "sitecustomize.py").write_text(FAKE_MODELSCOPE, encoding="utf-8")
     monkeypatch.setenv("LABELTUNE_CACHE", str(cache))
     monkeypatch.setenv("LABELTUNE_TEST_MODEL", str(model_folder))
-    monkeypatch.setenv("PYTHONPATH", str(fake))
+    monkeypatch.setenv("PYTHONPATH", str(fake), prepend=os.pathsep)
     for name, rows in (
         ("train", classification_rows(24)),
         ("test", classification_rows(6)),

