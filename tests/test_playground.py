@@ -157,6 +157,8 @@ def test_the_page_speaks_the_browser_s_language_alone(
     view = browser.new_context(locale=locale, viewport={"width": 390, "height": 800}).new_page()
     view.goto(server.url)
     view.get_by_role("tab", name=words[3]).wait_for()
+    for word in words:
+        view.get_by_text(word).filter(visible=True).first.wait_for()
     one = view.inner_text("body")
     view.get_by_role("tab", name=words[3]).click()
     view.set_input_files("#upload input[type=file]", write_jsonl(tmp_path / "rows.jsonl", [{"text": ""}]))
