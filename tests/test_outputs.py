@@ -456,6 +456,6 @@ def test_names_that_are_not_utf8_reach_files_as_escapes(
     write_jsonl(in_folder / "rows.jsonl", [{"text": ""}]).rename(in_folder / name)
     assert labeltune("predict", "run", name, "-o", "out.jsonl").code == 1
     (row,) = (json.loads(line) for line in (in_folder / "out.jsonl").read_text("utf-8").splitlines())
-    assert row["source"] == f"{name}:1"
+    assert row["source"] == "\u0475\\xc1\\xb7.jsonl:1"
     write_json(in_folder / "metrics.json", {"data": name})
     assert json.loads((in_folder / "metrics.json").read_text("utf-8")) == {"data": name}
