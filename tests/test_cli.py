@@ -328,6 +328,19 @@ def test_rows_that_cannot_fit_are_faults(labeltune: Any, in_folder: Path, model_
     skipped = labeltune("train", "run.yaml", "data.on_error=skip")
     assert skipped.code == 0, skipped.err
     assert "2 rows skipped that cannot fit prompt.max_length=300" in skipped.err
+    # What was left out is neither measured nor remembered, and the run is recognised with the same rows.
+    again = labeltune("train", "run.yaml", "data.on_error=skip", "--resume")
+    assert again.code == 0 and "nothing to do: all 1 steps are done" in again.err
+    write_jsonl(
+        in_folder / "held.jsonl",
+        [rows_of_one_long_label(24)[3], {**classification_rows(1)[0], "text": "a match"}],
+    )
+    held = labeltune(
+        "train", "run.yaml", "data.on_error=skip", "data.validation=held.jsonl", "output_dir=other"
+    )
+    assert held.code == 0, held.err
+    metrics = json.loads((in_folder / "other" / "validation" / "metrics.json").read_text())
+    assert metrics["rows"] == 1
 
 
 def test_entities_that_cannot_fit_are_faults(labeltune: Any, in_folder: Path, model_folder: Path) -> None:

@@ -254,3 +254,14 @@ def test_the_command_line_speaks_chinese_and_its_json_does_not(
     assert err == "错误：配置文件 nowhere.yaml 不存在；`labeltune init classification` 可生成一个\n"
     assert labeltune("train", "--help")[1] == labeltune("train", "--help", lang="en")[1]
     assert "下一步：labeltune data check ner.jsonl\n" in labeltune("init", "ner", "new")[1]
+
+
+def test_what_somebody_wrote_is_not_translated(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = '{"text": "He came; the box is empty; she left"}'
+    assert chinese(line) == line
+    rows = [*classification_rows(2), {"text": "a", "output": "item is missing"}]
+    write_jsonl(in_folder / "rows.jsonl", rows)
+    monkeypatch.setenv("LABELTUNE_LANG", "zh")
+    assert "33.3%  item is missing\n" in command(monkeypatch, capsys, "data", "check", "rows.jsonl")[1]

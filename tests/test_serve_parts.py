@@ -177,6 +177,15 @@ def test_rendered_prompts_are_read_back(layout: str, user: str) -> None:
     assert read_prompt("just a document", served) == ("just a document", ())
 
 
+def test_a_list_without_commas_is_part_of_the_document() -> None:
+    """What numpy prints is no list of labels: the prompt is one document then, and no error of the server."""
+    predictor = predictor_for()
+    served = Served("m", predictor, "", Path("x"))
+    rendered = predictor.task.conversation(Example("0", "a match", ("A", "B"))).user
+    broken = rendered.replace("['A', 'B']", "['A' 'B']")
+    assert broken != rendered and read_prompt(broken, served) == (broken, ())
+
+
 def test_names_of_runs_and_fields(tmp_path: Path) -> None:
     assert (
         run_name("output/news/best")

@@ -54,6 +54,11 @@ def spoken(name: Literal["stdout", "stderr"]) -> Iterator[None]:
         setattr(sys, name, kept)
 
 
+def verbatim(stream: Any) -> Any:
+    """A stream that is spoken to, without the translation: for lines that hold somebody's words."""
+    return stream._stream if isinstance(stream, _Spoken) else stream
+
+
 class _Spoken:
     """A text stream that translates what is written to it, message by message, and is the stream beneath otherwise."""
 
@@ -73,7 +78,13 @@ def _translated(message: str, depth: int) -> str | None:
     """None where no template fits. Values are translated only when they are messages, never when they are single words:
     those are names of files, labels and keys."""
     bare = message.strip()
-    if not bare or depth == 0 or len(message) > _LONGEST or (depth < _DEPTH and " " not in bare):
+    if (
+        not bare
+        or bare[0] in "{["
+        or depth == 0
+        or len(message) > _LONGEST
+        or (depth < _DEPTH and " " not in bare)
+    ):
         return None
     exact, found = _catalogue()
     if message in exact:
@@ -90,7 +101,7 @@ def _translated(message: str, depth: int) -> str | None:
         if joint in message:
             pieces = message.split(joint)
             known = [_translated(piece, depth if joint == "\n" else depth - 1) for piece in pieces]
-            if all(known) or (any(known) and not whole):
+            if all(known) or (known[0] and not whole) or (any(known) and joint == "\n"):
                 return joined.join(told or piece for told, piece in zip(known, pieces, strict=True))
     return None
 

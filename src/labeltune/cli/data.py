@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from labeltune.messages import spoken
+from labeltune.messages import spoken, verbatim
 
 if TYPE_CHECKING:
     from labeltune.config import RunConfig
@@ -196,7 +196,8 @@ def _print_audit(audit: Audit, limit: int) -> None:
     total = sum(audit.labels.values())
     print(f"  labels ({len(audit.labels)}):")
     for label, count in audit.labels.most_common(50):
-        print(f"  {count:8d}  {count / total:6.1%}  {printable(label)}")
+        line = f"  {count:8d}  {count / total:6.1%}  {printable(label)}"
+        print(line, file=verbatim(sys.stdout))
     words = {"p10": "10th percentile", "p50": "median", "p90": "90th percentile", "p99": "99th percentile"}
     lengths = audit.length_percentiles().items()
     line = ", ".join(f"{words.get(name, 'longest')} {value:,}" for name, value in lengths)

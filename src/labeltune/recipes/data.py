@@ -112,10 +112,11 @@ def without_too_long(
             f"{counted(count, 'row')} cannot fit:\n  {shown}{more}\n"
             f"Set prompt.max_length={enough}, shorten prompt and labels, or leave them out with data.on_error=skip"
         )
-    kept = [
-        None if part is None else part.select([n for n in range(len(part)) if n not in found])
+    fitting = [
+        [n for n in range(len(part)) if n not in found] if part is not None else []
         for part, found in zip(parts, needed, strict=True)
     ]
+    kept = [None if part is None else part.select(rows) for part, rows in zip(parts, fitting, strict=True)]
     if not kept[0]:
         raise PromptError(f"no row fits prompt.max_length={limit}; prompt.max_length={enough} fits every row")
     if say is not None:
@@ -128,6 +129,7 @@ def without_too_long(
         splits,
         train=kept[0],
         validation=kept[1] or None,
+        train_texts=splits.train_texts[fitting[0]],
         skipped_rows=splits.skipped_rows + count,
         skipped=skipped,
     )

@@ -97,18 +97,10 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     if rank() == 0:
         remove_leftovers(Path(config.output_dir))
     begin("checking the rows")
-    splits = load_splits(config.task, config.data, config.hub, config.training.seed)
-    report_splits(splits, say)
-    measured = validation_rows(splits, config.eval.max_rows)
-    warn_of_rows(config, splits, measured, say)
-    summary = summarize(config, splits)
+    loaded = load_splits(config.task, config.data, config.hub, config.training.seed)
+    report_splits(loaded, say)
     if resume_from is not None:
-        check_unchanged(resume_from, config, splits, summary)
-        rows = len(splits.train)
-        ended = finished_run(resume_from, config, rows, splits.validation is not None)
-        if ended is not None:
-            say(nothing_left(ended, config, rows))
-            return _result_of(ended, Path(config.output_dir))
+        check_unchanged(resume_from, config, loaded, summarize(config, loaded))
 
     begin("loading libraries and the tokenizer")
     from transformers import set_seed
@@ -130,9 +122,17 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     trust = config.hub.trust_remote_code
     tokenizer = load_tokenizer(local.folder, trust)
     template = ChatTemplate(tokenizer)
-    task = make_task(config.task, splits.labels, config.prompt)
+    task = make_task(config.task, loaded.labels, config.prompt)
     builder = PromptBuilder(task, template)
-    splits = without_too_long(splits, builder, config, say)
+    splits = without_too_long(loaded, builder, config, say)
+    measured = validation_rows(splits, config.eval.max_rows)
+    warn_of_rows(config, splits, measured, say)
+    if resume_from is not None:
+        rows = len(splits.train)
+        ended = finished_run(resume_from, config, rows, splits.validation is not None)
+        if ended is not None:
+            say(nothing_left(ended, config, rows))
+            return _result_of(ended, Path(config.output_dir))
     workers = config.data.workers
     begin("tokenizing the rows")
     train_tokens, account = tokenize_rows(splits.train, builder, workers)
@@ -162,7 +162,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         f"model: {config.model}, {total:,} weights, {trained:,} trained ({precision.name} on {precision.device})"
     )
 
-    info = RunInfo.of(config, splits.labels, tokenizer.chat_template, summary)
+    info = RunInfo.of(config, splits.labels, tokenizer.chat_template, summarize(config, splits))
     tracker = _start_tracker(config, splits, main_process, resume_from, say)
     callbacks: list[Any] = [tracker.callback()] if tracker is not None else []
     predictor = Predictor(
@@ -198,7 +198,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         if overwrite and not resume:
             remove_checkpoints(config.output_dir)
         (Path(config.output_dir) / FINISHED_FILE).unlink(missing_ok=True)
-    files = {RECORD_FILE: run_record(config, splits), TRAINING_FILE: hashes_file(splits.train_texts)}
+    files = {RECORD_FILE: run_record(config, loaded), TRAINING_FILE: hashes_file(splits.train_texts)}
     try:
         result = run_training(
             model,

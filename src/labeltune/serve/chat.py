@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 
 from labeltune.data.schemas import parse_candidates
+from labeltune.errors import DataError
 from labeltune.serve.batching import Answer
 from labeltune.serve.faults import ApiError
 from labeltune.serve.models import Served
@@ -71,7 +72,10 @@ def read_prompt(content: str, served: Served) -> tuple[str, tuple[str, ...]]:
         if not middle or not content.startswith(start) or not content.endswith(end):
             return whole
         listed, found, text = content[len(start) : len(content) - len(end)].partition(middle)
-    labels = tuple(parse_candidates(listed)) if found and len(listed) <= 100_000 else ()
+    try:
+        labels = tuple(parse_candidates(listed)) if found and len(listed) <= 100_000 else ()
+    except DataError:  # no list, so it is part of the document
+        return whole
     if not text.strip() or not labels or label_fault(labels):
         return whole
     return text, labels

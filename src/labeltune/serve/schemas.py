@@ -203,9 +203,11 @@ class ChatRequest(BaseModel):
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="so many labels of the ranking; only together with `logprobs`"
     )
-    stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=4)] | None = Field(
-        None, description="the answer is cut before the first of these"
-    )
+    stop: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
+        | None
+    ) = Field(None, description="the answer is cut before the first of these")
     max_completion_tokens: int | None = Field(
         None, ge=1, description="a longer answer is cut, with the finish reason `length`"
     )
