@@ -12,8 +12,10 @@ from importlib import resources
 from typing import Any, Literal
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+#: What the place `{n}` of a template takes, which is a number; every other place takes any text.
+_NUMBER = r"[\d.,]*\d"
 #: Messages in messages, such as a reason inside an error, are followed this deep.
-_DEPTH = 4
+_DEPTH = 6
 #: Longer messages hold somebody's data, not our words.
 _LONGEST = 20_000
 
@@ -96,7 +98,7 @@ def _translated(message: str, depth: int) -> str | None:
 
 
 def templates() -> dict[str, str]:
-    """English template -> Chinese template; `{name}` stands for what is formatted in."""
+    """English template -> Chinese template; `{name}` stands for what is formatted in, `{n}` for a number."""
     import yaml
 
     text = resources.files("labeltune").joinpath("messages.zh.yaml").read_text(encoding="utf-8")
@@ -106,7 +108,8 @@ def templates() -> dict[str, str]:
 
 @cache
 def _catalogue() -> tuple[dict[str, str], list[tuple[str, re.Pattern[str], str]]]:
-    """Templates without placeholders, and the others as (longest literal part, pattern, Chinese), most literal text first."""
+    """Templates without placeholders, and the others as (longest literal part, pattern, Chinese): what begins an error
+    first, then by literal text, most of it first."""
     exact, found = {}, []
     for english, target in templates().items():
         parts = _PLACEHOLDER.split(english)
@@ -114,10 +117,14 @@ def _catalogue() -> tuple[dict[str, str], list[tuple[str, re.Pattern[str], str]]
             exact[english] = target
             continue
         # The parts take turns: literal text, name, literal text ... A value is part of a line, but for one at the end.
-        pattern = "".join(f"(?P<{part}>.*?)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
-        if not parts[-1]:
+        pattern = "".join(
+            f"(?P<{part}>{_NUMBER if part == 'n' else '.*?'})" if at % 2 else re.escape(part)
+            for at, part in enumerate(parts)
+        )
+        if not parts[-1] and parts[-2] != "n":
             pattern = f"{pattern.removesuffix('.*?)')}(?s:.*?))"
         literal, lines = parts[::2], re.DOTALL if "\n" in english else 0
-        found.append((sum(map(len, literal)), max(literal, key=len), re.compile(pattern, lines), target))
-    found.sort(key=lambda each: -each[0])
+        order = (not english.startswith("error"), -sum(map(len, literal)))
+        found.append((order, max(literal, key=len), re.compile(pattern, lines), target))
+    found.sort(key=lambda each: each[0])
     return exact, [each[1:] for each in found]
