@@ -76,6 +76,7 @@ COMPOSED = {
     "did you mean {word}? {word2} ({whose}) is {word3} here: {change} ({about})",
     "{where}: instruction, candidates and answer alone need {tokens} tokens, {excess} more than prompt.max_length={limit}; prompt.max_length={enough} fits every row",
     "no answer in {n} s",
+    "stopped at step {n} of {n2}; {checkpoint} is saved, {then}",
     "accuracy: {first} -> {second}, {difference} (95 % interval {low} to {high}, p = {p})",
     "macro_f1: {first} -> {second}, {difference} (95 % interval {low} to {high}, p = {p})",
     "span_f1: {first} -> {second}, {difference} (95 % interval {low} to {high}, p = {p})",
@@ -257,6 +258,10 @@ def test_every_kind_of_fault_is_in_the_catalogue() -> None:
          "准确率：0.100 -> 0.200，+0.100（95% 置信区间 -0.100 至 +0.300，p = 0.2）"),
         ("a.yaml: task: Input should be 'classification' or 'ner' (got 'c'); unknown key 'lora_rank'; did you mean 'lora.r'? lora_rank (LLaMA-Factory, ms-swift) is lora.r here: lora.r=3; unknown key 'flash_attn': flash_attn (LLaMA-Factory) needs no key here: the attention is picked by itself",
          "a.yaml：task：应为 'classification' 或 'ner'（当前为 'c'）；未知的配置项 'lora_rank'；是否想写 'lora.r'？lora_rank（LLaMA-Factory, ms-swift）在这里对应 lora.r：lora.r=3；未知的配置项 'flash_attn'：flash_attn（LLaMA-Factory）在这里无需配置：注意力实现自动选择"),
+        ("error: the data holds 2 errors:\n  a:1: error: wrong_type: output must be a string, not int; integers are read as labels where all rows have them\n  a:2: error: empty_field: text is empty\n  ... and 7 more\nRepair them, or leave faulty rows out with data.on_error=skip; `labeltune data check` lists all of them",
+         "错误：数据中有错误 2 个：\n  a:1：错误：wrong_type：output 应为字符串，而不是 int；仅当所有行都是整数时才按标签读取\n  a:2：错误：empty_field：text 为空\n  …… 另有 7 个\n请修正，或用 data.on_error=skip 跳过有问题的行；`labeltune data check` 可列出全部"),
+        ("stopped at step 7 of 40; checkpoint-7 is saved, go on with: labeltune train a.yaml --resume",
+         "已在第 7/40 步停止；checkpoint-7 已保存，继续训练：labeltune train a.yaml --resume"),
         # A number is not any text.
         ("  many rows", "  many rows"),
         ("trial 2: macro_f1 0.5000, 3 s; 2 of 4 done, the best is trial 1 with 0.7500, about 6 s left",

@@ -139,14 +139,13 @@ def _catalogue() -> tuple[dict[str, str], list[tuple[str, re.Pattern[str], str]]
         if len(parts) == 1:
             exact[english] = target
             continue
-        # The parts take turns: literal text, name, literal text ... A value is part of a line, but for one at the end.
+        # The parts take turns: literal text, name, literal text ... A value is part of a line, but for what an error says.
         pattern = "".join(_place(part) if at % 2 else re.escape(part) for at, part in enumerate(parts))
-        if not parts[-1] and pattern.endswith(_ANY):
+        if english.startswith("error") and not parts[-1]:
             pattern = f"{pattern.removesuffix(_ANY)}(?s:.*?))"
-            if not target.endswith(
-                f"{{{parts[-2]}}}"
-            ):  # what follows the value in Chinese is said before further sentences
-                pattern += f"(?:; (?P<{_REST}>(?s:.*)))?"
+        elif not parts[-1] and not target.endswith(f"{{{parts[-2]}}}"):
+            # What follows the value in Chinese is said before further sentences.
+            pattern += f"(?:; (?P<{_REST}>.*))?"
         literal, lines = parts[::2], re.DOTALL if "\n" in english else 0
         order = (not english.startswith(_BEGINNINGS), -sum(map(len, literal)))
         found.append((order, max(literal, key=len), re.compile(pattern, lines), target))
