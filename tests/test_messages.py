@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -36,8 +38,10 @@ COMPOSED = {
     "baseline majority: {value}",
     "baseline uniform_guess: {value}",
     "baseline dictionary: {value}",
-    "rows: {count}, test",
-    "rows: {count}, validation (used for selection)",
+    "rows: {n} ({seen})",
+    "rows: {n}, test ({seen})",
+    "rows: {n}, validation (used for selection) ({seen})",
+    "skipped: {kinds}",
     "report on validation (used for selection) rows: {file}",
     "step {step}: validation (used for selection): {figures}",
     "text length in characters: {figures}",
@@ -47,17 +51,59 @@ COMPOSED = {
     "warning: {message}",
     "{where}: unknown key {key}",
     "error: interrupted",
+    "error: a file cannot be written: {reason}",
+    "error: the output cannot be written: {reason}",
     "trial {number}: {values}",
     "trial {number} failed: {reason}; {done} of {trials} done{rest}",
     "trial {number}: {figure}, {seconds} s; {done} of {trials} done{rest}",
     ", the best is trial {number} with {value}, about {seconds} s left",
+    "step {step}/{steps}  epoch {epoch}  loss {loss}  lr {rate}  {speed} examples/s  {left} s left",
+    "confidence: temperature {temperature} is kept, {reason}; {rows} validation rows: {figures}",
+    "10th percentile {n}",
+    "median {n}",
+    "90th percentile {n}",
+    "99th percentile {n}",
+    "longest {n}",
+    "{n} errors",
+    "{n} warning",
+    "{n} warnings",
+    "{reason} (column {n})",
+    "the two differ only in case",
+    "the two differ only in blanks",
+    "{label} is not among {whose} ({labels})",
+    "unknown key {word}: {word2} ({whose}) needs no key here: {instead}",
+    "did you mean {word}? {word2} ({whose}) is {word3} here: {change}",
+    "did you mean {word}? {word2} ({whose}) is {word3} here: {change} ({about})",
+    "{where}: instruction, candidates and answer alone need {tokens} tokens, {excess} more than prompt.max_length={limit}; prompt.max_length={enough} fits every row",
+    "no answer in {n} s",
+    "stopped at step {n} of {n2}; {checkpoint} is saved, {then}",
+    "accuracy: {first} -> {second}, {difference} (95 % interval {low} to {high}, p = {p})",
+    "macro_f1: {first} -> {second}, {difference} (95 % interval {low} to {high}, p = {p})",
+    "span_f1: {first} -> {second}, {difference} (95 % interval {low} to {high}, p = {p})",
+    "exact_rows: {first} -> {second}, {difference} (95 % interval {low} to {high}, p = {p})",
+    "{word}: {reason} (got {value}); {more}",
+    "{where}: {word}: {reason} (got {value})",
+    "{where}: {word}: {reason} (got {value}); {more}",
+    "{file}: column {column} is read as {role}",
 }
+#: What libraries say, in our messages.
+OTHERS = re.compile(
+    r"Input should be .*|Field required|Expecting .*|Extra data|Unterminated string starting at|Invalid control character at|"
+    r"Invalid \\escape|" + "|".join(re.escape(os.strerror(number)) for number in errno.errorcode)
+)
 #: Everything these print is in the catalogue, and every error they raise.
-CONSOLE = """cli/board.py cli/compare.py cli/data.py cli/doctor.py cli/evaluate.py cli/init.py cli/main.py config.py config_sections.py
-    data/audit.py data/loading.py folder_lock.py inference/calibrate.py modeling/hub.py modeling/pocket.py
-    progress.py recipes/comparing.py recipes/evaluation.py recipes/held_out.py recipes/training.py run_folder.py
-    tracking/swanlab.py training/callbacks.py training/checkpoints.py training/dataset.py training/feasible.py
-    training/self_check.py training/stepping.py training/trainer.py""".split()  # noqa: SIM905
+CONSOLE = """cli/board.py cli/compare.py cli/data.py cli/doctor.py cli/evaluate.py cli/export.py cli/habits.py cli/init.py cli/keys.py
+    cli/main.py cli/plan.py cli/predict.py cli/streams.py cli/sweep.py cli/train.py config.py config_sections.py
+    data/audit.py data/columns.py data/convert.py data/download.py data/formats.py data/json_values.py data/labels.py
+    data/loading.py data/meeting.py data/offsets.py data/parquet.py data/schemas.py data/sources.py data/standard_input.py
+    data/tables.py evaluation/data_report.py evaluation/headline.py export/card.py export/folder.py export/merge.py
+    export/push.py export/vllm.py folder_lock.py inference/calibrate.py inference/row_files.py inference/stream.py
+    modeling/hub.py modeling/pocket.py output_paths.py progress.py prompts/template.py ray_session.py recipes/comparing.py
+    recipes/data.py recipes/evaluation.py recipes/exporting.py recipes/held_out.py recipes/inputs.py recipes/rows.py
+    recipes/training.py run_files.py run_folder.py sweep/ledger.py sweep/parallel.py sweep/run.py sweep/search.py
+    sweep/trial.py tasks/classification.py tasks/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
+    training/dataset.py training/feasible.py training/record.py training/resuming.py training/self_check.py
+    training/stepping.py training/trainer.py untrusted.py""".split()  # noqa: SIM905
 #: What they say that has no words of its own, or is for a programmer.
 SILENT = {
     f"labeltune {HOLE}",
@@ -72,6 +118,11 @@ SILENT = {
     f"rows: {HOLE}, {HOLE}",
     f"baseline {HOLE}: {HOLE}",
     f"report on {HOLE} rows: {HOLE}",
+    f"rows: {HOLE}",
+    f"{HOLE} must be a list of objects{HOLE}",
+    # Commands, and the meaning of keys, which is English in both READMEs.
+    f"      labeltune evaluate output/{HOLE} --data {HOLE}_test.jsonl",
+    f"{HOLE}  (default: {HOLE})",
 }
 
 
@@ -114,13 +165,15 @@ def told(path: Path) -> Iterator[tuple[int, str]]:
             "AttributeError",
             "MissingExtraError",
         )
-        if name in ("say", "print", "_Problem", "Interrupted") or raised:
+        if name in ("say", "print", "begin", "note", "_Problem", "Interrupted") or raised:
             for text in variants(node.args[-1] if name in ("_Problem", "Fault") else node.args[0]):
                 yield node.lineno, text
 
 
 def test_every_template_stands_in_the_source() -> None:
     for english in templates().keys() - COMPOSED:
+        if OTHERS.fullmatch(english):
+            continue
         pattern = re.compile(
             "".join(
                 ".*" if at % 2 else re.escape(part) for at, part in enumerate(re.split(r"\{(\w+)\}", english))
@@ -165,14 +218,52 @@ def test_every_kind_of_fault_is_in_the_catalogue() -> None:
         ("error on rank 1: training: no room", "错误（进程 1）：训练参数：no room"),
         ("rows.jsonl:5: error: empty_field: text is empty", "rows.jsonl:5：错误：empty_field：text 为空"),
         ("\nrows.jsonl: 4 rows, 3 usable, 1 errors, 0 warnings\n", "\nrows.jsonl：共 4 行，可用 3 行，错误 1 个，警告 0 个\n"),
-        ("error: the data holds 1 errors:\n  a.csv:2: error: empty_field: text is empty\nRepair them, or evaluate with --on-error skip",
-         "错误：数据中有 1 个错误：\n  a.csv:2：错误：empty_field：text 为空\n请修正，或评测时加 --on-error skip"),
+        ("error: the data holds 1 error:\n  a.csv:2: error: empty_field: text is empty\nRepair them, or evaluate with --on-error skip",
+         "错误：数据中有错误 1 个：\n  a.csv:2：错误：empty_field：text 为空\n请修正，或评测时加 --on-error skip"),
         ("x.yaml: unknown key 'lora.rank'; did you mean 'lora.r'?", "x.yaml：未知的配置项 'lora.rank'；是否想写 'lora.r'？"),
         ("accuracy: 0.800  (95 % interval 0.700 to 0.900)", "准确率：0.800（95% 置信区间 0.700 至 0.900）"),
-        ("confidence: temperature 1.10 from 9 validation rows, fewer than 100: a rough guess; ECE 0.1 -> 0.2, Brier 0.3 -> 0.4 (after: cross-fitted)",
-         "置信度：温度 1.10，由 9 行验证数据拟合，少于 100 行，仅供参考；ECE 0.1 -> 0.2，Brier 0.3 -> 0.4（拟合后为交叉拟合结果）"),
-        ("steps: packing=padded, packs of at most 768 tokens; 29 tokens are computed for an example of 48; checkpointing off (8 kB of activations a token, 19.1 GB free)",
-         "训练步：packing=padded，每包最多 768 个 token；平均 48 个 token 的样本只计算 29 个；checkpointing off（每个 token 的激活 8 kB，可用 19.1 GB）"),
+        ("confidence: temperature 1.00 is kept, at least 100 rows are needed to fit one; 9 validation rows: ECE 0.1, NLL 0.2, Brier 0.3",
+         "置信度：温度保持为 1.00，拟合温度至少需要 100 行；验证集 9 行：ECE 0.1, NLL 0.2, Brier 0.3"),
+        ("confidence: temperature 1.10; 200 validation rows: ECE 0.1 -> 0.2, NLL 0.5 -> 0.4, Brier 0.3 -> 0.4 (after: cross-fitted)",
+         "置信度：温度 1.10；验证集 200 行：ECE 0.1 -> 0.2，NLL 0.5 -> 0.4，Brier 0.3 -> 0.4（拟合后为交叉拟合结果）"),
+        ("steps: packing=padded, at most 1,768 tokens at a time; 29 tokens computed per example of 48; checkpointing off (8 kB of activations per token, 19.1 GB free)",
+         "训练步：packing=padded，一次最多 1,768 个 token；平均 48 个 token 的样本只计算 29 个；checkpointing off（每个 token 的激活 8 kB，可用 19.1 GB）"),
+        ("rows: 40 (36 of them trained on, 4 used for selection); skipped: empty_field 1, wrong_type 2",
+         "样本：40 行（其中 36 行参与过训练，4 行用于选择 checkpoint）；跳过：empty_field 1, wrong_type 2"),
+        ("rows: 40, test (none seen in training)", "样本：40 行，测试集（训练时均未见过）"),
+        ("accuracy: worse than always answering 'a b' (0.500)", "准确率：低于始终回答 'a b' 的准确率（0.500）"),
+        ("1 row could not be predicted; its line holds an error", "1 行无法预测；输出中的对应行含 error"),
+        ("... predicting 12 validation rows (15 s)", "…… 预测 12 行验证数据（已用 15 秒）"),
+        ("r.jsonl:2: error: span_mismatch: entities[0]: text[0:2] is 'xy', not 'yz'; both offsets are 3 too small: the nearest 'yz' stands at 3:5",
+         "r.jsonl:2：错误：span_mismatch：entities[0]：原文 text[0:2] 是 'xy'，而不是 'yz'；两个偏移都小了 3：最近的 'yz' 位于 3:5"),
+        ("error: command line: training.epochs: Input should be greater than 0 (got -1); unknown key 'lora.rank'; did you mean 'lora.r'?",
+         "错误：命令行：training.epochs：应大于 0（当前为 -1）；未知的配置项 'lora.rank'；是否想写 'lora.r'？"),
+        ("a.yaml: training.epochs: Input should be a valid number, unable to parse string as a number (got 'x'); lora.r: Input should be greater than 0 (got 0); task: Input should be 'classification' or 'ner' (got 'c')",
+         "a.yaml：training.epochs：应为数字（当前为 'x'）；lora.r：应大于 0（当前为 0）；task：应为 'classification' 或 'ner'（当前为 'c'）"),
+        ("  ok  22.6 GiB of memory free", "  ok  可用内存 22.6 GiB"),
+        ("note  ModelScope (modelscope.cn) cannot be reached: no answer in 3 s\n      its models need a local folder instead",
+         "提示  无法访问 ModelScope（modelscope.cn）：3 秒内无响应\n      该平台的模型需改用本地目录"),
+        ("a.csv:4: error: unparsable_line: the header names 2 columns, this row has 3; put a value that holds the separator into double quotes",
+         "a.csv:4：错误：unparsable_line：表头有 2 列，该行有 3 列；含分隔符的值请加双引号"),
+        ("n.json:1: error: missing_field: entities is missing; write [] for a text without entities",
+         "n.json:1：错误：missing_field：entities 缺失；没有实体的文本请写 []"),
+        ("e.jsonl:4: error: unparsable_line: not valid JSON: Expecting property name enclosed in double quotes (column 2)",
+         "e.jsonl:4：错误：unparsable_line：不是合法的 JSON：键应写在双引号中（第 2 列）"),
+        ("e.jsonl:1: error: no_rows: the file holds no rows", "e.jsonl:1：错误：no_rows：文件中没有数据"),
+        ("e.jsonl:1: error: unknown_label: 'x' is not among the labels of out/zh; did you mean 'y'?",
+         "e.jsonl:1：错误：unknown_label：'x' 不在 out/zh 的标签中；是否想写 'y'？"),
+        ("a.yaml: task: Input should be 'classification' or 'ner' (got 'c'); unknown key 'q'; did you mean 'lora.r'?; lora.r: Input should be greater than 0 (got 0)",
+         "a.yaml：task：应为 'classification' 或 'ner'（当前为 'c'）；未知的配置项 'q'；是否想写 'lora.r'？lora.r：应大于 0（当前为 0）"),
+        ("accuracy: 0.100 -> 0.200, +0.100 (95 % interval -0.100 to +0.300, p = 0.2)",
+         "准确率：0.100 -> 0.200，+0.100（95% 置信区间 -0.100 至 +0.300，p = 0.2）"),
+        ("a.yaml: task: Input should be 'classification' or 'ner' (got 'c'); unknown key 'lora_rank'; did you mean 'lora.r'? lora_rank (LLaMA-Factory, ms-swift) is lora.r here: lora.r=3; unknown key 'flash_attn': flash_attn (LLaMA-Factory) needs no key here: the attention is picked by itself",
+         "a.yaml：task：应为 'classification' 或 'ner'（当前为 'c'）；未知的配置项 'lora_rank'；是否想写 'lora.r'？lora_rank（LLaMA-Factory, ms-swift）在这里对应 lora.r：lora.r=3；未知的配置项 'flash_attn'：flash_attn（LLaMA-Factory）在这里无需配置：注意力实现自动选择"),
+        ("error: the data holds 2 errors:\n  a:1: error: wrong_type: output must be a string, not int; integers are read as labels where all rows have them\n  a:2: error: empty_field: text is empty\n  ... and 7 more\nRepair them, or leave faulty rows out with data.on_error=skip; `labeltune data check` lists all of them",
+         "错误：数据中有错误 2 个：\n  a:1：错误：wrong_type：output 应为字符串，而不是 int；仅当所有行都是整数时才按标签读取\n  a:2：错误：empty_field：text 为空\n  …… 另有 7 个\n请修正，或用 data.on_error=skip 跳过有问题的行；`labeltune data check` 可列出全部"),
+        ("stopped at step 7 of 40; checkpoint-7 is saved, go on with: labeltune train a.yaml --resume",
+         "已在第 7/40 步停止；checkpoint-7 已保存，继续训练：labeltune train a.yaml --resume"),
+        # A number is not any text.
+        ("  many rows", "  many rows"),
         ("trial 2: macro_f1 0.5000, 3 s; 2 of 4 done, the best is trial 1 with 0.7500, about 6 s left",
          "试验 2：macro_f1 0.5000，3 秒；已完成 2/4，目前最好的是试验 1（0.7500），约剩 6 秒"),
         # Values are nobody's messages: a folder named like a figure, labels, an unknown reason.
@@ -254,6 +345,7 @@ def test_the_command_line_speaks_chinese_and_its_json_does_not(
     assert err == "错误：配置文件 nowhere.yaml 不存在；`labeltune init classification` 可生成一个\n"
     assert labeltune("train", "--help")[1] == labeltune("train", "--help", lang="en")[1]
     assert "下一步：labeltune data check ner.jsonl\n" in labeltune("init", "ner", "new")[1]
+    assert "一切就绪" in labeltune("doctor", "--offline")[1]
 
 
 def test_what_somebody_wrote_is_not_translated(

@@ -12,8 +12,23 @@ from importlib import resources
 from typing import Any, Literal
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+#: Places of a template that take one kind of text: `{n}`, `{n2}` ... a number, `{word}` ... no blanks. All others take any.
+_KINDS = {"n": r"-?[\d.,]*\d(?:e[-+]?\d+)?", "word": r"\S+?"}
+_ANY = ".*?)"
+_REST = "rest_"
 #: Messages in messages, such as a reason inside an error, are followed this deep.
-_DEPTH = 4
+_DEPTH = 8
+#: What stands in front of a message that is whole without it.
+_BEGINNINGS = (
+    "error",
+    "warning: ",
+    "note: ",
+    "ok  ",
+    "note  ",
+    "LACK  ",
+    "{where}: error: ",
+    "{where}: warning: ",
+)
 #: Longer messages hold somebody's data, not our words.
 _LONGEST = 20_000
 
@@ -89,25 +104,29 @@ def _translated(message: str, depth: int) -> str | None:
     exact, found = _catalogue()
     if message in exact:
         return exact[message]
+    if bare != message:
+        inner = _translated(bare, depth)
+        if inner is not None:
+            return message.replace(bare, inner)
     for clue, pattern, target in found:
         match = pattern.fullmatch(message) if clue in message else None
         if match:
-            values = {key: _translated(value, depth - 1) or value for key, value in match.groupdict().items()}
-            return _PLACEHOLDER.sub(lambda each: values[each[1]], target)  # noqa: B023
-    if bare != message:
-        inner = _translated(bare, depth)
-        return None if inner is None else message.replace(bare, inner)
+            given = {key: value for key, value in match.groupdict().items() if value is not None}
+            values = {key: _translated(value, depth - 1) or value for key, value in given.items()}
+            told = _PLACEHOLDER.sub(lambda each: values[each[1]], target)  # noqa: B023
+            return f"{told}；{values[_REST]}" if _REST in values else told
     for joint, joined, whole in (("\n", "\n", False), ("; ", "；", False), (", ", "，", True)):
         if joint in message:
             pieces = message.split(joint)
             known = [_translated(piece, depth if joint == "\n" else depth - 1) for piece in pieces]
             if all(known) or (known[0] and not whole) or (any(known) and joint == "\n"):
-                return joined.join(told or piece for told, piece in zip(known, pieces, strict=True))
+                told = joined.join(told or piece for told, piece in zip(known, pieces, strict=True))
+                return told.replace("？；", "？")
     return None
 
 
 def templates() -> dict[str, str]:
-    """English template -> Chinese template; `{name}` stands for what is formatted in."""
+    """English template -> Chinese template; `{name}` stands for what is formatted in, see `_KINDS` for some names."""
     import yaml
 
     text = resources.files("labeltune").joinpath("messages.zh.yaml").read_text(encoding="utf-8")
@@ -115,20 +134,31 @@ def templates() -> dict[str, str]:
     return loaded
 
 
+def _place(name: str) -> str:
+    if name.rstrip("0123456789") in _KINDS:
+        return f"(?P<{name}>{_KINDS[name.rstrip('0123456789')]})"
+    return f"(?P<{name}>{_ANY}"
+
+
 @cache
 def _catalogue() -> tuple[dict[str, str], list[tuple[str, re.Pattern[str], str]]]:
-    """Templates without placeholders, and the others as (longest literal part, pattern, Chinese), most literal text first."""
+    """Templates without placeholders, and the others as (longest literal part, pattern, Chinese): those of
+    `_BEGINNINGS` first, then by literal text, most of it first."""
     exact, found = {}, []
     for english, target in templates().items():
         parts = _PLACEHOLDER.split(english)
         if len(parts) == 1:
             exact[english] = target
             continue
-        # The parts take turns: literal text, name, literal text ... A value is part of a line, but for one at the end.
-        pattern = "".join(f"(?P<{part}>.*?)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
-        if not parts[-1]:
-            pattern = f"{pattern.removesuffix('.*?)')}(?s:.*?))"
+        # The parts take turns: literal text, name, literal text ... A value is part of a line, but for what an error says.
+        pattern = "".join(_place(part) if at % 2 else re.escape(part) for at, part in enumerate(parts))
+        if english.startswith("error") and not parts[-1]:
+            pattern = f"{pattern.removesuffix(_ANY)}(?s:.*?))"
+        elif not parts[-1] and not target.endswith(f"{{{parts[-2]}}}"):
+            # What follows the value in Chinese is said before further sentences.
+            pattern += f"(?:; (?P<{_REST}>.*))?"
         literal, lines = parts[::2], re.DOTALL if "\n" in english else 0
-        found.append((sum(map(len, literal)), max(literal, key=len), re.compile(pattern, lines), target))
-    found.sort(key=lambda each: -each[0])
+        order = (not english.startswith(_BEGINNINGS), -sum(map(len, literal)))
+        found.append((order, max(literal, key=len), re.compile(pattern, lines), target))
+    found.sort(key=lambda each: each[0])
     return exact, [each[1:] for each in found]

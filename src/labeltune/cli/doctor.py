@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from labeltune.messages import spoken
+from labeltune.messages import localize, spoken
 
 Finding = tuple[str, str, str]
 OK, NOTE, LACK = "ok", "note", "LACK"
@@ -46,7 +46,7 @@ def doctor(
         for state, name, meaning in check():
             lacks += state == LACK
             print(f"{state:>4}  {name}" + (f"\n      {meaning}" if meaning else ""), flush=True)
-    print("\nready" if not lacks else f"\n{lacks} lacks; see the lines marked {LACK}")
+    print(localize("\nready") if not lacks else f"\n{lacks} lacks; see the lines marked {LACK}")
     if lacks:
         raise typer.Exit(1)
 

@@ -18,13 +18,14 @@ def keys(
     """List the config keys: key, default, meaning."""
     from labeltune.config_table import key_rows
     from labeltune.errors import ConfigError
+    from labeltune.messages import localize
     from labeltune.other_names import KEYS, our_name, plain
 
     rows = list(key_rows())
     if word is not None:
         elsewhere = our_name(word)
         if elsewhere is not None:
-            print(f"{elsewhere}\n")
+            print(f"{localize(elsewhere)}\n")
         wanted, named = word.lower(), KEYS.get(plain(word), ("", "", ""))[1]
         rows = [row for row in rows if wanted in row[0] or wanted in row[2].lower() or row[0] == named]
         if not rows and elsewhere is None:

@@ -96,8 +96,12 @@ def conclude(plan: SweepPlan, trials: list[Trial]) -> None:
         raise SweepError(
             f"all trials failed; trial {failed.number}: {failed.reason} (to start over, delete {plan.folder})"
         )
-    print(f"The best is trial {best.number}. Train its config: {train_command(plan)}")
-    print("Its figure picked it, so measure the result on rows that no trial has seen: labeltune evaluate")
+    print(localize(f"The best is trial {best.number}. Train its config: {train_command(plan)}"))
+    print(
+        localize(
+            "Its figure picked it, so measure the result on rows that no trial has seen: labeltune evaluate"
+        )
+    )
 
 
 def _check_inputs(plan: SweepPlan) -> None:
