@@ -351,8 +351,8 @@ def test_the_command_line_speaks_chinese_and_its_json_does_not(
 def test_what_somebody_wrote_is_not_translated(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = '{"text": "He came; the box is empty; she left"}'
-    assert chinese(line) == line
+    for line in ('{"text": "He came; the box is empty; she left"}', "labels 'a; text is empty' here"):
+        assert chinese(line) == line
     rows = [*classification_rows(2), {"text": "a", "output": "item is missing"}]
     write_jsonl(in_folder / "rows.jsonl", rows)
     monkeypatch.setenv("LABELTUNE_LANG", "zh")

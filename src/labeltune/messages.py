@@ -119,7 +119,9 @@ def _translated(message: str, depth: int) -> str | None:
         if joint in message:
             pieces = message.split(joint)
             known = [_translated(piece, depth if joint == "\n" else depth - 1) for piece in pieces]
-            if all(known) or (known[0] and not whole) or (any(known) and joint == "\n"):
+            # A joint inside quotes is part of somebody's words.
+            quoted = joint == "; " and any(piece.count("'") % 2 for piece in pieces)
+            if all(known) or (any(known) and not whole and not quoted):
                 told = joined.join(told or piece for told, piece in zip(known, pieces, strict=True))
                 return told.replace("？；", "？")
     return None
