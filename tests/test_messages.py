@@ -76,6 +76,8 @@ COMPOSED = {
     "did you mean {word}? {word2} ({whose}) is {word3} here: {change} ({about})",
     "{where}: instruction, candidates and answer alone need {tokens} tokens, {excess} more than prompt.max_length={limit}; prompt.max_length={enough} fits every row",
     "no answer in {n} s",
+    "{word} {n} on validation (used for selection)",
+    "{word} on validation (used for selection)",
     "{n} of {n2} rows are answered the same",
     "{label} ({rows}, first in line {n})",
     "{label} ({rows}, first in line {n}), {more}",
@@ -279,8 +281,8 @@ def test_every_kind_of_fault_is_in_the_catalogue() -> None:
          "fp32 一致性：4 行中有 4 行回答相同；概率最大变化 9e-08"),
         # A number is not any text.
         ("  many rows", "  many rows"),
-        ("trial 2: macro_f1 0.5000, 3 s; 2 of 4 done, the best is trial 1 with 0.7500, about 6 s left",
-         "试验 2：macro_f1 0.5000，3 秒；已完成 2/4，目前最好的是试验 1（0.7500），约剩 6 秒"),
+        ("trial 2: macro_f1 0.5000 on validation (used for selection), 3 s; 2 of 4 done, the best is trial 1 with 0.7500, about 6 s left",
+         "试验 2：验证集 macro_f1 0.5000，3 秒；已完成 2/4，目前最好的是试验 1（0.7500），约剩 6 秒"),
         # Values are nobody's messages: a folder named like a figure, labels, an unknown reason.
         ("exported the adapter to test", "已导出 adapter 到 test"),
         ("data set 'ms:a/b': no file majority in it", "数据集 'ms:a/b' 中没有文件 majority"),
