@@ -198,8 +198,11 @@ def test_two_runs_are_compared(in_folder: Path, model_folder: Path) -> None:
     entities = str(write_jsonl(in_folder / "ner.jsonl", ner_rows(6)))
     found = recipes.compare("base", other.best, entities, output=in_folder / "n", progress=False)
     assert set(found["differences"]) == {"span_f1", "exact_rows"}
+    empty = str(write_jsonl(in_folder / "empty.jsonl", []))
+    with pytest.raises(DataError, match="the file holds no rows"):
+        recipes.compare("base", result.best, empty, progress=False)
     with pytest.raises(DataError, match="no usable row"):
-        recipes.compare("base", result.best, str(write_jsonl(in_folder / "empty.jsonl", [])), progress=False)
+        recipes.compare("base", result.best, empty, on_error="skip", progress=False)
     with pytest.raises(ModelError):
         recipes.compare("nowhere", result.best, data, progress=False)
 

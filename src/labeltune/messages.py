@@ -115,15 +115,21 @@ def _translated(message: str, depth: int) -> str | None:
             values = {key: _translated(value, depth - 1) or value for key, value in given.items()}
             told = _PLACEHOLDER.sub(lambda each: values[each[1]], target)  # noqa: B023
             return f"{told}；{values[_REST]}" if _REST in values else told
-    for joint, joined, whole in (("\n", "\n", False), ("; ", "；", False), (", ", "，", True)):
-        if joint in message:
-            pieces = message.split(joint)
-            known = [_translated(piece, depth if joint == "\n" else depth - 1) for piece in pieces]
-            # A joint inside quotes is part of somebody's words.
-            quoted = joint == "; " and any(piece.count("'") % 2 for piece in pieces)
-            if all(known) or (any(known) and not whole and not quoted):
-                told = joined.join(told or piece for told, piece in zip(known, pieces, strict=True))
-                return told.replace("？；", "？")
+    if "\n" in message:
+        lines = message.split("\n")
+        known = [_translated(line, depth) for line in lines]
+        if any(known):
+            return "\n".join(told or line for told, line in zip(known, lines, strict=True))
+    elif "; " in message:
+        first, _, rest = message.partition("; ")
+        known = [_translated(piece, depth) for piece in (first, rest)]
+        # A joint inside quotes is part of somebody's words.
+        if any(known) and first.count("'") % 2 == 0:
+            return f"{known[0] or first}；{known[1] or rest}".replace("？；", "？")
+    elif ", " in message:
+        known = [_translated(piece, depth - 1) for piece in message.split(", ")]
+        if all(known):
+            return "，".join(filter(None, known))
     return None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from labeltune.evaluation.headline import rows_line
+from labeltune.messages import chinese
 from labeltune.pages import Html, both
 
 #: Name in JSON -> (English, Chinese).
@@ -69,15 +70,5 @@ REPORT = {
 def rows_seen(found: Mapping[str, Any]) -> Html:
     """What the run has seen of the rows it is measured on, in red when it has seen some."""
     warned = ' class="bad"' if found.get("training_rows") or found.get("selection_rows") else ""
-    return Html(f"<b id='seen'{warned}>{both('rows: ' + rows_line(found), _rows_line_zh(found))}</b>")
-
-
-def _rows_line_zh(metrics: Mapping[str, Any]) -> str:
-    """`rows_line` in Chinese."""
-    trained, selected = metrics.get("training_rows"), metrics.get("selection_rows", 0)
-    parts = [f"其中 {trained} 条参与过训练"] if trained else []
-    if selected:
-        parts.append(f"{selected} 条用于挑选 checkpoint")
-    if not parts:
-        parts.append("训练时均未见过" if trained == 0 else "是否参与过训练未知")
-    return f"共 {metrics['rows']} 条（{'，'.join(parts)}）"
+    told = f"rows: {rows_line(found)}"
+    return Html(f"<b id='seen'{warned}>{both(told, chinese(told))}</b>")

@@ -13,6 +13,7 @@ from typing import Literal
 import yaml
 
 from labeltune.evaluation.headline import SELECTION
+from labeltune.messages import localize
 from labeltune.run_folder import write_text
 from labeltune.sweep.search import SweepPlan, with_values
 from labeltune.sweep.trial import shown_value
@@ -106,7 +107,7 @@ def print_table(plan: SweepPlan, trials: Sequence[Trial]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     metric = next((trial.metric for trial in trials if trial.metric), "metric")
-    table = Table(title=f"{metric} on {SELECTION}", title_justify="left")
+    table = Table(title=localize(f"{metric} on {SELECTION}"), title_justify="left")
     table.add_column("trial", justify="right")
     for dimension in plan.space:
         table.add_column(dimension.key, justify="right", overflow="fold")
