@@ -296,7 +296,8 @@ def test_a_byte_order_mark_that_is_missing_is_one_fault_of_the_file(
     (found,) = iter_records(path, encoding)
     assert (found.where, found.kind, found.whole) == (f"{path}:1", "unparsable_line", True)
     assert found.problem == (
-        f"it has no byte order mark, as {encoding} needs; set data.encoding={encoding}-le or {encoding}-be"
+        f"it has no byte order mark, as {encoding} needs; set data.encoding={encoding}-le or {encoding}-be, "
+        "or the encoding that the file has"
     )
 
 

@@ -131,7 +131,7 @@ def find_format(name: str, file: BinaryIO, encoding: str = "utf-8") -> Format:
     try:
         text = codecs.getincrementaldecoder(encoding)("replace").decode(head).removeprefix("\ufeff")
     except UnicodeError:  # UTF-16 and UTF-32
-        ends = f"{found.encoding}-le or {found.encoding}-be"
+        ends = f"{found.encoding}-le or {found.encoding}-be, or the encoding that the file has"
         return replace(
             found, problem=f"it has no byte order mark, as {found.encoding} needs; set data.encoding={ends}"
         )
