@@ -411,6 +411,23 @@ def test_convert_stops_or_skips(labeltune: Any, in_folder: Path) -> None:
     found = labeltune("data", "convert", "rows.jsonl", "out.jsonl", "--on-error", "skip")
     assert found.code == 0 and "2 rows written, 1 skipped" in found.err
     assert labeltune("data", "convert", "rows.jsonl", "out.jsonl", "--on-error", "ignore").code == 2
+    kept = (in_folder / "out.jsonl").read_bytes()
+    (in_folder / "rows.csv").write_text("text;output\na;b\n")
+    found = labeltune("data", "convert", "rows.csv", "out.jsonl", "--on-error", "skip")
+    assert found.code == 2 and "rows.csv:1: error: unparsable_line" in found.err
+    assert "--on-error" not in found.err
+    write_jsonl(in_folder / "rows.jsonl", [{"text": "", "output": "Art"}])
+    found = labeltune("data", "convert", "rows.jsonl", "out.jsonl", "--on-error", "skip")
+    assert found.code == 2 and "rows.jsonl holds no usable row" in found.err
+    assert (in_folder / "out.jsonl").read_bytes() == kept
+
+
+def test_convert_names_the_error_and_not_a_warning_before_it(labeltune: Any, in_folder: Path) -> None:
+    blank = {"start_idx": 0, "end_idx": 2, "entity_text": "a ", "entity_label": "X"}
+    write_jsonl(in_folder / "rows.jsonl", [{"text": "a b", "entities": [blank, {**blank, "start_idx": 9}]}])
+    found = labeltune("data", "convert", "rows.jsonl", "out.jsonl", "--labels", "X")
+    assert found.code == 2 and "rows.jsonl:1: error: span_mismatch: entities[1]" in found.err
+    assert "entity_blanks" not in found.err
 
 
 @pytest.mark.parametrize("task", ["classification", "ner"])

@@ -355,6 +355,25 @@ def test_standard_input_is_read_as_a_file_is() -> None:
     assert stdin_rows(b"") == []
 
 
+def test_a_line_of_standard_input_may_be_longer_than_a_row_where_it_is_an_array(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("standard_input", "sources"):
+        monkeypatch.setattr(f"labeltune.data.{module}.MAX_LINE_BYTES", 10_000)
+    texts = [f"{number} " + "x" * 100 for number in range(500)]
+    raw = json.dumps([{"text": text} for text in texts]).encode()
+    assert stdin_rows(raw) == [(str(number), text) for number, text in enumerate(texts)]
+    # Lines that are cut when they are first looked at are whole when they are read.
+    for begin in (b"", b"short\n", b"short\n" * 2):
+        found = stdin_rows(begin + b"y" * 9_990 + b"\n" + b"z" * 10_001 + b"\nlast\n")
+        assert [row[1] for row in found if len(row) == 2] == ["short"] * begin.count(b"\n") + [
+            "y" * 9_990,
+            "last",
+        ]
+        (wrong,) = (row for row in found if len(row) == 3)
+        assert "the line has 10002 bytes" in wrong[2]
+
+
 def test_a_bad_row_of_standard_input_keeps_its_place() -> None:
     raw = (
         b'one\n{"text": "cut\n{"text": 7, "id": "n"}\n\n{"text": "\\ud800"}\n\xe2\x80\x8b\n{\n'

@@ -183,6 +183,15 @@ def test_evaluate_stops_on_faults_or_skips_them(trained: RunConfig, in_folder: P
         recipes.evaluate(trained.output_dir, "test.jsonl", progress=False)
     metrics = recipes.evaluate(trained.output_dir, "test.jsonl", on_error="skip", progress=False)
     assert metrics["rows"] == 3 and metrics["skipped"] == {"empty_field": 1}
+    rows = [{"text": text, "output": label} for text, label in (("a", "Art"), ("b", "art"), ("", "Art"))]
+    write_jsonl(in_folder / "test.jsonl", [{**row, "category": ["Art", "art"]} for row in rows])
+    metrics = recipes.evaluate(trained.output_dir, "test.jsonl", on_error="skip", progress=False)
+    assert metrics["rows"] == 2 and metrics["skipped"] == {"empty_field": 1}  # label_twins is a warning
+    (in_folder / "test.csv").write_text("text;output\na;b\n")
+    with pytest.raises(
+        DataError, match=r"1 error:\n  test\.csv:1: error: unparsable_line: .* separated by ';'"
+    ):
+        recipes.evaluate(trained.output_dir, "test.csv", on_error="skip", progress=False)
 
 
 def test_original_scripts(trained: RunConfig, in_folder: Path) -> None:

@@ -170,6 +170,35 @@ def test_shared_rows_are_left_out_of_validation(tmp_path: Path) -> None:
     assert found.validation is None and found.skipped == {"shared_with_train": 12}
 
 
+@pytest.mark.parametrize("side", ["validation", "test"])
+@pytest.mark.parametrize(
+    ("name", "raw", "part"),
+    [
+        ("a.csv", b"text;output\na;b\n", "separated by ';'"),
+        ("a.jsonl", b"", "the file holds no rows"),
+        ("a.csv", b"words,label\na,b\n", "no column 'text'"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_not_skipped(
+    tmp_path: Path, side: str, name: str, raw: bytes, part: str
+) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", classification_rows(12))
+    other = tmp_path / name
+    other.write_bytes(raw)
+    with pytest.raises(DataError) as raised:
+        split(train, on_error="skip", **{side: str(other)})
+    first, fault, fix = str(raised.value).split("\n")
+    assert first == "the data holds 1 error:" and fault.startswith(f"  {other}:") and part in fault
+    assert fix == (f"{other} holds no usable row; see: labeltune data check {other} --task classification")
+
+
+def test_validation_rows_that_are_all_faulty_are_not_no_validation(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", classification_rows(12))
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "", "output": "Art"}])
+    with pytest.raises(DataError, match=rf"^{other} holds no usable row; see: labeltune data check"):
+        split(train, on_error="skip", validation=str(other))
+
+
 def test_the_label_set(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [labelled(f"t{n}", label) for n, label in enumerate("BAC" * 4)])
     assert split(path).labels == ("A", "B", "C")
@@ -193,7 +222,8 @@ def test_a_label_that_training_does_not_have_is_found_where_the_files_meet(tmp_p
     config = check_config(tmp_path, train=str(train), **{side: str(other)})
     # The same faults with `data check`, which raises none of them.
     _, checked = check_data(config, str(train), config.data.test)
-    assert [(f.kind, f.where, f.message) for f in checked.audit.faults] == [
+    errors = [fault for fault in checked.audit.faults if fault.severity == "error"]
+    assert [(f.kind, f.where, f.message) for f in errors] == [
         (
             "unknown_label",
             f"{other}:2",
@@ -249,7 +279,7 @@ def test_a_file_for_the_other_task_is_one_fault(
             f"these are rows for task={other} (column {columns[0]!r}); task={task} reads a column {columns[1]!r}",
         )
     ]
-    assert audit.errors == 1 and audit.rows == 30
+    assert (audit.errors, audit.rows) == (1, 1)  # one for the file, not one a row
 
 
 def test_rows_that_teach_nothing_are_refused(tmp_path: Path) -> None:

@@ -118,8 +118,9 @@ SIDE = st.lists(st.sets(SPAN, max_size=4), min_size=6, max_size=6)
 def test_strict_span_f1_is_brute_force(truth: list[set[object]], predicted: list[set[object]]) -> None:
     hits = sum(a == b for t, p in zip(truth, predicted, strict=True) for a, b in product(t, p))
     given_, wanted = sum(map(len, predicted)), sum(map(len, truth))
-    precision, recall = hits / given_ if given_ else 0.0, hits / wanted if wanted else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if hits else float(given_ + wanted == 0)
+    nothing = float(given_ + wanted == 0)  # nothing to find, and nothing found
+    precision, recall = hits / given_ if given_ else nothing, hits / wanted if wanted else nothing
+    f1 = 2 * precision * recall / (precision + recall) if hits else nothing
     found = strict_span_f1(truth, predicted)
     assert found["span_f1"]["value"] == pytest.approx(f1, abs=1e-6)
     assert (found["precision"], found["recall"]) == pytest.approx((precision, recall), abs=1e-6)

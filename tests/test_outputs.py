@@ -429,8 +429,8 @@ def test_json_goes_where_it_is_wanted(
 
     make_run(in_folder / "run")
     write_jsonl(in_folder / "rows.jsonl", classification_rows(3))
-    figures = {"rows": 3, "rows_are": "test", "task": "classification", "unparsable": 0.0}
-    found = {"differences": {}, "changed": {"gained": [], "lost": []}}
+    figures = {"rows": 3, "rows_are": "test", "task": "classification", "unparsable": 0.0, "labels": {}}
+    found = {"rows": 3, "differences": {}, "changed": {"gained": [], "lost": []}}
     monkeypatch.setattr(recipes, "evaluate", lambda *_, **__: figures)
     monkeypatch.setattr(recipes, "compare", lambda *_, **__: found)
     monkeypatch.setattr("labeltune.evaluation.headline.shown_headline", lambda _: [])

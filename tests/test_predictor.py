@@ -264,11 +264,15 @@ def test_the_other_task_is_refused() -> None:
 
 def test_a_temperature_is_fitted_saved_and_used(in_folder: Path, model_folder: Path) -> None:
     config = config_for(in_folder, model_folder, epochs=3)
+    rows = [{**row, "text": f"{row['text']} held out"} for row in classification_rows(60)]
+    held = str(write_jsonl(in_folder / "held.jsonl", rows))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"validation": held})})
     said: list[str] = []
     result = recipes.train(config, say=said.append)
     saved = json.loads((result.best / "calibration.json").read_text(encoding="utf-8"))
-    assert saved["validation"]["rows"] == 5
-    assert any("temperature" in line and "fewer than 100" in line for line in said)
+    assert saved["validation"]["rows"] == 60
+    (line,) = (line for line in said if line.startswith("confidence: "))
+    assert line.startswith(f"confidence: temperature {saved['temperature']:.2f}; 60 validation rows: ")
     with load_predictor(result.best) as predictor:
         assert predictor.calibration.temperature == saved["temperature"] != 1.0
         tuned = predictor.scores(["rocket"])

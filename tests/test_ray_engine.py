@@ -242,6 +242,7 @@ def test_what_cannot_be_done_is_said_before_ray_starts(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(spreading, "run_fingerprint_of", lambda run, changes: "fingerprint")
+    monkeypatch.setattr("labeltune.run_files.files_read", lambda run: [])
     (in_folder / "rows.csv").write_text("text\na\n")
     (in_folder / "rows.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(LabeltuneError, match=message):

@@ -130,6 +130,26 @@ def test_labels_outside_the_label_set(tmp_path: Path) -> None:
     assert [(fault.kind, fault.where) for fault in audit.faults] == [("unknown_label", f"{path}:1")]
 
 
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ("sport", "'sport' is not among data.labels; did you mean 'Sport'?"),
+        ("Sprot", "'Sprot' is not among data.labels; did you mean 'Sport'?"),
+        ("Ｓport\u3164\ufe0f", "'Ｓport\\u3164\ufe0f' is not among data.labels; did you mean 'Sport'?"),
+        ("Zoo", "'Zoo' is not among data.labels (Sport, Farm)"),
+    ],
+)
+def test_the_label_that_was_probably_meant_is_named(tmp_path: Path, label: str, said: str) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a", "output": label}])
+    labels = DataConfig.model_validate({"labels": ["Sport", "Farm"]})
+    (fault,) = audit_file(path, "classification", labels).faults
+    assert fault.message.replace("\u3164", "\\u3164") == said
+    rows = [ner(entity(label=label, entity_names=["B"]))]
+    path = write_jsonl(tmp_path / "entities.jsonl", rows)
+    (fault,) = audit_file(path, "ner", labels).faults
+    assert fault.message.endswith("is in data.labels" + said.partition("among data.labels")[2])
+
+
 def test_rows_without_candidates_among_rows_with(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [row(), {"text": "b", "output": "A"}])
     (fault,) = audit_file(path, "classification").faults
@@ -161,7 +181,15 @@ def test_duplicates_and_shared_rows(tmp_path: Path) -> None:
     assert other.errors == 2
     tested = {kind for kind, *_ in FAULTY} | set(audit.counts) | set(other.counts)
     # These are about the whole file, or a config; each has a test of its own.
-    tested |= {"no_rows", "label_twins", "integer_labels", "entity_blanks", "too_long"}
+    tested |= {
+        "no_rows",
+        "label_twins",
+        "integer_labels",
+        "entity_blanks",
+        "too_long",
+        "one_label",
+        "wrong_task",
+    }
     assert tested == set(FAULT_KINDS)
 
 

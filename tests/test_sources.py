@@ -280,9 +280,102 @@ def test_what_is_not_in_the_given_encoding_is_named(tmp_path: Path) -> None:
     found = list(iter_records(path, "gb18030"))
     assert [record.kind for record in found] == ["", "encoding"] and found[1].where == f"{path}:3"
     assert "not valid gb18030" in found[1].problem
-    for wrong in ("gb-none", "base64"):
+    for wrong in ("gb-none", "base64", "rot13", "idna", "punycode", "undefined"):
         with pytest.raises(ConfigError, match="is no encoding"):
             build_config({"data": {"encoding": wrong}})
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json.gz"])
+def test_a_byte_order_mark_that_is_missing_is_one_fault_of_the_file(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    path = tmp_path / name
+    raw = '{"text": "中文"}\n'.encode(f"{encoding}-be")
+    path.write_bytes(gzip.compress(raw, mtime=0) if name.endswith("gz") else raw)
+    (found,) = iter_records(path, encoding)
+    assert (found.where, found.kind, found.whole) == (f"{path}:1", "unparsable_line", True)
+    assert found.problem == (
+        f"it has no byte order mark, as {encoding} needs; set data.encoding={encoding}-le or {encoding}-be, "
+        "or the encoding that the file has"
+    )
+
+
+def test_half_a_surrogate_pair_of_utf_7_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "+Ti1lhw-"}\n{"text": "+2AA-"}\n')
+    found = list(iter_records(path, "utf-7"))
+    assert found[0].values == {"text": "中文"}
+    assert (found[1].kind, found[1].where) == ("encoding", f"{path}:2")
+
+
+#: A row with columns that could be lists of rows.
+LISTED: list[dict[str, Any]] = [
+    {"text": "a b", "output": "x", "items": [{"sku": 1}]},
+    {"items": [{"sku": 1}, {"sku": 2}], "text": "a b", "output": "x"},
+    {"data": [{"n": 1}], "train": [{"n": 2}], "文本": "a b", "output": "x"},
+    {"data": [], "title": "a b", "output": "x"},
+    {"items": [{"sku": 1}, 2], "title": "a b"},
+    {"rows": ["a", "b"], "title": "a b"},
+    {"items": []},
+]
+
+
+@pytest.mark.parametrize("row", LISTED, ids=str)
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("joint", ["\n", ",\n", "\n\n"])
+def test_a_row_may_have_a_list(
+    tmp_path: Path, row: dict[str, Any], indent: int | None, count: int, joint: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    each = json.dumps(row, indent=indent)
+    found = records(path, joint.join([each] * count) + "\n")
+    assert [record.values for record in found] == [row] * count
+    step = each.count("\n") + joint.count("\n")
+    assert places(found, path) == [str(1 + number * step) for number in range(count)]
+
+
+def test_only_a_file_of_one_object_holds_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    holder = {"version": "1", "items": [{"sku": 1}]}
+    assert [r.values for r in records(path, json.dumps(holder))] == [{"sku": 1}]
+    line = json.dumps(holder) + "\n"
+    assert [r.values for r in records(path, line * 2)] == [holder, holder]
+
+
+def test_what_is_wrong_behind_rows_that_an_object_holds_keeps_them(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    rows = [{"text": f"{number} " + "x" * 50} for number in range(4000)]
+    raw = json.dumps({"data": rows}, indent=0).encode()
+    found = records(path, raw[:-30] + b"\xff" + raw[-30:])
+    assert 2000 < len(found) - 1 < 4000 and found[-1].kind == "encoding"
+    assert [record.values for record in found[:-1]] == rows[: len(found) - 1]
+    found = records(path, raw[:-1])
+    assert [record.values for record in found[:-1]] == rows and "not valid JSON" in found[-1].problem
+    path = tmp_path / "rows.json.gz"
+    found = records(path, gzip.compress(raw, mtime=0)[:-1000])
+    assert [record.values for record in found[:-1]] == rows[: len(found) - 1] and len(found) > 100
+    assert "the gzip data is damaged" in found[-1].problem and not found[-1].whole
+
+
+def test_an_object_that_is_longer_than_a_row_holds_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labeltune.data.sources.MAX_LINE_BYTES", 100_000)
+    rows = [{"text": f"{number} " + "x" * 50} for number in range(4000)]
+    path = tmp_path / "rows.json"
+    found = records(path, json.dumps({"data": rows}, indent=1))
+    assert [record.values for record in found] == rows and found[1].where == f"{path}:6"
+
+
+def test_lines_that_end_in_commas_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    found = records(path, '{"text": "a"},\n{"text": "b"}\n{"text": "c"} ,\n')
+    assert [record.values for record in found] == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
+    assert places(found, path) == ["1", "2", "3"]
+    found = records(path, '{"text": "a"},\n{"text": "b"},,\n{"text": "c"}\n')
+    assert places(found, path) == ["1", "2", "2"] and "the rest was not read" in found[2].problem
 
 
 def test_excel_files_are_read_as_csv_is(tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def test_faulty_rows_and_missing_models_stop_before_the_first_trial(
         run_sweep(plan_sweep(config_for(in_folder, "nowhere"), ["lora.r=4,8"]), said_nothing)
     with pytest.raises(ModelError, match="nowhere does not exist"):
         run_sweep(plan_sweep(config_for(in_folder), ["model=files,nowhere"]), said_nothing)
-    write_jsonl(in_folder / "train.jsonl", classification_rows(1))
+    write_jsonl(in_folder / "train.jsonl", classification_rows(2))
     with pytest.raises(ConfigError, match="no row is left for validation"):
         run_sweep(plan_sweep(config, ["lora.r=4,8"]), said_nothing)
     assert not trained and not Path("out-sweep").exists()

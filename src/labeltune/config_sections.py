@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -110,11 +111,15 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _encoding_is_known(self) -> DataConfig:
         try:
-            "".encode(self.encoding)
+            # Any byte has to lead to a character or a fault: idna and punycode, say, read names, not files.
+            raw = "a\n".encode(self.encoding) + bytes(range(128, 256))
+            readable = codecs.getincrementaldecoder(self.encoding)("replace").decode(raw).startswith("a\n")
         except (LookupError, ValueError):
+            readable = False
+        if not readable:
             raise ValueError(
-                f"data.encoding={self.encoding!r} is no encoding; utf-8, gb18030, utf-16 are"
-            ) from None
+                f"data.encoding={self.encoding!r} is no encoding of text files; utf-8, gb18030, utf-16 are"
+            )
         return self
 
     @model_validator(mode="after")

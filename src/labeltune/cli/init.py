@@ -17,7 +17,7 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Where to write.")] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
-    """Write a commented config and sample rows, to train and to test on."""
+    """Write a config and sample rows, to train and to test on."""
     from labeltune.errors import ConfigError, OutputError
     from labeltune.output_paths import check_folder
     from labeltune.run_folder import write_text

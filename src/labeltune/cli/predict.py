@@ -248,7 +248,7 @@ def _checked(number: int, values: dict[str, Any], labels: tuple[str, ...], where
         DataError: the text is empty, or cannot be written.
     """
     from labeltune.config import ColumnsConfig
-    from labeltune.data.schemas import parse_record
+    from labeltune.data.schemas import first_error, parse_record
     from labeltune.data.sources import Record
     from labeltune.errors import DataError
     from labeltune.inference.stream import with_labels
@@ -256,5 +256,5 @@ def _checked(number: int, values: dict[str, Any], labels: tuple[str, ...], where
     record = Record(where, values)
     example, faults = parse_record(record, number, "classification", ColumnsConfig(), answers_required=False)
     if example is None:
-        raise DataError(str(faults[0]))
+        raise DataError(str(first_error(faults)))
     return with_labels(example, labels)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,11 +19,13 @@ from labeltune.data.columns import FileColumns, columns_of_file
 from labeltune.data.labels import twins
 from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record, readable_mentions
 from labeltune.data.sources import Record, iter_records
-from labeltune.errors import counted, printable
+from labeltune.errors import DataError, counted, printable
 from labeltune.types import Example
 
 #: Fault messages kept; beyond it they are counted only.
 MAX_LISTED = 100_000
+#: Faults that an error names.
+_SHOWN = 10
 _BATCH = 1000
 #: Characters of texts that wait to be counted, at most (and one text more).
 _BATCH_CHARACTERS = 8_000_000
@@ -88,9 +90,14 @@ class Audit:
         self.lengths.extend(other.lengths)
 
     @property
+    def error_counts(self) -> dict[str, int]:
+        """Kind of fault -> how often, without warnings."""
+        return {kind: count for kind, count in self.counts.items() if FAULT_KINDS[kind][0] == "error"}
+
+    @property
     def errors(self) -> int:
         """Number of faults that are errors."""
-        return sum(count for kind, count in self.counts.items() if FAULT_KINDS[kind][0] == "error")
+        return sum(self.error_counts.values())
 
     @property
     def warnings(self) -> int:
@@ -204,7 +211,7 @@ def finished(audit: Audit, data: DataConfig, columns: FileColumns) -> Audit:
     """An audit of all records, with the faults that only the whole file shows."""
     labels, name = data.labels, printable(str(audit.path))
     if not audit.rows:
-        audit.add_fault(Fault("no_rows", f"{name}:1", "the file holds no rows"))
+        audit.add_fault(Fault("no_rows", f"{name}:1", "the file holds no rows", whole=True))
     if columns.integer_labels and audit.usable and labels is None:
         examples = ", ".join(repr(label) for label in sorted(audit.labels)[:3])
         audit.add_fault(
@@ -324,3 +331,32 @@ def add_shared(train: Audit, other: Audit, where: Callable[[int], str]) -> list[
             Fault("shared_with_train", where(row), f"this text also stands in {printable(str(train.path))}")
         )
     return rows
+
+
+def stop_on_errors(audits: Sequence[Audit], skip: bool, fix: str) -> None:
+    """Say what is wrong with rows.
+
+    Args:
+        skip: only faults of whole files count: nothing is left of such a file.
+        fix: what to do where rows have faults.
+
+    Raises:
+        DataError: there are errors.
+    """
+    faults = [f for audit in audits for f in audit.faults if f.severity == "error" and (f.whole or not skip)]
+    errors = len(faults) if skip else sum(audit.errors for audit in audits)
+    if not errors:
+        return
+    shown = "\n  ".join(str(fault) for fault in faults[:_SHOWN])
+    more = f"\n  ... and {errors - _SHOWN} more" if errors > _SHOWN else ""
+    if skip:
+        fix = none_usable(next(audit for audit in audits if faults[0] in audit.faults))
+    raise DataError(
+        f"the data holds {errors} {'error' if errors == 1 else 'errors'}:\n  {shown}{more}\n{fix}"
+    )
+
+
+def none_usable(audit: Audit) -> str:
+    """Why a file cannot be used where nothing is left of it."""
+    name = printable(str(audit.path))
+    return f"{name} holds no usable row; see: labeltune data check {name} --task {audit.task}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from labeltune.config import ColumnsConfig, DataConfig, TaskName
+from labeltune.data.formats import ALIASES, INSTRUCTION
 from labeltune.data.schemas import DOCCANO, is_spans
 from labeltune.data.sources import Record, iter_records
 from labeltune.progress import note
@@ -17,14 +18,6 @@ from labeltune.progress import note
 #: Rows that are looked at.
 LOOKED_AT = 100
 _DEFAULTS = ColumnsConfig()
-#: Other names of a column, where it has its default name and the file does not.
-ALIASES = {
-    "text": ("text", "sentence", "content", "文本", "内容", "input"),
-    "output": ("output", "label", "标签", "类别", "标注"),
-    "entities": ("entities",),
-}
-#: Where rows of instruction, input and output have no input, their text is the instruction.
-_INSTRUCTION = "instruction"
 
 
 @dataclass(frozen=True)
@@ -150,8 +143,8 @@ def _candidates(role: str, seen: _Seen, taken: set[str]) -> list[str]:
     """Columns that may be the one that is missing."""
     filled = [name for name, full in seen.names.items() if full and name not in taken]
     found = [name for name in filled if name.strip().casefold() in ALIASES[role]]
-    if role == "text" and not found and _INSTRUCTION in filled:
-        return [_INSTRUCTION]
+    if role == "text" and not found and INSTRUCTION in filled:
+        return [INSTRUCTION]
     return found
 
 

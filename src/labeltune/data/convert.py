@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from labeltune.config import RunConfig
 from labeltune.data.columns import columns_of_file
-from labeltune.data.schemas import parse_record
+from labeltune.data.schemas import first_error, parse_record
 from labeltune.data.sources import iter_records, resolve_data
 from labeltune.errors import DataError, OutputError, printable
 from labeltune.output_paths import check_file, is_stream, link_target, open_stream
@@ -29,13 +29,13 @@ def convert_file(
 
     Args:
         render: example -> the row to write.
-        skip: leave faulty rows out; else the first one stops the conversion.
+        skip: leave faulty rows out; else the first one stops the conversion. A fault of the whole file always does.
 
     Returns:
         Rows written and rows skipped.
 
     Raises:
-        DataError: a row has a fault and `skip` is off.
+        DataError: a row has a fault and `skip` is off, or there is no row to write.
         OutputError: the output cannot be written.
     """
     path = resolve_data(spec, config.hub)
@@ -53,14 +53,18 @@ def convert_file(
                 integer_labels=columns.integer_labels,
             )
             if example is None:
+                if record.whole:
+                    raise DataError(str(first_error(faults)))
                 if not skip:
-                    raise DataError(f"{faults[0]}; repair it, or skip faulty rows with --on-error skip")
+                    raise DataError(
+                        f"{first_error(faults)}; repair it, or skip faulty rows with --on-error skip"
+                    )
                 skipped += 1
                 continue
             file.write((json.dumps(render(example), ensure_ascii=False) + "\n").encode())
             written += 1
-        if not written and not skipped:
-            raise DataError(f"{printable(str(path))} holds no rows")
+        if not written:
+            raise DataError(f"{printable(str(path))} holds no {'usable row' if skipped else 'rows'}")
     return written, skipped
 
 

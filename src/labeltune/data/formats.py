@@ -34,6 +34,16 @@ ROW_LISTS = frozenset(
         "test",
     ]
 )
+#: Other names of a column, where it has its default name and the file does not.
+ALIASES = {
+    "text": ("text", "sentence", "content", "文本", "内容", "input"),
+    "output": ("output", "label", "标签", "类别", "标注"),
+    "entities": ("entities",),
+}
+#: Where rows of instruction, input and output have no input, their text is the instruction.
+INSTRUCTION = "instruction"
+#: An object with a string under one of these names is a row, whatever lists it has.
+_ROW_COLUMNS = frozenset([*ALIASES["text"], INSTRUCTION, *ALIASES["output"]])
 _SEPARATORS = {",": "','", "\t": "a tab", ";": "';'", "|": "'|'", "，": "'，'"}
 #: How files begin that are something else: (bytes, what it is, what to do about it).
 _OTHERS: tuple[tuple[bytes, str, str], ...] = (
@@ -118,7 +128,13 @@ def find_format(name: str, file: BinaryIO, encoding: str = "utf-8") -> Format:
         return replace(found, problem=problem)
     if head.startswith(_MARKS) and found.encoding == "utf-8":
         return found  # UTF-16 is named where its first line is decoded
-    text = codecs.getincrementaldecoder(encoding)("replace").decode(head).removeprefix("\ufeff")
+    try:
+        text = codecs.getincrementaldecoder(encoding)("replace").decode(head).removeprefix("\ufeff")
+    except UnicodeError:  # UTF-16 and UTF-32
+        ends = f"{found.encoding}-le or {found.encoding}-be, or the encoding that the file has"
+        return replace(
+            found, problem=f"it has no byte order mark, as {found.encoding} needs; set data.encoding={ends}"
+        )
     if "\n" not in text and "\r" in text.strip() and len(head) < _HEAD:
         if found.kind == "lines" and is_whole_json(name, text):
             return replace(found, kind="json")
@@ -146,7 +162,7 @@ class _Recoded(io.RawIOBase):
     """A file in any encoding, as UTF-8."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
-        codecs.register_error("labeltune-mark", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
+        codecs.register_error("labeltune-mark", _marked)
         self._file, self._decoder = file, codecs.getincrementaldecoder(encoding)("labeltune-mark")
         self._left = b""
         self._ended = False
@@ -158,10 +174,16 @@ class _Recoded(io.RawIOBase):
         while not self._left and not self._ended:
             raw = self._file.read(1 << 16)
             self._ended = not raw
-            self._left = self._decoder.decode(raw, self._ended).encode("utf-8", "surrogateescape")
+            self._left = self._decoder.decode(raw, self._ended).encode("utf-8", "labeltune-mark")
         count = min(len(buffer), len(self._left))
         buffer[:count], self._left = self._left[:count], self._left[count:]
         return count
+
+
+def _marked(error: UnicodeError) -> tuple[str | bytes, int]:
+    """The byte 0xff for what cannot be decoded, and for half a surrogate pair, which UTF-7 can say and UTF-8 cannot."""
+    assert isinstance(error, UnicodeDecodeError | UnicodeEncodeError)
+    return "\udcff" if isinstance(error, UnicodeDecodeError) else b"\xff", error.end
 
 
 def _base(name: str) -> str:
@@ -265,13 +287,14 @@ def is_whole_json(name: str, text: str) -> bool:
         return re.match(r"\[\s*(\{|\]\s*$|$)", text) is not None
     if not text.startswith("{"):
         return False
-    if _ROW_LIST.match(text):
-        return True
     first, _, rest = text.partition("\n")
     try:
-        return row_list(json.loads(first)) is not None
+        # An object with another one below it is a line of JSONL, also where it has a list that could be one of rows.
+        return bool(row_lists(json.loads(first))) and not rest.lstrip().startswith("{")
     except (ValueError, RecursionError):
         pass
+    if _ROW_LIST.match(text):
+        return True
     # A line that is torn is a fault of its own; one that goes on below is not.
     end, begin = first.rstrip()[-2:], rest.lstrip()[:1]
     return (
@@ -282,16 +305,18 @@ def is_whole_json(name: str, text: str) -> bool:
     )
 
 
-def row_list(value: Any) -> list[Any] | None:
-    """The list of rows that one JSON object holds, if it is no row itself."""
-    if not isinstance(value, dict):
-        return None
-    lists = {
-        key: rows
+def is_row(values: dict[str, Any]) -> bool:
+    """Whether an object has a text or a label of its own, and so is no mere holder of rows."""
+    return any(isinstance(v, str) and key.strip().casefold() in _ROW_COLUMNS for key, v in values.items())
+
+
+def row_lists(value: Any) -> list[str]:
+    """Names of the lists of rows that one JSON object holds; none where it is a row itself."""
+    if not isinstance(value, dict) or is_row(value):
+        return []
+    lists = [
+        key
         for key, rows in value.items()
-        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    }
-    if len(value) == 1 and lists:
-        return next(iter(lists.values()))
-    named = [rows for key, rows in lists.items() if key.lower() in ROW_LISTS and rows]
-    return named[0] if len(named) == 1 else None
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+    ]
+    return lists if len(value) == 1 else [key for key in lists if key.lower() in ROW_LISTS]

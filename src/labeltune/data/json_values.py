@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from labeltune.data import sources
-from labeltune.data.formats import ROW_LISTS, row_list
+from labeltune.data.formats import DAMAGED, ROW_LISTS, is_row, row_lists
 from labeltune.data.sources import Record
 
 _BLANKS = " \t\r\n"
@@ -29,6 +29,8 @@ def value_records(name: str, chunks: Iterable[bytes], encoding: str = "utf-8") -
                 yield from _elements(name, text)
             elif begins == "{":
                 yield from _object(name, text)
+                if text.next() == ",":  # objects one after the other, as they stand in an array
+                    text.take(",")
             else:
                 raise ValueError("a JSON object or array is expected")
     except UnicodeDecodeError as error:
@@ -67,8 +69,20 @@ def _elements(name: str, text: _Text) -> Iterator[Record]:
 
 
 def _object(name: str, text: _Text) -> Iterator[Record]:
-    """A row; or the rows of the list that the object holds."""
+    """A row; or the rows of the list that the object holds, one at a time."""
     where = f"{name}:{text.line}"
+    lists: list[str] | None = None
+    try:
+        whole, size = text.parsed()
+    except (ValueError, RecursionError, *DAMAGED):
+        pass  # longer than a row may be, or something is wrong further down
+    else:
+        lists = row_lists(whole)
+        if not lists:
+            text.advance(size)
+            yield Record(where, whole)
+            return
+        del whole
     values: dict[str, Any] = {}
     list_name = ""
     text.take("{")
@@ -80,7 +94,8 @@ def _object(name: str, text: _Text) -> Iterator[Record]:
             raise ValueError(f"the key {key!r} stands twice in an object")
         text.next()
         text.take(":")
-        if text.next() == "[" and key.lower() in ROW_LISTS:
+        holds_rows = key in lists if lists is not None else key.lower() in ROW_LISTS and not is_row(values)
+        if text.next() == "[" and holds_rows:
             if list_name:
                 raise ValueError(
                     f"it holds two lists of rows, {list_name!r} and {key!r}; write a file for each"
@@ -96,14 +111,8 @@ def _object(name: str, text: _Text) -> Iterator[Record]:
         if text.next() == "}":
             raise ValueError("a key is expected behind a comma")
     text.take("}")
-    if list_name:
-        return
-    rows = row_list(values)
-    if rows is None:
+    if not list_name:
         yield Record(where, values)
-        return
-    for number, row in enumerate(rows, start=1):
-        yield Record(f"{name}:row {number}", row)
 
 
 class _Text:
@@ -120,6 +129,7 @@ class _Text:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._held = ""
         self._ended = False
+        self._failed: Exception | None = None
         self.at, self.line, self.bytes = 0, 1, 0
 
     def rest(self) -> str:
@@ -132,7 +142,7 @@ class _Text:
             end = self.at
             while end < len(self._held) and self._held[end] in _BLANKS:
                 end += 1
-            self._advance(end)
+            self.advance(end - self.at)
             if end < len(self._held):
                 return self._held[end]
             if not self._more():
@@ -146,10 +156,16 @@ class _Text:
         """
         if self.next() != character:
             raise ValueError(f"{character!r} is expected, not {self.next()!r}")
-        self._advance(self.at + 1)
+        self.advance(1)
 
     def value(self) -> Any:
-        """Take the next value.
+        """Take the next value; raises as `parsed` does."""
+        found, size = self.parsed()
+        self.advance(size)
+        return found
+
+    def parsed(self) -> tuple[Any, int]:
+        """The next value and its characters, not taken.
 
         Raises:
             ValueError: it is no JSON, or longer than a row may be.
@@ -169,27 +185,37 @@ class _Text:
                 continue  # a number may go on
             if size > sources.MAX_LINE_BYTES:
                 raise ValueError(f"the row has more than {sources.MAX_LINE_BYTES} characters")
-            self._advance(self.at + size)
-            return found
+            return found, size
 
-    def _advance(self, end: int) -> None:
-        self.line += self._held.count("\n", self.at, end)
-        self.at = end
+    def advance(self, size: int) -> None:
+        """Take so many characters."""
+        self.line += self._held.count("\n", self.at, self.at + size)
+        self.at += size
 
     def _more(self) -> bool:
-        """Read on; as much again as is held, so that a long value is not looked at too often."""
+        """Read on; as much again as is held, so that a long value is not looked at too often.
+
+        What fails, fails again each time: what was read before stays.
+        """
+        if self._failed is not None:
+            raise self._failed
         if self._ended:
             return False
         parts = [self._held[self.at :]]
         wanted = max(1, len(parts[0]))
-        while wanted > 0 and not self._ended:
-            raw = next(self._chunks, None)
-            self._ended = raw is None
-            part = self._decoder.decode(raw or b"", self._ended)
-            if self.bytes == 0:
-                part = part.removeprefix("\ufeff")
-            self.bytes += len(raw or b"")
-            parts.append(part)
-            wanted -= len(part)
-        self._held, self.at = "".join(parts), 0
+        try:
+            while wanted > 0 and not self._ended:
+                raw = next(self._chunks, None)
+                self._ended = raw is None
+                part = self._decoder.decode(raw or b"", self._ended)
+                if self.bytes == 0:
+                    part = part.removeprefix("\ufeff")
+                self.bytes += len(raw or b"")
+                parts.append(part)
+                wanted -= len(part)
+        except Exception as error:
+            self._failed = error
+            raise
+        finally:
+            self._held, self.at = "".join(parts), 0
         return len(self._held) > len(parts[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import io
 import json
 import re
@@ -10,6 +11,7 @@ import tokenize
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from labeltune.errors import DataError, clipped
@@ -162,3 +164,20 @@ def like(label: str, others: Sequence[str]) -> str:
     if other is None:
         return ""
     return f"; it differs from {other!r} only in case, width, blanks or characters that cannot be seen"
+
+
+def not_among(label: str, known: Sequence[str], whose: str) -> str:
+    """A message about a label that is not in a label set: with the label that was probably meant, else with the set.
+
+    >>> not_among("sport", ["Sport", "Farm"], "the labels of the training rows")
+    "'sport' is not among the labels of the training rows; did you mean 'Sport'?"
+    """
+    return f"{label!r} is not among {whose}{meant(label, tuple(known))}"
+
+
+@lru_cache(maxsize=1024)
+def meant(label: str, known: tuple[str, ...]) -> str:
+    """The end of a message about a label that is not in a label set: as of `not_among`."""
+    seen = {seen_as(name): name for name in reversed(known)}
+    close = difflib.get_close_matches(seen_as(label), list(seen), n=1, cutoff=0.75)
+    return f"; did you mean {seen[close[0]]!r}?" if close else f" ({clipped(', '.join(known), 200)})"

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from labeltune.config import DataConfig, HubConfig, TaskName
-from labeltune.data.audit import Audit, add_duplicates, audit_file
+from labeltune.data.audit import Audit, add_duplicates, audit_file, none_usable, stop_on_errors
 from labeltune.data.audit_blocks import ENOUGH_BYTES, audit_blocks, can_be_cut
 from labeltune.data.columns import columns_of_file
 from labeltune.data.meeting import add_meeting_faults, nothing_to_learn, other_task
-from labeltune.data.schemas import FAULT_KINDS, Fault
+from labeltune.data.schemas import Fault
 from labeltune.data.scratch import OTHER_TEMPORARY, scratch_folder
 from labeltune.data.sources import resolve_data
-from labeltune.errors import ConfigError, DataError, OutputError, counted, first_line, printable
+from labeltune.errors import ConfigError, DataError, OutputError, first_line, printable
 from labeltune.processes import worker_count
 from labeltune.run_folder import writing
 from labeltune.types import Example
@@ -31,7 +31,6 @@ from labeltune.types import Example
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SHOWN_FAULTS = 10
 #: Characters of texts that wait to be written, at most (and one text more).
 _WAITING_CHARACTERS = 8_000_000
 #: Hashes that are looked up at once.
@@ -149,7 +148,7 @@ def load_rows(
     ):
         audit.faults.clear()
         audit.counts.clear()
-        audit.add_fault(Fault("wrong_task", f"{printable(str(path))}:1", problem))
+        audit.add_fault(Fault("wrong_task", f"{printable(str(path))}:1", problem, whole=True))
     if audit.usable:
         dataset = Dataset.from_file(target)
     else:
@@ -227,7 +226,8 @@ class _Writing:
 def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: int) -> Splits:
     """The training and validation rows of a config, checked as `labeltune data check` does, together with its test rows.
 
-    Rows with errors stop the run, or are left out with `data.on_error: skip`. Exact duplicates are kept in training,
+    Rows with errors stop the run, or are left out with `data.on_error: skip`; a file of which no row can be used always
+    stops it. Exact duplicates are kept in training,
     but a text never stands on both sides of the split.
 
     Raises:
@@ -249,14 +249,14 @@ def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: i
         add_meeting_faults(rows, test, data)
         _stop_on_errors([*audits, test.audit], data)
     _stop_on_errors(audits, data)
-    if not rows.audit.usable:
-        name = printable(str(rows.audit.path))
-        raise DataError(f"{name} holds no usable row; see: labeltune data check {name} --task {task}")
+    for audit in audits:
+        if not audit.usable:
+            raise DataError(none_usable(audit))
     if (nothing := nothing_to_learn(rows.audit)) is not None:
         raise DataError(f"{rows.audit.path}: {nothing}")
     skipped: Counter[str] = Counter()
     for audit in audits:
-        skipped.update({kind: n for kind, n in audit.counts.items() if FAULT_KINDS[kind][0] == "error"})
+        skipped.update(audit.error_counts)
     skipped_rows = sum(audit.rows - audit.usable for audit in audits) + len(left_out)
     everything = numpy.ones(len(rows.dataset), dtype=bool)
     kept = _Part(rows, everything)
@@ -312,16 +312,8 @@ class _Part:
 
 
 def _stop_on_errors(audits: list[Audit], data: DataConfig) -> None:
-    errors = sum(audit.errors for audit in audits)
-    if not errors or data.on_error == "skip":
-        return
-    faults: list[Fault] = [f for audit in audits for f in audit.faults if f.severity == "error"]
-    shown = "\n  ".join(str(fault) for fault in faults[:_SHOWN_FAULTS])
-    more = f"\n  ... and {errors - _SHOWN_FAULTS} more" if errors > _SHOWN_FAULTS else ""
-    raise DataError(
-        f"the data holds {counted(errors, 'error')}:\n  {shown}{more}\n"
-        "Repair them, or leave faulty rows out with data.on_error=skip; `labeltune data check` lists all of them"
-    )
+    fix = "Repair them, or leave faulty rows out with data.on_error=skip; `labeltune data check` lists all of them"
+    stop_on_errors(audits, data.on_error == "skip", fix)
 
 
 def stratum(row: Mapping[str, Any]) -> str:

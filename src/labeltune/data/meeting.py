@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from labeltune.config import ColumnsConfig, DataConfig, TaskName
 from labeltune.data.audit import Audit, add_shared
+from labeltune.data.labels import not_among
 from labeltune.data.schemas import Fault
 from labeltune.data.sources import iter_records
-from labeltune.errors import clipped
 
 if TYPE_CHECKING:
     from labeltune.data.loading import Rows
@@ -85,21 +83,3 @@ def add_unknown_labels(
         if unknown:
             found.append(number)
     return found
-
-
-def not_among(label: str, known: Sequence[str], whose: str) -> str:
-    """A message about a label that is not in a label set: with the label that was probably meant, else with the set.
-
-    >>> not_among("sport", ["Sport", "Farm"], "the labels of the training rows")
-    "'sport' is not among the labels of the training rows; did you mean 'Sport'?"
-    """
-    folded = {_folded(name): name for name in reversed(known)}
-    close = difflib.get_close_matches(_folded(label), list(folded), n=1, cutoff=0.75)
-    hint = f"; did you mean {folded[close[0]]!r}?" if close else f" ({clipped(', '.join(known), 200)})"
-    return f"{label!r} is not among {whose}{hint}"
-
-
-def _folded(label: str) -> str:
-    """A label without what is easily mistyped: case, width, blanks, and characters that cannot be seen."""
-    plain = unicodedata.normalize("NFKC", label).casefold()
-    return "".join(c for c in plain if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf"))

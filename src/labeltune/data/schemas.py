@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from labeltune.config import ColumnsConfig, TaskName
-from labeltune.data.labels import like
+from labeltune.data.labels import like, meant, not_among
 from labeltune.data.labels import parse_candidates as parse_candidates
 from labeltune.data.offsets import explain
 from labeltune.data.sources import Record
@@ -48,8 +48,6 @@ FAULT_KINDS: dict[str, tuple[Severity, str]] = {
     "integer_labels": ("warning", "labels are integers, read as text"),
     "entity_blanks": ("warning", "an entity or its type begins or ends with a blank"),
 }
-
-
 _MESSAGE_LENGTH = 400
 #: Faults of a row's entities that are explained.
 _EXPLAINED = 20
@@ -62,6 +60,8 @@ class Fault:
     kind: str
     where: str
     message: str
+    #: It is one of the file, of which nothing can be read.
+    whole: bool = False
 
     @property
     def severity(self) -> Severity:
@@ -74,6 +74,11 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.severity}: {self.kind}: {self.message}"
+
+
+def first_error(faults: Sequence[Fault]) -> Fault:
+    """The first fault that makes a row unusable; there is one."""
+    return next(fault for fault in faults if fault.severity == "error")
 
 
 class _Problem(Exception):
@@ -104,7 +109,7 @@ def parse_record(
         The example (None when any fault is an error) and all faults of the row.
     """
     if record.values is None:
-        return None, [Fault(record.kind, record.where, record.problem)]
+        return None, [Fault(record.kind, record.where, record.problem, record.whole)]
     faults: list[Fault] = []
     values = record.values
 
@@ -131,8 +136,7 @@ def parse_record(
             message = f"{columns.output} {label!r} is not in {list(candidates)}{like(label, candidates)}"
             faults.append(Fault("output_not_in_candidates", record.where, message))
         if labels is not None and label is not None and not candidates and label not in labels:
-            message = f"{label!r} is not in data.labels {list(labels)}{like(label, labels)}"
-            faults.append(Fault("unknown_label", record.where, message))
+            faults.append(Fault("unknown_label", record.where, not_among(label, labels, "data.labels")))
     elif answers_required:
         found = check(lambda: _entity_dicts(values, columns.entities))
         if found is not None and text is not None:
@@ -391,5 +395,5 @@ def _entity_label(raw: dict[str, Any], code: str, name: str, labels: Sequence[st
                 return str(candidate)
     raise _Problem(
         "unknown_label",
-        f"{name}: neither {code!r} nor its entity_names {names!r} is in data.labels {list(labels)}{like(code, labels)}",
+        f"{name}: neither {code!r} nor its entity_names {names!r} is in data.labels{meant(code, tuple(labels))}",
     )

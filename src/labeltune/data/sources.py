@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from labeltune.config import HubConfig
 from labeltune.data.formats import DAMAGED, SUFFIXES, Format, find_format, is_data_file, opened
@@ -213,7 +213,14 @@ class LongLine(bytes):
     size = 0
 
 
-def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
+class Lines(Protocol):
+    """What lines are read from."""
+
+    def readline(self, limit: int, /) -> bytes:
+        """The next line, or as much of it as `limit` bytes."""
+
+
+def bounded_lines(file: Lines) -> Iterator[bytes]:
     """The lines of a file, of which none is held in memory beyond `MAX_LINE_BYTES`; longer ones come as `LongLine`."""
     while line := file.readline(MAX_LINE_BYTES):
         if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):

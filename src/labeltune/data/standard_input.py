@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -12,7 +13,7 @@ from labeltune.config import ColumnsConfig, TaskName
 from labeltune.data.columns import LOOKED_AT, find_columns
 from labeltune.data.formats import is_whole_json
 from labeltune.data.json_values import value_records
-from labeltune.data.sources import Record, bounded_lines, decoded_lines, json_records
+from labeltune.data.sources import MAX_LINE_BYTES, Record, bounded_lines, decoded_lines, json_records
 from labeltune.progress import note
 
 NAME = "stdin"
@@ -29,6 +30,19 @@ class _Document(Record):
     text: str = ""
 
 
+class _Replayed:
+    """A file of which the beginning has been read: lines, the last of which may be cut."""
+
+    def __init__(self, begin: list[bytes], file: IO[bytes]) -> None:
+        self._begin, self._file = deque(begin), file
+
+    def readline(self, limit: int) -> bytes:
+        line = self._begin.popleft() if self._begin else b""
+        if line.endswith(b"\n") or len(line) >= limit:
+            return line
+        return line + self._file.readline(limit - len(line))
+
+
 def input_records(
     file: IO[bytes], task: TaskName, columns: ColumnsConfig
 ) -> tuple[Iterator[Record], ColumnsConfig]:
@@ -37,18 +51,19 @@ def input_records(
     A line that begins like a JSON object and is none is a record without values. Blank lines are no records; that some stood
     between others is said at the end.
     """
-    lines = bounded_lines(file)
     begin: list[bytes] = []
-    while len(begin) < _MOST_LINES and sum(1 for line in begin if line.strip()) < 2:
-        line = next(lines, None)
-        if line is None:
+    room = MAX_LINE_BYTES
+    while room and len(begin) < _MOST_LINES and sum(1 for line in begin if line.strip()) < 2:
+        line = file.readline(room)
+        if not line:
             break
         begin.append(line)
+        room -= len(line)
     text = b"".join(begin).decode("utf-8", "replace").removeprefix("\ufeff")
     if is_whole_json(NAME, text):
         records = value_records(NAME, chain(begin, iter(lambda: file.read(1 << 16), b"")))
     else:
-        records = _line_records(chain(begin, lines))
+        records = _line_records(bounded_lines(_Replayed(begin, file)))
     first, size = [], 0
     for record in islice(records, LOOKED_AT):
         first.append(record)

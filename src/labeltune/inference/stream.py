@@ -15,7 +15,7 @@ from typing import IO, Any
 from labeltune.config import ColumnsConfig, DataConfig
 from labeltune.data.columns import columns_of_file
 from labeltune.data.formats import find_format
-from labeltune.data.schemas import Fault, parse_record
+from labeltune.data.schemas import first_error, parse_record
 from labeltune.data.sources import Record, bounded_lines, iter_records
 from labeltune.data.standard_input import input_records
 from labeltune.errors import DataError, OutputError, PromptError, printable
@@ -92,7 +92,8 @@ def rows_of(
             own = (record.values or {}).get(columns.id)
             has_id = isinstance(own, str | int) and own != ""
             name = str(own).encode("utf-8", "replace").decode() if has_id else str(number)
-            yield BadRow(name, _first_error(faults), record.where)
+            fault = first_error(faults)
+            yield BadRow(name, f"{fault.kind}: {fault.message}", record.where)
         else:
             yield with_labels(example, labels)
 
@@ -100,11 +101,6 @@ def rows_of(
 def with_labels(example: Example, labels: Sequence[str]) -> Example:
     """The example with these candidates, unless it has its own."""
     return example if example.candidates or not labels else replace(example, candidates=tuple(labels))
-
-
-def _first_error(faults: Sequence[Fault]) -> str:
-    fault = next(fault for fault in faults if fault.severity == "error")
-    return f"{fault.kind}: {fault.message}"
 
 
 def predict_rows(

@@ -19,6 +19,7 @@ from labeltune.config import (
     TaskName,
     load_config,
 )
+from labeltune.data.audit import stop_on_errors
 from labeltune.data.loading import Rows, load_rows, load_splits
 from labeltune.data.meeting import add_unknown_labels
 from labeltune.errors import ConfigError, DataError
@@ -111,7 +112,7 @@ def evaluate(
     }
     metrics = all_metrics(about, examples, predictions, labels, dictionary)
     if rows.audit.errors:
-        metrics["skipped"] = dict(rows.audit.counts)
+        metrics["skipped"] = rows.audit.error_counts
     if output is not None:
         write_evaluation(Path(output), metrics, examples, predictions)
     return metrics
@@ -174,13 +175,7 @@ def labelled_rows(
     for each in (run, *others):
         whose = f"the labels of {each.name}"
         unknown |= set(add_unknown_labels(rows.audit, rows.answers(), each.labels, whose))
-    if rows.audit.errors and on_error != "skip":
-        shown = "\n  ".join(str(f) for f in rows.audit.faults if f.severity == "error")
-        count = rows.audit.errors
-        raise DataError(
-            f"the data holds {count} {'error' if count == 1 else 'errors'}:\n  {shown[:2000]}\n"
-            "Repair them, or evaluate with --on-error skip"
-        )
+    stop_on_errors([rows.audit], on_error == "skip", "Repair them, or evaluate with --on-error skip")
     rows = rows.without(sorted(unknown))
     if not len(rows.dataset):
         raise DataError(f"{rows.audit.path} holds no usable row")
