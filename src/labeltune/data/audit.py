@@ -175,7 +175,13 @@ def add_records(
     for number, record in enumerate(records, start=first):
         audit.rows += 1
         example, faults = parse_record(
-            record, number, audit.task, names, labels, integer_labels=columns.integer_labels
+            record,
+            number,
+            audit.task,
+            names,
+            labels,
+            integer_labels=columns.integer_labels,
+            numbered=columns.numbered,
         )
         for fault in faults:
             audit.add_fault(fault)
@@ -205,7 +211,7 @@ def finished(audit: Audit, data: DataConfig, columns: FileColumns) -> Audit:
     labels, name = data.labels, printable(str(audit.path))
     if not audit.rows:
         audit.add_fault(Fault("no_rows", f"{name}:1", "the file holds no rows"))
-    if columns.integer_labels and audit.usable and labels is None:
+    if columns.integer_labels and audit.usable and labels is None and columns.numbered is None:
         examples = ", ".join(repr(label) for label in sorted(audit.labels)[:3])
         audit.add_fault(
             Fault(
