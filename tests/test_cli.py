@@ -721,3 +721,29 @@ def test_the_original_settings() -> None:
         )
     assert config.data.labels == ("地点", "人名", "地理实体", "组织")
     assert original.original_config("ner", ["data.labels=[PER]"]).data.labels == ("PER",)
+
+
+def test_the_task_is_guessed_before_other_changes_are_looked_at(
+    labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from labeltune import recipes
+
+    seen: list[Any] = []
+    monkeypatch.setattr(recipes, "train", lambda config, **_: seen.append(config))
+    write_jsonl(in_folder / "ner.jsonl", ner_rows(3))
+    found = labeltune("train", "--data", "ner.jsonl", "eval.metric=span_f1", "data.encoding=gbk")
+    assert found.code == 0 and "task=ner (by its columns)" in found.err
+    assert (seen[0].task, seen[0].metric, seen[0].data.encoding) == ("ner", "span_f1", "gbk")
+    found = labeltune("train", "--data", "ner.jsonl", "task=ner", "eval.metric=span_f1")
+    assert found.code == 0 and "task=ner (as task= says)" in found.err
+    found = labeltune("train", "--data", "ner.jsonl", "eval.metric=accuracy")
+    assert found.code == 2 and "eval.metric=accuracy is not measured for ner" in found.err
+    found = labeltune("train", "--data", "ner.jsonl", "data.colums.text=x")
+    assert found.code == 2 and "unknown key 'data.colums'" in found.err and found.err.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")
+    found = labeltune("train", "--data", "ner.jsonl")
+    assert found.code == 0 and "no config" not in found.err
+    monkeypatch.delenv("RANK")
+    assert labeltune("data", "check", "ner.jsonl", "eval.metric=span_f1").code == 0
+    found = labeltune("data", "check", "ner.jsonl", "eval.metric=accuracy")
+    assert found.code == 2 and "eval.metric=accuracy is not measured for ner" in found.err

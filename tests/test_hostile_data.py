@@ -333,7 +333,7 @@ def stdin_rows(raw: bytes, task: str = "classification", **columns: str) -> list
 
     config = load_config(None, [f"task={task}"])
     predictor: Any = SimpleNamespace(
-        task=make_task(config.task, ("a",), config.prompt), columns=ColumnsConfig(**columns)
+        task=make_task(config.task, ("a",), config.prompt), columns=ColumnsConfig(**columns), encoding="utf-8"
     )
     rows = read_stream(io.BytesIO(raw), predictor)
     return [

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -301,3 +305,95 @@ def test_classification_answers(answer: str, label: str | None) -> None:
     task = make_task("classification", LABELS, PromptConfig())
     prediction = task.parse(Example("0", "x"), answer)
     assert prediction.label == label and prediction.parsed == (label is not None)
+
+
+@pytest.fixture(scope="module")
+def gb_run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A folder with a run whose files are GB18030, with integers for its labels, and those files."""
+    folder = tmp_path_factory.mktemp("gb")
+    lines = [
+        json.dumps({"text": f"第{i}条 {'好' if i % 2 else '坏'}", "output": i % 2}, ensure_ascii=False)
+        for i in range(24)
+    ]
+    for name, part in (("train", lines[:16]), ("test", lines[16:])):
+        (folder / f"{name}.jsonl").write_bytes(("\n".join(part) + "\n").encode("gb18030"))
+    data = {"encoding": "gb18030", "labels": ["Neg", "Pos"]}
+    files = {name: str(folder / f"{name}.jsonl") for name in ("train", "test")}
+    config = build_config(
+        {
+            "model": str(model_folder),
+            "output_dir": str(folder / "out"),
+            "tracking": "none",
+            "hub": {"cache_dir": str(folder / "hub")},
+            "data": {**data, **files},
+            "training": {"max_steps": 1},
+        }
+    )
+    recipes.train(config)
+    return folder
+
+
+def test_a_run_is_measured_on_files_in_the_encoding_and_with_the_numbers_of_its_own(gb_run: Path) -> None:
+    from labeltune.recipes.evaluation import describe_run, labelled_rows
+
+    about = describe_run(gb_run / "out")
+    assert about.data.encoding == "gb18030"
+    assert about.hub is not None and about.hub.cache_dir == str(gb_run / "hub")
+    rows = labelled_rows(about, str(gb_run / "test.jsonl"), "stop", None)
+    found = [(rows.example(i).text, rows.example(i).label) for i in range(len(rows.dataset))]
+    assert found[:2] == [("第16条 坏", "Neg"), ("第17条 好", "Pos")] and rows.audit.counts == {}
+    assert recipes.evaluate(gb_run / "out", str(gb_run / "test.jsonl"), progress=False)["rows"] == 8
+    with labeltune.load_predictor(gb_run / "out") as predictor:
+        assert describe_run(predictor).data == about.data
+    wrong = gb_run / "wrong.jsonl"
+    wrong.write_bytes(b'{"text": "\x81\xff", "output": 1}\n')
+    with pytest.raises(DataError) as error:
+        recipes.evaluate(gb_run / "out", str(wrong), progress=False)
+    # `evaluate RUN` has no key and no option for it.
+    assert "not valid gb18030; convert it with: iconv -f UTF-8 -t GB18030 wrong.jsonl" in str(error.value)
+
+
+def test_a_runs_encoding_is_saved_and_those_without_one_are_utf8(gb_run: Path) -> None:
+    from labeltune.run_folder import RUN_FILE, RunInfo
+
+    best = gb_run / "out" / "best"
+    values = json.loads((best / RUN_FILE).read_text("utf-8"))
+    assert values.pop("encoding") == "gb18030" == RunInfo.load(best).encoding
+    (gb_run / "old").mkdir()
+    (gb_run / "old" / RUN_FILE).write_text(json.dumps(values), encoding="utf-8")
+    assert RunInfo.load(gb_run / "old").encoding == "utf-8"
+    (gb_run / "old" / RUN_FILE).write_text(json.dumps({**values, "encoding": "gb-none"}), encoding="utf-8")
+    with pytest.raises(ModelError, match="is damaged"):
+        RunInfo.load(gb_run / "old")
+
+
+def test_predict_reads_what_the_run_was_trained_on_unless_told_otherwise(
+    gb_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from labeltune import progress
+    from labeltune.cli.predict import predict as command
+
+    monkeypatch.chdir(gb_run)
+    monkeypatch.setattr(progress, "_noted", set())
+
+    def predict(
+        encoding: str | None = None, file: str | None = None, given: bytes = b""
+    ) -> tuple[list[str], str]:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(given)))
+        with contextlib.suppress(typer.Exit):
+            command("out", file, encoding=encoding, with_text=True)
+        printed, said = capsys.readouterr()
+        rows = [json.loads(line) for line in printed.splitlines()]
+        return [row.get("text", row.get("error")) for row in rows], said
+
+    texts, said = predict(file="test.jsonl")
+    assert texts[:2] == ["第16条 坏", "第17条 好"] and len(texts) == 8
+    assert "note: test.jsonl is read as gb18030, as the run's data was; --encoding names another" in said
+    row = '{"text": "今天"}\n明天\n'
+    assert predict(given=row.encode("gb18030"))[0] == ["今天", "明天"]
+    progress._noted.clear()
+    texts, said = predict("utf-8", given=row.encode())
+    assert texts == ["今天", "明天"] and "is read as" not in said
+    assert predict("utf-16", given=row.encode("utf-16"))[0] == ["今天", "明天"]
+    (text,), _ = predict("utf-8", given=row.encode("gb18030"))
+    assert "encoding: not valid UTF-8 at byte 10; give --encoding gb18030, or convert it with: iconv" in text

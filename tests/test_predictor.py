@@ -263,7 +263,7 @@ def test_the_other_task_is_refused() -> None:
 
 
 def test_a_temperature_is_fitted_saved_and_used(in_folder: Path, model_folder: Path) -> None:
-    config = config_for(in_folder, model_folder, epochs=3)
+    config = config_for(in_folder, model_folder, max_steps=4)
     rows = [{**row, "text": f"{row['text']} held out"} for row in classification_rows(60)]
     held = str(write_jsonl(in_folder / "held.jsonl", rows))
     config = config.model_copy(update={"data": config.data.model_copy(update={"validation": held})})

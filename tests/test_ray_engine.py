@@ -17,19 +17,28 @@ import pytest
 import torch
 
 from conftest import LABELS, classification_rows, write_jsonl
-from labeltune import recipes
+from labeltune import recipes, run_files
 from labeltune.cli.predict import predict as predict_command
+from labeltune.config import DataConfig, build_config
 from labeltune.data.blocks import cut_lines
 from labeltune.data.places import Place
 from labeltune.data.sources import bounded_lines
 from labeltune.errors import DataError, LabeltuneError, ModelError, OutputError
 from labeltune.inference.load import load_predictor
 from labeltune.inference.predictor import Predictor
-from labeltune.inference.ray_engine import MOST_ATTEMPTS, PartWriter, Settings, _cut
+from labeltune.inference.ray_engine import (
+    MANIFEST,
+    MOST_ATTEMPTS,
+    PartWriter,
+    Settings,
+    _cut,
+    _resumed,
+)
 from labeltune.inference.stream import predict_file
 from labeltune.ray_session import local_cores, ray_session
 from labeltune.recipes import spreading
-from labeltune.recipes.spreading import predict_spread
+from labeltune.recipes.spreading import columns_of_inputs, predict_spread
+from labeltune.run_folder import RunInfo
 from test_predictor import predictor_for
 from test_training import config_for
 
@@ -242,8 +251,62 @@ def test_what_cannot_be_done_is_said_before_ray_starts(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(spreading, "run_fingerprint_of", lambda run, changes: "fingerprint")
-    monkeypatch.setattr("labeltune.run_files.files_read", lambda run: [])
+    monkeypatch.setattr(run_files, "files_read", lambda run: [])
+    config = build_config({})
+    monkeypatch.setattr(spreading, "run_info_of", lambda run: RunInfo.of(config, ("a",), ""))
     (in_folder / "rows.csv").write_text("text\na\n")
     (in_folder / "rows.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(LabeltuneError, match=message):
         predict_command(**{"run": "out", "file": "rows.jsonl", "engine": "ray", **options})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "gb18030"])
+def test_columns_and_encodings_are_the_local_engines(in_folder: Path, kind: str) -> None:
+    encoding = "gb18030" if kind == "gb18030" else "utf-8"
+    rows = [{"key": i, "sentence": f"{i} 火箭", "other": "x"} for i in range(300)]
+    (in_folder / "in").mkdir()
+    source = in_folder / "in" / f"a.{kind.replace('gb18030', 'jsonl')}"
+    plain = write_jsonl(
+        in_folder / "in" / "b.jsonl", [{"text": "b"}] if kind != "gb18030" else [{"text": "ok"}]
+    )
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), source)
+    else:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        source.write_bytes(text.encode(encoding))
+    folder, data = Place.of(str(in_folder / "in")), DataConfig(encoding=encoding)
+    columns = columns_of_inputs(folder, "classification", data)
+    assert {name: names["text"] for name, names in columns.items()} == {str(source): "sentence"}
+    settings = Settings(with_text=True, encoding=encoding, columns=columns)
+    worker = PartWriter(
+        predictor_for, torch.get_num_threads(), settings, Place.of(str(in_folder / "parts")), "s"
+    )
+    number = 0
+    for file in (source, plain):
+        for block in _cut(Place.of(str(file)), 256, encoding):
+            values = json.dumps({"block": asdict(block), "where": str(file)})
+            assert worker({"part": [number], "block": [values]})["bad"] == [0]
+            number += 1
+        predict_file(predictor_for(), file, in_folder / f"{file.stem}.out", with_text=True, encoding=encoding)
+    assert (
+        joined(in_folder / "parts") == (in_folder / "a.out").read_bytes() + (in_folder / "b.out").read_bytes()
+    )
+    assert json.loads(joined(in_folder / "parts").splitlines()[299])["text"] == "299 火箭"
+
+
+def test_ray_refuses_inputs_as_the_local_engine_does(in_folder: Path) -> None:
+    """And a manifest of another reading."""
+    data = DataConfig()
+    source = write_jsonl(in_folder / "rows.jsonl", [{"body": "a"}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: no column 'text'; the file has 'body'"):
+        columns_of_inputs(Place.of(str(source)), "classification", data)
+    (in_folder / "bad.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match=r"bad\.parquet cannot be read"):
+        columns_of_inputs(Place.of(str(in_folder / "bad.parquet")), "classification", data)
+    output = Place.of(str(in_folder / "parts"))
+    mine = {"with_text": False, "encoding": "utf-8", "columns": {}}
+    output.inside(MANIFEST).write(json.dumps({"blocks": []}).encode())
+    assert _resumed(output, mine) == []
+    for change in ({"encoding": "gb18030"}, {"columns": {"rows.jsonl": {"text": "body"}}}):
+        with pytest.raises(OutputError, match=f"another {next(iter(change))};"):
+            _resumed(output, {**mine, **change})

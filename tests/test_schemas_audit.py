@@ -578,3 +578,28 @@ def test_an_audit_takes_at_most_64_bytes_a_row(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert large - small <= 64 * 30_000
+
+
+@pytest.mark.parametrize(
+    ("value", "numbered", "label"),
+    [
+        (0, ("Neg", "Pos"), "Neg"),
+        (1, ("Neg", "Pos"), "Pos"),
+        (7, ("3", "7"), "7"),
+        # The labels are integers themselves: 0 is not the number of 3.
+        (0, ("3", "7"), "0"),
+        (0, None, "0"),
+    ],
+)
+def test_integers_are_read_by_the_labels_of_a_run(
+    value: int, numbered: tuple[str, ...] | None, label: str
+) -> None:
+    record = Record("f:1", {"text": "x", "output": value})
+    how: Any = {"integer_labels": True, "numbered": numbered}
+    example, faults = parse_record(record, 0, "classification", ColumnsConfig(), **how)
+    assert faults == [] and example is not None and example.label == label
+    record = Record("f:1", {"text": "x", "output": 2})
+    example, faults = parse_record(
+        record, 0, "classification", ColumnsConfig(), integer_labels=True, numbered=("Neg", "Pos")
+    )
+    assert example is None and [fault.kind for fault in faults] == ["unknown_label"]

@@ -20,7 +20,7 @@ from conftest import write_jsonl
 from labeltune.config import DataConfig, HubConfig, build_config
 from labeltune.data.download import ORIGINALS, download_original
 from labeltune.data.loading import load_rows
-from labeltune.data.sources import Record, iter_records, resolve_data
+from labeltune.data.sources import Record, iter_records, resolve_data, without_key
 from labeltune.errors import ConfigError, DataError, HubError, MissingExtraError, OutputError
 from labeltune.run_folder import write_json
 
@@ -612,3 +612,37 @@ def test_download_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         download_original("fudan", tmp_path / "file")
+
+
+def test_a_message_about_an_encoding_names_what_a_command_has(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"text": "今天"}'.encode("gb18030"))
+    (utf8,) = iter_records(path)
+    assert utf8.problem == (
+        "not valid UTF-8 at byte 10; set data.encoding=gb18030, or convert it with: "
+        "iconv -f GB18030 -t UTF-8 rows.jsonl (or from whatever encoding it has); the rest was not read"
+    )
+    path.write_bytes(b'{"text": "\x81\xff"}')
+    (other,) = iter_records(path, "gb18030")
+    assert other.problem == (
+        "not valid gb18030; set data.encoding=utf-8, or convert it with: "
+        "iconv -f UTF-8 -t GB18030 rows.jsonl (or from whatever encoding it has); the rest was not read"
+    )
+    path.write_bytes('{"text": "a b c"}'.encode("utf-16-le"))
+    (wide,) = iter_records(path)
+    for found, encoding in ((utf8, "gb18030"), (other, "utf-8"), (wide, "utf-16-le")):
+        assert f"; give --encoding {encoding}, or convert it with: iconv" in without_key(
+            found.problem, "--encoding"
+        )
+        told = without_key(found.problem)
+        assert "; convert it with: iconv" in told and "data.encoding" not in told
+
+
+def test_rows_of_the_other_task_are_named_in_any_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"text": "今天", "output": "天气"}\n'.encode("gb18030"))
+    (fault,) = load_rows(str(path), "ner", DataConfig(encoding="gb18030")).audit.faults
+    assert (fault.kind, fault.message) == (
+        "wrong_task",
+        "these are rows for task=classification (column 'output'); task=ner reads a column 'entities'",
+    )

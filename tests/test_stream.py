@@ -236,3 +236,54 @@ def test_rows_are_counted_by_what_the_file_is(in_folder: Path) -> None:
     (in_folder / "array.jsonl").write_text('[\n{"text": "a"},\n{"text": "b"}\n]\n')
     (in_folder / "lines.json").write_text('{"text": "a"}\n{"text": "b"}\n')
     assert count_rows(in_folder / "array.jsonl") is None and count_rows(in_folder / "lines.json") == 2
+
+
+def test_an_output_is_not_resumed_in_another_encoding(in_folder: Path) -> None:
+    (in_folder / "rows.csv").write_bytes("text\n今天\n".encode("gb18030"))
+    predictor, output = predictor_for(), in_folder / "out.jsonl"
+    note = {
+        "input": file_hash(in_folder / "rows.csv"),
+        "run": predictor.fingerprint(),
+        "labels": [],
+        "min_confidence": None,
+        "top_k": None,
+        "with_text": True,
+    }
+    how: Any = {"resume": True, "with_text": True}
+    for was, now, agree in (
+        (None, "utf-8", True),
+        (None, "gb18030", False),
+        ("gb18030", "GB18030", True),
+        ("gb18030", "utf-8", False),
+    ):
+        given = {**note, "encoding": was} if was is not None else note
+        (in_folder / ".out.jsonl.part.json").write_text(json.dumps(given))
+        if agree:
+            predict_file(predictor, in_folder / "rows.csv", output, encoding=now, **how)
+        else:
+            with pytest.raises(OutputError, match="made with another encoding;"):
+                predict_file(predictor, in_folder / "rows.csv", output, encoding=now, **how)
+    assert lines(output)[0]["text"] == "今天"
+    predictor.encoding = "gb18030"
+    predict_file(predictor, in_folder / "rows.csv", in_folder / "own.jsonl", with_text=True)
+    assert (in_folder / "own.jsonl").read_bytes() == output.read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows removes no file that is open")
+def test_a_lock_on_a_file_that_lost_its_name_counts_for_nothing(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tidy owner may remove it between another's opening and locking; filelock has to look (3.21 does first)."""
+    import fcntl
+
+    from labeltune.folder_lock import alone_with
+
+    lock, flock = in_folder / ".out.lock", fcntl.flock
+
+    def removed_before(file: Any, how: int) -> None:
+        lock.unlink(missing_ok=True)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with pytest.raises(OutputError, match="taken"), alone_with(lock, "taken", "wait", tidy=True):
+        pass

@@ -36,6 +36,17 @@ def files_read(run: str | os.PathLike[str]) -> list[Path]:
     ]
 
 
+def encoding_of(run: str | os.PathLike[str]) -> str | None:
+    """The encoding of a run's data; None for a run on a hub, which is not fetched for it.
+
+    Raises:
+        ModelError: there is no complete checkpoint.
+    """
+    if str(run).startswith(("ms:", "hf:")):
+        return None
+    return RunInfo.load(find_checkpoint(run)).encoding
+
+
 def check_inputs_kept(config: RunConfig, path: str | None, overwrite: bool) -> None:
     """Whether training leaves its model, its rows and its config file, at `path`, as they are.
 

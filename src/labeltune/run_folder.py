@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from labeltune.config import (
     CalibrateConfig,
     ColumnsConfig,
+    DataConfig,
     GenerationConfig,
     HubConfig,
     PromptConfig,
@@ -45,6 +46,7 @@ class RunInfo:
     Attributes:
         model: the `model:` string of the base model.
         columns: names of the columns in the run's data files.
+        encoding: of its text files.
         chat_template: the template the run was trained with.
         adapter: True when the folder holds an adapter, False when it holds a whole model.
         data: what it was trained on, for model cards: file names without folders, numbers of rows, rows by label; empty
@@ -62,6 +64,7 @@ class RunInfo:
     adapter: bool = True
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     data: dict[str, Any] = field(default_factory=dict)
+    encoding: str = "utf-8"
 
     @staticmethod
     def of(
@@ -83,6 +86,7 @@ class RunInfo:
             config.training.method != "full",
             config.calibrate,
             data or {},
+            config.data.encoding,
         )
 
     def runs_code(self, agreed: bool = False) -> bool:
@@ -102,6 +106,7 @@ class RunInfo:
                 "prompt": self.prompt.model_dump(),
                 "generation": self.generation.model_dump(),
                 "columns": self.columns.model_dump(),
+                "encoding": self.encoding,
                 "chat_template": self.chat_template,
                 "adapter": self.adapter,
                 "calibrate": self.calibrate.model_dump(),
@@ -135,6 +140,7 @@ class RunInfo:
                 values["adapter"],
                 CalibrateConfig.model_validate(values.get("calibrate", {})),
                 dict(values.get("data", {})),
+                DataConfig(encoding=values.get("encoding", "utf-8")).encoding,
             )
         except FileNotFoundError:
             raise ModelError(f"{folder} holds no {RUN_FILE}; it is no labeltune checkpoint") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,10 +107,24 @@ def _check_target(
     if labels:
         names = named_labels("--labels", labels)
         keys.append(f"data.labels={json.dumps(names, ensure_ascii=False)}")
-    config = load_config(None, keys)
-    if not any(key.partition("=")[0].strip() == "task" for key in keys):
-        config = load_config(None, [*keys, f"task={guess_task(file, config)}"])
-    return config, file, test
+    if named_task(keys) is None:
+        keys.append(f"task={guess_task(file, reading_config(keys))}")
+    return load_config(None, keys), file, test
+
+
+def named_task(changes: Sequence[str]) -> str | None:
+    """The task that `key=value` changes set, if they do."""
+    named = [
+        value for key, _, value in (change.partition("=") for change in changes) if key.strip() == "task"
+    ]
+    return named[-1].strip() if named else None
+
+
+def reading_config(changes: Sequence[str]) -> RunConfig:
+    """Only the changes that tell how rows are read: the others may be for a task that is not known yet."""
+    from labeltune.config import load_config
+
+    return load_config(None, [change for change in changes if re.match(r"\s*(hub|data)\s*[.=]", change)])
 
 
 def guess_task(spec: str, config: RunConfig) -> str:

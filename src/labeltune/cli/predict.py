@@ -34,7 +34,10 @@ def predict(
     category: Annotated[
         str | None, typer.Option(help="Candidate labels, as a list or between commas.")
     ] = None,
-    encoding: Annotated[str, typer.Option(help="Encoding of a text file, e.g. gb18030.")] = "utf-8",
+    encoding: Annotated[
+        str | None,
+        typer.Option(help="Encoding of a text file, e.g. gb18030; that of the run's data when missing."),
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -87,14 +90,16 @@ def predict(
     from labeltune.cli.quiet import quiet_libraries
     from labeltune.config import build_config
     from labeltune.data.labels import named_labels
-    from labeltune.data.sources import iter_records, resolve_data
+    from labeltune.data.sources import iter_records, resolve_data, without_key
     from labeltune.errors import ConfigError, DataError
     from labeltune.output_paths import check_folder, is_stream, open_stream
-    from labeltune.run_files import files_read
+    from labeltune.run_files import encoding_of, files_read
     from labeltune.run_folder import write_text
 
     labels = named_labels("--category", category) if category is not None else ()
     check_engine(engine, workers, address)
+    if encoding is not None:
+        build_config({"data": {"encoding": encoding}}, "--encoding")
     changes = {"decoding": decoding, "long_text": long_text}
     changes = {key: value for key, value in changes.items() if value is not None}
     if output == "-":
@@ -111,7 +116,18 @@ def predict(
 
         how = top_k, min_confidence
         done = predict_spread(
-            run, file, output, labels, *how, changes, resume, block_rows, workers, address, with_text
+            run,
+            file,
+            output,
+            labels,
+            *how,
+            changes,
+            resume,
+            block_rows,
+            workers,
+            address,
+            with_text,
+            encoding,
         )
         _end(done)
         return
@@ -123,10 +139,10 @@ def predict(
         given = [_checked(i, {"text": t}, labels, f"--text {i + 1}") for i, t in enumerate(text)]
     elif file is not None and file != "-":
         path = resolve_data(file)
-        build_config({"data": {"encoding": encoding}}, "--encoding")
-        unreadable = next(iter_records(path, encoding), None)
+        known = encoding or encoding_of(run)
+        unreadable = next(iter_records(path, known), None) if known is not None else None
         if unreadable is not None and unreadable.whole:
-            raise DataError(f"{unreadable.where}: {unreadable.problem}")
+            raise DataError(f"{unreadable.where}: {without_key(unreadable.problem, '--encoding')}")
     target = Path(output) if output is not None else None
     if resume and (path is None or target is None or is_stream(target)):
         raise ConfigError("--resume needs an input file, and a file for --output")
@@ -141,13 +157,16 @@ def predict(
         predict_lines,
         read_rows,
         read_stream,
+        used_encoding,
     )
     from labeltune.progress import row_progress
 
     bad = 0
     with load_predictor(run, merge=True) as predictor:
         predictor.change(**changes)
-        total = len(given) or None if path is None else count_rows(path, encoding)
+        if not text:
+            encoding = used_encoding(encoding, predictor.encoding, str(path or "stdin"))
+        total = len(given) or None if path is None else count_rows(path, encoding or "utf-8")
         shown = total is None or total > predictor.generation.batch_size
         with row_progress(total, "predict", shown=shown) as advance:
             how_rows: dict[str, Any] = {
@@ -171,7 +190,7 @@ def predict(
                 if path is not None:
                     source = read_rows(path, predictor, labels, encoding)
                 elif not text:
-                    source = read_stream(sys.stdin.buffer, predictor, labels)
+                    source = read_stream(sys.stdin.buffer, predictor, labels, encoding)
 
                 def lines() -> Iterator[str]:
                     nonlocal bad
@@ -248,7 +267,8 @@ def _checked(number: int, values: dict[str, Any], labels: tuple[str, ...], where
         DataError: the text is empty, or cannot be written.
     """
     from labeltune.config import ColumnsConfig
-    from labeltune.data.schemas import first_error, parse_record
+    from labeltune.data.audit import first_error
+from labeltune.data.schemas import parse_record
     from labeltune.data.sources import Record
     from labeltune.errors import DataError
     from labeltune.inference.stream import with_labels

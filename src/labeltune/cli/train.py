@@ -40,8 +40,10 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a model; checkpoints go to the config's output_dir."""
+    from labeltune.cli.data import named_task
     from labeltune.config import load_config
     from labeltune.errors import ConfigError
+    from labeltune.ranks import rank
 
     changes = list(overrides or [])
     if config is not None and "=" in config and not Path(config).exists():
@@ -60,8 +62,10 @@ def train(
         if value is not None:
             changes.append(f"{key}={value}")
     loaded = load_config(config, [*defaults, *changes])
-    if config is None:
-        how = "as --task says" if task is not None else "by its columns"
+    if config is None and rank() == 0:
+        how = "by its columns"
+        if task is not None or named_task(changes) is not None:
+            how = "as --task says" if task is not None else "as task= says"
         print(
             f"no config: task={loaded.task} ({how}), model={loaded.model}, output_dir={loaded.output_dir}",
             file=sys.stderr,
@@ -81,14 +85,13 @@ def train(
 
 def _defaults(data: str, task: str | None, changes: list[str]) -> list[str]:
     """What stands in for a config: the task, the rows, and places named after the file."""
-    from labeltune.cli.data import guess_task
-    from labeltune.config import load_config
+    from labeltune.cli.data import guess_task, named_task, reading_config
 
     name = (
         Path(data.partition(":")[2] if data.startswith(("ms:", "hf:")) else data).name.partition(".")[0]
         or "run"
     )
-    guessed = task or guess_task(data, load_config(None, changes))
+    guessed = task or named_task(changes) or guess_task(data, reading_config(changes))
     return [
         f"task={guessed}",
         _change("data.train", data),

@@ -182,7 +182,13 @@ def add_records(
     for number, record in enumerate(records, start=first):
         audit.rows += 1
         example, faults = parse_record(
-            record, number, audit.task, names, labels, integer_labels=columns.integer_labels
+            record,
+            number,
+            audit.task,
+            names,
+            labels,
+            integer_labels=columns.integer_labels,
+            numbered=columns.numbered,
         )
         for fault in faults:
             audit.add_fault(fault)
@@ -212,7 +218,7 @@ def finished(audit: Audit, data: DataConfig, columns: FileColumns) -> Audit:
     labels, name = data.labels, printable(str(audit.path))
     if not audit.rows:
         audit.add_fault(Fault("no_rows", f"{name}:1", "the file holds no rows", whole=True))
-    if columns.integer_labels and audit.usable and labels is None:
+    if columns.integer_labels and audit.usable and labels is None and columns.numbered is None:
         examples = ", ".join(repr(label) for label in sorted(audit.labels)[:3])
         audit.add_fault(
             Fault(
@@ -331,6 +337,11 @@ def add_shared(train: Audit, other: Audit, where: Callable[[int], str]) -> list[
             Fault("shared_with_train", where(row), f"this text also stands in {printable(str(train.path))}")
         )
     return rows
+
+
+def first_error(faults: Sequence[Fault]) -> Fault:
+    """The first fault that makes a row unusable; there is one."""
+    return next(fault for fault in faults if fault.severity == "error")
 
 
 def stop_on_errors(audits: Sequence[Audit], skip: bool, fix: str) -> None:

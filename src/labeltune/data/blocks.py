@@ -65,7 +65,12 @@ class _Counted:
 
 
 def cut_file(
-    name: str, file: BinaryIO, rows: int, multiple: int = 1, most_bytes: int = MOST_BYTES
+    name: str,
+    file: BinaryIO,
+    rows: int,
+    multiple: int = 1,
+    most_bytes: int = MOST_BYTES,
+    encoding: str = "utf-8",
 ) -> Iterator[Block]:
     """Blocks of any file; one block where its rows do not stand in lines of their own.
 
@@ -73,11 +78,12 @@ def cut_file(
         name: the file's name, which ends as those of data files do.
         file: opened for reading; it can be positioned.
         rows, multiple, most_bytes: as of `cut_lines`.
+        encoding: of a text file.
 
     Raises:
         pyarrow.ArrowException: a parquet file is damaged.
     """
-    form = find_format(name, file)
+    form = find_format(name, file, encoding)
     if form.kind == "parquet" and not form.problem:
         yield from cut_parquet(name, file, rows)
     elif form.plain:
@@ -129,17 +135,30 @@ def cut_parquet(name: str, file: Any, rows: int) -> Iterator[Block]:
         yield Block(name, number, first, min(rows, total - first))
 
 
-def read_block(block: Block, file: BinaryIO) -> Iterator[Record]:
+def file_records(name: str, file: BinaryIO, encoding: str = "utf-8") -> Iterator[Record]:
+    """The records of a whole file that is open.
+
+    Raises:
+        pyarrow.ArrowException: a parquet file is damaged.
+    """
+    form = find_format(name, file, encoding)
+    if form.kind == "parquet" and not form.problem:
+        return parquet_records(name, read_rows(file, MAX_LINE_BYTES))
+    return records_of(name, file, form)
+
+
+def read_block(block: Block, file: BinaryIO, encoding: str = "utf-8") -> Iterator[Record]:
     """The records of a block, with the places they have in the whole file.
 
     Args:
         file: the file, opened for reading; it can be positioned.
+        encoding: of a text file, as it was cut.
 
     Raises:
         pyarrow.ArrowException: a parquet file is damaged.
     """
     if block.whole:
-        return records_of(block.file, file, find_format(block.file, file))
+        return records_of(block.file, file, find_format(block.file, file, encoding))
     if block.file.lower().endswith(".parquet"):
         return _parquet_rows(block, file)
     file.seek(block.start)

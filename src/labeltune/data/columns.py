@@ -27,6 +27,7 @@ class FileColumns:
     Attributes:
         columns: their names in this file.
         integer_labels: all labels that were looked at are integers.
+        numbered: the labels that integers stand for (0 is the first); `data.labels` when None.
         notes: what is not as the config says, to be told.
         problem: why no row of the file can be read.
     """
@@ -35,6 +36,7 @@ class FileColumns:
     integer_labels: bool = False
     notes: tuple[str, ...] = ()
     problem: Record | None = None
+    numbered: tuple[str, ...] | None = None
 
     def records(self, records: Iterable[Record]) -> Iterator[Record]:
         """The records of the file, or the one that says why there are none."""
@@ -75,12 +77,29 @@ def columns_of_file(
     path: Path, task: TaskName, data: DataConfig, answers_required: bool = True
 ) -> FileColumns:
     """Look at the first rows of a file; what is found is said once on standard error."""
+    records = iter_records(path, data.encoding)
+    return columns_of_records(records, str(path), path.name, task, data.columns, answers_required)
+
+
+def columns_of_records(
+    records: Iterable[Record],
+    path: str,
+    file: str,
+    task: TaskName,
+    columns: ColumnsConfig,
+    answers_required: bool = True,
+) -> FileColumns:
+    """The same of the records of a file, of which the first are looked at.
+
+    Args:
+        path, file: where it is, and its name, for messages.
+    """
     seen: list[Record] = []
-    for record in islice(iter_records(path, data.encoding), LOOKED_AT):
+    for record in islice(records, LOOKED_AT):
         if record.whole:
-            return FileColumns(data.columns, problem=record)
+            return FileColumns(columns, problem=record)
         seen.append(_outline(record))
-    found = find_columns(seen, path.name, task, data.columns, answers_required)
+    found = find_columns(seen, file, task, columns, answers_required)
     for line in found.notes:
         note(f"{path}: {line}")
     return found

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from labeltune.config import RunConfig
+from labeltune.data.audit import first_error
 from labeltune.data.columns import columns_of_file
-from labeltune.data.schemas import first_error, parse_record
+from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records, resolve_data
 from labeltune.errors import DataError, OutputError, printable
 from labeltune.output_paths import check_file, is_stream, link_target, open_stream

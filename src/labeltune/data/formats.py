@@ -163,7 +163,9 @@ class _Recoded(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
         codecs.register_error("labeltune-mark", _marked)
-        self._file, self._decoder = file, codecs.getincrementaldecoder(encoding)("labeltune-mark")
+        self._decoder = codecs.getincrementaldecoder(encoding)("labeltune-mark")
+        # What is there, and no more: standard input may go on for hours.
+        self._read = getattr(file, "read1", file.read)
         self._left = b""
         self._ended = False
 
@@ -172,7 +174,7 @@ class _Recoded(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._left and not self._ended:
-            raw = self._file.read(1 << 16)
+            raw = self._read(1 << 16)
             self._ended = not raw
             self._left = self._decoder.decode(raw, self._ended).encode("utf-8", "labeltune-mark")
         count = min(len(buffer), len(self._left))

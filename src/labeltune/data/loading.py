@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,11 +114,13 @@ def load_rows(
     max_rows: int | None = None,
     token_counts: Callable[[list[str]], list[int]] | None = None,
     folder: Path | None = None,
+    numbered: tuple[str, ...] | None = None,
 ) -> Rows:
     """Read and check a file or hub data set; usable rows go to an Arrow file that is memory-mapped.
 
     Args:
         folder: where the Arrow file is kept; when None it has no name, and ends with the process.
+        numbered: the labels that integers stand for (0 is the first); `data.labels` when None.
 
     Raises:
         DataError: the file does not exist or cannot be opened. Faults of rows are in the audit, not raised.
@@ -134,7 +136,7 @@ def load_rows(
         handle, target = tempfile.mkstemp(dir=folder, prefix=f"{task}-", suffix=".arrow")
         os.close(handle)
     try:
-        audit = _audit_into(target, path, task, data, token_counts, max_rows)
+        audit = _audit_into(target, path, task, data, token_counts, max_rows, numbered)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(
@@ -144,7 +146,7 @@ def load_rows(
     if (
         audit.rows
         and not audit.usable
-        and (problem := other_task(path, task, (data or DataConfig()).columns)) is not None
+        and (problem := other_task(path, task, data or DataConfig())) is not None
     ):
         audit.faults.clear()
         audit.counts.clear()
@@ -166,6 +168,7 @@ def _audit_into(
     data: DataConfig | None,
     token_counts: Callable[[list[str]], list[int]] | None,
     max_rows: int | None,
+    numbered: tuple[str, ...] | None,
 ) -> Audit:
     """Check a file, in several processes where that pays and gives the same; usable rows go to the Arrow file `target`."""
     import pyarrow as pa
@@ -173,7 +176,7 @@ def _audit_into(
 
     schema = features()
     data = data or DataConfig()
-    columns = columns_of_file(path, task, data)
+    columns = replace(columns_of_file(path, task, data), numbered=numbered)
     workers = worker_count(data.workers, path.stat().st_size >= ENOUGH_BYTES)
     if workers > 1 and columns.problem is None and can_be_cut(path, data.encoding):
         arrow = schema.arrow_schema

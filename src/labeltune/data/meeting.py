@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labeltune.config import ColumnsConfig, DataConfig, TaskName
+from labeltune.config import DataConfig, TaskName
 from labeltune.data.audit import Audit, add_shared
 from labeltune.data.labels import not_among
 from labeltune.data.schemas import Fault
@@ -43,15 +43,14 @@ def nothing_to_learn(audit: Audit) -> str | None:
     return None
 
 
-def other_task(path: Path, task: TaskName, columns: ColumnsConfig) -> str | None:
+def other_task(path: Path, task: TaskName, data: DataConfig) -> str | None:
     """Whether the rows of a file that has no usable one are those of the other task, by their columns; in words, or None."""
-    mine, theirs = columns.output, columns.entities
+    mine, theirs = data.columns.output, data.columns.entities
     other = "ner"
     if task == "ner":
         mine, theirs, other = theirs, mine, "classification"
-    records = [
-        record.values for record in islice(iter_records(path), _LOOKED_AT) if record.values is not None
-    ]
+    first = islice(iter_records(path, data.encoding), _LOOKED_AT)
+    records = [record.values for record in first if record.values is not None]
     if not records or any(mine in values for values in records) or not all(theirs in v for v in records):
         return None
     return f"these are rows for task={other} (column {theirs!r}); task={task} reads a column {mine!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -76,11 +77,6 @@ class Fault:
         return f"{self.where}: {self.severity}: {self.kind}: {self.message}"
 
 
-def first_error(faults: Sequence[Fault]) -> Fault:
-    """The first fault that makes a row unusable; there is one."""
-    return next(fault for fault in faults if fault.severity == "error")
-
-
 class _Problem(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -95,6 +91,7 @@ def parse_record(
     labels: Sequence[str] | None = None,
     answers_required: bool = True,
     integer_labels: bool = False,
+    numbered: Sequence[str] | None = None,
 ) -> tuple[Example | None, list[Fault]]:
     """Read one record by its task's schema.
 
@@ -103,7 +100,8 @@ def parse_record(
         number: the row's number (from 0), its id when it has none.
         labels: the label set, None to accept every label.
         answers_required: False for prediction, which does not look at `output` and `entities`.
-        integer_labels: all labels of the file are integers, and stand for themselves or for a number of `labels`.
+        integer_labels: all labels of the file are integers, and stand for themselves or for a number of `numbered`.
+        numbered: labels by their number; `labels` when None.
 
     Returns:
         The example (None when any fault is an error) and all faults of the row.
@@ -129,9 +127,7 @@ def parse_record(
     if task == "classification":
         candidates = check(lambda: _candidates(values, columns.category)) or ()
         if answers_required:
-            label = check(
-                lambda: _label(values, columns.output, labels if integer_labels else None, integer_labels)
-            )
+            label = check(lambda: _label(values, columns.output, numbered or labels, integer_labels))
         if label is not None and candidates and label not in candidates:
             message = f"{columns.output} {label!r} is not in {list(candidates)}{like(label, candidates)}"
             faults.append(Fault("output_not_in_candidates", record.where, message))
@@ -219,9 +215,12 @@ def is_spans(value: Any) -> bool:
     )
 
 
+_INTEGER = re.compile(r"-?\d+")
+
+
 def _integer_label(value: int, column: str, names: Sequence[str] | None) -> str:
-    if names is None or str(value) in names:
-        return str(value)
+    if names is None or str(value) in names or any(map(_INTEGER.fullmatch, names)):
+        return str(value)  # where labels are integers themselves, an integer is no number of one
     if 0 <= value < len(names):
         return names[value]
     raise _Problem("unknown_label", f"{column} {value} is no number of data.labels, 0 to {len(names) - 1}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -282,21 +283,35 @@ def encoding_fault(name: str, line: int, offset: int, encoding: str = "utf-8") -
     """
     if encoding == "utf-8":
         return _encoding_fault(name, line, offset, "not valid UTF-8")
-    problem = (
-        f"not valid {encoding} (data.encoding); give the encoding that the file has; the rest was not read"
-    )
-    return Record(f"{name}:{line}", None, "encoding", problem)
+    fix = _encoding_fix(name, "utf-8", encoding)
+    return Record(f"{name}:{line}", None, "encoding", f"not valid {encoding}; {fix}; the rest was not read")
 
 
 def _encoding_fault(name: str, line: int, offset: int, what: str, encoding: str = "GB18030") -> Record:
-    last = name.replace("\\", "/").rpartition("/")[2]
-    fix = (
-        f"set data.encoding={encoding.lower()}, or convert it with: iconv -f {encoding} -t UTF-8 {last} "
-        "(or from whatever encoding it has)"
-    )
+    fix = _encoding_fix(name, encoding)
     return Record(
         f"{name}:{line}", None, "encoding", f"{what} at byte {offset}; {fix}; the rest was not read"
     )
+
+
+def _encoding_fix(name: str, encoding: str, wanted: str = "utf-8") -> str:
+    last = name.replace("\\", "/").rpartition("/")[2]
+    return (
+        f"set data.encoding={encoding.lower()}, or convert it with: iconv -f {encoding.upper()} -t {wanted.upper()} {last} "
+        "(or from whatever encoding it has)"
+    )
+
+
+_KEY = re.compile(r"set data\.encoding=([\w-]+), or (?=convert it with: iconv)")
+
+
+def without_key(message: str, option: str | None = None) -> str:
+    """A message about an encoding for a command where data.encoding cannot be set: it names the command's `option` instead.
+
+    >>> without_key("x; set data.encoding=gb18030, or convert it with: iconv -f ...", "--encoding")
+    'x; give --encoding gb18030, or convert it with: iconv -f ...'
+    """
+    return _KEY.sub(rf"give {option} \1, or " if option is not None else "", message)
 
 
 def json_records(name: str, lines: Iterable[tuple[int, str | Record]]) -> Iterator[Record]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import IO
+from typing import IO, BinaryIO, cast
 
 from labeltune.config import ColumnsConfig, TaskName
 from labeltune.data.columns import LOOKED_AT, find_columns
-from labeltune.data.formats import is_whole_json
+from labeltune.data.formats import Format, is_whole_json, opened
 from labeltune.data.json_values import value_records
 from labeltune.data.sources import MAX_LINE_BYTES, Record, bounded_lines, decoded_lines, json_records
 from labeltune.progress import note
@@ -44,13 +45,15 @@ class _Replayed:
 
 
 def input_records(
-    file: IO[bytes], task: TaskName, columns: ColumnsConfig
+    file: IO[bytes], task: TaskName, columns: ColumnsConfig, encoding: str = "utf-8"
 ) -> tuple[Iterator[Record], ColumnsConfig]:
     """The records of standard input, each with its line, and the names of their columns.
 
     A line that begins like a JSON object and is none is a record without values. Blank lines are no records; that some stood
     between others is said at the end.
     """
+    form = Format("lines", encoding=codecs.lookup(encoding).name.removesuffix("-sig"))
+    file = opened(cast(BinaryIO, file), form)
     begin: list[bytes] = []
     room = MAX_LINE_BYTES
     while room and len(begin) < _MOST_LINES and sum(1 for line in begin if line.strip()) < 2:
@@ -61,9 +64,9 @@ def input_records(
         room -= len(line)
     text = b"".join(begin).decode("utf-8", "replace").removeprefix("\ufeff")
     if is_whole_json(NAME, text):
-        records = value_records(NAME, chain(begin, iter(lambda: file.read(1 << 16), b"")))
+        records = value_records(NAME, chain(begin, iter(lambda: file.read(1 << 16), b"")), form.encoding)
     else:
-        records = _line_records(bounded_lines(_Replayed(begin, file)))
+        records = _line_records(bounded_lines(_Replayed(begin, file)), form.encoding)
     first, size = [], 0
     for record in islice(records, LOOKED_AT):
         first.append(record)
@@ -82,9 +85,9 @@ def _with_texts(records: Iterable[Record], column: str) -> Iterator[Record]:
         yield Record(record.where, {column: record.text}) if isinstance(record, _Document) else record
 
 
-def _line_records(lines: Iterable[bytes]) -> Iterator[Record]:
+def _line_records(lines: Iterable[bytes], encoding: str) -> Iterator[Record]:
     blank = skipped = 0
-    for number, line in decoded_lines(NAME, lines):
+    for number, line in decoded_lines(NAME, lines, encoding=encoding):
         if isinstance(line, str) and (not line or line.isspace()):
             blank += 1
             continue

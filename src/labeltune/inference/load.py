@@ -82,6 +82,7 @@ def predictor_on(model: Any, folder: Path, trust_remote_code: bool = False) -> P
         calibration,
         source=info.model,
         weights=weights_file(folder, info),
+        encoding=info.encoding,
     )
 
 
@@ -140,4 +141,12 @@ def base_predictor(config: RunConfig, labels: Sequence[str]) -> Predictor:
     model.eval()
     template = ChatTemplate(load_tokenizer(local.folder, trust))
     task = make_task(config.task, labels, config.prompt)
-    return Predictor(model, task, template, config.generation, config.data.columns, config.calibrate)
+    return Predictor(
+        model,
+        task,
+        template,
+        config.generation,
+        config.data.columns,
+        config.calibrate,
+        encoding=config.data.encoding,
+    )

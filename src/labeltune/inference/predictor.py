@@ -56,6 +56,7 @@ class Predictor:
         calibration: what was fitted on validation rows.
         source: names the base model.
         weights: file that tells these weights from others, for `fingerprint`.
+        encoding: of the text files of the run's data.
 
     Attributes:
         share: the processes of a training run ask together, with the same examples, and each computes a part of them.
@@ -72,16 +73,14 @@ class Predictor:
         calibration: Calibration | None = None,
         source: str = "",
         weights: Path | None = None,
+        encoding: str = "utf-8",
     ) -> None:
-        self.model = model
-        self.task = task
-        self.template = template
+        self.model, self.task, self.template = model, task, template
         self.generation = generation or GenerationConfig()
         self.columns = columns or ColumnsConfig()
         self.calibrate = calibrate or CalibrateConfig()
         self.calibration = calibration or Calibration()
-        self.source = source
-        self.weights = weights
+        self.source, self.weights, self.encoding = source, weights, encoding
         self.builder = PromptBuilder(task, template)
         self.engine = Engine(model)
         self._grammars: Grammars | None = None

@@ -12,13 +12,14 @@ import logging
 import pickle
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow
 import ray.data
 import ray.exceptions
 
+from labeltune.config import ColumnsConfig
 from labeltune.data.blocks import Block, cut_file, read_block
 from labeltune.data.places import Place
 from labeltune.errors import ConfigError, DataError, LabeltuneError, ModelError, OutputError, first_line
@@ -45,12 +46,16 @@ class Settings:
 
     Attributes:
         labels: candidates for rows that bring none.
+        encoding: of text files, by Python's name.
+        columns: file -> names of its columns, where they are not the run's (see `recipes.spreading`).
     """
 
     labels: tuple[str, ...] = ()
     min_confidence: float | None = None
     top_k: int | None = None
     with_text: bool = False
+    encoding: str = "utf-8"
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,14 @@ class PartWriter(_Actor):
         written: list[str] = []
         try:
             with Place(block.file, values["where"]).open() as file:
-                rows = rows_of(read_block(block, file), self.predictor, settings.labels, block.first)
+                names = settings.columns.get(block.file)
+                rows = rows_of(
+                    read_block(block, file, settings.encoding),
+                    self.predictor,
+                    settings.labels,
+                    block.first,
+                    ColumnsConfig(**names) if names is not None else None,
+                )
                 for found, faults in predict_lines(
                     self.predictor,
                     rows,
@@ -202,7 +214,8 @@ def predict_blocks(
         _clear(output)
     with ray_session(cluster.address):
         if blocks is None:
-            blocks = _cut_all({name: place for name, (place, _) in inputs.items()}, block_rows)
+            places = {name: place for name, (place, _) in inputs.items()}
+            blocks = _cut_all(places, block_rows, settings.encoding)
             note = {**mine, "blocks": [asdict(block) for block in blocks]}
             output.inside(MANIFEST).write(json.dumps(note).encode())
         wheres = {place.name: place.where for place, _ in inputs.values()}
@@ -280,16 +293,16 @@ def list_inputs(source: Place) -> dict[str, tuple[Place, dict[str, Any]]]:
     return {name: (source if alone else source.inside(name), about) for name, about in files.items()}
 
 
-def _cut(where: Place, rows: int) -> list[Block]:
+def _cut(where: Place, rows: int, encoding: str = "utf-8") -> list[Block]:
     with where.open() as file:
-        return list(cut_file(where.name, file, rows, CHUNK_ROWS))
+        return list(cut_file(where.name, file, rows, CHUNK_ROWS, encoding=encoding))
 
 
-def _cut_all(inputs: dict[str, Place], rows: int) -> list[Block]:
+def _cut_all(inputs: dict[str, Place], rows: int, encoding: str) -> list[Block]:
     """The blocks of all files; files are cut side by side, each by one pass over its lines."""
     cut = ray.remote(_cut)
     try:
-        found = ray.get([cut.remote(place, rows) for place in inputs.values()])
+        found = ray.get([cut.remote(place, rows, encoding) for place in inputs.values()])
     except ray.exceptions.RayError as error:
         raise _own(error) from error
     return [block for blocks in found for block in blocks]
@@ -357,7 +370,8 @@ def _resumed(output: Place, mine: dict[str, Any]) -> list[Block]:
     """The blocks of an unfinished output, by its manifest."""
     if not output.inside(MANIFEST).is_file():
         raise OutputError(f"nothing to resume: {output.name} holds no {MANIFEST}; start without --resume")
-    theirs = {"with_text": False, **json.loads(output.inside(MANIFEST).read())}
+    earlier = {"with_text": False, "encoding": "utf-8", "columns": {}}
+    theirs = {**earlier, **json.loads(output.inside(MANIFEST).read())}
     differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
     if differing:
         raise OutputError(

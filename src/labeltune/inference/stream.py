@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections import deque
@@ -13,16 +14,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from labeltune.config import ColumnsConfig, DataConfig
+from labeltune.data.audit import first_error
 from labeltune.data.columns import columns_of_file
 from labeltune.data.formats import find_format
-from labeltune.data.schemas import first_error, parse_record
-from labeltune.data.sources import Record, bounded_lines, iter_records
+from labeltune.data.schemas import parse_record
+from labeltune.data.sources import Record, bounded_lines, iter_records, without_key
 from labeltune.data.standard_input import input_records
 from labeltune.errors import DataError, OutputError, PromptError, printable
 from labeltune.folder_lock import alone_with
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.row_files import csv_of, is_csv, unfinished_names
 from labeltune.output_paths import link_target
+from labeltune.progress import note
 from labeltune.run_folder import file_hash, remove_leftovers, write_json, writing
 from labeltune.types import Example, Prediction
 
@@ -47,26 +50,40 @@ Row = Example | BadRow
 
 
 def read_rows(
-    path: Path, predictor: Predictor, labels: Sequence[str] = (), encoding: str = "utf-8"
+    path: Path,
+    predictor: Predictor,
+    labels: Sequence[str] = (),
+    encoding: str | None = None,
+    option: str | None = "--encoding",
 ) -> Iterator[Row]:
-    """The rows of a file, each an example or the reason why not; `labels` are for rows that bring no candidates.
+    """The rows of a file, each an example or the reason why not.
+
+    Args:
+        labels: for rows that bring no candidates.
+        encoding: of a text file; the run's when None.
+        option: what sets it, for messages; None when nothing does.
 
     Raises:
         DataError: nothing of the file can be read, or it has no column for the text.
     """
+    encoding = encoding or predictor.encoding
     data = DataConfig(columns=predictor.columns, encoding=encoding)
     columns = columns_of_file(path, predictor.task.name, data, answers_required=False)
     if columns.problem is not None:
-        raise DataError(f"{columns.problem.where}: {columns.problem.problem}")
-    return rows_of(iter_records(path, encoding), predictor, labels, columns=columns.columns)
+        raise DataError(f"{columns.problem.where}: {without_key(columns.problem.problem, option)}")
+    records = iter_records(path, encoding)
+    return rows_of(records, predictor, labels, columns=columns.columns, option=option)
 
 
-def read_stream(file: IO[bytes], predictor: Predictor, labels: Sequence[str] = ()) -> Iterator[Row]:
+def read_stream(
+    file: IO[bytes], predictor: Predictor, labels: Sequence[str] = (), encoding: str | None = None
+) -> Iterator[Row]:
     """The rows of standard input: as a file's, and a line that is no JSON object is a document.
 
     Blank lines are no rows. A line that begins like a JSON object and is none is a row that cannot be predicted.
     """
-    records, columns = input_records(file, predictor.task.name, predictor.columns)
+    encoding = encoding or predictor.encoding
+    records, columns = input_records(file, predictor.task.name, predictor.columns, encoding)
     return rows_of(records, predictor, labels, columns=columns)
 
 
@@ -76,11 +93,13 @@ def rows_of(
     labels: Sequence[str] = (),
     first: int = 0,
     columns: ColumnsConfig | None = None,
+    option: str | None = "--encoding",
 ) -> Iterator[Row]:
     """The rows of records, of which `first` is the number of the first one in its file.
 
     Args:
         columns: names of the columns in this file; the predictor's when None.
+        option: what sets the encoding, for messages; None when nothing does.
     """
     task, columns = predictor.task, columns or predictor.columns
     labels_known = task.labels if task.name == "ner" else None
@@ -93,7 +112,8 @@ def rows_of(
             has_id = isinstance(own, str | int) and own != ""
             name = str(own).encode("utf-8", "replace").decode() if has_id else str(number)
             fault = first_error(faults)
-            yield BadRow(name, f"{fault.kind}: {fault.message}", record.where)
+            said = without_key(f"{fault.kind}: {fault.message}", option)
+            yield BadRow(name, said, record.where)
         else:
             yield with_labels(example, labels)
 
@@ -185,12 +205,15 @@ def predict_file(
     top_k: int | None = None,
     with_text: bool = False,
     progress: Callable[[int], None] | None = None,
-    encoding: str = "utf-8",
+    encoding: str | None = None,
 ) -> int:
     """Predict a file into another, jsonl or (by its name) csv; `output` appears when it is whole.
 
     Until then answers stand in `.NAME.part` beside it, with a note of what they belong to. After a kill, `resume` keeps the
     whole chunks of it and goes on behind them; the result is that of an uninterrupted run.
+
+    Args:
+        encoding: of a text file; the run's when None.
 
     Returns:
         The number of rows that could not be predicted.
@@ -198,6 +221,7 @@ def predict_file(
     Raises:
         OutputError: nothing to resume, the rest belongs to another input, run or setting, or another process writes it.
     """
+    encoding = encoding or predictor.encoding
     with alone_with_output(output.resolve(), str(output)):
         rows = read_rows(path, predictor, labels, encoding)
         return _predict_into(
@@ -211,6 +235,7 @@ def predict_file(
             top_k,
             with_text,
             progress,
+            codecs.lookup(encoding).name,
         )
 
 
@@ -239,6 +264,7 @@ def _predict_into(
     top_k: int | None,
     with_text: bool,
     progress: Callable[[int], None] | None,
+    encoding: str,
 ) -> int:
     part, note = (output.with_name(name) for name in unfinished_names(output.name))
     remove_leftovers(note.parent, note.name)
@@ -249,6 +275,7 @@ def _predict_into(
         "min_confidence": min_confidence,
         "top_k": top_k,
         "with_text": with_text,
+        "encoding": encoding,
     }
     done = bad = 0
     if resume:
@@ -306,6 +333,7 @@ def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tu
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(f"{note} cannot be read: {error}; start without --resume to begin again") from error
     theirs.setdefault("with_text", False)
+    theirs.setdefault("encoding", "utf-8")
     if theirs != mine:
         differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
         raise OutputError(
@@ -335,6 +363,13 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return values if isinstance(values, dict) else None
+
+
+def used_encoding(given: str | None, of_run: str, name: str) -> str:
+    """The encoding that text is read in: the one that is given, else that of the run's data, which is said unless it is UTF-8."""
+    if given is None and of_run != "utf-8" and not name.lower().endswith((".parquet", ".xlsx")):
+        note(f"{name} is read as {of_run}, as the run's data was; --encoding names another")
+    return given or of_run
 
 
 def count_rows(path: Path, encoding: str = "utf-8") -> int | None:

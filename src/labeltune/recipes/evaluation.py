@@ -22,6 +22,7 @@ from labeltune.config import (
 from labeltune.data.audit import stop_on_errors
 from labeltune.data.loading import Rows, load_rows, load_splits
 from labeltune.data.meeting import add_unknown_labels
+from labeltune.data.sources import without_key
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.headline import SELECTION, TRAINING
 from labeltune.evaluation.metrics import classification_metrics
@@ -170,12 +171,15 @@ def labelled_rows(
     Raises:
         DataError: the rows have faults, or labels that a run cannot answer (with `on_error="stop"`), or none is usable.
     """
-    rows = load_rows(data, run.task, run.data, run.hub, max_rows=max_rows)
+    rows = load_rows(data, run.task, run.data, run.hub, max_rows=max_rows, numbered=run.labels)
     unknown: set[int] = set()
     for each in (run, *others):
         whose = f"the labels of {each.name}"
         unknown |= set(add_unknown_labels(rows.audit, rows.answers(), each.labels, whose))
-    stop_on_errors([rows.audit], on_error == "skip", "Repair them, or evaluate with --on-error skip")
+    try:
+        stop_on_errors([rows.audit], on_error == "skip", "Repair them, or evaluate with --on-error skip")
+    except DataError as error:
+        raise error if run.configured else DataError(without_key(str(error))) from None
     rows = rows.without(sorted(unknown))
     if not len(rows.dataset):
         raise DataError(f"{rows.audit.path} holds no usable row")
@@ -189,6 +193,7 @@ class RunDescription:
     Attributes:
         data: how its rows are read.
         folder: its checkpoint; None for an untuned model.
+        configured: it is a config file, whose keys can be changed.
     """
 
     name: str
@@ -199,6 +204,7 @@ class RunDescription:
     generation: GenerationConfig
     prior: str
     folder: Path | None
+    configured: bool = False
 
 
 def describe_run(
@@ -217,27 +223,28 @@ def describe_run(
 
     folder: Path | None = None
     hub: HubConfig | None = None
+    configured = False
     if isinstance(run, Predictor):
         task, labels, generation, calibrate = run.task.name, run.task.labels, run.generation, run.calibrate
-        data = reading(task, labels, run.columns)
+        data = reading(task, labels, run.columns, run.encoding)
         folder = run.weights.parent if run.weights is not None else None
     elif Path(run).suffix in {".yaml", ".yml"}:
         config = load_config(run, overrides)
         task, labels, data, hub = config.task, _labels_of(config), config.data, config.hub
-        generation, calibrate = config.generation, config.calibrate
+        generation, calibrate, configured = config.generation, config.calibrate, True
     else:
         folder = checkpoint_of(run)
         info = RunInfo.load(folder)
         task, labels, generation, calibrate = info.task, info.labels, info.generation, info.calibrate
-        data = reading(task, labels, info.columns)
+        data, hub = reading(task, labels, info.columns, info.encoding), info.hub
     generation = changed_generation(generation, changes or {})
     name = str(run) if not isinstance(run, Predictor) else str(folder or run.source)
-    return RunDescription(name, task, labels, data, hub, generation, calibrate.prior, folder)
+    return RunDescription(name, task, labels, data, hub, generation, calibrate.prior, folder, configured)
 
 
-def reading(task: TaskName, labels: tuple[str, ...], columns: ColumnsConfig) -> DataConfig:
+def reading(task: TaskName, labels: tuple[str, ...], columns: ColumnsConfig, encoding: str) -> DataConfig:
     """How the rows of a run are read: entity types by their configured names."""
-    return DataConfig(labels=labels if task == "ner" else None, columns=columns)
+    return DataConfig(labels=labels if task == "ner" else None, columns=columns, encoding=encoding)
 
 
 def _labels_of(config: RunConfig) -> tuple[str, ...]:

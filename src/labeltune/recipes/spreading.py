@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labeltune.config import DataConfig, TaskName
+from labeltune.run_folder import RunInfo
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
+    from labeltune.data.places import Place
     from labeltune.inference.predictor import Predictor
 
 
@@ -27,6 +31,7 @@ def predict_spread(
     workers: int | None = None,
     address: str | None = None,
     with_text: bool = False,
+    encoding: str | None = None,
 ) -> int:
     """Predict a file or folder into a folder of parts, on Ray Data.
 
@@ -38,6 +43,7 @@ def predict_spread(
         block_rows: rows of a part.
         address: a Ray cluster; this machine when None.
         with_text: rows hold their document.
+        encoding: of text files; the run's when None.
 
     Returns:
         The number of rows that could not be predicted.
@@ -48,14 +54,18 @@ def predict_spread(
     from labeltune.data.places import Place
     from labeltune.inference.load import load_changed
     from labeltune.inference.ray_engine import Cluster, Settings, predict_blocks
-    from labeltune.inference.stream import alone_with_output
+    from labeltune.inference.stream import alone_with_output, used_encoding
 
     where = Place.of(output)
     known = run_fingerprint_of(run, changes or {})
+    about = run_info_of(run)
+    encoding = codecs.lookup(used_encoding(encoding, about.encoding, source)).name
+    data = DataConfig(columns=about.columns, encoding=encoding)
     load = partial(load_changed, everywhere(run), changes or {})
     alone = contextlib.nullcontext() if where.remote else alone_with_output(Path(where.where), where.name)
     with alone, _bar() as advance:
-        settings = Settings(labels, min_confidence, top_k, with_text)
+        columns = columns_of_inputs(Place.of(source), about.task, data)
+        settings = Settings(labels, min_confidence, top_k, with_text, encoding, columns)
         cluster = Cluster(workers, address)
         return predict_blocks(
             load,
@@ -70,11 +80,49 @@ def predict_spread(
         )
 
 
+def columns_of_inputs(source: Place, task: TaskName, data: DataConfig) -> dict[str, dict[str, str]]:
+    """Names of the columns of every input where they are not those of `data`, by the first rows; said once.
+
+    Raises:
+        DataError: a file cannot be read, or it has no column for the text.
+    """
+    import pyarrow
+
+    from labeltune.data.blocks import file_records
+    from labeltune.data.columns import columns_of_records
+    from labeltune.data.sources import without_key
+    from labeltune.errors import DataError, first_line
+    from labeltune.inference.ray_engine import list_inputs
+
+    names: dict[str, dict[str, str]] = {}
+    for place, _ in list_inputs(source).values():
+        try:
+            with place.open() as file:
+                records = file_records(place.name, file, data.encoding)
+                found = columns_of_records(
+                    records, place.name, place.name.rpartition("/")[2], task, data.columns, False
+                )
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{place.name} cannot be read: {first_line(error)}") from error
+        if found.problem is not None:
+            raise DataError(f"{found.problem.where}: {without_key(found.problem.problem, '--encoding')}")
+        if found.columns != data.columns:
+            names[place.name] = found.columns.model_dump()
+    return names
+
+
 def run_fingerprint_of(run: str, changes: dict[str, Any]) -> str:
     """Names everything that a run's answers follow from but the rows."""
     from labeltune.inference.load import run_fingerprint
 
     return run_fingerprint(run, changes)
+
+
+def run_info_of(run: str) -> RunInfo:
+    """What a run says of itself."""
+    from labeltune.inference.load import checkpoint_of
+
+    return RunInfo.load(checkpoint_of(run))
 
 
 def answer_spread(

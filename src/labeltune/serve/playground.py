@@ -301,8 +301,8 @@ async def _try_file(
         try:
             served = service.pick(name, None)
             labels = _labels(served, chosen) if served.task == "classification" else ()
-            total = count_rows(Path(path))
-            rows = read_rows(Path(path), served.predictor, labels)
+            total = count_rows(Path(path), served.predictor.encoding)
+            rows = read_rows(Path(path), served.predictor, labels, option=None)
             with result.open("w", encoding="utf-8") as file:
                 while chunk := await asyncio.to_thread(lambda: list(islice(rows, CHUNK))):
                     for row in await asyncio.gather(*(_answer(service, served, row) for row in chunk)):
