@@ -268,7 +268,7 @@ def _checked(number: int, values: dict[str, Any], labels: tuple[str, ...], where
     """
     from labeltune.config import ColumnsConfig
     from labeltune.data.audit import first_error
-from labeltune.data.schemas import parse_record
+    from labeltune.data.schemas import parse_record
     from labeltune.data.sources import Record
     from labeltune.errors import DataError
     from labeltune.inference.stream import with_labels
