@@ -26,8 +26,8 @@ CHINESE = re.compile("[\u3400-\u9fff]")
 HOLE = "7"
 #: Put together by the source from more than one string, so that no template stands there in one piece.
 COMPOSED = {
-    "set data.encoding={name}, or convert it with: iconv -f {encoding} -t UTF-8 {file} (or from whatever encoding it has)",
-    "convert it with: iconv -f {encoding} -t UTF-8 {file} (or from whatever encoding it has)",
+    "set data.encoding={name}, or convert it with: iconv -f {encoding} -t {wanted} {file} (or from whatever encoding it has)",
+    "convert it with: iconv -f {encoding} -t {wanted} {file} (or from whatever encoding it has)",
     "{where}: error: {kind}: {message}",
     "{where}: warning: {kind}: {message}",
     "error{rank}: {message}",
