@@ -285,7 +285,7 @@ def test_processes_end_with_a_killed_parent() -> None:
             "import os, time",
             "from labeltune.processes import mapped",
             "def work(n):",
-            "    print(os.getpid(), flush=True)",
+            "    os.write(1, f'{os.getpid()}\\n'.encode())",
             "    time.sleep(60)",
             "list(mapped(work, range(2), 2))",
         ]

@@ -84,6 +84,7 @@ def test_predict_into_a_read_only_folder(in_folder: Path, monkeypatch: pytest.Mo
 def test_a_full_token_cache_is_named(
     in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LABELTUNE_CACHE", str(in_folder / "cache"))  # nothing is kept there of other tests
     config = config_for(in_folder, model_folder, max_steps=1)
     monkeypatch.setattr("labeltune.training.dataset._write_tokens", refuse)
     with pytest.raises(OutputError, match=r"tokens cannot be written: No space left.*LABELTUNE_CACHE"):

@@ -86,6 +86,14 @@ def note(line: str) -> None:
 
 
 @contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """What a command does while the context is open, named on standard error whenever nothing else was said for long."""
+    with no_long_silence(lambda line: print(localize(line), file=sys.stderr, flush=True)):
+        begin(name)
+        yield
+
+
+@contextlib.contextmanager
 def row_progress(
     total: int | None, what: str, shown: bool = True, last_line: bool = True
 ) -> Iterator[Callable[[int], None]]:
@@ -138,6 +146,7 @@ def _plain_lines(total: int | None, what: str, last_line: bool) -> Callable[[int
             return
         last = now
         rate = done / max(now - started, 1e-9)
+        _Now.phase = ""
         left = f", {(total - done) / rate:.0f} s left" if total else ""
         print(
             f"{what}: {done}{f'/{total}' if total else ''} rows, {rate:.2f} rows/s{left}",

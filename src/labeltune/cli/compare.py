@@ -52,8 +52,10 @@ def compare(
         check_folder(output, [*read, data], ("comparison.json", "changed.jsonl", "comparison.html"))
     quiet_libraries()
     from labeltune import recipes
+    from labeltune.progress import phase
 
-    found = recipes.compare(first, second, data, on_error=on_error, max_rows=max_rows, output=output)
+    with phase("loading the model"):
+        found = recipes.compare(first, second, data, on_error=on_error, max_rows=max_rows, output=output)
     print_differences(found)
     if output is not None:
         print(f"report: {output / 'comparison.html'}", file=sys.stderr)

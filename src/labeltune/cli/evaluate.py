@@ -64,21 +64,23 @@ def evaluate(
         check_folder(output, read, EVALUATION_FILES)
     quiet_libraries()
     from labeltune import recipes
+    from labeltune.progress import phase
 
-    metrics = recipes.evaluate(
-        run,
-        data,
-        base=base,
-        on_error=on_error,
-        max_rows=max_rows,
-        output=output,
-        overrides=overrides or [],
-        train_data=train_data,
-        decoding=decoding,
-        engine="ray" if engine == "ray" else "local",
-        workers=workers,
-        address=address,
-    )
+    with phase("loading the model"):
+        metrics = recipes.evaluate(
+            run,
+            data,
+            base=base,
+            on_error=on_error,
+            max_rows=max_rows,
+            output=output,
+            overrides=overrides or [],
+            train_data=train_data,
+            decoding=decoding,
+            engine="ray" if engine == "ray" else "local",
+            workers=workers,
+            address=address,
+        )
     print_summary(metrics)
     if output is not None:
         print(f"report: {output / 'report.html'}", file=sys.stderr)

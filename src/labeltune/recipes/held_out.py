@@ -26,7 +26,9 @@ def rows_to_verify(
         return [found.example(i) for i in range(len(found.dataset))]
     file = _validation(checkpoint) / "predictions.jsonl"
     if not file.is_file():
-        say("warning: nothing is verified: the run keeps no validation rows; name some with --verify FILE")
+        say(
+            "warning: nothing is verified: a run keeps its validation rows when it ends, and this one has none; name some with --verify FILE"
+        )
         return []
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
