@@ -747,3 +747,23 @@ def test_the_task_is_guessed_before_other_changes_are_looked_at(
     assert labeltune("data", "check", "ner.jsonl", "eval.metric=span_f1").code == 0
     found = labeltune("data", "check", "ner.jsonl", "eval.metric=accuracy")
     assert found.code == 2 and "eval.metric=accuracy is not measured for ner" in found.err
+
+
+def test_ctrl_c_outside_the_steps_is_said(
+    labeltune: Any, in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """typer would end with exit code 130 and without a word."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    write_jsonl(in_folder / "rows.jsonl", classification_rows(6))
+    monkeypatch.setattr("labeltune.recipes.training.load_splits", interrupted)
+    stopped = labeltune("train", "--data", "rows.jsonl", "--model", str(model_folder))
+    assert stopped.code == 130
+    assert stopped.err.splitlines()[-1] == (
+        "stopped outside the training steps; checkpoints saved before are kept"
+    )
+    monkeypatch.setattr("labeltune.recipes.check_data", interrupted)
+    stopped = labeltune("data", "check", "rows.jsonl")
+    assert (stopped.code, stopped.err.splitlines()[-1]) == (130, "interrupted")

@@ -111,9 +111,12 @@ def _run_app(command: typer.Typer, name: str | None) -> None:
             with spoken("stderr"):
                 command(prog_name=name)
         except SystemExit as stop:
-            # typer makes exit code 1 of a broken pipe, which means something else here.
-            if isinstance(stop.__context__, BrokenPipeError):
-                raise stop.__context__ from None
+            # typer makes exit code 1 of a broken pipe, which means something else here, and says nothing of Ctrl-C.
+            cause = stop.__context__
+            while cause is not None and not isinstance(cause, BrokenPipeError | KeyboardInterrupt):
+                cause = cause.__context__
+            if cause is not None:
+                raise cause from None
             raise
         finally:
             sys.stdout.flush()

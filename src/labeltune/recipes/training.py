@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
 from labeltune.data.loading import Splits, load_splits
-from labeltune.errors import MissingExtraError
+from labeltune.errors import Interrupted, MissingExtraError
 from labeltune.evaluation.headline import SELECTION, headline
 from labeltune.folder_lock import alone_with
 from labeltune.messages import localize
@@ -87,7 +87,12 @@ def train(
         alone_with(Path(config.output_dir) / ".lock", writing, "wait for it, or choose another output_dir"),
         no_long_silence(say),
     ):
-        return _train(config, resume, overwrite, say, command)
+        try:
+            return _train(config, resume, overwrite, say, command)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "stopped outside the training steps; checkpoints saved before are kept"
+            ) from None
 
 
 def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None) -> TrainResult:
