@@ -31,6 +31,12 @@ def spoke() -> None:
     _Now.spoke = time.monotonic()
 
 
+def tell(line: str) -> None:
+    """A finished line on standard error, in the user's language."""
+    print(localize(line), file=sys.stderr, flush=True)
+    spoke()
+
+
 def silent_for() -> float:
     """Seconds since the last line."""
     return time.monotonic() - _Now.spoke
@@ -82,13 +88,13 @@ def note(line: str) -> None:
     """Say something once on standard error, by the first process of a job alone."""
     if rank() == 0 and line not in _noted:
         _noted.add(line)
-        print(localize(f"note: {printable(line)}"), file=sys.stderr, flush=True)
+        tell(f"note: {printable(line)}")
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """What a command does while the context is open, named on standard error whenever nothing else was said for long."""
-    with no_long_silence(lambda line: print(localize(line), file=sys.stderr, flush=True)):
+    with no_long_silence(tell):
         begin(name)
         yield
 

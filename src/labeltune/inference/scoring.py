@@ -97,7 +97,7 @@ def score_answers(
             if shared > begin:
                 behind = KeyValues(past)
                 segments.append(Segment(questions[rows[0]].prompt[begin:shared], behind, keep=True))
-            segments += [segment_of(questions[row], shared, behind) for row in rows]
+            segments += [_segment(questions[row], shared, behind) for row in rows]
             logits = run_segments(model, segments)
             start = 0
             for row in rows:
@@ -146,7 +146,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def segment_of(question: Question, shared: int, past: KeyValues) -> Segment:
+def _segment(question: Question, shared: int, past: KeyValues) -> Segment:
     """The row's own part of the prompt, and behind it the trie, every node of which sees the prompt and its ancestors."""
     import torch
 
@@ -203,7 +203,7 @@ def rows_felt(model: Any, questions: Sequence[Question]) -> str | None:
     import torch
 
     def logits(asked: Sequence[Question]) -> list[Any]:
-        segments = [segment_of(question, 0, KeyValues()) for question in asked]
+        segments = [_segment(question, 0, KeyValues()) for question in asked]
         return list(run_segments(model, segments).split([len(question.trie) for question in asked]))
 
     def others(tokens: Sequence[int]) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,8 @@ from labeltune.export.folder import EXPORT_FILE, check_target, whole_folder
 from labeltune.export.merge import DTYPES, Dtype
 from labeltune.export.parity import Parity, check_parity, compare_answers
 from labeltune.export.push import check_repo, push_folder
-from labeltune.messages import localize
 from labeltune.modeling.pocket import POCKET_MODELS
+from labeltune.progress import tell
 from labeltune.recipes.evaluation import row_bar
 from labeltune.recipes.held_out import rows_to_verify, validation_metrics
 from labeltune.recipes.selection import SELECTION_FILE, TRAINING_FILE
@@ -48,10 +47,6 @@ class Exported:
     address: str | None = None
 
 
-def _say(line: str) -> None:
-    print(localize(line), file=sys.stderr, flush=True)
-
-
 def export(
     run: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -68,7 +63,7 @@ def export(
     push: str | None = None,
     name: str | None = None,
     overwrite: bool = False,
-    say: Say = _say,
+    say: Say = tell,
     progress: bool = True,
 ) -> Exported:
     """Write a run in a form that transformers, vLLM, Ollama or ONNX Runtime load, and check that it answers alike.

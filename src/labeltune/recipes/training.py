@@ -15,8 +15,7 @@ from labeltune.data.loading import Splits, load_splits
 from labeltune.errors import Interrupted, MissingExtraError
 from labeltune.evaluation.headline import SELECTION, headline
 from labeltune.folder_lock import alone_with
-from labeltune.messages import localize
-from labeltune.progress import begin, no_long_silence, row_progress, spoke
+from labeltune.progress import begin, no_long_silence, row_progress, tell
 from labeltune.ranks import is_sharded, rank
 from labeltune.recipes.data import without_too_long
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
@@ -56,8 +55,7 @@ CALIBRATION_ROWS = 2000
 
 def _say(line: str) -> None:
     if rank() == 0:
-        print(localize(line), file=sys.stderr, flush=True)
-        spoke()
+        tell(line)
 
 
 def train(

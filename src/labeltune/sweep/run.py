@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from labeltune.errors import ConfigError, Interrupted, MissingExtraError, SweepError
 from labeltune.folder_lock import alone_with
 from labeltune.messages import localize
+from labeltune.progress import tell
 from labeltune.sweep.report import Trial, best_trial, print_table, train_command, write_results
 from labeltune.sweep.search import Choices, SweepPlan
 
@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def _say(line: str) -> None:
-    print(localize(line), file=sys.stderr, flush=True)
-
-
-def run_sweep(plan: SweepPlan, say: Say = _say) -> list[Trial]:
+def run_sweep(plan: SweepPlan, say: Say = tell) -> list[Trial]:
     """Train until as many trials as the plan says are finished; those of an earlier call count.
 
     Returns:
