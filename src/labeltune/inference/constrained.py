@@ -10,10 +10,17 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from labeltune.errors import ModelError
 from labeltune.inference.runner import Runner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 _BEFORE_TEXT, _BEFORE_LABEL, _END = '{"entity_text": "', '", "entity_label": "', '"}'
 
@@ -43,7 +50,9 @@ class Grammars:
         vocabulary: size of the output layer.
     """
 
-    def __init__(self, tokenizer: Any, labels: Sequence[str], no_entities: str, vocabulary: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], no_entities: str, vocabulary: int
+    ) -> None:
         import llguidance.hf
 
         self.labels = tuple(labels)
@@ -165,7 +174,7 @@ def extract(
     return [found[i] for i in range(len(prompts))]
 
 
-def _step(row: _Row, logits: Any, grammars: Grammars, end_ids: Sequence[int]) -> Extracted | None:
+def _step(row: _Row, logits: torch.Tensor, grammars: Grammars, end_ids: Sequence[int]) -> Extracted | None:
     """Choose the next token and take what the grammar then forces; the answer when it is complete.
 
     Args:
@@ -208,9 +217,6 @@ def _may_end(row: _Row) -> bool:
 
 def _allowed(row: _Row, grammars: Grammars, end_ids: Sequence[int]) -> Any:
     """Ids of the tokens that may come next."""
-    import numpy as np
-    import torch
-
     bits = np.frombuffer(row.matcher.compute_bitmask(), dtype=np.uint8)
     mask = np.unpackbits(bits, bitorder="little")[: grammars.vocabulary].astype(bool)
     # The end of turn is ours to allow: the grammar's own end is that of one line.

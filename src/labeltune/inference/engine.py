@@ -7,7 +7,9 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
 
 from labeltune.errors import ModelError, first_line
 from labeltune.inference.runner import PlainRunner, Runner, SegmentRunner
@@ -15,6 +17,10 @@ from labeltune.inference.scoring import PrefixCache, Question, rows_felt, score_
 from labeltune.inference.trie import LabelTrie
 from labeltune.modeling.precision import weights_in
 from labeltune.modeling.shared_prefix import changing_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 #: Tokens of one pass that keep the device busy.
 PASS_TOKENS = {"cuda": 16384, "mps": 4096, "cpu": 1024}
@@ -31,12 +37,10 @@ Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
-def predicting(model: Any) -> Iterator[None]:
+def predicting(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, without compiled layers (each new shape would be compiled) and without the autocast that accelerate
     puts around a model in training: a run's own validation computes what `labeltune evaluate` will. All is put back.
     """
-    import torch
-
     was_training = model.training
     stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
     mixed, unmixed = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
@@ -59,7 +63,7 @@ class Engine:
     (capped attention, state-space layers, a backend that drops its arguments) is run the plain way, with one warning.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._max_tokens: int | None = None
         self._cache = PrefixCache()
@@ -120,8 +124,6 @@ class Engine:
 
     def _within_memory(self, run: Callable[[], Result]) -> Result:
         """Again with smaller passes when the device runs out of memory."""
-        import torch
-
         while True:
             try:
                 return run()
@@ -151,8 +153,6 @@ class Engine:
         Rounding must not hide a wrong result: weights in bf16 or fp16 are first compared in fp32; where that is impossible, no
         row may feel what stands in another one.
         """
-        import torch
-
         rounded = next(self.model.parameters()).dtype != torch.float32
         try:
             exact = None

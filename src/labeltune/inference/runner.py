@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 from labeltune.inference.scoring import PrefixCache
 from labeltune.modeling.tree_attention import KeyValues, Segment, run_segments, segment_attention_on
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Session(Protocol):
@@ -34,21 +39,19 @@ class Runner(Protocol):
 class SegmentRunner:
     """All sequences in one row, what their prompts begin with computed once."""
 
-    def __init__(self, model: Any, cache: PrefixCache, max_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, cache: PrefixCache, max_tokens: int) -> None:
         self.model, self.cache, self.max_tokens = model, cache, max_tokens
 
     @contextlib.contextmanager
     def session(self, prompts: Sequence[Sequence[int]]) -> Iterator[Session]:
         """Switches the model's attention meanwhile."""
-        import torch
-
         with torch.inference_mode(), segment_attention_on(self.model):
             past = self.cache.common(self.model, prompts) if prompts else KeyValues()
             yield _Segments(self.model, past, self.max_tokens)
 
 
 class _Segments:
-    def __init__(self, model: Any, past: KeyValues, max_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, past: KeyValues, max_tokens: int) -> None:
         self.model, self.past, self.max_tokens = model, past, max_tokens
 
     def start(self, prompt: Sequence[int], room: int) -> tuple[Any, list[int]]:
@@ -56,8 +59,6 @@ class _Segments:
         return KeyValues(self.past, room=len(own) + room), own
 
     def advance(self, rows: Sequence[tuple[Any, Sequence[int]]]) -> Any:
-        import torch
-
         parts: list[Any] = []
         batch: list[Segment] = []
         for state, ids in rows:
@@ -72,20 +73,18 @@ class _Segments:
 class PlainRunner:
     """Every sequence by itself through the model's own attention and cache: the twin, and for models that cannot do more."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     @contextlib.contextmanager
     def session(self, prompts: Sequence[Sequence[int]]) -> Iterator[Session]:
         """Nothing to prepare."""
-        import torch
-
         with torch.inference_mode():
             yield _Plain(self.model)
 
 
 class _Plain:
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.device = next(model.parameters()).device
 
@@ -93,8 +92,6 @@ class _Plain:
         return {}, list(prompt)
 
     def advance(self, rows: Sequence[tuple[Any, Sequence[int]]]) -> Any:
-        import torch
-
         found = []
         for state, ids in rows:
             output = self.model(

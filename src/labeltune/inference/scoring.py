@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from labeltune.inference.trie import LabelTrie
 from labeltune.modeling.tree_attention import KeyValues, Segment, run_segments, segment_attention_on
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 #: Memory that the logits of one pass may take.
 LOGITS_BYTES = 256 * 2**20
@@ -50,11 +56,11 @@ class PrefixCache:
             return held
         return common if len(prompts) > 1 else 0
 
-    def common(self, model: Any, prompts: Sequence[Sequence[int]]) -> KeyValues:
+    def common(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> KeyValues:
         """What these prompts begin with, computed where it is not known yet; call inside `segment_attention_on`."""
         return self._get(model, prompts[0][: self._shared(prompts)])
 
-    def _get(self, model: Any, ids: Sequence[int]) -> KeyValues:
+    def _get(self, model: PreTrainedModel, ids: Sequence[int]) -> KeyValues:
         """Keys and values of exactly these tokens."""
         wanted = tuple(ids)
         if wanted != self.ids:
@@ -67,7 +73,7 @@ class PrefixCache:
 
 
 def score_answers(
-    model: Any,
+    model: PreTrainedModel,
     questions: Sequence[Question],
     max_tokens: int,
     cache: PrefixCache,
@@ -82,8 +88,6 @@ def score_answers(
         max_tokens: tokens of one pass (a row that needs more has a pass of its own).
         on_rows: called with the number of rows after each pass.
     """
-    import torch
-
     found: list[list[float]] = [[] for _ in questions]
     if not questions:
         return found
@@ -148,8 +152,6 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _segment(question: Question, shared: int, past: KeyValues) -> Segment:
     """The row's own part of the prompt, and behind it the trie, every node of which sees the prompt and its ancestors."""
-    import torch
-
     own, trie = list(question.prompt[shared:]), question.trie
     count = len(own)
     ids = own + list(trie.tokens[1:])
@@ -163,10 +165,8 @@ def _segment(question: Question, shared: int, past: KeyValues) -> Segment:
     )
 
 
-def path_scores(logits: Any, trie: LabelTrie) -> list[float]:
+def path_scores(logits: torch.Tensor, trie: LabelTrie) -> list[float]:
     """Sums of log-probabilities along the paths of a trie; logits of shape [nodes, vocabulary]."""
-    import torch
-
     steps = [step for path in trie.paths for step in path]
     nodes, tokens = (torch.tensor(column, device=logits.device) for column in zip(*steps, strict=True))
     logits = logits.float()
@@ -178,10 +178,8 @@ def path_scores(logits: Any, trie: LabelTrie) -> list[float]:
     return scores
 
 
-def score_one_by_one(model: Any, question: Question) -> list[float]:
+def score_one_by_one(model: PreTrainedModel, question: Question) -> list[float]:
     """The same with one plain forward pass for every answer: for models whose attention cannot be replaced, and to check."""
-    import torch
-
     device = next(model.parameters()).device
     answers = [[token for _, token in path] for path in question.trie.paths]
     scores = []
@@ -194,13 +192,12 @@ def score_one_by_one(model: Any, question: Question) -> list[float]:
     return scores
 
 
-def rows_felt(model: Any, questions: Sequence[Question]) -> str | None:
+def rows_felt(model: PreTrainedModel, questions: Sequence[Question]) -> str | None:
     """Whether other tokens in one row, or in one of its answers, change the logits of another, by more than computing the same
     again changes them. None where rows leave each other alone; else what was seen, in words.
 
     Shapes and places stay the same, so that rounding does too: it is compared without a tolerance.
     """
-    import torch
 
     def logits(asked: Sequence[Question]) -> list[Any]:
         segments = [_segment(question, 0, KeyValues()) for question in asked]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labeltune.config import HubConfig
 from labeltune.errors import HubError, MissingExtraError, ModelError
 from labeltune.modeling.pocket import POCKET_MODELS, pocket_folder
 from labeltune.untrusted import PICKLES, check_inside
+
+if TYPE_CHECKING:
+    import torch
+
 
 #: What a snapshot is fetched with: weights in safetensors, configuration, tokenizer; never pickles.
 IGNORED_FILES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*"]
@@ -136,7 +140,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def load_model(
     folder: Path,
-    dtype: Any,
+    dtype: torch.dtype,
     *,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -176,7 +180,7 @@ def load_model(
     return model if device is None or four_bit else model.to(device)
 
 
-def _four_bit(dtype: Any) -> Any:
+def _four_bit(dtype: torch.dtype) -> Any:
     import importlib.util
 
     if importlib.util.find_spec("bitsandbytes") is None:

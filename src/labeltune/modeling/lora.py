@@ -6,16 +6,26 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import peft
+import torch
+from peft import set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 
 from labeltune.config import LoraConfig
 from labeltune.errors import ModelError
 from labeltune.untrusted import PICKLES
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
 ADAPTER_FILE = "adapter_config.json"
 
 
-def attach_adapter(model: Any, lora: LoraConfig, *, quantized: bool = False) -> Any:
+def attach_adapter(model: PreTrainedModel, lora: LoraConfig, *, quantized: bool = False) -> Any:
     """Wrap a causal language model in a fresh LoRA adapter (arXiv:2106.09685); only the adapter is trained.
 
     Adapter weights are fp32 whatever the base model's type is, so that small updates are not lost.
@@ -23,8 +33,6 @@ def attach_adapter(model: Any, lora: LoraConfig, *, quantized: bool = False) -> 
     Raises:
         ModelError: `lora.target_modules` names no layer of this model.
     """
-    import peft
-
     if quantized:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
@@ -60,14 +68,12 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
+def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
     """Wrap a base model in the adapter of a checkpoint folder.
 
     Raises:
         ModelError: the adapter is missing, damaged, or made for another model.
     """
-    import peft
-
     if not (folder / "adapter_model.safetensors").is_file():
         pickles = sorted(p.name for p in folder.glob("adapter_model*") if p.suffix in PICKLES)
         reason = (
@@ -81,23 +87,17 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise ModelError(f"the adapter in {folder} does not fit its base model: {error}") from error
 
 
-def restore_adapter(model: Any, folder: Path) -> None:
+def restore_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Give a model with an adapter the adapter weights of a checkpoint of the same run."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
 
 
-def merge_adapter(model: Any, dtype: Any) -> Any:
+def merge_adapter(model: PreTrainedModel, dtype: torch.dtype) -> Any:
     """The base model with the adapter as part of its weights: every adapted layer is merged in fp32, then rounded to `dtype`.
 
     Raises:
         ModelError: the adapter is of a kind that cannot be merged, or not finite.
     """
-    import torch
-    from peft.tuners.lora import LoraLayer
-
     embedding = model.get_input_embeddings().weight.data_ptr()
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):

@@ -6,9 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+import torch
 
 from labeltune.ranks import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,6 @@ def pick_precision(
     Args:
         full: all weights are trained; they are then kept in fp32 under fp16 computation.
     """
-    import torch
-
     if torch.cuda.is_available():
         device = "cuda"
         native = torch.cuda.get_device_capability()[0] >= 8
@@ -48,11 +52,8 @@ def pick_precision(
     return Precision(name, weights, device)
 
 
-def free_memory(device: Any) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on a device; on the CPU within the limit of the control group."""
-    import psutil
-    import torch
-
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
@@ -69,7 +70,9 @@ def free_memory(device: Any) -> int:
 
 
 @contextlib.contextmanager
-def weights_in(model: Any, dtype: Any, everywhere: Callable[[bool], bool] = bool) -> Iterator[bool]:
+def weights_in(
+    model: PreTrainedModel, dtype: torch.dtype, everywhere: Callable[[bool], bool] = bool
+) -> Iterator[bool]:
     """Inside the `with` a model's weights and buffers are in a wider number format, if it says True.
 
     It says False, and changes nothing, where weights are quantized, spread over processes, or would not fit into memory.

@@ -15,7 +15,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 NAME = "labeltune_shared_prefix"
 
@@ -53,7 +60,7 @@ class PrefixLayout:
 
     groups: tuple[GroupLayout, ...]
 
-    def to(self, device: Any) -> PrefixLayout:
+    def to(self, device: torch.device) -> PrefixLayout:
         """The same layout with its index tensors on another device."""
         return PrefixLayout(
             tuple(
@@ -68,8 +75,6 @@ def make_layout(groups: Sequence[tuple[int, Sequence[int]]]) -> PrefixLayout:
 
     Examples without tokens of their own take no place.
     """
-    import torch
-
     made, start = [], 0
     for prefix, lengths in groups:
         rests = tuple(length for length in lengths if length)
@@ -88,11 +93,12 @@ def make_layout(groups: Sequence[tuple[int, Sequence[int]]]) -> PrefixLayout:
 
 
 def shared_prefix_attention(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -112,15 +118,13 @@ def shared_prefix_attention(
     Raises:
         ValueError: no layout was given, or the model asks for something that this function cannot do.
     """
-    import torch
-
     if prefix_layout is None:
         raise ValueError("shared-prefix attention needs prefix_layout")
     refuse_unknown(module, query, attention_mask, options)
     # On the CPU many small calls cost less than padding; elsewhere it is the other way round.
     attend = _one_by_one if query.device.type == "cpu" else _side_by_side
     sizes = [group.tokens for group in prefix_layout.groups]
-    parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
     outputs = [
         output
         for (q, k, v), group in zip(parts, prefix_layout.groups, strict=True)
@@ -129,7 +133,9 @@ def shared_prefix_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def refuse_unknown(module: Any, query: Any, attention_mask: Any, options: dict[str, Any]) -> None:
+def refuse_unknown(
+    module: torch.nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None, options: dict[str, Any]
+) -> None:
     """What a model may ask of an attention function, and ours do not know.
 
     Raises:
@@ -142,10 +148,15 @@ def refuse_unknown(module: Any, query: Any, attention_mask: Any, options: dict[s
         raise ValueError(f"labeltune's attention does not know {asked or 'batches and non-causal layers'}")
 
 
-def attend_to(query: Any, key: Any, value: Any, mask: Any, scaling: float | None, **options: Any) -> Any:
+def attend_to(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    **options: Any,
+) -> Any:
     """PyTorch's attention with fewer key heads than query heads (GQA); tensors of shape [batch, heads, tokens, head size]."""
-    import torch
-
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.device.type != "cpu":
         # The kernels that take a mask do not take fewer key heads.
@@ -167,29 +178,27 @@ class Attend:
     scaling: float | None
     window: int | None
 
-    def __call__(self, query: Any, key: Any, value: Any) -> Any:
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
         """Tensors of shape [batch, heads, tokens, head size]."""
         queries, keys = query.shape[2], key.shape[2]
         whole = queries == keys and (self.window is None or self.window >= keys)
         mask = None if whole else self._mask(queries, keys, query.device)
         return attend_to(query, key, value, mask, self.scaling, is_causal=whole, dropout_p=self.dropout)
 
-    def _mask(self, queries: int, keys: int, device: Any) -> Any:
-        import torch
-
+    def _mask(self, queries: int, keys: int, device: torch.device) -> Any:
         at_query = torch.arange(keys - queries, keys, device=device)[:, None]
         at_key = torch.arange(keys, device=device)[None, :]
         mask = at_key <= at_query
         return mask if self.window is None else mask & (at_query - at_key < self.window)
 
 
-def _one_by_one(query: Any, key: Any, value: Any, group: GroupLayout, attend: Attend) -> Iterator[Any]:
+def _one_by_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: GroupLayout, attend: Attend
+) -> Iterator[Any]:
     """The prefix, then every example by itself: nothing is padded. Splitting along the tokens costs the backward pass one
     concatenation."""
-    import torch
-
     sizes = [group.prefix, *group.rests]
-    (q, *queries), (k, *keys), (v, *values) = (x.split(sizes, dim=2) for x in (query, key, value))
+    (q, *queries), (k, *keys), (v, *values) = (torch.split(x, sizes, dim=2) for x in (query, key, value))
     if group.prefix:
         yield attend(q, k, v)
     for own_q, own_k, own_v in zip(queries, keys, values, strict=True):
@@ -198,23 +207,23 @@ def _one_by_one(query: Any, key: Any, value: Any, group: GroupLayout, attend: At
         yield attend(own_q, own_k, own_v)
 
 
-def _side_by_side(query: Any, key: Any, value: Any, group: GroupLayout, attend: Attend) -> Iterator[Any]:
+def _side_by_side(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: GroupLayout, attend: Attend
+) -> Iterator[Any]:
     """The prefix, then all examples as one padded batch.
 
     Rows are taken by `index_select`: on CUDA its gradient adds them up in parallel, where that of advanced indexing adds
     the rows of one index one after the other, and all padding has the same index.
     """
-    import torch
-
     sizes = [group.prefix, sum(group.rests)]
-    (q, own_q), (k, own_k), (v, own_v) = (x.split(sizes, dim=2) for x in (query, key, value))
+    (q, own_q), (k, own_k), (v, own_v) = (torch.split(x, sizes, dim=2) for x in (query, key, value))
     if group.prefix:
         yield attend(q, k, v)
     if group.rests:
         examples, widest = len(group.rests), max(group.rests)
         # [1, heads, tokens, size] -> [examples, heads, longest rest, size]
         own_q, own_k, own_v = (
-            x[0].index_select(1, group.gather).unflatten(1, (examples, widest)).transpose(0, 1)
+            torch.unflatten(x[0].index_select(1, group.gather), 1, (examples, widest)).transpose(0, 1)
             for x in (own_q, own_k, own_v)
         )
         if group.prefix:
@@ -224,20 +233,17 @@ def _side_by_side(query: Any, key: Any, value: Any, group: GroupLayout, attend: 
         yield output.index_select(0, group.scatter).transpose(0, 1).unsqueeze(0)
 
 
-def shared_prefix_attention_on(model: Any) -> contextlib.AbstractContextManager[None]:
+def shared_prefix_attention_on(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
     """Have a model use the function, for forward and backward (checkpointed layers run again there), then no longer."""
     return attention_on(model, NAME, shared_prefix_attention)
 
 
 @contextlib.contextmanager
-def attention_on(model: Any, name: str, function: Any) -> Iterator[None]:
+def attention_on(model: PreTrainedModel, name: str, function: Any) -> Iterator[None]:
     """Have a model use an attention function inside the `with`: only there does it need what the function asks for.
 
     Compiled layers call it as it is: compiling it would start anew for every layout.
     """
-    import torch
-    from transformers import AttentionInterface, PreTrainedConfig
-
     AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
     found = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
@@ -257,8 +263,6 @@ def changing_shapes() -> Iterator[None]:
     """Keep cuDNN out of PyTorch's attention: it is tried first on an H100 or H200 and makes a plan for every new shape, 55 ms
     to 3 s each (measured, docs/benchmarks.md), and texts hardly ever have the same lengths twice. Changes nothing on a CPU.
     """
-    import torch
-
     before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

@@ -15,9 +15,15 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from labeltune.modeling.shared_prefix import attend_to, attention_on, refuse_unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 NAME = "labeltune_segments"
 
@@ -44,7 +50,7 @@ class KeyValues:
                 )
 
     @staticmethod
-    def _grown(tensor: Any, size: int) -> Any:
+    def _grown(tensor: torch.Tensor, size: int) -> Any:
         shape = list(tensor.shape)
         shape[2] = max(size, shape[2])
         grown = tensor.new_empty(shape)
@@ -58,7 +64,7 @@ class KeyValues:
         key, value, used = self._layers[layer]
         return key[:, :, :used], value[:, :, :used]
 
-    def extend(self, layer: int, key: Any, value: Any) -> tuple[Any, Any]:
+    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any]:
         """Add tokens and return all of them."""
         added = key.shape[2]
         if layer not in self._layers:
@@ -102,7 +108,7 @@ class Segment:
     begins_at: int | None = None
     _masks: dict[tuple[int, int | None], Any] = field(default_factory=dict, init=False, repr=False)
 
-    def mask(self, keys: int, window: int | None, like: Any) -> Any:
+    def mask(self, keys: int, window: int | None, like: torch.Tensor) -> Any:
         """What the tokens see of `keys` tokens, theirs the last, shape [tokens, keys]; None for everything.
 
         Built once for all layers that ask for the same.
@@ -122,9 +128,7 @@ class Segment:
             self._masks[keys, window] = seen
         return self._masks[keys, window]
 
-    def _seen(self, keys: int, window: int | None, device: Any) -> Any:
-        import torch
-
+    def _seen(self, keys: int, window: int | None, device: torch.device) -> Any:
         tokens = len(self.ids)
         before = keys - tokens
         own = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
@@ -147,11 +151,12 @@ class Segment:
 
 
 def segment_attention(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -163,15 +168,15 @@ def segment_attention(
     Raises:
         ValueError: no segments were given, or the model asks for something that this function cannot do.
     """
-    import torch
-
     if segments is None:
         raise ValueError("segment attention needs segments")
     refuse_unknown(module, query, attention_mask, options)
     layer = module.layer_idx
     sizes = [len(segment.ids) for segment in segments]
     outputs = []
-    for segment, q, k, v in zip(segments, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
+    for segment, q, k, v in zip(
+        segments, *(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True
+    ):
         if segment.keep:
             k, v = segment.past.extend(layer, k, v)
         else:
@@ -183,12 +188,12 @@ def segment_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def segment_attention_on(model: Any) -> contextlib.AbstractContextManager[None]:
+def segment_attention_on(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
     """Have a model use the function, inside the `with` only."""
     return attention_on(model, NAME, segment_attention)
 
 
-def run_segments(model: Any, segments: Sequence[Segment]) -> Any:
+def run_segments(model: PreTrainedModel, segments: Sequence[Segment]) -> Any:
     """Run segments through the model; kept ones are then part of their past.
 
     Must be called inside `segment_attention_on(model)` and without gradients.
@@ -196,8 +201,6 @@ def run_segments(model: Any, segments: Sequence[Segment]) -> Any:
     Returns:
         Logits of all wanted tokens in order, shape [wanted tokens, vocabulary]; of one unspecified token when none is wanted.
     """
-    import torch
-
     device = next(model.parameters()).device
     ids = [token for segment in segments for token in segment.ids]
     positions = [position for segment in segments for position in segment.positions()]
