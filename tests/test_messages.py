@@ -67,6 +67,7 @@ COMPOSED = {
     "99th percentile {n}",
     "longest {n}",
     "{n} errors",
+    "{n} pairs",
     "{n} warning",
     "{n} warnings",
     "{reason} (column {n})",
