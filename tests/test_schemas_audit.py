@@ -18,8 +18,8 @@ from labeltune.cli.data import guess_task
 from labeltune.config import ColumnsConfig, DataConfig, load_config
 from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file, text_hash
 from labeltune.data.loading import load_rows
+from labeltune.data.records import Record
 from labeltune.data.schemas import FAULT_KINDS, parse_candidates, parse_record
-from labeltune.data.sources import Record
 from labeltune.errors import DataError
 from labeltune.types import Entity
 

@@ -17,8 +17,9 @@ import numpy
 from labeltune.config import DataConfig, TaskName
 from labeltune.data.columns import FileColumns, columns_of_file
 from labeltune.data.labels import twins
+from labeltune.data.records import Record
 from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record, readable_mentions
-from labeltune.data.sources import Record, iter_records
+from labeltune.data.sources import iter_records
 from labeltune.errors import DataError, counted, printable
 from labeltune.types import Example
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from labeltune.data.formats import find_format
 from labeltune.data.parquet import read_rows, repeated_column
-from labeltune.data.sources import (
+from labeltune.data.records import (
     MAX_LINE_BYTES,
     LongLine,
     Record,
@@ -20,8 +20,8 @@ from labeltune.data.sources import (
     decoded_lines,
     json_records,
     parquet_records,
-    records_of,
 )
+from labeltune.data.sources import records_of
 
 #: A block that has as many bytes ends, also before it has all its rows.
 MOST_BYTES = 32 << 20

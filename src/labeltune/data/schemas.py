@@ -15,7 +15,7 @@ from labeltune.config import ColumnsConfig, TaskName
 from labeltune.data.labels import like, meant, not_among
 from labeltune.data.labels import parse_candidates as parse_candidates
 from labeltune.data.offsets import explain
-from labeltune.data.sources import Record
+from labeltune.data.records import Record
 from labeltune.errors import DataError, clipped, printable
 from labeltune.types import Entity, Example
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 
-from labeltune.evaluation.measures import mcnemar, paired_bootstrap
+from labeltune.evaluation.intervals import mcnemar, paired_bootstrap
 from labeltune.evaluation.metrics import label_numbers, macro_f1_of
 from labeltune.evaluation.spans import f1_of_counts, span_counts, spans
 from labeltune.types import Example, Prediction

@@ -7,13 +7,13 @@ from itertools import pairwise
 
 import numpy
 
-from labeltune.data import near_duplicates, suspects
+from labeltune.data import label_issues, near_duplicates
 from labeltune.data.audit import Audit
 from labeltune.data.schemas import FAULT_KINDS, Fault
 from labeltune.evaluation.data_report import DataReport
 from labeltune.evaluation.pages import render
 
-#: Pairs, suspects and faults of a kind that the page lists; the counts are always whole.
+#: Pairs, label issues and faults of a kind that the page lists; the counts are always whole.
 MAX_SHOWN = 200
 _FAULTS_SHOWN = 20
 _BINS = 12
@@ -35,8 +35,8 @@ def data_page(report: DataReport) -> str:
             "ngram": near_duplicates.NGRAM,
             "threshold": near_duplicates.THRESHOLD,
             "compared_characters": near_duplicates.MAX_CHARACTERS,
-            "judged_characters": suspects.MAX_CHARACTERS,
-            "judged_texts": suspects.MIN_TEXTS,
+            "judged_characters": label_issues.MAX_CHARACTERS,
+            "judged_texts": label_issues.MIN_TEXTS,
         },
     )
     return html.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from labeltune.evaluation.confidence import bin_numbers, expected_calibration_error
-from labeltune.evaluation.measures import Measure, bootstrap, mean_with_interval, wilson
+from labeltune.evaluation.intervals import Measure, bootstrap, mean_with_interval, wilson
 from labeltune.types import Example, Prediction
 
 #: Stands for "not one of the labels" in label-wise counts.

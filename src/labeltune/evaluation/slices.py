@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from labeltune.errors import counted
-from labeltune.evaluation.measures import bootstrap, wilson
+from labeltune.evaluation.intervals import bootstrap, wilson
 from labeltune.evaluation.spans import f1_of_counts, span_counts, spans
 from labeltune.types import Example, Prediction
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from labeltune.evaluation.measures import bootstrap
+from labeltune.evaluation.intervals import bootstrap
 from labeltune.types import Entity, Example, Prediction
 
 #: (start, end, label), or (something unique, label) for an entity without a place.

@@ -36,7 +36,7 @@ NGRAMS_AND_VECTORS = "character n-grams and the model's token embeddings"
 
 
 @dataclass(frozen=True)
-class Suspect:
+class LabelIssue:
     """A row whose label looks wrong.
 
     Attributes:
@@ -65,38 +65,38 @@ class Suspect:
 
 
 @dataclass(frozen=True)
-class Suspects:
+class LabelIssues:
     """What the model makes of the labels.
 
     Attributes:
-        suspects: the most suspicious first.
+        issues: the most suspicious first.
         judged: rows that were judged.
         rare: labels with too few texts to be judged, with their rows.
         agreement: share of the judged rows whose label the model gives as well; the lower, the less its doubts mean.
         features: `NGRAMS` or `NGRAMS_AND_VECTORS`.
     """
 
-    suspects: tuple[Suspect, ...]
+    issues: tuple[LabelIssue, ...]
     judged: int
     rare: dict[str, int]
     agreement: float
     features: str = NGRAMS
 
     def to_dict(self, limit: int) -> dict[str, Any]:
-        """JSON-ready, with at most `limit` suspects."""
+        """JSON-ready, with at most `limit` issues."""
         return {
             "judged_rows": self.judged,
             "labels_too_rare": self.rare,
             "agreement": round(self.agreement, 4),
             "features": self.features,
-            "suspects": len(self.suspects),
-            "listed": [suspect.to_dict() for suspect in self.suspects[:limit]],
+            "suspects": len(self.issues),
+            "listed": [issue.to_dict() for issue in self.issues[:limit]],
         }
 
 
-def find_suspects(
+def find_label_issues(
     files: Sequence[Rows], vectors: Callable[[list[str]], Any] | None = None, progress: bool = False
-) -> Suspects:
+) -> LabelIssues:
     """Rows whose label looks wrong, by confident learning (Northcutt, Jiang and Chuang 2021, arXiv:1911.00068).
 
     Every row is judged by logistic regressions, one a label, on the character n-grams of the rows in the other folds, all
@@ -129,7 +129,7 @@ def find_suspects(
     rare = {label: given.count(label) for label in sorted(counts) if counts[label] < MIN_TEXTS}
     judged = [i for i, label in enumerate(given) if counts[label] >= MIN_TEXTS]
     if len(labels) < 2:
-        return Suspects((), 0, rare, 0.0)
+        return LabelIssues((), 0, rare, 0.0)
     number_of = {label: number for number, label in enumerate(labels)}
     targets = numpy.array([number_of[given[i]] for i in judged])
     kept = [texts[i] for i in judged]
@@ -156,7 +156,7 @@ def find_suspects(
         row = files[file].dataset[number]
         suggested = int(probabilities[at].argmax())
         found.append(
-            Suspect(
+            LabelIssue(
                 row["source"],
                 row["label"],
                 labels[suggested],
@@ -165,7 +165,7 @@ def find_suspects(
                 excerpt(row["text"]),
             )
         )
-    return Suspects(tuple(found), len(judged), rare, agreement, name)
+    return LabelIssues(tuple(found), len(judged), rare, agreement, name)
 
 
 def _ngram_counts(texts: list[str]) -> Any:
