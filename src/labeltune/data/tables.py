@@ -6,11 +6,14 @@ import csv
 import importlib.util
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from labeltune.data import records
 from labeltune.data.records import Record
 from labeltune.errors import MissingExtraError, first_line
+
+if TYPE_CHECKING:
+    from openpyxl.worksheet.worksheet import Worksheet
 
 #: Bytes that an Excel file may have when it is unpacked; one that is made to fill a disk has more.
 _MOST_UNPACKED = 2 << 30
@@ -166,7 +169,7 @@ def _unread(name: str, problem: str) -> Record:
     return Record(f"{name}:1", None, "unparsable_line", problem, whole=True)
 
 
-def _first_row(sheet: Any) -> int | None:
+def _first_row(sheet: Worksheet) -> int | None:
     """Number of the first row with a value."""
     if not hasattr(sheet, "iter_rows"):
         return None
@@ -176,7 +179,7 @@ def _first_row(sheet: Any) -> int | None:
     return None
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     """As Excel writes it into CSV."""
     if value is None:
         return ""

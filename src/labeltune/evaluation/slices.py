@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy
@@ -47,7 +47,9 @@ def _by_length(examples: Sequence[Example], predictions: Sequence[Prediction]) -
     return found
 
 
-def _headline(examples: Sequence[Example], predictions: Sequence[Prediction], rows: Any) -> dict[str, Any]:
+def _headline(
+    examples: Sequence[Example], predictions: Sequence[Prediction], rows: Iterable[int]
+) -> dict[str, Any]:
     mine = [examples[i] for i in rows]
     answers = [predictions[i] for i in rows]
     if mine[0].entities is None:
