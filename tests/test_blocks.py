@@ -23,12 +23,13 @@ import pytest
 
 from conftest import LABELS, classification_rows, make_tokenizer, ner_rows, write_jsonl
 from labeltune.config import DataConfig, build_config
-from labeltune.data import audit_blocks, sources
+from labeltune.data import audit_blocks
 from labeltune.data.audit import Audit
 from labeltune.data.blocks import Block, cut_file, cut_lines, cut_parquet, read_block
 from labeltune.data.loading import Rows, load_rows, stratified_split, stratum
-from labeltune.data.places import Place
-from labeltune.data.sources import Record, bounded_lines, iter_records
+from labeltune.data.records import Record, bounded_lines
+from labeltune.data.sources import iter_records
+from labeltune.data.uris import Place
 from labeltune.errors import DataError
 from labeltune.processes import mapped, worker_count
 from labeltune.prompts.template import ChatTemplate
@@ -72,7 +73,7 @@ def of_blocks(path: Path, found: list[Block]) -> list[Record]:
 def test_blocks_of_lines_are_read_to_the_records_of_one_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 200)
+    monkeypatch.setattr("labeltune.data.records.MAX_LINE_BYTES", 200)
     generator, path = random.Random(suffix), tmp_path / f"rows.{suffix}"
     for _ in range(300):
         middle = b"".join(generator.choices(PIECES, k=generator.randrange(12)))

@@ -18,10 +18,10 @@ import test_cli
 from conftest import LABELS, classification_rows, make_tokenizer, ner_rows, write_jsonl
 from labeltune import recipes
 from labeltune.config import RunConfig, TrainingConfig, build_config
-from labeltune.data import near_duplicates, suspects
+from labeltune.data import label_issues, near_duplicates
+from labeltune.data.label_issues import find_label_issues
 from labeltune.data.loading import Rows, load_rows
 from labeltune.data.near_duplicates import THRESHOLD, find_near_duplicates, jaccard, ngrams, share_of
-from labeltune.data.suspects import find_suspects
 from labeltune.evaluation.data_page import data_page
 from labeltune.evaluation.data_report import make_report
 from labeltune.modeling.text_vectors import text_vectors
@@ -192,14 +192,14 @@ def test_flipped_labels_are_in_the_first_tenth(
 ) -> None:
     """Short English texts of one label share few n-grams; a tenth would be chance."""
     # The order is measured here; of so few rows the model is sure of none.
-    monkeypatch.setattr(suspects, "SURE", 0.0)
-    monkeypatch.setattr(suspects, "CLEARLY", 0.0)
-    monkeypatch.setattr(suspects, "MIN_TEXTS", 25)
+    monkeypatch.setattr(label_issues, "SURE", 0.0)
+    monkeypatch.setattr(label_issues, "CLEARLY", 0.0)
+    monkeypatch.setattr(label_issues, "MIN_TEXTS", 25)
     shares = []
     for seed in (2, 3, 4):
         rows, chosen = flipped(read(EXAMPLES / f"{language}_classification_train.jsonl"), 0.05, seed)
-        found = find_suspects(load(tmp_path, rows))
-        first = {int(s.where.rpartition(":")[2]) - 1 for s in found.suspects[: len(rows) // 10]}
+        found = find_label_issues(load(tmp_path, rows))
+        first = {int(s.where.rpartition(":")[2]) - 1 for s in found.issues[: len(rows) // 10]}
         shares.append(len(first & chosen) / len(chosen))
         assert found.judged == len(rows) and not found.rare
     assert sum(shares) / 3 > at_least, shares
@@ -209,11 +209,11 @@ def test_right_labels_are_not_listed(tmp_path: Path) -> None:
     """Few rows a label are not judged, and a model that is unsure keeps quiet."""
     for language in ("en", "zh"):
         rows = read(EXAMPLES / f"{language}_classification_train.jsonl")
-        found = find_suspects(load(tmp_path, rows))
-        assert found.judged == len(rows) and found.suspects == ()
+        found = find_label_issues(load(tmp_path, rows))
+        assert found.judged == len(rows) and found.issues == ()
         few = [row for row in rows if row["output"] in sorted({r["output"] for r in rows})[:6]][:120]
-        found = find_suspects(load(tmp_path, few))
-        assert found.judged == 0 and found.suspects == () and sum(found.rare.values()) == 120
+        found = find_label_issues(load(tmp_path, few))
+        assert found.judged == 0 and found.issues == () and sum(found.rare.values()) == 120
 
 
 class Words:
@@ -253,12 +253,12 @@ def test_a_model_at_hand_knows_what_the_rows_do_not_say(tmp_path: Path) -> None:
     made = vectors([row["text"] for row in rows])
     assert made.shape == (99, 16) and numpy.linalg.norm(made, axis=1) == pytest.approx(1, abs=1e-3)
     files = load(tmp_path, rows)
-    found = find_suspects(files, vectors)
-    assert found.features == suspects.NGRAMS_AND_VECTORS and found.agreement > 0.9
-    assert [(s.where, s.given, s.suggested) for s in found.suspects] == [
+    found = find_label_issues(files, vectors)
+    assert found.features == label_issues.NGRAMS_AND_VECTORS and found.agreement > 0.9
+    assert [(s.where, s.given, s.suggested) for s in found.issues] == [
         (f"{tmp_path}/0.jsonl:11", "Art", "Space")
     ]
-    assert find_suspects(files).agreement < 0.5
+    assert find_label_issues(files).agreement < 0.5
     assert "That is little" in data_page(make_report(files, build_config({})))
     assert text_vectors(tmp_path, words) is None
 
@@ -267,24 +267,24 @@ def test_vectors_that_do_not_help_are_left_out(tmp_path: Path) -> None:
     files = load(tmp_path, classification_rows(120))
     generator = numpy.random.default_rng(0)
     assert "That is little" not in data_page(make_report(files, build_config({})))
-    noisy = find_suspects(files, lambda texts: 20 * generator.normal(size=(len(texts), 50)))
-    assert noisy == find_suspects(files) and noisy.features == suspects.NGRAMS
+    noisy = find_label_issues(files, lambda texts: 20 * generator.normal(size=(len(texts), 50)))
+    assert noisy == find_label_issues(files) and noisy.features == label_issues.NGRAMS
 
 
 def test_suspects_say_what_the_label_should_be(tmp_path: Path) -> None:
     rows = [*classification_rows(120), {"text": "once", "category": ["Rare"], "output": "Rare"}]
     rows[10] = {**rows[10], "output": "Art"}
     (loaded,) = load(tmp_path, rows)
-    found = find_suspects([loaded])
-    (suspect,) = found.suspects
+    found = find_label_issues([loaded])
+    (suspect,) = found.issues
     assert suspect.where == f"{tmp_path}/0.jsonl:11"
     assert (suspect.given, suspect.suggested) == ("Art", "Space")
     assert suspect.suggested_probability > suspect.given_probability
     assert found.rare == {"Rare": 1} and found.judged == 120 and found.agreement > 0.9
-    assert find_suspects([loaded]) == found
+    assert find_label_issues([loaded]) == found
     # With two candidates the third label cannot be suggested.
     rows[10] = {**rows[10], "category": ["Art", "Sports"]}
-    (suspect,) = find_suspects(load(tmp_path, rows)).suspects or [None]
+    (suspect,) = find_label_issues(load(tmp_path, rows)).issues or [None]
     assert suspect is None or suspect.suggested == "Sports"
 
 
@@ -292,21 +292,21 @@ def test_equal_texts_do_not_speak_for_each_other(tmp_path: Path) -> None:
     """A wrong label stays suspicious when its row stands twice."""
     rows = classification_rows(120)
     rows[10] = {**rows[10], "output": "Art"}
-    found = find_suspects(load(tmp_path, [*rows, rows[10]]))
-    assert {s.where.rpartition(":")[2] for s in found.suspects} == {"11", "121"}
+    found = find_label_issues(load(tmp_path, [*rows, rows[10]]))
+    assert {s.where.rpartition(":")[2] for s in found.issues} == {"11", "121"}
 
 
 @pytest.mark.parametrize("rows", [classification_rows(3), [], as_rows(["a", "b", "c", "d", "e", "f"])])
 def test_too_little_to_judge(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     files = load(tmp_path, rows)
-    assert find_suspects(files).judged == 0
+    assert find_label_issues(files).judged == 0
     page = data_page(make_report(files, build_config({}), None))
     assert "Too few texts a label to judge any." in page
 
 
 def test_judging_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suspects, "MAX_ROWS", 95)
-    assert find_suspects(load(tmp_path, classification_rows(120))).judged == 95
+    monkeypatch.setattr(label_issues, "MAX_ROWS", 95)
+    assert find_label_issues(load(tmp_path, classification_rows(120))).judged == 95
 
 
 # --- tokens ---

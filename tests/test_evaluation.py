@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.evaluation.confidence import expected_calibration_error
 from labeltune.evaluation.headline import headline
-from labeltune.evaluation.measures import BOOTSTRAP_RESAMPLES, mcnemar, paired_bootstrap
+from labeltune.evaluation.intervals import BOOTSTRAP_RESAMPLES, mcnemar, paired_bootstrap
 from labeltune.evaluation.metrics import (
     classification_metrics,
     confidence_metrics,
@@ -88,14 +88,14 @@ def with_rankings(rows: list[tuple[int, list[float]]]) -> tuple[list[str], list[
 def test_figures_of_confidence_are_scikit_learns_and_brute_force(rows: list[tuple[int, list[float]]]) -> None:
     from sklearn.metrics import log_loss
 
-    from labeltune.evaluation import measures, metrics
+    from labeltune.evaluation import intervals, metrics
 
     truth, predictions, table = with_rankings(rows)
-    few, measures.BOOTSTRAP_RESAMPLES = measures.BOOTSTRAP_RESAMPLES, 2
+    few, intervals.BOOTSTRAP_RESAMPLES = intervals.BOOTSTRAP_RESAMPLES, 2
     try:
         found = confidence_metrics(truth, predictions)
     finally:
-        measures.BOOTSTRAP_RESAMPLES = few
+        intervals.BOOTSTRAP_RESAMPLES = few
     right = np.array([number for number, _ in rows])
     assert metrics.TOP == (2, 3, 5)
     assert found["confidence"]["nll"]["value"] == pytest.approx(

@@ -332,6 +332,8 @@ def test_a_hub_that_refuses(hub: str, tmp_path: Path, monkeypatch: pytest.Monkey
             {"README.md": "no front matter", "LICENSE": "\n  Tongyi Qianwen\n..."},
             "Tongyi Qianwen (the base's LICENSE)",
         ),
+        ({"README.md": "---\nlicense: [\n---\n", "LICENSE": "MIT"}, "MIT (the base's LICENSE)"),
+        ({"README.md": "---\n- license\n---\n"}, None),
         ({"config.json": "{}"}, None),
     ],
 )

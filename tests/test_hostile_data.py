@@ -21,12 +21,13 @@ from conftest import classification_rows, write_jsonl
 from labeltune import progress
 from labeltune.cli import main
 from labeltune.config import ColumnsConfig, DataConfig, load_config
-from labeltune.data import sources
+from labeltune.data import records
 from labeltune.data.audit import audit_file
 from labeltune.data.loading import load_rows
+from labeltune.data.records import Record, bounded_lines
 from labeltune.data.schemas import Fault, parse_candidates, parse_record
 from labeltune.data.scratch import scratch_folder
-from labeltune.data.sources import Record, bounded_lines, iter_records
+from labeltune.data.sources import iter_records
 from labeltune.errors import DataError
 from labeltune.inference.stream import count_rows, read_stream
 from labeltune.types import Example
@@ -130,23 +131,23 @@ def test_bounded_lines_are_the_lines(parts: list[str], limit: int) -> None:
 
     raw = "\n".join(parts).encode()
     whole = list(io.BytesIO(raw))
-    kept, sources.MAX_LINE_BYTES = sources.MAX_LINE_BYTES, limit
+    kept, records.MAX_LINE_BYTES = records.MAX_LINE_BYTES, limit
     try:
         found = list(bounded_lines(io.BytesIO(raw)))
     finally:
-        sources.MAX_LINE_BYTES = kept
+        records.MAX_LINE_BYTES = kept
     assert len(found) == len(whole)
     for line, expected in zip(found, whole, strict=True):
         if len(expected) <= limit:
             assert line == expected
         else:
-            assert isinstance(line, sources.LongLine) and line.size == len(expected)
+            assert isinstance(line, records.LongLine) and line.size == len(expected)
 
 
 def test_a_quote_that_is_never_closed_does_not_read_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("labeltune.data.records.MAX_LINE_BYTES", 1000)
     path = hostile.write(tmp_path, "rows.csv", b'text,output\na,b\n"open' + b"x,\n" * 100_000)
     found = list(iter_records(path))
     assert len(found) == 2 and found[1].where == f"{path}:3"
@@ -358,7 +359,7 @@ def test_standard_input_is_read_as_a_file_is() -> None:
 def test_a_line_of_standard_input_may_be_longer_than_a_row_where_it_is_an_array(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in ("standard_input", "sources"):
+    for module in ("standard_input", "records"):
         monkeypatch.setattr(f"labeltune.data.{module}.MAX_LINE_BYTES", 10_000)
     texts = [f"{number} " + "x" * 100 for number in range(500)]
     raw = json.dumps([{"text": text} for text in texts]).encode()

@@ -22,7 +22,6 @@ LAYERS = (
         "output_paths",
         "folder_lock",
         "config_table",
-        "pages",
         "untrusted",
         "ranks",
         "ray_session",

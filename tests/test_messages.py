@@ -67,6 +67,7 @@ COMPOSED = {
     "99th percentile {n}",
     "longest {n}",
     "{n} errors",
+    "{n} pairs",
     "{n} warning",
     "{n} warnings",
     "{reason} (column {n})",
@@ -106,7 +107,7 @@ OTHERS = re.compile(
 CONSOLE = """cli/board.py cli/compare.py cli/data.py cli/doctor.py cli/evaluate.py cli/export.py cli/habits.py cli/init.py cli/keys.py
     cli/main.py cli/plan.py cli/predict.py cli/streams.py cli/sweep.py cli/train.py config.py config_sections.py
     data/audit.py data/columns.py data/convert.py data/download.py data/formats.py data/json_values.py data/labels.py
-    data/loading.py data/meeting.py data/offsets.py data/parquet.py data/schemas.py data/sources.py data/standard_input.py
+    data/loading.py data/meeting.py data/offsets.py data/parquet.py data/records.py data/schemas.py data/sources.py data/standard_input.py
     data/tables.py evaluation/data_report.py evaluation/headline.py export/card.py export/folder.py export/merge.py
     export/push.py export/vllm.py folder_lock.py inference/calibrate.py inference/row_files.py inference/stream.py
     modeling/hub.py modeling/pocket.py output_paths.py progress.py prompts/template.py ray_session.py recipes/comparing.py

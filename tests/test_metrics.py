@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from labeltune.config import load_config
 from labeltune.evaluation.headline import headline, worse_than_constant
-from labeltune.evaluation.measures import bootstrap, wilson
+from labeltune.evaluation.intervals import bootstrap, wilson
 from labeltune.evaluation.metrics import (
     classification_metrics,
     macro_f1,

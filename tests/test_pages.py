@@ -20,9 +20,9 @@ from labeltune.evaluation.compare import compare_predictions
 from labeltune.evaluation.comparison_page import comparison_page, p_value
 from labeltune.evaluation.data_page import data_page
 from labeltune.evaluation.data_report import make_report
+from labeltune.evaluation.pages import both, environment, name
 from labeltune.evaluation.report import report_page
 from labeltune.messages import chinese
-from labeltune.pages import both, name, page
 from labeltune.recipes.evaluation import all_metrics
 from labeltune.types import Entity, Example, Prediction
 
@@ -263,6 +263,8 @@ def test_the_pages_tables_hold_both_languages() -> None:
     for _, meaning in FAULT_KINDS.values():
         assert CHINESE.search(chinese(meaning)), meaning
     assert both("<", "“>") == '<span data-zh="“&gt;">&lt;</span>'
+    assert both("{n:,} <{a}", "“{a}", n=1000, a='"') == '<span data-zh="“&#34;">1,000 &lt;&#34;</span>'
+    assert both("{n}", "“{n}") == '<span data-zh="“{n}">{n}</span>', "somebody's braces stay"
 
 
 class _Bare(HTMLParser):
@@ -299,5 +301,8 @@ def test_no_word_of_a_page_is_left_out_of_the_switch(pages: dict[str, Path]) -> 
 
 
 def test_a_page_names_itself_in_both_languages() -> None:
-    html = page("a <b>", "", chinese="甲")
-    assert '<title data-zh="甲">a &lt;b&gt;</title>' in html and html.count("<script>") == 1
+    source = '{% extends "page.html.j2" %}{% block title %}{{ title }}{% endblock %}'
+    html = environment().from_string(source).render(title="a <b>")
+    assert '<title data-zh="a &lt;b&gt;">a &lt;b&gt;</title>' in html and html.count("<script>") == 1
+    html = environment().from_string(source + "{% block title_zh %}甲{% endblock %}").render(title="a")
+    assert '<title data-zh="甲">a</title>' in html

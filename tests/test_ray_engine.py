@@ -21,8 +21,8 @@ from labeltune import recipes, run_files
 from labeltune.cli.predict import predict as predict_command
 from labeltune.config import DataConfig, build_config
 from labeltune.data.blocks import cut_lines
-from labeltune.data.places import Place
-from labeltune.data.sources import bounded_lines
+from labeltune.data.records import bounded_lines
+from labeltune.data.uris import Place
 from labeltune.errors import DataError, LabeltuneError, ModelError, OutputError
 from labeltune.inference.load import load_predictor
 from labeltune.inference.predictor import Predictor

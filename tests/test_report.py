@@ -16,8 +16,8 @@ from labeltune import load_predictor, recipes
 from labeltune.config import DataConfig
 from labeltune.data.loading import load_rows
 from labeltune.errors import ConfigError, DataError, ModelError
-from labeltune.evaluation.report import LONGEST, SHORTEST, reliability_diagram, report_page
-from labeltune.pages import bars, page, table
+from labeltune.evaluation.pages import environment, render
+from labeltune.evaluation.report import LONGEST, SHORTEST, report_page
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
 from labeltune.types import Entity, Example, Prediction
 from test_training import config_for
@@ -86,15 +86,20 @@ def test_long_texts_are_cut_so_that_a_report_opens() -> None:
 
 
 def test_pages_hold_any_text() -> None:
-    html = page(NASTY, table(["<i>"], [[NASTY]]) + bars([(NASTY, 1), ("b", 0)]), data={"x": NASTY})
+    source = """{% extends "page.html.j2" %}{% from "macros.html.j2" import bars, row, table %}
+        {% block title %}{{ text }}{% endblock %}
+        {% block body %}{% call table(["<i>"]) %}{{ row([text]) }}{% endcall %}{{ bars([(text, 1), ("b", 0)]) }}{% endblock %}"""
+    html = environment().from_string(source).render(text=NASTY, data={"x": NASTY})
     assert "<script>alert" not in html and "<b>" not in html
     assert (
         '<b style="width:100.0%"></b></i><span>1</span>' in html
         and "<span>b</span><i></i><span>0</span>" in html
     )
     assert embedded(html) == {"x": NASTY}
-    assert "circle" in reliability_diagram([{"confidence": 0.5, "accuracy": 0.5, "rows": 1}])
-    assert bars([]) == '<div class="bars"></div>'
+    point = {"confidence": 0.5, "accuracy": 0.5, "rows": 1}
+    assert 'cx="170.0" cy="150.0" r="12.0"' in render("reliability.svg.j2", metrics={"reliability": [point]})
+    source = '{% from "macros.html.j2" import bars %}{{ bars([]) }}'
+    assert environment().from_string(source).render().strip() == '<div class="bars"></div>'
 
 
 @pytest.fixture(scope="module")

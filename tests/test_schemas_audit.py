@@ -17,9 +17,10 @@ from labeltune import progress, recipes
 from labeltune.cli.data import guess_task
 from labeltune.config import ColumnsConfig, DataConfig, load_config
 from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file, text_hash
+from labeltune.data.labels import parse_candidates
 from labeltune.data.loading import load_rows
-from labeltune.data.schemas import FAULT_KINDS, parse_candidates, parse_record
-from labeltune.data.sources import Record
+from labeltune.data.records import Record
+from labeltune.data.schemas import FAULT_KINDS, parse_record
 from labeltune.errors import DataError
 from labeltune.types import Entity
 
@@ -484,7 +485,7 @@ def test_a_forgotten_comma_is_refused(value: str) -> None:
 @pytest.mark.parametrize("task", ["classification", "ner"])
 def test_prediction_does_not_look_at_answers(output: Any, task: Any) -> None:
     values = row(output=output, entities=output)
-    example, faults = parse_record(Record("f:1", values), 0, task, ColumnsConfig(), None, False)
+    example, faults = parse_record(Record("f:1", values), 0, task, ColumnsConfig(), answers_required=False)
     assert not faults and example is not None and example.label is None and example.entities is None
 
 
@@ -529,7 +530,7 @@ def test_answers_may_be_missing_in_prediction_only() -> None:
     for task in ("classification", "ner"):
         record = Record("f:1", {"text": "t"})
         assert parse_record(record, 0, task, ColumnsConfig())[0] is None  # type: ignore[arg-type]
-        example, _ = parse_record(record, 0, task, ColumnsConfig(), None, False)  # type: ignore[arg-type]
+        example, _ = parse_record(record, 0, task, ColumnsConfig(), answers_required=False)  # type: ignore[arg-type]
         assert example is not None and example.label is None and example.entities is None
 
 

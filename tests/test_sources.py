@@ -20,7 +20,8 @@ from conftest import write_jsonl
 from labeltune.config import DataConfig, HubConfig, build_config
 from labeltune.data.download import ORIGINALS, download_original
 from labeltune.data.loading import load_rows
-from labeltune.data.sources import Record, iter_records, resolve_data, without_key
+from labeltune.data.records import Record, without_key
+from labeltune.data.sources import iter_records, resolve_data
 from labeltune.errors import ConfigError, DataError, HubError, MissingExtraError, OutputError
 from labeltune.run_folder import write_json
 
@@ -362,7 +363,7 @@ def test_what_is_wrong_behind_rows_that_an_object_holds_keeps_them(tmp_path: Pat
 def test_an_object_that_is_longer_than_a_row_holds_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("labeltune.data.sources.MAX_LINE_BYTES", 100_000)
+    monkeypatch.setattr("labeltune.data.records.MAX_LINE_BYTES", 100_000)
     rows = [{"text": f"{number} " + "x" * 50} for number in range(4000)]
     path = tmp_path / "rows.json"
     found = records(path, json.dumps({"data": rows}, indent=1))

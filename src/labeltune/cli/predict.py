@@ -90,7 +90,8 @@ def predict(
     from labeltune.cli.quiet import quiet_libraries
     from labeltune.config import build_config
     from labeltune.data.labels import named_labels
-    from labeltune.data.sources import iter_records, resolve_data, without_key
+    from labeltune.data.records import without_key
+    from labeltune.data.sources import iter_records, resolve_data
     from labeltune.errors import ConfigError, DataError
     from labeltune.output_paths import check_folder, is_stream, open_stream
     from labeltune.run_files import encoding_of, files_read
@@ -268,8 +269,8 @@ def _checked(number: int, values: dict[str, Any], labels: tuple[str, ...], where
     """
     from labeltune.config import ColumnsConfig
     from labeltune.data.audit import first_error
+    from labeltune.data.records import Record
     from labeltune.data.schemas import parse_record
-    from labeltune.data.sources import Record
     from labeltune.errors import DataError
     from labeltune.inference.stream import with_labels
 

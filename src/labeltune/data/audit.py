@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
 from labeltune.config import DataConfig, TaskName
 from labeltune.data.columns import FileColumns, columns_of_file
 from labeltune.data.labels import twins
+from labeltune.data.records import Record
 from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record, readable_mentions
-from labeltune.data.sources import Record, iter_records
+from labeltune.data.sources import iter_records
 from labeltune.errors import DataError, counted, printable
 from labeltune.types import Example
 
@@ -155,7 +157,7 @@ def audit_file(
     data = data or DataConfig()
     columns = columns or columns_of_file(path, task, data)
     records = islice(columns.records(iter_records(path, data.encoding)), max_rows)
-    add_records(audit, records, 0, data, columns, token_counts, write)
+    add_records(audit, records, 0, data, columns, token_counts=token_counts, write=write)
     return finished(audit, data, columns)
 
 
@@ -165,6 +167,7 @@ def add_records(
     first: int,
     data: DataConfig,
     columns: FileColumns,
+    *,
     token_counts: Callable[[list[str]], list[int]] | None,
     write: Callable[[Example], None] | None,
 ) -> None:
@@ -314,7 +317,7 @@ def add_duplicates(audit: Audit, where: Callable[[int], str]) -> numpy.ndarray[A
     return numpy.array([row for row in sorted(again) if again[row][1]], dtype=numpy.int64)
 
 
-def _equal_runs(values: Any, order: Any) -> Iterator[Any]:
+def _equal_runs(values: NDArray[numpy.uint64], order: NDArray[numpy.intp]) -> Iterator[NDArray[numpy.intp]]:
     if len(order) < 2:
         return
     ordered = values[order]

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labeltune.config import DataConfig, TaskName
 from labeltune.data.audit import Audit, add_records, finished
@@ -19,6 +19,9 @@ from labeltune.data.columns import FileColumns
 from labeltune.data.formats import find_format
 from labeltune.errors import printable
 from labeltune.processes import mapped
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _ROWS = 8192
 _BYTES = 4 << 20
@@ -50,8 +53,8 @@ class _Check:
                 block.first,
                 self.data,
                 self.columns,
-                self.token_counts,
-                lambda e: rows.append(e.to_row()),
+                token_counts=self.token_counts,
+                write=lambda e: rows.append(e.to_row()),
             )
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.schema) as writer:
@@ -71,10 +74,10 @@ def audit_blocks(
     task: TaskName,
     data: DataConfig,
     columns: FileColumns,
-    schema: Any,
-    write_table: Callable[[Any], None],
-    workers: int,
     *,
+    schema: pyarrow.Schema,
+    write_table: Callable[[pyarrow.Table], None],
+    workers: int,
     token_counts: Callable[[list[str]], list[int]] | None = None,
     max_rows: int | None = None,
 ) -> Audit:

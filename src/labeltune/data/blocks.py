@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from labeltune.data.formats import find_format
 from labeltune.data.parquet import read_rows, repeated_column
-from labeltune.data.sources import (
+from labeltune.data.records import (
     MAX_LINE_BYTES,
     LongLine,
     Record,
@@ -20,8 +20,11 @@ from labeltune.data.sources import (
     decoded_lines,
     json_records,
     parquet_records,
-    records_of,
 )
+from labeltune.data.sources import records_of
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
 
 #: A block that has as many bytes ends, also before it has all its rows.
 MOST_BYTES = 32 << 20
@@ -124,7 +127,7 @@ def cut_lines(
         yield Block(name, number, first, count, begin, start, counted.bytes)
 
 
-def cut_parquet(name: str, file: Any, rows: int) -> Iterator[Block]:
+def cut_parquet(name: str, file: pyarrow.parquet.ParquetFile, rows: int) -> Iterator[Block]:
     """Blocks of a parquet file by its metadata."""
     import pyarrow.parquet
 
@@ -174,7 +177,7 @@ def _until(lines: _Counted, size: int) -> Iterator[bytes]:
             return
 
 
-def _parquet_rows(block: Block, file: Any) -> Iterator[Record]:
+def _parquet_rows(block: Block, file: pyarrow.parquet.ParquetFile) -> Iterator[Record]:
     """Only the row groups that hold the block are read; what stands before it in its first one is passed over."""
     import pyarrow.parquet
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from labeltune.config import ColumnsConfig, DataConfig, TaskName
 from labeltune.data.formats import ALIASES, INSTRUCTION
+from labeltune.data.records import Record
 from labeltune.data.schemas import DOCCANO, is_spans
-from labeltune.data.sources import Record, iter_records
+from labeltune.data.sources import iter_records
 from labeltune.progress import note
 
 #: Rows that are looked at.

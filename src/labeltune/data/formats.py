@@ -312,7 +312,7 @@ def is_row(values: dict[str, Any]) -> bool:
     return any(isinstance(v, str) and key.strip().casefold() in _ROW_COLUMNS for key, v in values.items())
 
 
-def row_lists(value: Any) -> list[str]:
+def row_lists(value: object) -> list[str]:
     """Names of the lists of rows that one JSON object holds; none where it is a row itself."""
     if not isinstance(value, dict) or is_row(value):
         return []

@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from labeltune.data import sources
+from labeltune.data import records
 from labeltune.data.formats import DAMAGED, ROW_LISTS, is_row, row_lists
-from labeltune.data.sources import Record
+from labeltune.data.records import Record
 
 _BLANKS = " \t\r\n"
 
@@ -35,7 +35,7 @@ def value_records(name: str, chunks: Iterable[bytes], encoding: str = "utf-8") -
                 raise ValueError("a JSON object or array is expected")
     except UnicodeDecodeError as error:
         line = text.line + text.rest().count("\n")
-        yield sources.encoding_fault(name, line, text.bytes + error.start, encoding)
+        yield records.encoding_fault(name, line, text.bytes + error.start, encoding)
     except (ValueError, RecursionError) as error:
         where = f"{name}:{error.line if isinstance(error, _NoJson) else text.line}"
         yield Record(where, None, "unparsable_line", f"not valid JSON: {error}; the rest was not read")
@@ -174,17 +174,17 @@ class _Text:
         self.next()
         while True:
             try:
-                found, end = sources.json_decoder().raw_decode(self._held, self.at)
+                found, end = records.json_decoder().raw_decode(self._held, self.at)
             except json.JSONDecodeError as error:
                 line = self.line + self._held.count("\n", self.at, error.pos)
-                if len(self._held) - self.at > sources.MAX_LINE_BYTES or not self._more():
+                if len(self._held) - self.at > records.MAX_LINE_BYTES or not self._more():
                     raise _NoJson(error.msg, line) from None
                 continue
             size = end - self.at
             if end == len(self._held) and self._more():
                 continue  # a number may go on
-            if size > sources.MAX_LINE_BYTES:
-                raise ValueError(f"the row has more than {sources.MAX_LINE_BYTES} characters")
+            if size > records.MAX_LINE_BYTES:
+                raise ValueError(f"the row has more than {records.MAX_LINE_BYTES} characters")
             return found, size
 
     def advance(self, size: int) -> None:

@@ -12,7 +12,6 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
 
 from labeltune.errors import DataError, clipped
 
@@ -123,7 +122,7 @@ def _neighbours(text: str) -> tuple[str, str] | None:
     return None
 
 
-def _strings(value: Any) -> list[str] | None:
+def _strings(value: object) -> list[str] | None:
     return value if isinstance(value, list) and all(isinstance(label, str) for label in value) else None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
+from numpy.typing import NDArray
 
 from labeltune.config import DataConfig, HubConfig, TaskName
 from labeltune.data.audit import Audit, add_duplicates, audit_file, none_usable, stop_on_errors
@@ -29,6 +30,7 @@ from labeltune.run_folder import writing
 from labeltune.types import Example
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
 
 #: Characters of texts that wait to be written, at most (and one text more).
@@ -136,7 +138,9 @@ def load_rows(
         handle, target = tempfile.mkstemp(dir=folder, prefix=f"{task}-", suffix=".arrow")
         os.close(handle)
     try:
-        audit = _audit_into(target, path, task, data, token_counts, max_rows, numbered)
+        audit = _audit_into(
+            target, path, task, data, token_counts=token_counts, max_rows=max_rows, numbered=numbered
+        )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(
@@ -166,6 +170,7 @@ def _audit_into(
     path: Path,
     task: TaskName,
     data: DataConfig | None,
+    *,
     token_counts: Callable[[list[str]], list[int]] | None,
     max_rows: int | None,
     numbered: tuple[str, ...] | None,
@@ -188,9 +193,9 @@ def _audit_into(
                     task,
                     data,
                     columns,
-                    arrow,
-                    write,
-                    workers,
+                    schema=arrow,
+                    write_table=write,
+                    workers=workers,
                     token_counts=token_counts,
                     max_rows=max_rows,
                 )
@@ -215,7 +220,7 @@ def _audit_into(
 class _Writing:
     """Hands examples to an Arrow writer, which keeps a thousand of them: fewer where texts are long."""
 
-    def __init__(self, writer: Any) -> None:
+    def __init__(self, writer: pyarrow.RecordBatchStreamWriter) -> None:
         self.writer, self.waiting = writer, 0
 
     def __call__(self, example: Example) -> None:
@@ -269,14 +274,7 @@ def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: i
         mask[left_out] = False
         held = _Part(other, mask)
     elif data.validation_fraction > 0:
-        held_out = stratified_split(rows, data.validation_fraction, seed)
-        if 2 * len(held_out) > len(rows.dataset):
-            raise ConfigError(
-                f"data.validation_fraction={data.validation_fraction:g} holds out {len(held_out)} of {len(rows.dataset)} rows, "
-                "more than are left to train on; lower it, or give a file as data.validation"
-            )
-        mask = numpy.zeros(len(rows.dataset), dtype=bool)
-        mask[held_out] = True
+        mask = _held_out(rows, data.validation_fraction, seed)
         held, kept = _Part(rows, mask), _Part(rows, ~mask)
     if held is not None and not held.mask.any():
         held = None
@@ -289,6 +287,23 @@ def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: i
         kept.texts(),
         {name: part.fingerprint() for name, part in (("train", kept), ("validation", held)) if part},
     )
+
+
+def _held_out(rows: Rows, fraction: float, seed: int) -> NDArray[numpy.bool_]:
+    """Which rows validate; shape [usable rows].
+
+    Raises:
+        ConfigError: they are more than are left to train on.
+    """
+    held_out = stratified_split(rows, fraction, seed)
+    if 2 * len(held_out) > len(rows.dataset):
+        raise ConfigError(
+            f"data.validation_fraction={fraction:g} holds out {len(held_out)} of {len(rows.dataset)} rows, "
+            "more than are left to train on; lower it, or give a file as data.validation"
+        )
+    mask = numpy.zeros(len(rows.dataset), dtype=bool)
+    mask[held_out] = True
+    return mask
 
 
 @dataclass(frozen=True)

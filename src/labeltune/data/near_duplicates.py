@@ -7,12 +7,15 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from labeltune.data.loading import Rows
 from labeltune.progress import row_progress
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 #: Characters of an n-gram. Three would make long English texts alike that share no sentence; five would part Chinese
 #: headlines that differ in one character.
@@ -191,11 +194,11 @@ class _Index:
         texts = rows.dataset.select_columns(["text"])
         self._grams = lru_cache(maxsize=256)(lambda row: ngrams(texts[row]["text"]))
 
-    def add(self, row: int, minhash: Any) -> None:
+    def add(self, row: int, minhash: MinHash) -> None:
         self._lsh.insert(row, minhash, check_duplication=False)
         self._signatures[row] = minhash.hashvalues
 
-    def nearest(self, grams: frozenset[str], minhash: Any) -> tuple[int, float] | None:
+    def nearest(self, grams: frozenset[str], minhash: MinHash) -> tuple[int, float] | None:
         """(row, similarity) of the most similar text, the first of equals; None below the threshold."""
         candidates = sorted(self._lsh.query(minhash))
         if not candidates:

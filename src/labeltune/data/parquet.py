@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from labeltune.errors import first_line
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
 
 _BATCH_ROWS = 1024
 #: Bytes of values that are turned into Python objects at once.
@@ -28,7 +31,10 @@ def iter_rows(path: Path, max_length: int) -> Iterator[dict[str, Any] | str]:
 
 
 def read_rows(
-    source: Any, max_length: int, groups: list[int] | None = None, skip: int = 0
+    source: Path | BinaryIO | pyarrow.NativeFile,
+    max_length: int,
+    groups: list[int] | None = None,
+    skip: int = 0,
 ) -> Iterator[dict[str, Any] | str]:
     """The same for a path or an open file, or for some of its row groups.
 
@@ -60,7 +66,7 @@ def read_rows(
             yield from _rows(wanted, max_length)
 
 
-def repeated_column(source: Any) -> str | None:
+def repeated_column(source: Path | BinaryIO | pyarrow.NativeFile) -> str | None:
     """The name that two columns of a parquet file have, if any.
 
     Raises:
@@ -72,7 +78,7 @@ def repeated_column(source: Any) -> str | None:
     return next((str(name) for i, name in enumerate(names) if name in names[:i]), None)
 
 
-def _batch_rows(file: Any) -> int:
+def _batch_rows(file: pyarrow.parquet.ParquetFile) -> int:
     """Rows to read at once, by the size that the file gives for its row groups."""
     rows = _BATCH_ROWS
     for number in range(file.metadata.num_row_groups):
@@ -82,7 +88,7 @@ def _batch_rows(file: Any) -> int:
     return rows
 
 
-def _rows(batch: Any, max_length: int) -> Iterator[dict[str, Any] | str]:
+def _rows(batch: pyarrow.RecordBatch, max_length: int) -> Iterator[dict[str, Any] | str]:
     """The rows of a batch, a few at a time where values are long; of a row that Python cannot hold, the reason."""
     import pyarrow
     from pyarrow import compute
@@ -105,14 +111,14 @@ def _rows(batch: Any, max_length: int) -> Iterator[dict[str, Any] | str]:
             yield _too_long(values, max_length) or values if longest > max_length else values
 
 
-def _plain(batch: Any) -> Any:
+def _plain(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
     import pyarrow
 
     columns = [c.dictionary_decode() if pyarrow.types.is_dictionary(c.type) else c for c in batch.columns]
     return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def _row(batch: Any, number: int) -> dict[str, Any] | str:
+def _row(batch: pyarrow.RecordBatch, number: int) -> dict[str, Any] | str:
     try:
         row: dict[str, Any] = batch.slice(number, 1).to_pylist()[0]
         return row

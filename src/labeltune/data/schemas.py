@@ -6,16 +6,15 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from labeltune.config import ColumnsConfig, TaskName
-from labeltune.data.labels import like, meant, not_among
-from labeltune.data.labels import parse_candidates as parse_candidates
+from labeltune.data.labels import like, meant, not_among, parse_candidates
 from labeltune.data.offsets import explain
-from labeltune.data.sources import Record
+from labeltune.data.records import Record
 from labeltune.errors import DataError, clipped, printable
 from labeltune.types import Entity, Example
 
@@ -50,6 +49,7 @@ FAULT_KINDS: dict[str, tuple[Severity, str]] = {
     "entity_blanks": ("warning", "an entity or its type begins or ends with a blank"),
 }
 _MESSAGE_LENGTH = 400
+_Value = TypeVar("_Value")
 #: Faults of a row's entities that are explained.
 _EXPLAINED = 20
 
@@ -89,6 +89,7 @@ def parse_record(
     task: TaskName,
     columns: ColumnsConfig,
     labels: Sequence[str] | None = None,
+    *,
     answers_required: bool = True,
     integer_labels: bool = False,
     numbered: Sequence[str] | None = None,
@@ -111,7 +112,7 @@ def parse_record(
     faults: list[Fault] = []
     values = record.values
 
-    def check(step: Any) -> Any:
+    def check(step: Callable[[], _Value]) -> _Value | None:
         try:
             return step()
         except _Problem as problem:
@@ -138,7 +139,7 @@ def parse_record(
         if found is not None and text is not None:
             entities, problems = _entities(found, text, labels)
             faults += [Fault(kind, record.where, message) for kind, message in problems]
-    if any(fault.severity == "error" for fault in faults):
+    if example_id is None or text is None or any(fault.severity == "error" for fault in faults):
         return None, faults
     return Example(example_id, text, candidates, label, entities, record.where), faults
 
@@ -206,7 +207,7 @@ DOCCANO = (
 )
 
 
-def is_spans(value: Any) -> bool:
+def is_spans(value: object) -> bool:
     """Whether a value is a list of [start, end, type]."""
     return (
         isinstance(value, list)

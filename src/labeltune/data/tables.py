@@ -6,11 +6,14 @@ import csv
 import importlib.util
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from labeltune.data import sources
-from labeltune.data.sources import Record
+from labeltune.data import records
+from labeltune.data.records import Record
 from labeltune.errors import MissingExtraError, first_line
+
+if TYPE_CHECKING:
+    from openpyxl.worksheet.worksheet import Worksheet
 
 #: Bytes that an Excel file may have when it is unpacked; one that is made to fill a disk has more.
 _MOST_UNPACKED = 2 << 30
@@ -26,7 +29,7 @@ class _DecodedLines:
     def __init__(self, lines: Iterable[tuple[int, str | Record]]) -> None:
         self._lines = iter(lines)
         self.fault: Record | None = None
-        self.room = sources.MAX_LINE_BYTES
+        self.room = records.MAX_LINE_BYTES
 
     def __iter__(self) -> _DecodedLines:
         return self
@@ -39,7 +42,7 @@ class _DecodedLines:
         self.room -= len(line)
         if self.room < 0:
             raise csv.Error(
-                f"the row has more than {sources.MAX_LINE_BYTES} characters; perhaps a quote is not closed"
+                f"the row has more than {records.MAX_LINE_BYTES} characters; perhaps a quote is not closed"
             )
         return line
 
@@ -49,7 +52,7 @@ def table_records(name: str, decoded: Iterable[tuple[int, str | Record]], delimi
 
     Args:
         name: the file's name for messages.
-        decoded: as `sources.decoded_lines` gives them.
+        decoded: as `records.decoded_lines` gives them.
     """
     csv.field_size_limit(1 << 30)
     lines = _DecodedLines(decoded)
@@ -57,7 +60,7 @@ def table_records(name: str, decoded: Iterable[tuple[int, str | Record]], delimi
     header: list[str] | None = None
     while True:
         where = f"{name}:{reader.line_num + 1}"
-        lines.room = sources.MAX_LINE_BYTES
+        lines.room = records.MAX_LINE_BYTES
         try:
             row = next(reader)
         except StopIteration:
@@ -166,7 +169,7 @@ def _unread(name: str, problem: str) -> Record:
     return Record(f"{name}:1", None, "unparsable_line", problem, whole=True)
 
 
-def _first_row(sheet: Any) -> int | None:
+def _first_row(sheet: Worksheet) -> int | None:
     """Number of the first row with a value."""
     if not hasattr(sheet, "iter_rows"):
         return None
@@ -176,7 +179,7 @@ def _first_row(sheet: Any) -> int | None:
     return None
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     """As Excel writes it into CSV."""
     if value is None:
         return ""

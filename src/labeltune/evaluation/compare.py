@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
-from labeltune.evaluation.measures import mcnemar, paired_bootstrap
+from labeltune.evaluation.intervals import mcnemar, paired_bootstrap
 from labeltune.evaluation.metrics import label_numbers, macro_f1_of
 from labeltune.evaluation.spans import f1_of_counts, span_counts, spans
 from labeltune.types import Example, Prediction
@@ -26,7 +27,7 @@ def compare_predictions(
     gained = numpy.flatnonzero(~rights[0] & rights[1]).tolist()
     lost = numpy.flatnonzero(rights[0] & ~rights[1]).tolist()
 
-    def shares(rows: Any) -> tuple[float, float]:
+    def shares(rows: NDArray[numpy.intp]) -> tuple[float, float]:
         return float(rights[0][rows].mean()), float(rights[1][rows].mean())
 
     differences: dict[str, Any] = {}
@@ -80,7 +81,7 @@ def _macro_f1s(
     truth = [example.label or "" for example in examples]
     numbers = [label_numbers(truth, [p.label for p in predictions]) for predictions in (first, second)]
 
-    def statistic(rows: Any) -> tuple[float, float]:
+    def statistic(rows: NDArray[numpy.intp]) -> tuple[float, float]:
         a, b = (macro_f1_of(right[rows], given[rows], count) for right, given, count in numbers)
         return a, b
 
@@ -93,7 +94,7 @@ def _span_f1s(
     truth = [spans(example.entities) for example in examples]
     counts = [span_counts(truth, [spans(p.entities) for p in predictions]) for predictions in (first, second)]
 
-    def statistic(rows: Any) -> tuple[float, float]:
+    def statistic(rows: NDArray[numpy.intp]) -> tuple[float, float]:
         return f1_of_counts(counts[0][rows]), f1_of_counts(counts[1][rows])
 
     return statistic

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
+from labeltune.data.label_issues import LabelIssues, find_label_issues
 from labeltune.data.loading import Rows, stratified_split
 from labeltune.data.near_duplicates import NearDuplicates, find_near_duplicates
-from labeltune.data.suspects import Suspects, find_suspects
 from labeltune.errors import MissingExtraError, OutputError, PromptError
 from labeltune.modeling.text_vectors import text_vectors
 from labeltune.output_paths import check_file, is_stream
@@ -38,7 +38,7 @@ class DataReport:
         near: near-duplicates inside and across the files.
         split_pairs: near-duplicate pairs of the training file that the held-out split puts on both sides; None when
             nothing is held out of it.
-        suspects: None for NER, whose labels are not judged.
+        label_issues: None for NER, whose labels are not judged.
         tokens: tokens of the training file; None when they could not be counted.
         no_tokens: why not, and what to do about it.
     """
@@ -46,15 +46,15 @@ class DataReport:
     files: tuple[Rows, ...]
     near: NearDuplicates
     split_pairs: int | None
-    suspects: Suspects | None
+    label_issues: LabelIssues | None
     tokens: TokenFigures | None
     no_tokens: str
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; at most `MAX_LISTED` pairs and suspects are listed."""
+        """JSON-ready; at most `MAX_LISTED` pairs and issues are listed."""
         return {
             "near_duplicates": {**self.near.to_dict(MAX_LISTED), "pairs_on_both_sides": self.split_pairs},
-            "suspects": self.suspects.to_dict(MAX_LISTED) if self.suspects is not None else None,
+            "suspects": self.label_issues.to_dict(MAX_LISTED) if self.label_issues is not None else None,
             "tokens": self.tokens.to_dict() if self.tokens is not None else None,
             "no_tokens": self.no_tokens or None,
         }
@@ -96,12 +96,12 @@ def make_report(
         OutputError: the cache folder, where tokens are kept, cannot be written.
     """
     near = find_near_duplicates(files, progress)
-    suspects = None
+    issues = None
     if config.task == "classification":
         vectors = text_vectors(model, tokenizer) if model is not None and tokenizer is not None else None
-        suspects = find_suspects(files, vectors, progress)
+        issues = find_label_issues(files, vectors, progress)
     tokens, no_tokens = _tokens(files[0], config, tokenizer)
-    return DataReport(tuple(files), near, _split_pairs(files[0], config, near), suspects, tokens, no_tokens)
+    return DataReport(tuple(files), near, _split_pairs(files[0], config, near), issues, tokens, no_tokens)
 
 
 def _tokens(rows: Rows, config: RunConfig, tokenizer: Any | None) -> tuple[TokenFigures | None, str]:

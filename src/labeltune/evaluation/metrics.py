@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
 from labeltune.evaluation.confidence import bin_numbers, expected_calibration_error
-from labeltune.evaluation.measures import Measure, bootstrap, mean_with_interval, wilson
+from labeltune.evaluation.intervals import Measure, bootstrap, mean_with_interval, wilson
 from labeltune.types import Example, Prediction
 
 #: Stands for "not one of the labels" in label-wise counts.
@@ -34,7 +35,9 @@ def label_numbers(truth: Sequence[str], predicted: Sequence[str | None]) -> tupl
     return right, given, len(names)
 
 
-def _f1_by_label(right: Any, given: Any, labels: int) -> tuple[Any, Any]:
+def _f1_by_label(
+    right: NDArray[numpy.int64], given: NDArray[numpy.int64], labels: int
+) -> tuple[NDArray[numpy.float64], NDArray[numpy.int64]]:
     """(F1, support) of each label, shape [labels]; F1 is NaN for one that does not occur."""
     hits = numpy.bincount(right[right == given], minlength=labels + 1)[:labels]
     support = numpy.bincount(right, minlength=labels + 1)[:labels]
@@ -43,19 +46,19 @@ def _f1_by_label(right: Any, given: Any, labels: int) -> tuple[Any, Any]:
         return numpy.where(totals > 0, 2 * hits / totals, numpy.nan), support
 
 
-def macro_f1_of(right: Any, given: Any, labels: int) -> float:
+def macro_f1_of(right: NDArray[numpy.int64], given: NDArray[numpy.int64], labels: int) -> float:
     """Macro-F1 of labels as `label_numbers` gives them."""
     f1, _ = _f1_by_label(right, given, labels)
     return float(numpy.nanmean(f1)) if len(right) else 0.0
 
 
-def _weighted_f1(right: Any, given: Any, labels: int) -> float:
+def _weighted_f1(right: NDArray[numpy.int64], given: NDArray[numpy.int64], labels: int) -> float:
     f1, support = _f1_by_label(right, given, labels)
     present = support > 0
     return float(numpy.average(f1[present], weights=support[present]))
 
 
-def matthews(right: Any, given: Any, labels: int) -> float:
+def matthews(right: NDArray[numpy.int64], given: NDArray[numpy.int64], labels: int) -> float:
     """Matthews correlation coefficient for several labels (Gorodkin 2004, doi:10.1016/j.compbiolchem.2004.09.006); 0 where
     one side is constant. An answer off the list counts as a label of its own."""
     hits = float((right == given).sum())

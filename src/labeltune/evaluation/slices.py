@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy
 
 from labeltune.errors import counted
-from labeltune.evaluation.measures import bootstrap, wilson
+from labeltune.evaluation.intervals import bootstrap, wilson
 from labeltune.evaluation.spans import f1_of_counts, span_counts, spans
 from labeltune.types import Example, Prediction
 
@@ -47,7 +47,9 @@ def _by_length(examples: Sequence[Example], predictions: Sequence[Prediction]) -
     return found
 
 
-def _headline(examples: Sequence[Example], predictions: Sequence[Prediction], rows: Any) -> dict[str, Any]:
+def _headline(
+    examples: Sequence[Example], predictions: Sequence[Prediction], rows: Iterable[int]
+) -> dict[str, Any]:
     mine = [examples[i] for i in rows]
     answers = [predictions[i] for i in rows]
     if mine[0].entities is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
-from labeltune.evaluation.measures import bootstrap
+from labeltune.evaluation.intervals import bootstrap
 from labeltune.types import Entity, Example, Prediction
 
 #: (start, end, label), or (something unique, label) for an entity without a place.
@@ -50,7 +51,7 @@ def match_entities(truth: Sequence[Entity], predicted: Sequence[Entity]) -> Matc
     right = [e for e in wanted if e in given]
     wanted, given = [e for e in wanted if e not in right], [e for e in given if e not in right]
 
-    def pair(agree: Any) -> None:
+    def pair(agree: Callable[[Entity, Entity], bool]) -> None:
         for mine in list(wanted):
             other = next((e for e in given if agree(mine, e)), None)
             if other is not None:
@@ -132,7 +133,7 @@ def span_counts(truth: Sequence[set[Any]], predicted: Sequence[set[Any]]) -> Any
     ).reshape(-1, 3)
 
 
-def f1_of_counts(counts: Any) -> float:
+def f1_of_counts(counts: NDArray[numpy.int64]) -> float:
     """Micro F1 of summed counts; 1 where there is nothing to find and nothing was found."""
     hits, given, wanted = (float(n) for n in counts.sum(axis=0))
     return f1(hits, given, wanted)

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from labeltune.evaluation.headline import rows_line
-from labeltune.messages import chinese
-from labeltune.pages import Html, both
-
 #: Name in JSON -> (English, Chinese).
 FIGURES: dict[str, tuple[str, str]] = {
     "accuracy": ("Accuracy", "准确率"),
@@ -65,10 +58,3 @@ REPORT = {
     "order": ("order", "排序"),
     "clear": ("clear filters", "清除筛选"),
 }
-
-
-def rows_seen(found: Mapping[str, Any]) -> Html:
-    """What the run has seen of the rows it is measured on, in red when it has seen some."""
-    warned = ' class="bad"' if found.get("training_rows") or found.get("selection_rows") else ""
-    told = f"rows: {rows_line(found)}"
-    return Html(f"<b id='seen'{warned}>{both(told, chinese(told))}</b>")

@@ -6,20 +6,24 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from labeltune.errors import DataError
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.headline import SELECTION, shown_headline
 from labeltune.export.ollama import model_name
 from labeltune.export.parity import Parity
 from labeltune.modeling.pocket import POCKET_MODELS
 from labeltune.run_folder import RunInfo, public_name
+from labeltune.yaml_text import read_yaml
 
 CARD_FILE = "README.md"
 #: Labels that a card lists with their rows.
 _SHOWN_LABELS = 50
-_FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,10 @@ def base_license(spec: str, folder: Path | None) -> str | None:
         return f"{model.license} ({model.terms})"
     if folder is None:
         return None
-    card = folder / CARD_FILE
-    if card.is_file():
-        front = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
-        fields = (
-            dict(re.findall(r"^(license(?:_name)?):[ \t]*(\S.*?)[ \t]*$", front[1], re.M)) if front else {}
-        )
-        found = fields.get("license_name") or fields.get("license")
-        if found:
-            return str(found).strip("'\"")
+    fields = _front_matter(folder / CARD_FILE)
+    found = fields.get("license_name") or fields.get("license")
+    if found:
+        return str(found)
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE")):
             lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -72,6 +71,18 @@ def base_license(spec: str, folder: Path | None) -> str | None:
             if first:
                 return f"{first[:100]} (the base's {path.name})"
     return None
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """The metadata of somebody's card; empty where there is none that can be read."""
+    if not card.is_file():
+        return {}
+    block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8", errors="replace"))
+    try:
+        found = read_yaml(block[2], str(card)) if block else None
+    except ConfigError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_metrics(path: Path, task: str) -> dict[str, Any]:
@@ -97,121 +108,35 @@ def read_metrics(path: Path, task: str) -> dict[str, Any]:
 
 def card(info: RunInfo, facts: Facts) -> str:
     """The whole card, Markdown with the front matter that hubs read."""
-    base = public_name(info.model)
-    parts = [
-        _front_matter(info, facts),
-        f"# {facts.name}\n",
-        f"{_task(info)}, fine-tuned from `{base}` with labeltune. This folder holds the {facts.kind} ({facts.dtype}, safetensors).\n",
-        "## Data\n",
-        _data(info),
-        "## Figures\n",
-        _figures(facts),
-        "## Prompt\n",
-        *(f"{m['role']}:\n\n{_fence(m['content'])}\n" for m in facts.messages),
-        "## Use\n",
-        *(f"{heading}:\n\n{_fence(text)}\n" for heading, text in facts.usage.items()),
-        "## Limits\n",
-        _limits(info),
-        "## Licence\n",
-        _license(base, facts.license),
-    ]
-    return "\n".join(parts)
-
-
-def _front_matter(info: RunInfo, facts: Facts) -> str:
-    kind = "text-classification" if info.task == "classification" else "token-classification"
-    lines = ["library_name: " + ("peft" if facts.kind == "adapter" else "transformers")]
-    if info.model.startswith(("ms:", "hf:")):
-        lines.append(f"base_model: {info.model[3:]}")
-    return "\n".join(
-        ["---", *lines, "pipeline_tag: text-generation", "tags:", "- labeltune", f"- {kind}", "---\n"]
+    classifies = info.task == "classification"
+    metadata = ModelCardData(
+        library_name="peft" if facts.kind == "adapter" else "transformers",
+        base_model=info.model[3:] if info.model.startswith(("ms:", "hf:")) else None,
+        pipeline_tag="text-generation",
+        tags=["labeltune", "text-classification" if classifies else "token-classification"],
     )
-
-
-def _task(info: RunInfo) -> str:
-    if info.task == "ner":
-        return f"An extractor of named entities of {len(info.labels)} types"
-    return f"A text classifier with {len(info.labels)} labels"
-
-
-def _data(info: RunInfo) -> str:
-    found = info.data
-    listed = ", ".join(f"`{label}`" for label in info.labels[:_SHOWN_LABELS])
-    listed += f" and {len(info.labels) - _SHOWN_LABELS} more" if len(info.labels) > _SHOWN_LABELS else ""
-    lines = [f"Labels: {listed}.\n"]
-    if not found:
-        return "\n".join([*lines, "Which rows it was trained on was not recorded by the run.\n"])
-    held_out = found["validation"] or f"a part of {found['train']}"
-    lines.append(
-        f"Trained on {found['train_rows']:,} rows of `{found['train']}`; {found['validation_rows']:,} validation rows"
-        + (f" ({held_out}).\n" if found["validation_rows"] else ".\n")
-    )
-    unit = "rows" if info.task == "classification" else "entities"
-    lines += [f"| label | training {unit} |", "|---|---:|"]
-    counts = list(found["labels"].items())
-    lines += [f"| {_cell(label)} | {count:,} |" for label, count in counts[:_SHOWN_LABELS]]
-    if len(counts) > _SHOWN_LABELS:
-        rest = sum(count for _, count in counts[_SHOWN_LABELS:])
-        lines.append(f"| {len(counts) - _SHOWN_LABELS} more | {rest:,} |")
-    return "\n".join([*lines, ""])
-
-
-def _figures(facts: Facts) -> str:
-    lines = []
-    for metrics, rows_are in ((facts.validation, SELECTION), (facts.test, None)):
-        if metrics is None:
-            continue
+    figures: list[tuple[Mapping[str, Any], str, str | None]] = []
+    if facts.validation is not None:
+        figures.append((facts.validation, SELECTION, None))
+    if facts.test is not None:
         # Rows that chose the checkpoint stay that, also in a file that was given as a test.
-        called = rows_are or metrics.get("rows_are", "test")
-        source = "" if rows_are else f" `{public_name(str(metrics.get('data', '')))}`"
-        decoding = metrics.get("decoding", "exact")
-        lines.append(f"On {metrics['rows']:,} {called} rows{source} (decoding={decoding}):\n")
-        lines += [f"- {name}: {value}" for name, value in shown_headline(metrics)]
-        lines.append("")
-    if facts.validation is None:
-        lines.append("The run holds no figures on validation rows for this checkpoint.\n")
-    if facts.test is None:
-        lines.append("No figures on test rows were given to the export.\n")
-    if facts.parity is None:
-        lines.append("This export was not compared with the run it was made from.\n")
-    else:
-        lines.append(
-            f"This export against the run it was made from, both in {facts.dtype}: {facts.parity}.\n"
-        )
-    return "\n".join(lines)
-
-
-def _limits(info: RunInfo) -> str:
-    length = info.prompt.max_length
-    lines = [
-        f"- Trained on prompts of at most {length} tokens, answer included; labeltune shortens longer texts "
-        f"(`{info.prompt.truncation}`), other servers do not.",
-        "- The figures hold for texts like those it was measured on.",
-        "- labeltune reads special tokens inside a text as text; other servers may take them for structure.",
-    ]
-    if info.task == "classification":
-        lines.append(
-            "- labeltune scores all labels exactly. A server that is bound to a choice of labels decides token by token, "
-            "which may choose another label where two begin alike, and gives no calibrated probability."
-        )
-    else:
-        lines.append("- Only labeltune makes sure that every entity stands in the text, and gives its place.")
-    return "\n".join([*lines, ""])
-
-
-def _license(base: str, known: str | None) -> str:
-    said = (
-        f"its files say: {known}"
-        if known
-        else "unknown here, its files do not say; check it before you share this"
+        source = public_name(str(facts.test.get("data", "")))
+        figures.append((facts.test, facts.test.get("rows_are", "test"), source))
+    made = ModelCard.from_template(
+        metadata,
+        template_str=resources.files(__package__)
+        .joinpath("templates/card.md.j2")
+        .read_text(encoding="utf-8"),
+        info=info,
+        facts=facts,
+        base=public_name(info.model),
+        figures=figures,
+        most_labels=_SHOWN_LABELS,
+        number="{:,}".format,
+        shown_headline=shown_headline,
+        fence=_fence,
     )
-    return (
-        f"The terms of the base model `{base}` hold for this {'one' if known else 'model'} as well: {said}.\n"
-    )
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return f"{made.content}\n"
 
 
 def _fence(text: str) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from labeltune.errors import ModelError
 from labeltune.modeling.hub import load_model
 from labeltune.modeling.lora import load_adapter, merge_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from labeltune.prompts.template import ChatTemplate
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -72,7 +77,7 @@ def whole_model(base: Path, adapter: Path | None, dtype: Dtype, trust_remote_cod
     return model
 
 
-def save_whole_model(model: Any, template: Any, folder: Path) -> None:
+def save_whole_model(model: PreTrainedModel, template: ChatTemplate, folder: Path) -> None:
     """Write weights (safetensors), config, tokenizer and a generation config that ends answers as training did.
 
     Args:

@@ -16,10 +16,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from labeltune.errors import ModelError, PromptError
 from labeltune.prompts.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODELFILE, GGUF_FILE = "Modelfile", "model.gguf"
 CONVERTER = "convert_hf_to_gguf.py"
@@ -105,7 +108,7 @@ def _refused(reason: str) -> PromptError:
     )
 
 
-def _render(tokenizer: Any, messages: Messages) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -127,7 +130,7 @@ def _between(rendered: str, marks: list[str]) -> list[str]:
     return [*found, rendered]
 
 
-def _check(tokenizer: Any, turns: Turns, folded: bool) -> None:
+def _check(tokenizer: PreTrainedTokenizerBase, turns: Turns, folded: bool) -> None:
     """Compare with the chat template on other conversations than those it was found with."""
     for system in ("", "Sort it. 分类"):
         for count in range(1, 5):
@@ -143,7 +146,7 @@ def _check(tokenizer: Any, turns: Turns, folded: bool) -> None:
                 raise _refused("it depends on more than the order of the messages")
 
 
-def without_bos(turns: Turns, tokenizer: Any) -> Turns:
+def without_bos(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> Turns:
     """The same without a leading bos token where the tokenizer adds one itself: Ollama would double it.
 
     Raises:

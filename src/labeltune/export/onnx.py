@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def exporter() -> Any:
         ) from error
 
 
-def write_onnx(export: Any, folder: Path) -> None:
+def write_onnx(export: Callable[..., None], folder: Path) -> None:
     """Write `onnx/` into a folder with a merged model.
 
     Args:

@@ -8,7 +8,7 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labeltune.config import HubConfig
 from labeltune.errors import ModelError
@@ -17,6 +17,9 @@ from labeltune.modeling.pocket import POCKET_MODELS
 from labeltune.run_folder import write_json
 from labeltune.tasks.base import Task
 from labeltune.types import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: What `--max-lora-rank` takes (vllm/config/lora.py, `MaxLoRARanks`, v0.11 to v0.26).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -60,7 +63,9 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(max(ranks), next(rank for rank in RANKS if rank >= max(ranks)))
 
 
-def save_adapter(source: Path, tokenizer: Any, base: str, revision: str | None, folder: Path) -> None:
+def save_adapter(
+    source: Path, tokenizer: PreTrainedTokenizerBase, base: str, revision: str | None, folder: Path
+) -> None:
     """Copy an adapter, with its base named so that others find it, and the run's tokenizer.
 
     Args:
@@ -107,7 +112,7 @@ def merged_command(folder: Path, name: str, trust_remote_code: bool = False) -> 
     return shlex.join(["vllm", "serve", str(folder), "--served-model-name", name, *trust])
 
 
-def request(task: Task, tokenizer: Any, name: str, max_tokens: int) -> dict[str, Any]:
+def request(task: Task, tokenizer: PreTrainedTokenizerBase, name: str, max_tokens: int) -> dict[str, Any]:
     """A chat completion request: the run's prompt around a sample text, answers bound to its form.
 
     Args:
@@ -135,7 +140,7 @@ def entity_pattern(labels: tuple[str, ...], no_entities: str) -> str:
     return rf"({re.escape(no_entities)}|{line}(\n{line})*)"
 
 
-def _thinks_by_default(tokenizer: Any, messages: list[dict[str, str]]) -> bool:
+def _thinks_by_default(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> bool:
     """Whether the template needs to be told not to think, as training told it."""
     ways = [
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)

@@ -21,7 +21,7 @@ import ray.exceptions
 
 from labeltune.config import ColumnsConfig
 from labeltune.data.blocks import Block, cut_file, read_block
-from labeltune.data.places import Place
+from labeltune.data.uris import Place
 from labeltune.errors import ConfigError, DataError, LabeltuneError, ModelError, OutputError, first_line
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.stream import CHUNK_ROWS, predict_lines, rows_of

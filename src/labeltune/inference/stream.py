@@ -17,8 +17,9 @@ from labeltune.config import ColumnsConfig, DataConfig
 from labeltune.data.audit import first_error
 from labeltune.data.columns import columns_of_file
 from labeltune.data.formats import find_format
+from labeltune.data.records import Record, bounded_lines, without_key
 from labeltune.data.schemas import parse_record
-from labeltune.data.sources import Record, bounded_lines, iter_records, without_key
+from labeltune.data.sources import iter_records
 from labeltune.data.standard_input import input_records
 from labeltune.errors import DataError, OutputError, PromptError, printable
 from labeltune.folder_lock import alone_with

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: What the tensor of input embeddings is called, by its last parts.
 _NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
@@ -14,10 +18,10 @@ _NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 DIMENSIONS = 256
 
 #: texts -> float32 array of unit vectors, shape [texts, at most DIMENSIONS].
-TextVectors = Callable[[list[str]], Any]
+TextVectors = Callable[[list[str]], NDArray[numpy.float32]]
 
 
-def text_vectors(folder: Path, tokenizer: Any) -> TextVectors | None:
+def text_vectors(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TextVectors | None:
     """How to turn texts into vectors with the model in `folder`; None where it holds no readable input embeddings.
 
     A text is the sum of the embeddings of its different tokens, each centred, of length one, and weighted by how rare
@@ -29,23 +33,21 @@ def text_vectors(folder: Path, tokenizer: Any) -> TextVectors | None:
         return None
     file, name = place
 
-    def vectors(texts: list[str]) -> Any:
-        from scipy import sparse
+    def vectors(texts: list[str]) -> NDArray[numpy.float32]:
+        from sklearn.decomposition import PCA
+        from sklearn.preprocessing import MultiLabelBinarizer, normalize
 
-        rows = [
-            sorted(set(ids)) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        ]
-        ends = numpy.cumsum([0, *map(len, rows)])
-        used, columns = numpy.unique(
-            numpy.array([token for row in rows for token in row], dtype=numpy.int64), return_inverse=True
-        )
-        if not len(used):
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        tokens = MultiLabelBinarizer(sparse_output=True)
+        holds = tokens.fit_transform(ids).astype(numpy.float32)
+        if not len(tokens.classes_):
             return numpy.zeros((len(texts), 1), dtype=numpy.float32)
-        ones = numpy.ones(len(columns), dtype=numpy.float32)
-        holds = sparse.csr_matrix((ones, columns, ends), shape=(len(texts), len(used)))
-        rarity = numpy.log(len(texts) / numpy.bincount(columns, minlength=len(used)))
-        tokens = _unit(_centred(_read(file, name, used))) * rarity[:, None].astype(numpy.float32)
-        return _unit(_main_directions(_centred(holds @ tokens)))
+        rarity = numpy.log(len(texts) / numpy.asarray(holds.sum(axis=0), dtype=numpy.float32).ravel())
+        embeddings = _read(file, name, numpy.array(tokens.classes_))
+        embeddings = normalize(embeddings - embeddings.mean(axis=0)) * rarity[:, None]
+        sums = holds @ embeddings
+        found = PCA(min(DIMENSIONS, *sums.shape), random_state=0).fit_transform(sums)
+        return numpy.asarray(normalize(found), dtype=numpy.float32)
 
     return vectors
 
@@ -65,7 +67,7 @@ def _find(folder: Path) -> tuple[Path, str] | None:
     return None
 
 
-def _read(file: Path, name: str, tokens: Any) -> Any:
+def _read(file: Path, name: str, tokens: NDArray[numpy.int64]) -> NDArray[numpy.float32]:
     """Rows of the embedding matrix, float32, shape [tokens, width]; zero for tokens it has no row for."""
     import torch
     from safetensors import safe_open
@@ -76,19 +78,3 @@ def _read(file: Path, name: str, tokens: Any) -> Any:
         found = numpy.zeros((len(tokens), weights.shape[1]), dtype=numpy.float32)
         found[inside] = weights[torch.from_numpy(tokens[inside])].float().numpy()
     return found
-
-
-def _centred(vectors: Any) -> Any:
-    return vectors - vectors.mean(axis=0)
-
-
-def _unit(vectors: Any) -> Any:
-    return vectors / (numpy.linalg.norm(vectors, axis=1, keepdims=True) + 1e-9)
-
-
-def _main_directions(vectors: Any) -> Any:
-    """The vectors in the `DIMENSIONS` directions in which they differ most."""
-    if vectors.shape[1] <= DIMENSIONS:
-        return vectors
-    _, directions = numpy.linalg.eigh(vectors.T @ vectors)
-    return vectors @ directions[:, -DIMENSIONS:]

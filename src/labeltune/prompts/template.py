@@ -13,9 +13,12 @@ from __future__ import annotations
 import re
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from labeltune.errors import PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: For base models without a template of their own: messages one below the other, the answer ended by the eos token.
 PLAIN_TEMPLATE = (
@@ -103,7 +106,7 @@ class ChatTemplate:
         PromptError: the tokenizer has no offsets, or its template changes messages beyond stripping them.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise PromptError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer; labeltune needs character offsets"

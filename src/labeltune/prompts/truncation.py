@@ -20,6 +20,7 @@ def encode_to_fit(
     answer: str | None,
     max_length: int,
     side: Side = "head",
+    *,
     where: str = "",
     reserve: int = 0,
 ) -> Encoded:

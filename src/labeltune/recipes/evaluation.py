@@ -22,7 +22,7 @@ from labeltune.config import (
 from labeltune.data.audit import stop_on_errors
 from labeltune.data.loading import Rows, load_rows, load_splits
 from labeltune.data.meeting import add_unknown_labels
-from labeltune.data.sources import without_key
+from labeltune.data.records import without_key
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.headline import SELECTION, TRAINING
 from labeltune.evaluation.metrics import classification_metrics

@@ -14,7 +14,7 @@ from labeltune.run_folder import RunInfo
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
-    from labeltune.data.places import Place
+    from labeltune.data.uris import Place
     from labeltune.inference.predictor import Predictor
 
 
@@ -51,7 +51,7 @@ def predict_spread(
     Raises:
         LabeltuneError: see `predict_blocks`.
     """
-    from labeltune.data.places import Place
+    from labeltune.data.uris import Place
     from labeltune.inference.load import load_changed
     from labeltune.inference.ray_engine import Cluster, Settings, predict_blocks
     from labeltune.inference.stream import alone_with_output, used_encoding
@@ -90,7 +90,7 @@ def columns_of_inputs(source: Place, task: TaskName, data: DataConfig) -> dict[s
 
     from labeltune.data.blocks import file_records
     from labeltune.data.columns import columns_of_records
-    from labeltune.data.sources import without_key
+    from labeltune.data.records import without_key
     from labeltune.errors import DataError, first_line
     from labeltune.inference.ray_engine import list_inputs
 

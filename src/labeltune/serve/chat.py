@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 
-from labeltune.data.schemas import parse_candidates
+from labeltune.data.labels import parse_candidates
 from labeltune.errors import DataError
 from labeltune.serve.batching import Answer
 from labeltune.serve.faults import ApiError

@@ -6,13 +6,17 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
+from numpy.typing import NDArray
 
 from labeltune.data.loading import Rows
 from labeltune.data.near_duplicates import excerpt, share_of
 from labeltune.progress import row_progress
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 #: Rows that are judged, and the characters read of each: the n-grams of 20,000 long rows take some 0.6 GB.
 MAX_ROWS = 20_000
@@ -30,13 +34,14 @@ _FEATURES = 2**16
 _C = 10.0
 _VECTOR_LENGTH = 2.0
 
+_Folds = list[tuple[NDArray[numpy.intp], NDArray[numpy.intp]]]
 #: What a text is judged by.
 NGRAMS = "character n-grams"
 NGRAMS_AND_VECTORS = "character n-grams and the model's token embeddings"
 
 
 @dataclass(frozen=True)
-class Suspect:
+class LabelIssue:
     """A row whose label looks wrong.
 
     Attributes:
@@ -65,38 +70,38 @@ class Suspect:
 
 
 @dataclass(frozen=True)
-class Suspects:
+class LabelIssues:
     """What the model makes of the labels.
 
     Attributes:
-        suspects: the most suspicious first.
+        issues: the most suspicious first.
         judged: rows that were judged.
         rare: labels with too few texts to be judged, with their rows.
         agreement: share of the judged rows whose label the model gives as well; the lower, the less its doubts mean.
         features: `NGRAMS` or `NGRAMS_AND_VECTORS`.
     """
 
-    suspects: tuple[Suspect, ...]
+    issues: tuple[LabelIssue, ...]
     judged: int
     rare: dict[str, int]
     agreement: float
     features: str = NGRAMS
 
     def to_dict(self, limit: int) -> dict[str, Any]:
-        """JSON-ready, with at most `limit` suspects."""
+        """JSON-ready, with at most `limit` issues."""
         return {
             "judged_rows": self.judged,
             "labels_too_rare": self.rare,
             "agreement": round(self.agreement, 4),
             "features": self.features,
-            "suspects": len(self.suspects),
-            "listed": [suspect.to_dict() for suspect in self.suspects[:limit]],
+            "suspects": len(self.issues),
+            "listed": [issue.to_dict() for issue in self.issues[:limit]],
         }
 
 
-def find_suspects(
+def find_label_issues(
     files: Sequence[Rows], vectors: Callable[[list[str]], Any] | None = None, progress: bool = False
-) -> Suspects:
+) -> LabelIssues:
     """Rows whose label looks wrong, by confident learning (Northcutt, Jiang and Chuang 2021, arXiv:1911.00068).
 
     Every row is judged by logistic regressions, one a label, on the character n-grams of the rows in the other folds, all
@@ -111,11 +116,8 @@ def find_suspects(
             agree with more labels.
     """
     taken = share_of([len(rows.dataset) for rows in files], MAX_ROWS)
-    texts: list[str] = []
-    given: list[str] = []
-    candidates: list[tuple[str, ...]] = []
-    groups: list[int] = []
-    places: list[tuple[int, int]] = []
+    texts, given, groups = list[str](), list[str](), list[int]()
+    candidates, places = list[tuple[str, ...]](), list[tuple[int, int]]()
     for file, (rows, count) in enumerate(zip(files, taken, strict=True)):
         columns = rows.dataset.select_columns(["text", "label", "candidates"]).select(range(count))
         for number, row in enumerate(columns):
@@ -129,7 +131,7 @@ def find_suspects(
     rare = {label: given.count(label) for label in sorted(counts) if counts[label] < MIN_TEXTS}
     judged = [i for i, label in enumerate(given) if counts[label] >= MIN_TEXTS]
     if len(labels) < 2:
-        return Suspects((), 0, rare, 0.0)
+        return LabelIssues((), 0, rare, 0.0)
     number_of = {label: number for number, label in enumerate(labels)}
     targets = numpy.array([number_of[given[i]] for i in judged])
     kept = [texts[i] for i in judged]
@@ -137,35 +139,23 @@ def find_suspects(
     ways = {NGRAMS: _ngram_counts(kept)}
     if vectors is not None:
         ways[NGRAMS_AND_VECTORS] = _beside(ways[NGRAMS], vectors(kept))
-    best: tuple[float, str, Any] | None = None
+    outcomes: list[tuple[float, str, NDArray[numpy.float64]]] = []
     with row_progress(len(judged) * len(ways), "labels", progress) as advance:
         for name, features in ways.items():
             probabilities = _out_of_fold(features, targets, folds, len(labels), advance)
             _keep_candidates(probabilities, [candidates[i] for i in judged], number_of)
-            agreement = float((probabilities.argmax(axis=1) == targets).mean())
-            if best is None or agreement > best[0]:
-                best = (agreement, name, probabilities)
-    assert best is not None
-    agreement, name, probabilities = best
+            outcomes.append((float((probabilities.argmax(axis=1) == targets).mean()), name, probabilities))
+    agreement, name, probabilities = max(outcomes, key=lambda outcome: outcome[0])
     found = []
     for at in _ranked(targets, probabilities):
         most, own = probabilities[at].max(), probabilities[at, targets[at]]
-        if most < SURE or most < CLEARLY * own:
-            continue
-        file, number = places[judged[at]]
-        row = files[file].dataset[number]
-        suggested = int(probabilities[at].argmax())
-        found.append(
-            Suspect(
-                row["source"],
-                row["label"],
-                labels[suggested],
-                float(probabilities[at, targets[at]]),
-                float(probabilities[at, suggested]),
-                excerpt(row["text"]),
-            )
-        )
-    return Suspects(tuple(found), len(judged), rare, agreement, name)
+        if most >= max(SURE, CLEARLY * own):
+            file, number = places[judged[at]]
+            row = files[file].dataset[number]
+            suggested = labels[int(probabilities[at].argmax())]
+            shown = excerpt(row["text"])
+            found.append(LabelIssue(row["source"], row["label"], suggested, float(own), float(most), shown))
+    return LabelIssues(tuple(found), len(judged), rare, agreement, name)
 
 
 def _ngram_counts(texts: list[str]) -> Any:
@@ -183,13 +173,13 @@ def _ngram_counts(texts: list[str]) -> Any:
     return weighted[:, numpy.flatnonzero(weighted.getnnz(axis=0))]
 
 
-def _beside(counts: Any, vectors: Any) -> Any:
+def _beside(counts: csr_matrix, vectors: NDArray[numpy.float32]) -> csr_matrix:
     from scipy import sparse
 
     return sparse.hstack([counts, sparse.csr_matrix(_VECTOR_LENGTH * vectors)]).tocsr()
 
 
-def _folds(targets: Any, groups: Any) -> list[tuple[Any, Any]]:
+def _folds(targets: NDArray[numpy.intp], groups: NDArray[numpy.intp]) -> _Folds:
     """(rows to learn from, rows to judge), all labels alike in each, a group on one side."""
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -203,7 +193,11 @@ def _folds(targets: Any, groups: Any) -> list[tuple[Any, Any]]:
 
 
 def _out_of_fold(
-    features: Any, targets: Any, folds: list[tuple[Any, Any]], labels: int, advance: Callable[[int], None]
+    features: csr_matrix,
+    targets: NDArray[numpy.intp],
+    folds: _Folds,
+    labels: int,
+    advance: Callable[[int], None],
 ) -> Any:
     """Probabilities from models that have not seen the text; float64, shape [texts, labels]."""
     from sklearn.linear_model import LogisticRegression
@@ -223,7 +217,7 @@ def _out_of_fold(
 
 
 def _keep_candidates(
-    probabilities: Any, candidates: list[tuple[str, ...]], number_of: dict[str, int]
+    probabilities: NDArray[numpy.float64], candidates: list[tuple[str, ...]], number_of: dict[str, int]
 ) -> None:
     """Share each row's probability out among its candidates, in place."""
     masks: dict[tuple[str, ...], Any] = {}
@@ -239,7 +233,7 @@ def _keep_candidates(
         probabilities[row] = kept / kept.sum()
 
 
-def _ranked(targets: Any, probabilities: Any) -> list[int]:
+def _ranked(targets: NDArray[numpy.intp], probabilities: NDArray[numpy.float64]) -> list[int]:
     """Numbers of the rows whose label cleanlab finds wrong, the most suspicious first."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

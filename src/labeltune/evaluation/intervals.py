@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
 #: Resamples of every bootstrap interval.
 BOOTSTRAP_RESAMPLES = 1000
@@ -53,7 +54,7 @@ def bootstrap(statistic: Callable[[Any], float], rows: int, seed: int = 0) -> Me
     return Measure(statistic(numpy.arange(rows)), float(low), float(high))
 
 
-def mean_with_interval(values: Any, seed: int = 0) -> Measure:
+def mean_with_interval(values: Sequence[float] | NDArray[numpy.float64], seed: int = 0) -> Measure:
     """The mean of one number a row with its bootstrap interval; `values` has shape [rows]."""
     array = numpy.asarray(values, dtype=numpy.float64)
     return bootstrap(lambda rows: float(array[rows].mean()), len(array), seed)
@@ -76,7 +77,7 @@ def paired_bootstrap(
     if rows == 0:
         return Measure(float("nan"), float("nan"), float("nan")), float("nan")
 
-    def difference(chosen: Any) -> float:
+    def difference(chosen: NDArray[numpy.intp]) -> float:
         first, second = statistic(chosen)
         return second - first
 
