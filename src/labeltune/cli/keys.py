@@ -18,10 +18,10 @@ def keys(
     """List the config keys: key, default, meaning."""
     from labeltune.config_table import key_rows
     from labeltune.errors import ConfigError
-    from labeltune.messages import localize
+    from labeltune.messages import language, localize
     from labeltune.other_names import KEYS, our_name, plain
 
-    rows = list(key_rows())
+    rows = list(key_rows("zh" if language() == "zh" else "en"))
     if word is not None:
         elsewhere = our_name(word)
         if elsewhere is not None:
