@@ -166,12 +166,24 @@ EVERY_PAGE = sorted(
 )
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link can lead to inside a page: its headings, as GitHub names them, and `<a name>`."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings} | set(
+        re.findall(r'<a name="([^"]+)">', text)
+    )
+
+
 @pytest.mark.parametrize("page", EVERY_PAGE)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
-            assert (path.parent / target).exists(), target
+    for target, place in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", path.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        assert not place or place in anchors(file), f"{target}#{place}"
 
 
 def tracked_files() -> list[Path]:
