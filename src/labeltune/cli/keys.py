@@ -21,7 +21,8 @@ def keys(
     from labeltune.messages import language, localize
     from labeltune.other_names import KEYS, our_name, plain
 
-    rows = list(key_rows("zh" if language() == "zh" else "en"))
+    chinese = language() == "zh"
+    rows = list(key_rows("zh" if chinese else "en"))
     if word is not None:
         elsewhere = our_name(word)
         if elsewhere is not None:
@@ -35,4 +36,7 @@ def keys(
     width = max(40, shutil.get_terminal_size().columns)
     for key, default, meaning in rows:
         print(f"{key}" + (f"  (default: {default})" if default else ""))
-        print(textwrap.fill(meaning, width, initial_indent="    ", subsequent_indent="    "))
+        # Chinese has no blanks to wrap at; the terminal does it.
+        indent = "    "
+        wrapped = textwrap.fill(meaning, width, initial_indent=indent, subsequent_indent=indent)
+        print(f"{indent}{meaning}" if chinese else wrapped)
