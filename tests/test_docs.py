@@ -113,7 +113,7 @@ def world(in_folder: Path) -> Path:
     return in_folder
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_commands_of_a_page_run(
     page: str, world: Path, surroundings: dict[str, str], request: pytest.FixtureRequest
 ) -> None:
