@@ -581,6 +581,8 @@ def test_keys(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "is lora.r here" in found.out and "lora.r  (default: 8)\n    rank\n" in found.out
     found = labeltune("keys", "zzz")
     assert (found.code, found.out) == (2, "") and "no key has 'zzz'" in found.err
+    monkeypatch.setenv("LABELTUNE_LANG", "zh")
+    assert labeltune("keys", "lora.r").out.startswith("lora.r  (default: 8)\n    秩\n")
 
 
 def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import re
 import shutil
@@ -12,10 +14,20 @@ from pathlib import Path
 import pytest
 
 from conftest import classification_rows, ner_rows, write_jsonl
-from labeltune.config_table import replace_table
+from labeltune.config import config_keys
+from labeltune.config_table import PAGES as TABLE_PAGES
+from labeltune.config_table import Language, chinese_meanings, replace_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "README.zh-CN.md")
+#: Topics that have a page in each language.
+TOPICS = ("config", "data", "evaluate", "export", "predict", "scale", "serve", "sweep", "train")
+#: English page -> the same in Chinese.
+PAGES = {"README.md": "README.zh-CN.md", **{f"docs/{t}.md": f"docs/zh/{t}.md" for t in TOPICS}}
+#: Pages that begin with a trained run, `output/classification`.
+ABOUT_A_RUN = ("evaluate", "export", "predict", "serve")
+#: What is not run here: installations, and Ray, whose start takes longer than all else (tests/test_ray_engine.py).
+NOT_RUN = re.compile(r"^(make|pip) |--engine ray")
+README_LINES = 140
 
 FAKE_MODELSCOPE = """
 import os, sys, types
@@ -32,75 +44,147 @@ def blocks(page: str, language: str) -> list[list[str]]:
 
 
 def without_comments(found: list[list[str]]) -> list[list[str]]:
-    return [[re.sub(r"\s+# .*", "", line) for line in block] for block in found]
+    stripped = [[re.sub(r"(^|\s+)# .*", "", line) for line in block] for block in found]
+    return [[line for line in block if line.strip()] for block in stripped]
 
 
 def commands(page: str) -> list[list[str]]:
-    stripped = [[line.strip() for line in block] for block in without_comments(blocks(page, "bash"))]
-    return [[line for line in block if line] for block in stripped]
+    return [[line.strip() for line in block] for block in without_comments(blocks(page, "bash"))]
+
+
+@pytest.fixture(scope="module")
+def surroundings(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which `pocket` and ModelScope give a two-layer model, and nobody is logged in to SwanLab."""
+    folder = tmp_path_factory.mktemp("surroundings")
+    shutil.copytree(model_folder, folder / "cache" / "pocket-1")
+    (folder / "sitecustomize.py").write_text(FAKE_MODELSCOPE, encoding="utf-8")
+    kept = {name: value for name, value in os.environ.items() if name != "SWANLAB_API_KEY"}
+    return {
+        **kept,
+        "HOME": str(folder),
+        "LABELTUNE_CACHE": str(folder / "cache"),
+        "LABELTUNE_TEST_MODEL": str(model_folder),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))),
+    }
+
+
+def run_page(lines: list[str], folder: Path, environment: dict[str, str]) -> None:
+    listed = folder / "commands.json"
+    listed.write_text(json.dumps(lines), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "run_page.py", listed],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(surroundings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sample of `labeltune init classification` and a run on it."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_page(
+        ["labeltune init classification", "labeltune train classification.yaml training.max_steps=2"],
+        folder,
+        surroundings,
+    )
+    return folder
 
 
 @pytest.fixture
-def world(in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder in which `pocket` and ModelScope give a two-layer model, and the original's data is there."""
-    cache = in_folder / "cache"
-    shutil.copytree(model_folder, cache / "pocket-1")
-    fake = in_folder / "fake"
-    fake.mkdir()
-    (fake / "sitecustomize.py").write_text(FAKE_MODELSCOPE, encoding="utf-8")
-    monkeypatch.setenv("LABELTUNE_CACHE", str(cache))
-    monkeypatch.setenv("LABELTUNE_TEST_MODEL", str(model_folder))
-    monkeypatch.setenv("PYTHONPATH", str(fake), prepend=os.pathsep)
-    for name, rows in (
-        ("train", classification_rows(24)),
-        ("test", classification_rows(6)),
-        ("ccfbdci", ner_rows(24)),
+def world(in_folder: Path) -> Path:
+    """A working folder with the original's data, and with files of somebody's own."""
+    rows = classification_rows(36)
+    for name, some in (("train", rows[:24]), ("test", rows[24:30]), ("ccfbdci", ner_rows(24))):
+        write_jsonl(in_folder / f"{name}.jsonl", some)
+    for name, some, encoding, columns in (
+        ("my_data", rows[:24], "utf-8", ("text", "label")),
+        ("my_test", rows[24:30], "utf-8", ("text", "label")),
+        ("new_texts", rows[30:], "utf-8", ("text",)),
+        ("my_body", rows[:24], "gb18030", ("body", "topic")),
     ):
-        write_jsonl(in_folder / f"{name}.jsonl", rows)
+        with (in_folder / f"{name}.csv").open("w", encoding=encoding, newline="") as file:
+            table = csv.writer(file)
+            table.writerow(columns)
+            table.writerows((row["text"], row["output"])[: len(columns)] for row in some)
     return in_folder
 
 
-def test_readme_commands_run(world: Path) -> None:
-    ran = 0
-    for block in commands("README.md"):
-        for line in block:
-            if line.startswith(("make ", "pip ")):
-                continue
-            command = line.replace("python ", f"{sys.executable} {ROOT}/")
-            command = re.sub(r"^labeltune", f"{sys.executable} -m labeltune", command)
-            if "train_qwen2_ner" in command:
-                command += " prompt.max_length=600 generation.max_new_tokens=8"
-            done = subprocess.run(command, shell=True, cwd=world, capture_output=True, text=True)
-            assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
-            assert "Traceback" not in done.stderr, line
-            ran += 1
-    assert ran >= 10
-    assert (world / "output" / "Qwen2-NER" / "best").exists()
-    for block in blocks("README.md", "python"):
-        script = subprocess.run(
-            [sys.executable, "-c", "\n".join(block)], cwd=world, capture_output=True, text=True
-        )
-        assert script.returncode == 0, script.stderr[-2000:]
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_of_a_page_run(
+    page: str, world: Path, surroundings: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    lines = [line for block in commands(page) for line in block if not NOT_RUN.search(line)]
+    lines = [
+        line + " prompt.max_length=600 generation.max_new_tokens=8" * ("train_qwen2_ner" in line)
+        for line in lines
+    ]
+    lines += ["\n".join(block) + "\n" for block in blocks(page, "python")]
+    if Path(page).stem in ABOUT_A_RUN:
+        shutil.copytree(request.getfixturevalue("trained"), world, dirs_exist_ok=True)
+    run_page(lines, world, surroundings)
+    if page == "README.md":
+        assert len(lines) >= 10
+        assert (world / "output" / "Qwen2-NER" / "best").exists()
 
 
-def test_both_languages_have_the_same_commands() -> None:
-    assert commands(PAGES[0]) == commands(PAGES[1])
-    first, second = (without_comments(blocks(page, "python")) for page in PAGES)
-    assert first == second and first
+@pytest.mark.parametrize(("page", "chinese"), PAGES.items())
+def test_both_languages_have_the_same_commands(page: str, chinese: str) -> None:
+    for language in ("bash", "python", "console"):
+        first, second = (without_comments(blocks(each, language)) for each in (page, chinese))
+        assert first == second, language
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_table_of_keys_is_current(page: str) -> None:
+def test_pages_in_chinese_hold_no_english_comments() -> None:
+    for page in PAGES.values():
+        for language in ("bash", "python", "yaml"):
+            for line in (line for block in blocks(page, language) for line in block):
+                comment = re.search(r"(?:^|\s)# (.*)", line)
+                assert comment is None or re.search("[\u3400-\u9fff]|->", comment[1]), f"{page}: {line}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_first_page_is_short(page: str) -> None:
+    assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) <= README_LINES
+
+
+@pytest.mark.parametrize(("language", "page"), TABLE_PAGES.items())
+def test_the_table_of_keys_is_current(language: Language, page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert replace_table(text) == text, f"run: python -m labeltune.config_table {page}"
+    assert replace_table(text, language) == text, "run: python -m labeltune.config_table"
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_every_key_is_explained_in_chinese() -> None:
+    assert list(chinese_meanings()) == [key for key, *_ in config_keys()], "mend config_keys.zh.yaml"
+
+
+EVERY_PAGE = sorted(
+    str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link can lead to inside a page: its headings, as GitHub names them, and `<a name>`."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings} | set(
+        re.findall(r'<a name="([^"]+)">', text)
+    )
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
-            assert (path.parent / target).exists(), target
+    text = re.sub(r'src="([^"]+)"', r"](\1)", path.read_text(encoding="utf-8"))
+    for target, place in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", text):
+        if target.startswith("http"):
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        assert not place or place in anchors(file), f"{target}#{place}"
 
 
 def tracked_files() -> list[Path]:
@@ -126,17 +210,7 @@ def test_configs_and_examples_are_valid() -> None:
         assert "labeltune train" in path.read_text(encoding="utf-8"), f"{path} does not say how to launch it"
 
 
-@pytest.mark.parametrize("task", ["classification", "ner"])
-def test_the_starter_trains(task: str, world: Path) -> None:
-    command = [sys.executable, "-m", "labeltune"]
-    for arguments in (["init", task], ["data", "check", f"{task}.jsonl"]):
-        assert subprocess.run([*command, *arguments], cwd=world).returncode == 0
-    limits = ["training.max_steps=1", "generation.max_new_tokens=4", "tracking=none"]
-    done = subprocess.run(
-        [*command, "train", f"{task}.yaml", *limits],
-        cwd=world,
-        capture_output=True,
-        text=True,
-        env=os.environ,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_starter_of_entities_trains(in_folder: Path, surroundings: dict[str, str]) -> None:
+    limits = "training.max_steps=1 generation.max_new_tokens=4 tracking=none"
+    commands = ("labeltune init ner", "labeltune data check ner.jsonl", f"labeltune train ner.yaml {limits}")
+    run_page(list(commands), in_folder, surroundings)

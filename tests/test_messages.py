@@ -132,7 +132,7 @@ SILENT = {
     f"report on {HOLE} rows: {HOLE}",
     f"rows: {HOLE}",
     f"{HOLE} must be a list of objects{HOLE}",
-    # Commands, and the meaning of keys, which is English in both READMEs.
+    # Commands, and keys with their default; their meaning is in config_keys.zh.yaml.
     f"      labeltune evaluate output/{HOLE} --data {HOLE}_test.jsonl",
     f"{HOLE}  (default: {HOLE})",
 }

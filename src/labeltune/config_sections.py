@@ -143,7 +143,7 @@ class PromptConfig(Section):
     )
     layout: Literal["original", "labels_first"] = Field(
         "original",
-        description="labels_first puts what stands behind the text, such as the candidates, before it; see the notes below",
+        description="labels_first puts what stands behind the text, such as the candidates, before it (docs/train.md)",
     )
     max_length: int = Field(
         384, ge=8, description="tokens of prompt and answer together; only the text is shortened to fit"

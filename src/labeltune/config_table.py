@@ -1,10 +1,11 @@
-"""The table of config keys in README.md and README.zh-CN.md, made from the config models."""
+"""The table of config keys in docs/config.md and docs/zh/config.md, made from the config models."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from importlib import resources
+from typing import Any, Literal
 
 from labeltune.config import (
     CLASSIFICATION_SYSTEM,
@@ -13,36 +14,50 @@ from labeltune.config import (
     config_keys,
 )
 
+Language = Literal["en", "zh"]
+#: The page of each language, from the root of the repository.
+PAGES: dict[Language, str] = {"en": "docs/config.md", "zh": "docs/zh/config.md"}
 BEGIN = "<!-- config table: begin (made by python -m labeltune.config_table) -->"
 END = "<!-- config table: end -->"
-BY_TASK = "by task"
-_BY_TASK = {CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, "./output/Qwen2"}
+_HEADS = {"en": ("key", "default", "meaning"), "zh": ("配置项", "默认值", "含义")}
+_BY_TASK = {"en": "by task", "zh": "随任务而定"}
+_DEFAULTS_BY_TASK = {CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, "./output/Qwen2"}
 
 
-def config_table() -> str:
+def config_table(language: Language) -> str:
     """GitHub Markdown, a row a key."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
-    for key, default, meaning in key_rows():
-        shown = default if default in ("", BY_TASK) else f"`{default}`"
+    lines = [f"| {' | '.join(_HEADS[language])} |", "|---|---|---|"]
+    for key, default, meaning in key_rows(language):
+        shown = default if default in ("", _BY_TASK[language]) else f"`{default}`"
         lines.append(f"| `{key}` | {shown} | {meaning} |")
     return "\n".join(lines)
 
 
-def key_rows() -> Iterator[tuple[str, str, str]]:
+def key_rows(language: Language = "en") -> Iterator[tuple[str, str, str]]:
     """Every key with its default, empty for none, and its meaning."""
+    meanings = chinese_meanings() if language == "zh" else {}
     for key, _, default, description in config_keys(RunConfig):
-        yield key, _shown(default), description
+        yield key, _shown(default, language), meanings.get(key, description)
 
 
-def _shown(default: Any) -> str:
+def chinese_meanings() -> dict[str, str]:
+    """Key -> its meaning in Chinese."""
+    import yaml
+
+    text = resources.files("labeltune").joinpath("config_keys.zh.yaml").read_text(encoding="utf-8")
+    loaded: dict[str, str] = yaml.safe_load(text)
+    return loaded
+
+
+def _shown(default: Any, language: Language) -> str:
     if default is None:
         return ""
     if isinstance(default, str):
-        return BY_TASK if default in _BY_TASK else default
+        return _BY_TASK[language] if default in _DEFAULTS_BY_TASK else default
     return json.dumps(default, ensure_ascii=False)
 
 
-def replace_table(text: str) -> str:
+def replace_table(text: str, language: Language) -> str:
     """A page with its table made anew.
 
     Raises:
@@ -52,13 +67,12 @@ def replace_table(text: str) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the page lacks {BEGIN!r} or {END!r}")
-    return f"{before}{BEGIN}\n\n{config_table()}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{config_table(language)}\n\n{END}{after}"
 
 
 if __name__ == "__main__":
-    import sys
     from pathlib import Path
 
-    for name in sys.argv[1:]:
+    for spoken, name in PAGES.items():
         page = Path(name)
-        page.write_text(replace_table(page.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(replace_table(page.read_text(encoding="utf-8"), spoken), encoding="utf-8")

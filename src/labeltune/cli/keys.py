@@ -18,10 +18,11 @@ def keys(
     """List the config keys: key, default, meaning."""
     from labeltune.config_table import key_rows
     from labeltune.errors import ConfigError
-    from labeltune.messages import localize
+    from labeltune.messages import language, localize
     from labeltune.other_names import KEYS, our_name, plain
 
-    rows = list(key_rows())
+    chinese = language() == "zh"
+    rows = list(key_rows("zh" if chinese else "en"))
     if word is not None:
         elsewhere = our_name(word)
         if elsewhere is not None:
@@ -35,4 +36,7 @@ def keys(
     width = max(40, shutil.get_terminal_size().columns)
     for key, default, meaning in rows:
         print(f"{key}" + (f"  (default: {default})" if default else ""))
-        print(textwrap.fill(meaning, width, initial_indent="    ", subsequent_indent="    "))
+        # Chinese has no blanks to wrap at; the terminal does it.
+        indent = "    "
+        wrapped = textwrap.fill(meaning, width, initial_indent=indent, subsequent_indent=indent)
+        print(f"{indent}{meaning}" if chinese else wrapped)
