@@ -109,7 +109,7 @@ def row_progress(
         last_line: without a terminal, say when all are done, however quickly that was.
     """
     what = localize(what)
-    if not shown:
+    if not shown or total == 0:
         yield lambda _: None
         return
     from rich.console import Console

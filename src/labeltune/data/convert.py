@@ -13,7 +13,7 @@ from labeltune.config import RunConfig
 from labeltune.data.audit import first_error
 from labeltune.data.columns import columns_of_file
 from labeltune.data.schemas import parse_record
-from labeltune.data.sources import iter_records, resolve_data
+from labeltune.data.sources import iter_records, resolve_data, without_key
 from labeltune.errors import DataError, OutputError, printable
 from labeltune.output_paths import check_file, is_stream, link_target, open_stream
 from labeltune.types import Example
@@ -55,7 +55,7 @@ def convert_file(
             )
             if example is None:
                 if record.whole:
-                    raise DataError(str(first_error(faults)))
+                    raise DataError(without_key(str(first_error(faults))))
                 if not skip:
                     raise DataError(
                         f"{first_error(faults)}; repair it, or skip faulty rows with --on-error skip"
