@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -439,7 +441,12 @@ def test_init_writes_a_config_that_loads(labeltune: Any, in_folder: Path, task: 
     config = load_config(in_folder / "new" / f"{task}.yaml")
     assert config.task == task and (in_folder / "new" / config.data.train).is_file()
     assert config.data.test == f"{task}_test.jsonl" and (in_folder / "new" / config.data.test).is_file()
-    assert f"labeltune evaluate output/{task} --data {task}_test.jsonl" in found.out
+    commands = (
+        f"  labeltune data check {task}.jsonl\n  labeltune train {task}.yaml\n"
+        f"  labeltune evaluate output/{task} --data {task}_test.jsonl\n"
+    )
+    assert found.out.endswith(f"\n\ngo on with:\n  cd new\n{commands}"), "they are run inside the folder"
+    assert labeltune("init", task).out.endswith(f"\n\ngo on with:\n{commands}"), "here"
     (in_folder / "new" / f"{task}.yaml").write_text("task: ner\n")
     found = labeltune("init", task, "new")
     assert found.code == 2 and "exists already; --force replaces it" in found.err
@@ -489,12 +496,22 @@ def test_download(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPat
     assert labeltune("data", "check", "train.jsonl").code == 0
 
     def unreachable(_: dict[str, Any]) -> str:
-        raise ConnectionError("no route to host")
+        logging.getLogger("urllib3").warning("Retrying (Retry(total=1)) after connection broken")
+        warnings.warn("something is old", stacklevel=1)
+        raise ConnectionError(
+            "HTTPSConnectionPool(host='x', port=443): Max retries exceeded with url: " + 99 * "x"
+        )
 
     fake_hub(monkeypatch, "hf", unreachable)
-    found = labeltune("data", "download", "ccfbdci")
-    assert (found.code, found.out) == (2, "") and found.err.count("\n") == 1
-    assert "Hugging Face" in found.err and "by hand" in found.err
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    found = labeltune("data", "download", "ccfbdci", "rows")
+    assert (found.code, found.out) == (2, "")
+    assert found.err == (
+        "fetching data set qgyd2021/chinese_ner_sft from Hugging Face (huggingface.co)\n"
+        "error: data set qgyd2021/chinese_ner_sft could not be fetched: Hugging Face (huggingface.co) cannot be reached "
+        "(ConnectionError). Check the network, or download its files by hand from "
+        "https://huggingface.co/datasets/qgyd2021/chinese_ner_sft/tree/main and put them here: rows/ccfbdci.jsonl\n"
+    )
 
 
 @pytest.mark.parametrize(

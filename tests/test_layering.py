@@ -27,6 +27,7 @@ LAYERS = (
         "ranks",
         "ray_session",
     ),
+    ("hubs",),
     ("prompts", "data"),
     ("modeling", "tasks"),
     ("evaluation", "training", "inference", "tracking"),

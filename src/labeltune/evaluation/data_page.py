@@ -238,6 +238,17 @@ def _near_duplicates(report: DataReport) -> str:
         told = both("The held-out split parts none of them.", "划分验证集时没有拆开任何一对。")
         parts.append(paragraph(told, "good"))
     if near.pairs:
+        parts.append(
+            paragraph(
+                both(
+                    "What to do: of a pair inside a file keep the better row, and of a pair across files delete the one outside the "
+                    "training file, where it would be measured on what was learnt. --json writes the list, under "
+                    "report.near_duplicates.listed.",
+                    "处理方法：同一文件中的一对只保留较好的一行；跨文件的一对请删除训练集之外的那一行，否则等于用学过的内容来评测。"
+                    "加 --json 可输出该列表（report.near_duplicates.listed）。",
+                )
+            )
+        )
         parts.append(_pair_table(near.pairs))
     return "\n".join(parts)
 
@@ -329,6 +340,17 @@ def _suspects(report: DataReport) -> str:
             both("p(suggested)", "p（建议）"),
         )
         parts.append(table(head, listed, numbers_from=4, stacked=True) + _more(len(found.suspects)))
+        parts.append(
+            paragraph(
+                both(
+                    "What to do: read each row. Where the suggested label is right, change the label in the file, at the line that "
+                    "stands before the row; where neither is, delete the row; leave it where the given label is right. Then "
+                    "check again. --json writes the same list for a script, under report.suspects.listed.",
+                    "处理方法：逐行阅读。如果建议标签正确，请在文件的对应行修改标签；如果两者都不对，请删除该行；如果现有标签正确，则保持不变。"
+                    "然后重新检查。加 --json 可输出同一列表供脚本使用（report.suspects.listed）。",
+                )
+            )
+        )
     return "\n".join(parts)
 
 

@@ -267,9 +267,10 @@ def _next_steps(config: RunConfig) -> list[str]:
     run = shlex.quote(config.output_dir)
     rows = shlex.quote(config.data.test) if config.data.test is not None else "FILE"
     return [
-        f"next: labeltune evaluate {run} --data {rows}",
-        f'      labeltune predict {run} --text "..."',
-        f"      labeltune serve {run}",
+        "go on with:",
+        f"  labeltune evaluate {run} --data {rows}",
+        f'  labeltune predict {run} --text "..."',
+        f"  labeltune serve {run}",
     ]
 
 
