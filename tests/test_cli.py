@@ -507,8 +507,8 @@ def test_download(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPat
     found = labeltune("data", "download", "ccfbdci", "rows")
     assert (found.code, found.out) == (2, "")
     assert found.err == (
-        "fetching data set qgyd2021/chinese_ner_sft from Hugging Face (huggingface.co)\n"
-        "error: data set qgyd2021/chinese_ner_sft could not be fetched: Hugging Face (huggingface.co) cannot be reached "
+        "fetching qgyd2021/chinese_ner_sft from Hugging Face (huggingface.co)\n"
+        "error: qgyd2021/chinese_ner_sft could not be fetched: Hugging Face (huggingface.co) cannot be reached "
         "(ConnectionError). Check the network, or download its files by hand from "
         "https://huggingface.co/datasets/qgyd2021/chinese_ner_sft/tree/main and put them here: rows/ccfbdci.jsonl\n"
     )

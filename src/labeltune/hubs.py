@@ -38,9 +38,8 @@ def asking(hub: str, kind: Literal["model", "dataset"], repo: str, instead: str)
         HubError: anything failed inside.
     """
     name, address = _hub(hub)
-    what = f"{'model' if kind == 'model' else 'data set'} {repo}"
     host = address.partition("://")[2]
-    tell(f"fetching {what} from {name} ({host})")
+    tell(f"fetching {repo} from {name} ({host})")
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -48,15 +47,16 @@ def asking(hub: str, kind: Literal["model", "dataset"], repo: str, instead: str)
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        reason = first_line(error)
         by_hand = f"download its files by hand from {_page(hub, address, kind, repo)} and {instead}"
-        if _unanswered(error):
-            reason = reason if len(reason) <= _SHORT else type(error).__name__
+        unanswered = _unanswered(error)
+        if unanswered is not None:
+            reason = first_line(unanswered)
+            reason = reason if len(reason) <= _SHORT else type(unanswered).__name__
             raise HubError(
-                f"{what} could not be fetched: {name} ({host}) cannot be reached ({reason}). Check the network, or {by_hand}"
+                f"{repo} could not be fetched: {name} ({host}) cannot be reached ({reason}). Check the network, or {by_hand}"
             ) from error
         raise HubError(
-            f"{what} could not be fetched from {name} ({reason}). Check the name and the revision, or {by_hand}"
+            f"{repo} could not be fetched from {name} ({first_line(error)}). Check the name and the revision, or {by_hand}"
         ) from error
     finally:
         logging.disable(disabled)
@@ -75,10 +75,8 @@ def _page(hub: str, address: str, kind: Literal["model", "dataset"], repo: str) 
     return f"{address}/{'datasets/' if kind == 'dataset' else ''}{repo}/tree/main"
 
 
-def _unanswered(error: BaseException | None) -> bool:
-    """Whether a host that did not answer is the reason, at whatever depth."""
-    while error is not None:
-        if any(each.__name__ in _NO_ANSWER for each in type(error).__mro__):
-            return True
+def _unanswered(error: BaseException | None) -> BaseException | None:
+    """The exception, at whatever depth, that says that a host did not answer."""
+    while error is not None and not any(each.__name__ in _NO_ANSWER for each in type(error).__mro__):
         error = error.__cause__ or error.__context__
-    return False
+    return error
