@@ -436,7 +436,7 @@ def test_columns_by_other_names_are_read_and_said(
         ),
         (
             {"body": "a", "klass": "x"},
-            "no columns 'text' and 'output'; the file has 'body', 'klass'; say which ones hold them: add "
+            "no columns 'text', 'output'; the file has 'body', 'klass'; say which ones hold them: add "
             "data.columns.text=COLUMN data.columns.output=COLUMN to the command, or rename those columns",
         ),
         ({"text": "a", "category": "x"}, "data.columns.output=category"),
@@ -457,7 +457,7 @@ def test_a_missing_column_is_one_fault_of_the_file(row: dict[str, Any], part: st
     columns = {"text": "absent"}
     data = DataConfig.model_validate({"columns": columns})
     (fault,) = audit_file(path, "classification", data).faults
-    missing = "'absent'" if "output" in row else "'absent' and 'output'"
+    missing = "'absent'" if "output" in row else "'absent', 'output'"
     assert fault.message.startswith((f"no column {missing}; ", f"no columns {missing}; "))
 
 

@@ -174,7 +174,7 @@ def _missing(missing: dict[str, list[str]], columns: ColumnsConfig, seen: _Seen,
     Args:
         missing: role -> the columns that may be meant, which are none or several.
     """
-    names = " and ".join(repr(getattr(columns, role)) for role in missing)
+    names = ", ".join(repr(getattr(columns, role)) for role in missing)
     there = ", ".join(repr(other) for other in sorted(seen.names)[:20])
     problem = (
         f"no {'column' if len(missing) == 1 else 'columns'} {names}; the file has {there or 'no columns'}"
