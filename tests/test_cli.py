@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -256,8 +258,10 @@ def test_check_takes_keys_for_a_data_file(labeltune: Any, in_folder: Path) -> No
     found = labeltune("data", "check", "rows.csv")
     assert found.code == 1 and "data.encoding=gb18030" in found.out
     found = labeltune("data", "check", "rows.csv", "data.encoding=gb18030")
-    assert found.code == 1 and "1 error, 0 warnings" in found.out
-    assert "labeltune data check rows.csv data.columns.text=COLUMN" in found.out
+    assert found.code == 1 and "\nrows.csv: no row can be read, 1 error, 0 warnings\n" in found.out
+    assert "no columns 'text', 'output'; the file has '意图', '正文'" in found.out
+    assert "add data.columns.text=COLUMN data.columns.output=COLUMN to the command" in found.out
+    assert "labels (" not in found.out and "text length" not in found.out
     keys = ("data.encoding=gb18030", "data.columns.text=正文", "data.columns.output=意图")
     found = labeltune("data", "check", "rows.csv", *keys)
     assert found.code == 0 and "rows.csv: 2 rows, 2 usable, 0 errors, 0 warnings" in found.out
@@ -437,7 +441,12 @@ def test_init_writes_a_config_that_loads(labeltune: Any, in_folder: Path, task: 
     config = load_config(in_folder / "new" / f"{task}.yaml")
     assert config.task == task and (in_folder / "new" / config.data.train).is_file()
     assert config.data.test == f"{task}_test.jsonl" and (in_folder / "new" / config.data.test).is_file()
-    assert f"labeltune evaluate output/{task} --data {task}_test.jsonl" in found.out
+    commands = (
+        f"  labeltune data check {task}.jsonl\n  labeltune train {task}.yaml\n"
+        f"  labeltune evaluate output/{task} --data {task}_test.jsonl\n"
+    )
+    assert found.out.endswith(f"\n\ngo on with:\n  cd new\n{commands}"), "they are run inside the folder"
+    assert labeltune("init", task).out.endswith(f"\n\ngo on with:\n{commands}"), "here"
     (in_folder / "new" / f"{task}.yaml").write_text("task: ner\n")
     found = labeltune("init", task, "new")
     assert found.code == 2 and "exists already; --force replaces it" in found.err
@@ -487,12 +496,22 @@ def test_download(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPat
     assert labeltune("data", "check", "train.jsonl").code == 0
 
     def unreachable(_: dict[str, Any]) -> str:
-        raise ConnectionError("no route to host")
+        logging.getLogger("urllib3").warning("Retrying (Retry(total=1)) after connection broken")
+        warnings.warn("something is old", stacklevel=1)
+        raise ConnectionError(
+            "HTTPSConnectionPool(host='x', port=443): Max retries exceeded with url: " + 99 * "x"
+        )
 
     fake_hub(monkeypatch, "hf", unreachable)
-    found = labeltune("data", "download", "ccfbdci")
-    assert (found.code, found.out) == (2, "") and found.err.count("\n") == 1
-    assert "Hugging Face" in found.err and "by hand" in found.err
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    found = labeltune("data", "download", "ccfbdci", "rows")
+    assert (found.code, found.out) == (2, "")
+    assert found.err == (
+        "fetching qgyd2021/chinese_ner_sft from Hugging Face (huggingface.co)\n"
+        "error: qgyd2021/chinese_ner_sft could not be fetched: Hugging Face (huggingface.co) cannot be reached "
+        "(ConnectionError). Check the network, or download its files by hand from "
+        "https://huggingface.co/datasets/qgyd2021/chinese_ner_sft/tree/main and put them here: rows/ccfbdci.jsonl\n"
+    )
 
 
 @pytest.mark.parametrize(

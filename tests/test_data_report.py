@@ -520,3 +520,14 @@ def test_a_plain_check_loads_nothing_of_the_report(tmp_path: Path) -> None:
     )
     done = test_cli.process(tmp_path, "-c", code)
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
+
+
+def test_no_page_is_written_about_a_file_of_which_nothing_can_be_read(
+    command: Callable[..., Any], in_folder: Path
+) -> None:
+    """Such a page looked like a clean result."""
+    write_jsonl(in_folder / "rows.jsonl", [{"body": "a", "klass": "x"}] * 3)
+    found = command("data", "check", "rows.jsonl", "--report", "page.html")
+    assert found.code == 1 and "rows.jsonl: no row can be read, 1 error, 0 warnings" in found.out
+    assert found.err == "no report was written, as rows.jsonl cannot be used\n"
+    assert not (in_folder / "page.html").exists()

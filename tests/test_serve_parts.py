@@ -253,7 +253,9 @@ def test_ports_in_use_and_other_bases_are_refused(
     second = make_run(tmp_path / "second", other)
     with pytest.raises(ModelError, match=r"trained on .*base"):
         load_models(str(first), None, [("second", str(second))])
-    with pytest.raises(ConfigError, match="same name"):
+    with pytest.raises(
+        ConfigError, match=r"same name: first, first; name the first with --name NAME, the others with"
+    ):
         load_models(str(first), None, [("first", str(first))])
     said: list[str] = []
     models = load_models(str(first), "n.1", say=said.append)

@@ -484,8 +484,8 @@ def test_local_specs(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.JSONL", [{"text": "a"}])
     assert resolve_data(str(path)) == path
     with pytest.raises(DataError, match="does not exist") as raised:
-        resolve_data(str(tmp_path / "none.jsonl"))
-    assert "labeltune data download" in str(raised.value)
+        resolve_data(str(tmp_path / "row.jsonl"))
+    assert str(raised.value).endswith(f"Give another path; near it are: {path}")
     (tmp_path / "rows.txt").write_text("a")
     (tmp_path / "folder.csv").mkdir()
     for name in ("rows.txt", "folder.csv"):

@@ -300,9 +300,10 @@ def test_a_training_says_its_phases_and_what_comes_next(in_folder: Path, model_f
     phases = ["loading the model", "checking packing on your rows"]
     phases += ["predicting 16 validation rows with the best checkpoint"]
     assert [line for line in said if line in phases] == phases
-    assert said[-4].startswith("done in ") and " s of them training: " in said[-4]
-    assert said[-3:] == [
-        f"next: labeltune evaluate {config.output_dir} --data FILE",
-        f'      labeltune predict {config.output_dir} --text "..."',
-        f"      labeltune serve {config.output_dir}",
+    assert said[-5].startswith("done in ") and " s of them training: " in said[-5]
+    assert said[-4:] == [
+        "go on with:",
+        f"  labeltune evaluate {config.output_dir} --data FILE",
+        f'  labeltune predict {config.output_dir} --text "..."',
+        f"  labeltune serve {config.output_dir}",
     ]

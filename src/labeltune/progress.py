@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from labeltune.errors import printable
 from labeltune.messages import localize
@@ -24,6 +26,8 @@ class _Now:
     phase = ""
     begun = spoke = 0.0
     bars = 0
+    #: Where lines go while other libraries are silenced.
+    stream: TextIO | None = None
 
 
 def spoke() -> None:
@@ -33,8 +37,19 @@ def spoke() -> None:
 
 def tell(line: str) -> None:
     """A finished line on standard error, in the user's language."""
-    print(localize(line), file=sys.stderr, flush=True)
+    print(localize(line), file=_Now.stream or sys.stderr, flush=True)
     spoke()
+
+
+@contextlib.contextmanager
+def others_silent() -> Iterator[None]:
+    """What other code writes to standard error while the context is open is dropped; `tell` still speaks."""
+    _Now.stream = sys.stderr
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        _Now.stream = None
 
 
 def silent_for() -> float:
@@ -109,7 +124,7 @@ def row_progress(
         last_line: without a terminal, say when all are done, however quickly that was.
     """
     what = localize(what)
-    if not shown:
+    if not shown or total == 0:
         yield lambda _: None
         return
     from rich.console import Console

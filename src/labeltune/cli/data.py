@@ -58,6 +58,7 @@ def check(
 ) -> None:
     """List every fault with file:line; exit 1 on errors, 0 otherwise."""
     from labeltune import recipes
+    from labeltune.errors import printable
 
     if report is not None:
         from labeltune.evaluation.data_report import check_report
@@ -74,7 +75,10 @@ def check(
     counter = _token_counter(loaded) if loaded is not None else None
     rows = recipes.check_data(config, train_file, test_file, counter, loaded)
     audits = [r.audit for r in rows]
-    findings = recipes.report_data(rows, config, report, loaded, model) if report is not None else None
+    unreadable = next((a.path for a in audits if a.unreadable is not None), None)
+    findings = None
+    if report is not None and unreadable is None:
+        findings = recipes.report_data(rows, config, report, loaded, model)
     if as_json:
         faults = [
             {"kind": f.kind, "severity": f.severity, "where": f.where, "message": f.message}
@@ -90,6 +94,8 @@ def check(
             _print_audit(audit, limit)
     if findings is not None:
         print(_report_line(report, findings), file=sys.stderr)
+    elif report is not None:
+        print(f"no report was written, as {printable(str(unreadable))} cannot be used", file=sys.stderr)
     if any(audit.errors for audit in audits):
         raise typer.Exit(1)
 
@@ -201,9 +207,17 @@ def _print_audit(audit: Audit, limit: int) -> None:
         if limit and count > limit:
             print(f"... {count - limit} more of {kind} (--limit 0 lists all)")
     counts = f"{counted(audit.errors, 'error')}, {counted(audit.warnings, 'warning')}"
-    print(f"\n{printable(str(audit.path))}: {counted(audit.rows, 'row')}, {audit.usable} usable, {counts}")
+    if audit.unreadable is not None and not audit.rows:
+        print(f"\n{printable(str(audit.path))}: no row can be read, {counts}")
+    else:
+        print(
+            f"\n{printable(str(audit.path))}: {counted(audit.rows, 'row')}, {audit.usable} usable, {counts}"
+        )
     for kind, count in audit.counts.most_common():
         print(f"  {count:8d}  {kind}")
+    if not audit.usable:
+        print()
+        return
     if audit.task == "ner":
         print(
             f"  rows without entities: {audit.without_entities}; rows that repeat a (text, label) pair: {audit.repeated_mentions}"
@@ -216,7 +230,7 @@ def _print_audit(audit: Audit, limit: int) -> None:
     words = {"p10": "10th percentile", "p50": "median", "p90": "90th percentile", "p99": "99th percentile"}
     lengths = audit.length_percentiles().items()
     line = ", ".join(f"{words.get(name, 'longest')} {value:,}" for name, value in lengths)
-    print(f"  text length in {audit.length_unit}: {line or 'no usable row'}\n")
+    print(f"  text length in {audit.length_unit}: {line}\n")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -33,5 +34,8 @@ def init(
     for name in names:
         write_text(folder / name, source.joinpath(name).read_text(encoding="utf-8"))
         print(folder / name)
-    print(f"\nnext: labeltune data check {task}.jsonl\n      labeltune train {task}.yaml")
-    print(f"      labeltune evaluate output/{task} --data {task}_test.jsonl")
+    print("\ngo on with:")
+    if folder.resolve() != Path.cwd().resolve():
+        print(f"  cd {shlex.quote(str(folder))}")
+    print(f"  labeltune data check {task}.jsonl\n  labeltune train {task}.yaml")
+    print(f"  labeltune evaluate output/{task} --data {task}_test.jsonl")

@@ -92,6 +92,11 @@ class Audit:
         self.lengths.extend(other.lengths)
 
     @property
+    def unreadable(self) -> Fault | None:
+        """Why nothing of the file can be used, where that is so whatever its rows are."""
+        return next((fault for fault in self.faults if fault.whole), None)
+
+    @property
     def error_counts(self) -> dict[str, int]:
         """Kind of fault -> how often, without warnings."""
         return {kind: count for kind, count in self.counts.items() if FAULT_KINDS[kind][0] == "error"}
@@ -183,7 +188,7 @@ def add_records(
         pending.clear()
 
     for number, record in enumerate(records, start=first):
-        audit.rows += 1
+        audit.rows += not record.whole
         example, faults = parse_record(
             record,
             number,
@@ -219,7 +224,7 @@ def add_records(
 def finished(audit: Audit, data: DataConfig, columns: FileColumns) -> Audit:
     """An audit of all records, with the faults that only the whole file shows."""
     labels, name = data.labels, printable(str(audit.path))
-    if not audit.rows:
+    if not audit.rows and not audit.faults:
         audit.add_fault(Fault("no_rows", f"{name}:1", "the file holds no rows", whole=True))
     if columns.integer_labels and audit.usable and labels is None and columns.numbered is None:
         examples = ", ".join(repr(label) for label in sorted(audit.labels)[:3])
@@ -363,11 +368,9 @@ def stop_on_errors(audits: Sequence[Audit], skip: bool, fix: str) -> None:
         return
     shown = "\n  ".join(str(fault) for fault in faults[:_SHOWN])
     more = f"\n  ... and {errors - _SHOWN} more" if errors > _SHOWN else ""
-    if skip:
-        fix = none_usable(next(audit for audit in audits if faults[0] in audit.faults))
-    raise DataError(
-        f"the data holds {errors} {'error' if errors == 1 else 'errors'}:\n  {shown}{more}\n{fix}"
-    )
+    # What is wrong with a whole file says itself what to do, and no row of it can be left out.
+    then = "" if all(fault.whole for fault in faults) else f"\n{fix}"
+    raise DataError(f"the data holds {errors} {'error' if errors == 1 else 'errors'}:\n  {shown}{more}{then}")
 
 
 def none_usable(audit: Audit) -> str:

@@ -79,13 +79,12 @@ def columns_of_file(
 ) -> FileColumns:
     """Look at the first rows of a file; what is found is said once on standard error."""
     records = iter_records(path, data.encoding)
-    return columns_of_records(records, str(path), path.name, task, data.columns, answers_required)
+    return columns_of_records(records, str(path), task, data.columns, answers_required)
 
 
 def columns_of_records(
     records: Iterable[Record],
     path: str,
-    file: str,
     task: TaskName,
     columns: ColumnsConfig,
     answers_required: bool = True,
@@ -93,14 +92,14 @@ def columns_of_records(
     """The same of the records of a file, of which the first are looked at.
 
     Args:
-        path, file: where it is, and its name, for messages.
+        path: where it is, for messages.
     """
     seen: list[Record] = []
     for record in islice(records, LOOKED_AT):
         if record.whole:
             return FileColumns(columns, problem=record)
         seen.append(_outline(record))
-    found = find_columns(seen, file, task, columns, answers_required)
+    found = find_columns(seen, task, columns, answers_required)
     for line in found.notes:
         note(f"{path}: {line}")
     return found
@@ -116,7 +115,6 @@ def _outline(record: Record) -> Record:
 
 def find_columns(
     records: Iterable[Record],
-    file: str,
     task: TaskName,
     columns: ColumnsConfig,
     answers_required: bool = True,
@@ -124,7 +122,6 @@ def find_columns(
     """Decide by some rows.
 
     Args:
-        file: its name, for messages.
         answers_required: whether the answer's column has to be there.
     """
     wanted = ["text"]
@@ -138,6 +135,7 @@ def find_columns(
         return FileColumns(columns)
     notes: list[str] = []
     changes: dict[str, str] = {}
+    missing: dict[str, list[str]] = {}
     for role in wanted:
         name = getattr(columns, role)
         if name in seen.names:
@@ -145,12 +143,15 @@ def find_columns(
         taken = {getattr(columns, other) for other in type(columns).model_fields if other != role}
         found = _candidates(role, seen, taken) if name == getattr(_DEFAULTS, role) else []
         if len(found) != 1:
-            problem = _missing(role, name, found, seen, file, task)
-            return FileColumns(
-                columns, problem=Record(seen.first, None, "missing_field", problem, whole=True)
-            )
+            missing[role] = found
+            continue
         changes[role] = found[0]
         notes.append(f"column {found[0]!r} is read as {name}")
+    if missing:
+        problem = Record(
+            seen.first, None, "missing_field", _missing(missing, columns, seen, task), whole=True
+        )
+        return FileColumns(columns, problem=problem)
     columns = columns.model_copy(update=changes)
     if "output" in changes:
         seen = _Seen(columns.output)
@@ -168,22 +169,33 @@ def _candidates(role: str, seen: _Seen, taken: set[str]) -> list[str]:
     return found
 
 
-def _missing(role: str, name: str, found: list[str], seen: _Seen, file: str, task: TaskName) -> str:
-    columns = ", ".join(repr(other) for other in sorted(seen.names)[:20])
-    problem = f"no column {name!r}; the file has {columns or 'no columns'}"
-    if role != "text" and seen.spans:
-        return f"{problem}; {min(seen.spans)!r} holds [start, end, type], as doccano writes it: {DOCCANO}"
-    if task == "ner" and role == "entities":
-        return f"{problem}; write a list of objects into it, [] for a text without entities, or give --task classification"
-    guess = found[0] if found else "COLUMN"
-    command = f"labeltune data check {shlex.quote(file)} {shlex.quote(f'data.columns.{role}={guess}')}"
-    if found:
-        both = " and ".join(repr(other) for other in found)
-        return f"{problem}; {both} may both be meant: say which, e.g. {command}"
-    if role == "output" and seen.names.get("category") and task == "classification":
-        command = f"labeltune data check {shlex.quote(file)} data.columns.output=category data.columns.category=candidates"
-        return f"{problem}; if 'category' holds the right label: {command}"
-    return f"{problem}; say which one holds it: {command}"
+def _missing(missing: dict[str, list[str]], columns: ColumnsConfig, seen: _Seen, task: TaskName) -> str:
+    """What is missing, what there is, and how to go on.
+
+    Args:
+        missing: role -> the columns that may be meant, which are none or several.
+    """
+    names = ", ".join(repr(getattr(columns, role)) for role in missing)
+    there = ", ".join(repr(other) for other in sorted(seen.names)[:20])
+    problem = (
+        f"no {'column' if len(missing) == 1 else 'columns'} {names}; the file has {there or 'no columns'}"
+    )
+    role = next(iter(missing))
+    if len(missing) == 1 and role != "text":
+        if seen.spans:
+            return f"{problem}; {min(seen.spans)!r} holds [start, end, type], as doccano writes it: {DOCCANO}"
+        if task == "ner":
+            return f"{problem}; write a list of objects into it, [] for a text without entities, or give --task classification"
+    keys = {role: found[0] if found else "COLUMN" for role, found in missing.items()}
+    hint = "say which one holds it" if len(missing) == 1 else "say which ones hold them"
+    rename = f"rename that column to {names}" if len(missing) == 1 else "rename those columns"
+    for found in filter(None, missing.values()):
+        hint = f"{' and '.join(map(repr, found))} may both be meant, say which"
+    if not any(missing.values()) and "output" in missing and seen.names.get("category"):
+        keys |= {"output": "category", "category": "candidates"}
+        hint = "if 'category' holds the right label"
+    given = " ".join(shlex.quote(f"data.columns.{role}={name}") for role, name in keys.items())
+    return f"{problem}; {hint}: add {given} to the command, or {rename}"
 
 
 def guess_task(values: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 from labeltune.config import RunConfig
 from labeltune.data.audit import first_error
 from labeltune.data.columns import columns_of_file
+from labeltune.data.records import without_key
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records, resolve_data
 from labeltune.errors import DataError, OutputError, printable
@@ -55,7 +56,7 @@ def convert_file(
             )
             if example is None:
                 if record.whole:
-                    raise DataError(str(first_error(faults)))
+                    raise DataError(without_key(str(first_error(faults))))
                 if not skip:
                     raise DataError(
                         f"{first_error(faults)}; repair it, or skip faulty rows with --on-error skip"

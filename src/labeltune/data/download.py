@@ -35,7 +35,12 @@ def download_original(name: str, folder: Path, hub: HubConfig | None = None) -> 
         return targets
     with tempfile.TemporaryDirectory() as temporary:
         fetched = download_dataset(
-            hub_name, repo, hub or HubConfig(), local_dir=temporary, files=[f"*{f}" for f in files]
+            hub_name,
+            repo,
+            hub or HubConfig(),
+            local_dir=temporary,
+            files=[f"*{f}" for f in files],
+            instead=f"put them here: {', '.join(map(str, targets))}",
         )
         for source_name, target_name in files.items():
             if (folder / target_name).exists():

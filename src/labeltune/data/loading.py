@@ -147,11 +147,7 @@ def load_rows(
                 f"checked rows cannot be kept in {folder}: {error.strerror}; {OTHER_TEMPORARY}"
             ) from error
         raise DataError(f"data file {printable(str(path))} cannot be read: {first_line(error)}") from None
-    if (
-        audit.rows
-        and not audit.usable
-        and (problem := other_task(path, task, data or DataConfig())) is not None
-    ):
+    if not audit.usable and (problem := other_task(path, task, data or DataConfig())) is not None:
         audit.faults.clear()
         audit.counts.clear()
         audit.add_fault(Fault("wrong_task", f"{printable(str(path))}:1", problem, whole=True))

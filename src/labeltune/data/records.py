@@ -127,15 +127,18 @@ def _encoding_fix(name: str, encoding: str, wanted: str = "utf-8") -> str:
 
 
 _KEY = re.compile(r"set data\.encoding=([\w-]+), or (?=convert it with: iconv)")
+_COLUMN_KEY = re.compile(r"add .*data\.columns\..* to the command, or (?=rename th)")
 
 
 def without_key(message: str, option: str | None = None) -> str:
-    """A message about an encoding for a command where data.encoding cannot be set: it names the command's `option` instead.
+    """A message about an encoding or columns for a command where no key can be set: it names the command's `option` instead,
+    and how to go on without.
 
     >>> without_key("x; set data.encoding=gb18030, or convert it with: iconv -f ...", "--encoding")
     'x; give --encoding gb18030, or convert it with: iconv -f ...'
     """
-    return _KEY.sub(rf"give {option} \1, or " if option is not None else "", message)
+    told = _KEY.sub(rf"give {option} \1, or " if option is not None else "", message)
+    return _COLUMN_KEY.sub("", told)
 
 
 def json_records(name: str, lines: Iterable[tuple[int, str | Record]]) -> Iterator[Record]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +21,8 @@ from labeltune.data.records import (
     parquet_records,
 )
 from labeltune.data.tables import sheet_records, table_records
-from labeltune.errors import DataError, HubError, first_line, printable
+from labeltune.errors import DataError, first_line, printable
+from labeltune.hubs import asking
 from labeltune.untrusted import check_inside
 
 
@@ -48,8 +50,7 @@ def _check_file(path: Path, spec: str) -> None:
         mode = path.stat().st_mode
     except FileNotFoundError:
         raise DataError(
-            f"data file {spec} does not exist (looked in {printable(str(Path.cwd()))}). Give another path, "
-            "or fetch the original data with: labeltune data download fudan|ccfbdci"
+            f"data file {spec} does not exist (looked in {printable(str(Path.cwd()))}). Give another path{_near(path)}"
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -64,6 +65,17 @@ def _check_file(path: Path, spec: str) -> None:
         raise DataError(f"data file {spec} must end in {endings}")
     if not os.access(path, os.R_OK):
         raise DataError(f"data file {spec} cannot be read: permission denied")
+
+
+def _near(path: Path) -> str:
+    """The files in the folder of a missing one that may be meant, in words."""
+    try:
+        there = sorted(each.name for each in path.parent.iterdir() if is_data_file(each.name))
+    except OSError:
+        return ""
+    names = get_close_matches(path.name, there, n=3, cutoff=0.5) or there[:5]
+    listed = ", ".join(printable(str(path.parent / name)) for name in names)
+    return f"; near it are: {listed}" if listed else ""
 
 
 def _download(spec: str, hub: HubConfig) -> Path:
@@ -89,7 +101,12 @@ def _download(spec: str, hub: HubConfig) -> Path:
 
 
 def download_dataset(
-    hub_name: str, repo: str, hub: HubConfig, local_dir: str | None = None, files: list[str] | None = None
+    hub_name: str,
+    repo: str,
+    hub: HubConfig,
+    local_dir: str | None = None,
+    files: list[str] | None = None,
+    instead: str = "give the path of the one with the rows in place of the data set",
 ) -> Path:
     """Fetch a data set repository with its hub's own client.
 
@@ -98,18 +115,13 @@ def download_dataset(
         repo: `org/name`.
         local_dir: where to put the files; the hub's cache when None.
         files: patterns of the files wanted; all when None.
+        instead: what to do with files that were downloaded by hand, for the error.
 
     Raises:
         HubError: the hub cannot be reached or has no such repository.
     """
-    try:
+    with asking(hub_name, "dataset", repo, instead):
         folder = _fetch_dataset(hub_name, repo, hub, local_dir, files)
-    except Exception as error:
-        raise HubError(
-            f"data set {repo} could not be fetched from {'ModelScope' if hub_name == 'ms' else 'Hugging Face'} "
-            f"({first_line(error)}). Check the name and the network, "
-            "or download the file by hand and give its path as data.train"
-        ) from error
     if local_dir is None:
         check_inside(folder, f"{hub_name}:{repo}")
     return folder

@@ -74,7 +74,7 @@ def input_records(
         if size > _MOST_CHARACTERS:
             break
     rows = [record for record in first if not isinstance(record, _Document)]
-    found = find_columns(rows, NAME, task, columns, answers_required=False)
+    found = find_columns(rows, task, columns, answers_required=False)
     for told in found.notes:
         note(f"{NAME}: {told}")
     return _with_texts(chain(first, records), found.columns.text), found.columns

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeltune.config import HubConfig
-from labeltune.errors import HubError, MissingExtraError, ModelError
+from labeltune.errors import MissingExtraError, ModelError
+from labeltune.hubs import asking
 from labeltune.modeling.pocket import POCKET_MODELS, pocket_folder
 from labeltune.untrusted import PICKLES, check_inside
 
@@ -81,16 +82,8 @@ def snapshot(spec: str, hub: HubConfig, *, weights: bool = True) -> Path:
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ModelError(f"model {spec!r} must look like {spec[:3]}org/name")
     ignored = IGNORED_FILES if weights else [*IGNORED_FILES, "*.safetensors"]
-    name = "ModelScope" if spec.startswith("ms:") else "Hugging Face"
-    try:
+    with asking(spec[:2], "model", repo, f"name their folder as model=FOLDER; {ALTERNATIVES}"):
         folder = _fetch(spec, repo, hub, ignored)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise HubError(
-            f"model {repo} could not be fetched from {name} ({type(error).__name__}: {reason}). "
-            f"Check the name, the revision and the network; {ALTERNATIVES}"
-        ) from error
-
     check_inside(folder, spec)
     return folder
 

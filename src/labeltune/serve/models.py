@@ -187,7 +187,8 @@ def load_models(
         raise ConfigError(f"--name {first}: use letters, digits, dots, dashes and underscores")
     if len(set(names)) < len(names):
         raise ConfigError(
-            f"two runs have the same name: {', '.join(names)}; choose others with --name and --adapter"
+            f"two runs have the same name: {', '.join(names)}; name the first with --name NAME, the others with "
+            "--adapter NAME=RUN, each differently"
         )
     folders = [find_checkpoint(other) for _, other in adapters]
     if folders:

@@ -28,10 +28,15 @@ SAME_PRESS = 1.0
 
 
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
-    """The first Ctrl-C finishes the step, saves and stops; the second one stops at once."""
+    """The first Ctrl-C finishes the step, saves and stops; the second one stops at once.
+
+    Attributes:
+        interrupted: this process got a signal, or another one did.
+        stopping: all processes know of it, and stop after this step.
+    """
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.interrupted = self.stopping = False
         self._pressed = 0.0
         self._previous: Any = None
         self._installed = False
@@ -63,9 +68,14 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Asks the Trainer for a checkpoint and the end: on all processes after the same step, whoever got the signal."""
         if reduced([float(self.interrupted)], "max")[0]:
-            self.interrupted = True
+            self.interrupted = self.stopping = True
             control.should_save = True
             control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Trainer comes here from the middle of a pass too: the rows are not validated then, and the checkpoint is there."""
+        if self.stopping and state.global_step < state.max_steps and state.epoch % 1:
+            control.should_evaluate = control.should_save = False
 
     def restore(self) -> None:
         """Gives the signals back to whoever had them."""
@@ -274,14 +284,14 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
 
 class ShowPredictions(TrainerCallback):  # type: ignore[misc]
-    """Calls `show(step, when)` before training, at every epoch and at the end, on all processes."""
+    """Calls `show(step, when)` before training, at every epoch and at the end, on all processes; not once Ctrl-C was pressed."""
 
-    def __init__(self, show: Callable[[int, str], None]) -> None:
-        self.show = show
+    def __init__(self, show: Callable[[int, str], None], stopper: StopOnInterrupt) -> None:
+        self.show, self.stopper = show, stopper
         self._last_step = -1
 
     def _show(self, state: Any, when: str) -> None:
-        if self._last_step != state.global_step:
+        if self._last_step != state.global_step and not self.stopper.stopping:
             self._last_step = state.global_step
             self.show(state.global_step, when)
 

@@ -128,6 +128,7 @@ def run_training(
     measure: Measurement | None = None,
     files: Mapping[str, bytes] | None = None,
     go_on: str | None = None,
+    show: Callable[[int, str], None] | None = None,
 ) -> TrainResult:
     """Train, saving checkpoints as PEFT folders with tokenizer and `labeltune.json`.
 
@@ -136,6 +137,7 @@ def run_training(
         measure: called at every validation, on all processes; gives the same figures by name on each, among them the config's metric.
         files: what else a checkpoint holds, by name.
         go_on: the command that resumes, for the message after Ctrl-C.
+        show: called with the step and its name before training, at every epoch and at the end, on all processes.
 
     Raises:
         DivergedError: a loss or gradient is infinite or no number; the last good checkpoint is untouched.
@@ -145,7 +147,13 @@ def run_training(
     import torch
     from transformers.trainer_callback import PrinterCallback
 
-    from labeltune.training.callbacks import Progress, StopOnDivergence, StopOnInterrupt, WriteMetrics
+    from labeltune.training.callbacks import (
+        Progress,
+        ShowPredictions,
+        StopOnDivergence,
+        StopOnInterrupt,
+        WriteMetrics,
+    )
     from labeltune.training.resuming import ContinueRun, best_loss, early_stopping
     from labeltune.training.stepping import PackTrainer
 
@@ -175,6 +183,7 @@ def run_training(
             watch,
             *_early_stopping(config, validation),
             *callbacks,
+            *([ShowPredictions(show, stopper)] if show is not None else []),
         ],
     )
     trainer.remove_callback(PrinterCallback)
