@@ -263,7 +263,7 @@ def trained_already(checkpoint: Path, config: RunConfig, rows: int, validated: b
     """
     state = _read(checkpoint / "trainer_state.json")
     if state is None:
-        raise ModelError(f"{checkpoint} holds no trainer_state.json; it cannot be gone on from")
+        raise ModelError(f"{checkpoint} holds no trainer_state.json; it cannot be resumed")
     patience = config.eval.patience
     stopped = patience is not None and validated and unimproved_in(state["stateful_callbacks"]) >= patience
     return bool(state["global_step"] >= steps_in_all(rows, config.training) or stopped)
