@@ -19,7 +19,16 @@ from conftest import make_tokenizer
 from labeltune import recipes
 from labeltune.errors import DivergedError, ModelError, OutputError
 from labeltune.folder_lock import alone_with
-from labeltune.run_folder import MANIFEST_FILE, checkpoints, damage, file_hash
+from labeltune.run_folder import (
+    MANIFEST_FILE,
+    RUN_FILE,
+    checkpoints,
+    damage,
+    file_hash,
+    remove_half_checkpoints,
+)
+from labeltune.training.checkpoints import Checkpoint, remove_old, write_manifest
+from labeltune.training.resuming import LogSums
 from labeltune.training.trainer import LabelTrainer
 from test_training import adapter_weights, config_for
 
@@ -105,6 +114,45 @@ def test_a_damaged_checkpoint_is_passed_over(in_folder: Path, model_folder: Path
         recipes.train(config, resume=True)
     (last / MANIFEST_FILE).write_text("[")
     assert "cannot be read" in str(damage(last))
+
+
+def test_what_is_replaced_is_kept_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    for name in (RUN_FILE, "weights"):
+        (folder / name).write_text("{}")
+    write_manifest(folder)
+    for _ in range(2):  # killed while writing, twice
+        Checkpoint(None, {}, 1, LogSums()).begin(folder, True)  # type: ignore[arg-type]
+        (folder / "weights").write_text("half")
+        assert checkpoints(tmp_path) == []
+        remove_half_checkpoints(tmp_path)
+        assert checkpoints(tmp_path) == [folder] and damage(folder) is None
+    Checkpoint(None, {}, 1, LogSums()).begin(folder, True)  # type: ignore[arg-type]
+    (folder / RUN_FILE).write_text("new")
+    write_manifest(folder)  # killed before the old one was deleted
+    remove_half_checkpoints(tmp_path)
+    assert (folder / RUN_FILE).read_text() == "new" and [p.name for p in tmp_path.iterdir()] == [folder.name]
+    # Folders of others are left alone, whatever they are called.
+    (tmp_path / "checkpoint-9").mkdir()
+    remove_half_checkpoints(tmp_path)
+    assert (tmp_path / "checkpoint-9").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept", "left"),
+    [(9, {2}, [1, 2, 3, 4]), (3, {2, 4}, [2, 3, 4]), (2, {4}, [3, 4]), (1, {1, 4}, [1, 4]), (1, {1}, [1])],
+)
+def test_old_checkpoints_go_and_the_best_and_the_last_stay(
+    limit: int, kept: set[int], left: list[int], tmp_path: Path
+) -> None:
+    folders = {number: tmp_path / f"checkpoint-{number}" for number in range(1, 5)}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / RUN_FILE).write_text("{}")
+        write_manifest(folder)
+    remove_old(tmp_path, limit, {folders[number] for number in kept})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folders[number].name for number in left]
 
 
 @pytest.mark.parametrize(
