@@ -32,11 +32,11 @@ def train(config_file: Path) -> dict[str, Any]:
     from labeltune import recipes
     from labeltune.config import load_config
     from labeltune.modeling import hub
-    from labeltune.training import stepping
+    from labeltune.training import trainer
 
     process, before, most = psutil.Process(), [0], [0]
     load, done, tokens = hub.load_model, threading.Event(), [0]
-    make_batch = stepping.make_batch
+    make_batch = trainer.make_batch
 
     def watched(*given: Any, **options: Any) -> Any:
         before[0] = process.memory_info().rss
@@ -52,7 +52,7 @@ def train(config_file: Path) -> dict[str, Any]:
         tokens[0] += batch.tokens
         return batch
 
-    hub.load_model, stepping.make_batch = watched, counted
+    hub.load_model, trainer.make_batch = watched, counted
     result = recipes.train(load_config(config_file), say=lambda line: print(line, file=sys.stderr))
     done.set()
     return {

@@ -22,7 +22,7 @@ from typing import Any
 from speed_data import read_tokenizer, run_config, tokenized_rows
 
 from labeltune.training.balance import PAIRS_PER_TOKEN, Work
-from labeltune.training.batches import to_rows
+from labeltune.training.collate import to_rows
 from labeltune.training.planner import Row, plan_step
 
 BATCHES = (16, 64)
@@ -71,8 +71,8 @@ def train(path: str) -> None:
     from labeltune.modeling.lora import attach_adapter
     from labeltune.modeling.precision import pick_precision
     from labeltune.ranks import connect
-    from labeltune.training.stepping import PackTrainer
-    from labeltune.training.trainer import prepare_steps, training_arguments
+    from labeltune.training.preflight import prepare_steps, training_arguments
+    from labeltune.training.trainer import LabelTrainer
 
     torch.set_num_threads(1)
     connect(600)
@@ -102,11 +102,12 @@ def train(path: str) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append(time.perf_counter())
 
-    def plan(ready: Any) -> Any:
-        return prepare_steps(ready, tokenizer, config, precision, rows, arguments.device, lambda line: None)
+    def say(line: str) -> None:
+        """Nothing is told."""
 
+    plan = prepare_steps(model, tokenizer, config, precision, rows, device=arguments.device, say=say)
     options = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": [Clock()]}
-    PackTrainer(plan, given["batch"], 0, lambda line: None, None, str, **options).train()
+    LabelTrainer(say=say, where=str, plan=plan, **options).train()
     if os.environ.get("RANK", "0") == "0":
         count = (len(times) - 1) * given["batch"]
         print("RESULT " + json.dumps({"rows_a_second": count / (times[-1] - times[0])}), flush=True)

@@ -251,9 +251,9 @@ def ours(model: Any, tokenizer: Any, options: dict[str, Any], meter: Meter) -> A
 
     from labeltune.config import build_config
     from labeltune.modeling.precision import pick_precision
-    from labeltune.training.batches import to_rows
-    from labeltune.training.stepping import PackTrainer
-    from labeltune.training.trainer import prepare_steps, training_arguments
+    from labeltune.training.collate import to_rows
+    from labeltune.training.preflight import prepare_steps, training_arguments
+    from labeltune.training.trainer import LabelTrainer
 
     training = {"packing": options["variant"], "epochs": 1, "compile": options["compile"]}
     config = build_config({"output_dir": options["folder"], "tracking": "none", "training": training})
@@ -262,7 +262,7 @@ def ours(model: Any, tokenizer: Any, options: dict[str, Any], meter: Meter) -> A
     arguments.save_strategy = "no"
     rows = datasets.Dataset.from_list(options["rows"])
 
-    class InFileOrder(PackTrainer):
+    class InFileOrder(LabelTrainer):
         def get_train_dataloader(self) -> Any:
             size = config.training.batch_size
             steps: Any = [list(range(at, min(at + size, len(rows)))) for at in range(0, len(rows), size)]
@@ -271,12 +271,12 @@ def ours(model: Any, tokenizer: Any, options: dict[str, Any], meter: Meter) -> A
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    plan = prepare_steps(model, tokenizer, config, precision, rows, arguments.device, say)
+    plan = prepare_steps(model, tokenizer, config, precision, rows, device=arguments.device, say=say)
     options["notes"] = {"packing": plan.packing, "max_tokens_per_pack": plan.max_tokens}
     meter.first_tokens = meter.tokens = 0
     # Nothing is saved, so no run has to be described.
     given = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": [meter]}
-    return InFileOrder(lambda _: plan, 16, 0, say, None, str, **given)
+    return InFileOrder(say=say, where=str, plan=plan, **given)
 
 
 def matmul_rate(options: dict[str, Any]) -> dict[str, Any]:

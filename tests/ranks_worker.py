@@ -22,7 +22,7 @@ from labeltune import recipes
 from labeltune.cli.main import run_app
 from labeltune.config import load_config
 from labeltune.ranks import is_sharded
-from labeltune.training.stepping import PackTrainer
+from labeltune.training.trainer import LabelTrainer
 
 torch.set_num_threads(1)
 prepare = PartialState._prepare_backend
@@ -34,17 +34,17 @@ def prepare_backend(self: PartialState, *given: Any) -> Any:
 
 
 PartialState._prepare_backend = prepare_backend
-clip = PackTrainer._clip_grad_norm
+training_step = LabelTrainer.training_step
 
 
-def clip_grad_norm(self: PackTrainer, model: Any) -> Any:
+def watched_step(self: LabelTrainer, *given: Any, **named: Any) -> Any:
     if job.get("signal") and self.state.global_step == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), job["signal"])
     assert is_sharded(self.model) == ("ACCELERATE_USE_FSDP" in job["environment"]), "the weights are sharded"
-    return clip(self, model)
+    return training_step(self, *given, **named)
 
 
-PackTrainer._clip_grad_norm = clip_grad_norm
+LabelTrainer.training_step = watched_step
 
 
 def train() -> None:

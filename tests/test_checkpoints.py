@@ -19,9 +19,17 @@ from conftest import make_tokenizer
 from labeltune import recipes
 from labeltune.errors import DivergedError, ModelError, OutputError
 from labeltune.folder_lock import alone_with
-from labeltune.run_folder import MANIFEST_FILE, checkpoints, damage, file_hash
-from labeltune.training.checkpoints import STAGING
-from labeltune.training.stepping import PackTrainer
+from labeltune.run_folder import (
+    MANIFEST_FILE,
+    RUN_FILE,
+    checkpoints,
+    damage,
+    file_hash,
+    remove_half_checkpoints,
+)
+from labeltune.training.checkpoints import Checkpoint, remove_old, write_manifest
+from labeltune.training.resuming import LogSums
+from labeltune.training.trainer import LabelTrainer
 from test_training import adapter_weights, config_for
 
 SCRIPT = Path(__file__).with_name("kill_train.py")
@@ -49,7 +57,7 @@ def test_killed_while_saving_nothing_is_lost_and_nothing_half_is_picked(
     path = in_folder / "run.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
     folder, rest, before = Path(config.output_dir), (), 0
-    for moment, number in (("rename", 1), ("torn", 1), ("manifest", 2), ("fsync", 1)):
+    for moment, number in (("manifest", 1), ("torn", 1), ("files", 2), ("fsync", 1)):
         done = process(path, moment, number, *rest)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         (kept,) = checkpoints(folder)
@@ -75,7 +83,7 @@ def test_killed_while_saving_nothing_is_lost_and_nothing_half_is_picked(
         [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines] for lines in logs
     ]
     assert kept_logs[0] == kept_logs[1] and [e["step"] for e in kept_logs[0]][:6] == [1, 2, 3, 4, 5, 6]
-    assert not (folder / STAGING).exists()
+    assert [path.name for path in folder.glob("*checkpoint-*")] == [last.name]
 
 
 def test_a_damaged_checkpoint_is_passed_over(in_folder: Path, model_folder: Path) -> None:
@@ -108,6 +116,45 @@ def test_a_damaged_checkpoint_is_passed_over(in_folder: Path, model_folder: Path
     assert "cannot be read" in str(damage(last))
 
 
+def test_what_is_replaced_is_kept_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    for name in (RUN_FILE, "weights"):
+        (folder / name).write_text("{}")
+    write_manifest(folder)
+    for _ in range(2):  # killed while writing, twice
+        Checkpoint(None, {}, 1, LogSums()).begin(folder, True)  # type: ignore[arg-type]
+        (folder / "weights").write_text("half")
+        assert checkpoints(tmp_path) == []
+        remove_half_checkpoints(tmp_path)
+        assert checkpoints(tmp_path) == [folder] and damage(folder) is None
+    Checkpoint(None, {}, 1, LogSums()).begin(folder, True)  # type: ignore[arg-type]
+    (folder / RUN_FILE).write_text("new")
+    write_manifest(folder)  # killed before the old one was deleted
+    remove_half_checkpoints(tmp_path)
+    assert (folder / RUN_FILE).read_text() == "new" and [p.name for p in tmp_path.iterdir()] == [folder.name]
+    # Folders of others are left alone, whatever they are called.
+    (tmp_path / "checkpoint-9").mkdir()
+    remove_half_checkpoints(tmp_path)
+    assert (tmp_path / "checkpoint-9").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept", "left"),
+    [(9, {2}, [1, 2, 3, 4]), (3, {2, 4}, [2, 3, 4]), (2, {4}, [3, 4]), (1, {1, 4}, [1, 4]), (1, {1}, [1])],
+)
+def test_old_checkpoints_go_and_the_best_and_the_last_stay(
+    limit: int, kept: set[int], left: list[int], tmp_path: Path
+) -> None:
+    folders = {number: tmp_path / f"checkpoint-{number}" for number in range(1, 5)}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / RUN_FILE).write_text("{}")
+        write_manifest(folder)
+    remove_old(tmp_path, limit, {folders[number] for number in kept})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folders[number].name for number in left]
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -136,7 +183,7 @@ def test_a_disk_that_is_full_leaves_the_last_good_checkpoint(
     assert raised.value.exit_code == 2 and calls
     folder = Path(config.output_dir)
     assert [found.name for found in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
-    assert not (folder / STAGING).exists()
+    assert not list(folder.glob("checkpoint-3*"))
     monkeypatch.setattr(torch, "save", save)
     assert recipes.train(config, resume=True).steps == 4
 
@@ -185,9 +232,9 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run(
 ) -> None:
     """The step's rows are named, the weights before it are kept, and a resumed run can go on from there."""
     config = config_for(in_folder, model_folder, max_steps=4, save_steps=1, save_total_limit=9)
-    real, calls, rows = PackTrainer._sum_over_packs, [], []
+    real, calls, rows = LabelTrainer.sum_over_packs, [], []
 
-    def broken(self: PackTrainer, model: Any, given: Any) -> Any:
+    def broken(self: LabelTrainer, model: Any, given: Any) -> Any:
         total = real(self, model, given)
         calls.append(len(given))
         if len(calls) == 3:
@@ -197,7 +244,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run(
             next(p for p in model.parameters() if p.grad is not None).grad[0] = float("inf")
         return total
 
-    monkeypatch.setattr(PackTrainer, "_sum_over_packs", broken)
+    monkeypatch.setattr(LabelTrainer, "sum_over_packs", broken)
     with pytest.raises(
         DivergedError, match=rf"diverged at step 3: the {what}.*checkpoint-2 is the last good"
     ) as raised:
@@ -212,7 +259,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run(
     folder = Path(config.output_dir)
     assert [found.name for found in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
     assert all(tensor.isfinite().all() for tensor in adapter_weights(folder / "checkpoint-2").values())
-    monkeypatch.setattr(PackTrainer, "_sum_over_packs", real)
+    monkeypatch.setattr(LabelTrainer, "sum_over_packs", real)
     assert recipes.train(config, resume=True).steps == 4
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from labeltune.config import build_config
 from labeltune.modeling.precision import Precision
-from labeltune.training.trainer import training_arguments
+from labeltune.training.preflight import training_arguments
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "distributed"
 

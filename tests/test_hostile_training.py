@@ -21,7 +21,7 @@ from labeltune.modeling import hub, pocket
 from labeltune.modeling.hub import resolve_model
 from labeltune.modeling.lora import load_adapter
 from labeltune.prompts.template import ChatTemplate, Conversation
-from labeltune.run_folder import RUN_FILE, checkpoints, damage
+from labeltune.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
 from labeltune.training.callbacks import StopOnDivergence
@@ -200,6 +200,7 @@ def test_a_loss_that_explodes_without_becoming_infinite_ends_the_run(tmp_path: P
     for name in ("checkpoint-5", "checkpoint-10"):
         (tmp_path / name).mkdir()
         (tmp_path / name / RUN_FILE).write_text("{}")
+        (tmp_path / name / MANIFEST_FILE).write_text("{}")
     with pytest.raises(DivergedError) as raised:
         watch.on_log(args, logged(2.0, 1.5, 9.0, 9.5, 11.0), None)
     message = str(raised.value)
@@ -214,15 +215,15 @@ def test_a_loss_that_explodes_without_becoming_infinite_ends_the_run(tmp_path: P
 def test_a_run_whose_loss_explodes_says_the_learning_rate(
     in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from labeltune.training.stepping import PackTrainer
+    from labeltune.training.trainer import LabelTrainer
 
-    real, calls = PackTrainer._sum_over_packs, [0]
+    real, calls = LabelTrainer.sum_over_packs, [0]
 
-    def exploding(self: PackTrainer, model: Any, given: Any) -> Any:
+    def exploding(self: LabelTrainer, model: Any, given: Any) -> Any:
         calls[0] += 1
         return real(self, model, given) * (20 if calls[0] > 4 else 1)
 
-    monkeypatch.setattr(PackTrainer, "_sum_over_packs", exploding)
+    monkeypatch.setattr(LabelTrainer, "sum_over_packs", exploding)
     config = config_for(in_folder, model_folder, epochs=5, save_steps=2, save_total_limit=9)
     with pytest.raises(
         DivergedError, match=r"checkpoint-4 was saved before that.*learning_rate \(it is 0\.01\)"

@@ -136,3 +136,31 @@ def test_the_lazy_names_are_the_only_imports_of_the_package() -> None:
         "typing.TYPE_CHECKING",
         "typing.Any",
     }
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_no_private_member_of_trainer_is_overridden_or_called() -> None:
+    """Neither its methods nor the attributes that it sets on itself."""
+    import inspect
+
+    import transformers
+
+    from labeltune.training.trainer import LabelTrainer
+
+    source = ast.parse(inspect.getsource(transformers.Trainer))
+    members = {name for name in dir(transformers.Trainer) if private(name)}
+    members |= {
+        node.attr
+        for node in ast.walk(source)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self" and private(node.attr)
+    }
+    assert {"_save_checkpoint", "_inner_training_loop", "_tr_loss"} <= members, "the walk sees them"
+    ours = [kind for kind in LabelTrainer.__mro__ if kind.__module__.startswith("labeltune.")]
+    assert ours and not [name for kind in ours for name in vars(kind) if private(name)]
+    for path in (SOURCE / "training").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in members, f"{path.name}:{node.lineno} uses {ast.unparse(node)}"

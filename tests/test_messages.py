@@ -114,8 +114,8 @@ CONSOLE = """cli/board.py cli/compare.py cli/data.py cli/doctor.py cli/evaluate.
     recipes/data.py recipes/evaluation.py recipes/exporting.py recipes/held_out.py recipes/inputs.py recipes/rows.py
     recipes/training.py run_files.py run_folder.py sweep/ledger.py sweep/parallel.py sweep/run.py sweep/search.py
     sweep/trial.py tasks/classification.py tasks/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
-    training/dataset.py training/feasible.py training/record.py training/resuming.py training/self_check.py
-    training/stepping.py training/trainer.py untrusted.py""".split()  # noqa: SIM905
+    training/dataset.py training/preflight.py training/record.py training/resuming.py training/self_check.py
+    training/run.py training/trainer.py untrusted.py""".split()  # noqa: SIM905
 #: What they say that has no words of its own, or is for a programmer.
 SILENT = {
     f"labeltune {HOLE}",

@@ -18,9 +18,9 @@ from labeltune.modeling.shared_prefix import (
     make_layout,
     shared_prefix_attention_on,
 )
+from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import answer_loss, chunkable_head, chunked_cross_entropy
 from labeltune.training.memory import enable_checkpointing
-from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Group, Pack, Row, plan_step
 
 FP32 = Precision("fp32", torch.float32, "cpu")

@@ -18,11 +18,11 @@ from labeltune.config import RunConfig
 from labeltune.errors import ConfigError
 from labeltune.modeling.lora import attach_adapter
 from labeltune.modeling.precision import pick_precision
-from labeltune.training import stepping, timing, token_plan
+from labeltune.training import collate, timing, token_plan, trainer
+from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.costs import Flops, SmallModel, count_flops, model_shape, peak_bytes
 from labeltune.training.loss import answer_loss
 from labeltune.training.memory import activation_bytes
-from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Row, plan_step
 from labeltune.training.token_plan import TokenPlan, attention_pairs, plan_tokens
 from test_training import config_for
@@ -64,7 +64,7 @@ def test_the_tokens_are_those_of_the_run(
         largest.append(batch.index.numel())
         return batch
 
-    monkeypatch.setattr(stepping, "make_batch", counted)
+    monkeypatch.setattr(trainer, "make_batch", counted)
     result = recipes.train(config)
     assert planned.computed_tokens == sum(computed) and planned.largest_pack == max(computed)
     assert planned.answer_tokens == sum(largest) and planned.steps == result.steps
@@ -246,7 +246,7 @@ def test_units() -> None:
 
 def test_the_order_is_that_of_training(in_folder: Path, model_folder: Path) -> None:
     config = config_for(in_folder, model_folder, epochs=2, batch_size=4)
-    batches = stepping.StepBatches(10, 4, config.training.seed)
+    batches = collate.StepBatches(10, 4, config.training.seed)
     wanted = []
     for epoch in range(2):
         batches.set_epoch(epoch)

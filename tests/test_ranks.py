@@ -239,7 +239,7 @@ def test_a_process_that_hangs_is_given_up_after_the_time_out() -> None:
 
 def test_the_time_out_of_the_config_is_that_of_the_processes(tmp_path: Path, model_folder: Path) -> None:
     from labeltune.modeling.precision import pick_precision
-    from labeltune.training.trainer import training_arguments
+    from labeltune.training.preflight import training_arguments
 
     config = config_for(tmp_path, model_folder, collective_timeout=77)
     assert training_arguments(config, pick_precision("fp32"), False).ddp_timeout == 77

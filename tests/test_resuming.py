@@ -17,11 +17,11 @@ from conftest import classification_rows, write_jsonl
 from labeltune import recipes
 from labeltune.config import RunConfig, build_config
 from labeltune.errors import ConfigError, Interrupted, OutputError
+from labeltune.recipes import training as training_recipe
 from labeltune.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage
-from labeltune.training import trainer
+from labeltune.training import run
 from labeltune.training.callbacks import Progress
 from labeltune.training.checkpoints import write_manifest
-from labeltune.training.stepping import PackTrainer
 from test_checkpoints import same_weights
 from test_training import config_for
 
@@ -258,9 +258,8 @@ def test_the_last_checkpoint_that_is_named_exists(
 ) -> None:
     """With one checkpoint kept, that is the best one, which need not be the last."""
     config = config_for(in_folder, model_folder, save_steps=2, save_total_limit=1)
-    found = PackTrainer._determine_best_metric
-    first_is_best = lambda self, metrics, trial: self.state.global_step == 2 and found(self, metrics, trial)  # noqa: E731
-    monkeypatch.setattr(PackTrainer, "_determine_best_metric", first_is_best)
+    figures = iter([0.9, 0.5, 0.5])
+    monkeypatch.setattr(training_recipe, "headline", lambda *_: {"macro_f1": next(figures), "accuracy": 0.0})
     result = recipes.train(config)
     assert result.last.is_dir() and result.last.resolve() == result.best.resolve()
     assert result.last.name == "checkpoint-2" and result.steps == 6
@@ -301,7 +300,7 @@ def test_a_link_to_the_best_that_cannot_be_made_is_one_error(
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "symlink_to", full)
-        patched.setattr(trainer.shutil, "copytree", full)
+        patched.setattr(run.shutil, "copytree", full)
         with pytest.raises(OutputError, match=r"best cannot be written: No space left.*--resume"):
             recipes.train(config)
     assert recipes.train(config, resume=True).best.resolve().name == "checkpoint-1"

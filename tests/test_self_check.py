@@ -15,8 +15,8 @@ from labeltune import recipes
 from labeltune.modeling import precision, shared_prefix
 from labeltune.modeling.precision import Precision
 from labeltune.training import self_check
+from labeltune.training.preflight import compile_layers
 from labeltune.training.self_check import Choice, choose_packing, sample_rows
-from labeltune.training.trainer import compile_layers
 from test_packing import FP32, VOCABULARY, assert_equal, lora_model, packed, plain, plan_step, random_rows
 from test_training import adapter_weights, config_for, without_dropout
 
@@ -240,14 +240,14 @@ def test_a_run_that_can_only_go_row_by_row_does(in_folder: Path, monkeypatch: py
     said: list[str] = []
     config = config_for(in_folder, in_folder / "model", max_steps=1)
 
-    from labeltune.training import trainer
+    from labeltune.training import run
 
-    prepare = trainer.prepare_steps
+    prepare = run.prepare_steps
 
-    def with_bad_attention(given: Any, *rest: Any) -> Any:
+    def with_bad_attention(given: Any, *rest: Any, **named: Any) -> Any:
         given.config._attn_implementation = "ignores_everything"
-        return prepare(given, *rest)
+        return prepare(given, *rest, **named)
 
-    monkeypatch.setattr(trainer, "prepare_steps", with_bad_attention)
+    monkeypatch.setattr(run, "prepare_steps", with_bad_attention)
     recipes.train(config, say=said.append)
     assert any("packing=padded, at most 1 tokens at a time" in line for line in said)

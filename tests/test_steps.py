@@ -17,8 +17,8 @@ from labeltune.errors import ModelError, OutputError
 from labeltune.prompts.template import ChatTemplate
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
-from labeltune.training import memory, stepping
-from labeltune.training.batches import StepBatches
+from labeltune.training import memory, trainer
+from labeltune.training.collate import StepBatches
 from labeltune.training.dataset import content_key, tokenize_rows
 from labeltune.training.memory import activation_bytes, plan_memory, useful_tokens
 from labeltune.training.planner import Row, plan_step
@@ -54,7 +54,7 @@ def test_out_of_memory_halves_the_packs_and_repeats_the_step(
     config = without_dropout(config)
     right = recipes.train(config)
     expected, curve = adapter_weights(right.last), log(right)
-    plain, refused = stepping.answer_loss, []
+    plain, refused = trainer.answer_loss, []
 
     def small_device(model: Any, head: Any, inputs: Any, index: Any, targets: Any) -> Any:
         loss = plain(model, head, inputs, index, targets)
@@ -63,7 +63,7 @@ def test_out_of_memory_halves_the_packs_and_repeats_the_step(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss
 
-    monkeypatch.setattr(stepping, "answer_loss", small_device)
+    monkeypatch.setattr(trainer, "answer_loss", small_device)
     said: list[str] = []
     found = recipes.train(config, overwrite=True, say=said.append)
     assert refused
@@ -80,7 +80,7 @@ def test_one_example_that_does_not_fit_stops_with_the_way_out(
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(stepping, "answer_loss", full)
+    monkeypatch.setattr(trainer, "answer_loss", full)
     with pytest.raises(ModelError, match=r"an example of \d+ tokens does not fit.*gradient_checkpointing"):
         recipes.train(config_for(in_folder, model_folder, max_steps=1))
 

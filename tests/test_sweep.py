@@ -28,7 +28,7 @@ from labeltune.sweep.report import Trial, print_table
 from labeltune.sweep.run import conclude, run_sweep
 from labeltune.sweep.search import SweepPlan, combinations, plan_sweep, startup_values
 from labeltune.sweep.trial import Outcome, validation_metric
-from labeltune.training.trainer import TrainResult
+from labeltune.training.run import TrainResult
 from test_sweep_search import config_for
 
 MEASURED_ON = "validation (used for selection)"

@@ -18,6 +18,7 @@ from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.evaluation.headline import rows_line
 from labeltune.recipes import training as training_recipe
 from labeltune.recipes.rows import validation_rows, warn_of_rows
+from labeltune.training.checkpoints import write_manifest
 from test_training import config_for
 
 SELECTION = "validation (used for selection)"
@@ -198,12 +199,23 @@ def test_training_stops_when_it_no_longer_improves(
     assert (result.steps, result.best.resolve().name) == (last, f"checkpoint-{best}")
 
 
+@pytest.mark.parametrize("kept_by", ["this version", "0.1.0"])
 def test_a_resumed_run_goes_on_counting(
-    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    kept_by: str, in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = stopping(with_validation(in_folder, model_folder, max_steps=3, save_steps=1), 2)
     scripted(monkeypatch, [0.5, 0.6, 0.4])
-    recipes.train(config)
+    last = recipes.train(config).last
+    if kept_by == "0.1.0":  # transformers' own callback counted
+        file = last / "trainer_state.json"
+        state = json.loads(file.read_text(encoding="utf-8"))
+        assert state["stateful_callbacks"].pop("TrackBest") == {"args": {}, "attributes": {"unimproved": 1}}
+        state["stateful_callbacks"]["EarlyStoppingCallback"] = {
+            "args": {"early_stopping_patience": 2, "early_stopping_threshold": 0.0},
+            "attributes": {"early_stopping_patience_counter": 1},
+        }
+        file.write_text(json.dumps(state), encoding="utf-8")
+        write_manifest(last)
     longer = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 8})})
     scripted(monkeypatch, [0.4, 0.9])
     result = recipes.train(longer, resume=True)

@@ -59,7 +59,7 @@ def warm() -> None:
         importlib.import_module(name)
     for name in (
         "training.trainer",
-        "training.stepping",
+        "training.run",
         "training.callbacks",
         "training.self_check",
         "training.memory",

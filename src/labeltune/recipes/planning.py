@@ -104,9 +104,9 @@ def plan(
     )
     from labeltune.training.dataset import tokenize_rows
     from labeltune.training.memory import plan_memory
+    from labeltune.training.preflight import SAMPLED_STEPS
     from labeltune.training.self_check import sample_rows
     from labeltune.training.token_plan import largest_pack, plan_tokens, run_order, steps_in_all, to_rows
-    from labeltune.training.trainer import SAMPLED_STEPS
 
     options, processes = config.training, world()
     splits = load_splits(config.task, config.data, config.hub, options.seed)

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from labeltune.recipes.rows import (
     warn_of_rows,
 )
 from labeltune.recipes.selection import TRAINING_FILE, hashes_file, save_selection
-from labeltune.run_folder import check_output, remove_checkpoints, remove_leftovers
+from labeltune.run_folder import check_output, remove_checkpoints, remove_half_checkpoints, remove_leftovers
 from labeltune.tasks import make_task
 from labeltune.tasks.builder import PromptBuilder
 from labeltune.training.record import (
@@ -45,7 +46,7 @@ from labeltune.types import Example
 if TYPE_CHECKING:
     from labeltune.inference.predictor import Predictor
     from labeltune.tracking.swanlab import SwanlabTracker
-    from labeltune.training.trainer import TrainResult
+    from labeltune.training.run import TrainResult
 
 Say = Callable[[str], None]
 
@@ -99,6 +100,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     resume_from = check_output(config, resume, overwrite, say)
     if rank() == 0:
         remove_leftovers(Path(config.output_dir))
+        remove_half_checkpoints(Path(config.output_dir))
     begin("checking the rows")
     loaded = load_splits(config.task, config.data, config.hub, config.training.seed)
     report_splits(loaded, say)
@@ -115,8 +117,8 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     from labeltune.prompts.template import ChatTemplate
     from labeltune.run_folder import RunInfo
     from labeltune.training.dataset import tokenize_rows
-    from labeltune.training.feasible import check_feasible
-    from labeltune.training.trainer import run_training
+    from labeltune.training.preflight import check_feasible
+    from labeltune.training.run import run_training
 
     full = config.training.method == "full"
     main_process = rank() == 0
@@ -172,13 +174,6 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     )
     predictor.share = True
 
-    def measure() -> dict[str, float]:
-        # A terminal shows the bar over steps already, and cannot show two.
-        alone = main_process and not sys.stderr.isatty()
-        begin(f"predicting {len(measured)} validation rows")
-        with row_progress(len(measured), "validation", alone, last_line=False) as advance:
-            return headline(measured, predictor.predict(measured, on_batch=advance))
-
     shown = fixed_handful(splits, config.swanlab.prediction_rows)
 
     def show(step: int, when: str) -> None:
@@ -206,16 +201,16 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
             config,
             precision,
             info,
-            train_tokens,
-            validation_tokens,
-            callbacks,
-            resume_from,
-            say,
-            lambda number: str(splits.train[number]["source"]),
-            measure if measured else None,
-            files,
-            f"{command} --resume" if command is not None else None,
-            show if config.tracking == "swanlab" and shown else None,
+            train=train_tokens,
+            validation=validation_tokens,
+            callbacks=callbacks,
+            resume_from=resume_from,
+            say=say,
+            where=lambda number: str(splits.train[number]["source"]),
+            validate=Validate(predictor, measured) if measured else None,
+            files=files,
+            go_on=f"{command} --resume" if command is not None else None,
+            show=show if config.tracking == "swanlab" and shown else None,
         )
         if measured:
             _finish(predictor, result, config, splits, measured, tracker, say)
@@ -245,9 +240,25 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     return result
 
 
+@dataclass(frozen=True)
+class Validate:
+    """The figures of a validation: the rows are predicted as they are when the model is served."""
+
+    predictor: Predictor
+    rows: Sequence[Example]
+
+    def __call__(self) -> dict[str, float]:
+        """Figures by name, the same on all processes; all have to ask."""
+        # A terminal shows the bar over steps already, and cannot show two.
+        alone = rank() == 0 and not sys.stderr.isatty()
+        begin(f"predicting {len(self.rows)} validation rows")
+        with row_progress(len(self.rows), "validation", alone, last_line=False) as advance:
+            return headline(self.rows, self.predictor.predict(self.rows, on_batch=advance))
+
+
 def _result_of(ended: Finished, output_dir: Path) -> TrainResult:
     """The result of a run that was finished before."""
-    from labeltune.training.trainer import TrainResult
+    from labeltune.training.run import TrainResult
 
     return TrainResult(
         output_dir / ended.last,

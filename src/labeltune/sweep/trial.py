@@ -18,7 +18,7 @@ from labeltune.run_folder import write_text
 from labeltune.sweep.search import with_values
 
 if TYPE_CHECKING:
-    from labeltune.training.trainer import TrainResult
+    from labeltune.training.run import TrainResult
 
 Direction = Literal["maximize", "minimize"]
 

@@ -39,20 +39,21 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
         self.interrupted = self.stopping = False
         self._pressed = 0.0
         self._previous: Any = None
-        self._installed = False
+        self._installed = self._inside_epoch = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Takes over SIGINT and SIGTERM, where this is the main thread."""
         try:
             self._previous = (
-                signal.signal(signal.SIGINT, self._handle),
-                signal.signal(signal.SIGTERM, self._handle),
+                signal.signal(signal.SIGINT, self.handle),
+                signal.signal(signal.SIGTERM, self.handle),
             )
             self._installed = True
         except ValueError:
             self._installed = False
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The first signal is noted, a second one raises KeyboardInterrupt."""
         if self.interrupted:
             # Ctrl-C reaches a process twice when torchrun hands on what the terminal has sent already.
             if world() > 1 and time.monotonic() - self._pressed < SAME_PRESS:
@@ -69,12 +70,16 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
         """Asks the Trainer for a checkpoint and the end: on all processes after the same step, whoever got the signal."""
         if reduced([float(self.interrupted)], "max")[0]:
             self.interrupted = self.stopping = True
-            control.should_save = True
+            # What ends an epoch, or the run, is validated and saved behind it, as without the signal.
+            ends = state.epoch.is_integer() or state.global_step >= state.max_steps
+            self._inside_epoch = args.save_strategy == "epoch" and not ends
+            if self._inside_epoch or args.save_strategy != "epoch":
+                control.should_save = True
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Trainer comes here from the middle of a pass too: the rows are not validated then, and the checkpoint is there."""
-        if self.stopping and state.global_step < state.max_steps and state.epoch % 1:
+        """An epoch that is cut short has been saved; the resumed run validates at its end."""
+        if self._inside_epoch:
             control.should_evaluate = control.should_save = False
 
     def restore(self) -> None:
@@ -147,18 +152,20 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
     It is written anew from Trainer's history, which checkpoints hold, so a resumed run has no step twice and none missing.
     """
 
-    def _write(self, args: Any, state: Any) -> None:
-        if state.is_world_process_zero:
-            lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in state.log_history)
-            write_text(Path(args.output_dir) / "metrics.jsonl", lines)
-
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """With every checkpoint."""
-        self._write(args, state)
+        write_metrics(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """And at the end."""
-        self._write(args, state)
+        write_metrics(args, state)
+
+
+def write_metrics(args: Any, state: Any) -> None:
+    """Write `metrics.jsonl`, on the main process."""
+    if state.is_world_process_zero:
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in state.log_history)
+        write_text(Path(args.output_dir) / "metrics.jsonl", lines)
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
@@ -179,9 +186,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             return
         self._started = time.monotonic()
         self._first_step = state.global_step
-        if state.global_step:
+        if 0 < state.global_step < state.max_steps:
             self.say(f"resuming at step {state.global_step} of {state.max_steps}")
-        self._begin_step(state)
+        begin_step(state)
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -211,25 +218,23 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 "train", total=state.max_steps, completed=state.global_step, info=""
             )
 
-    def _rate(self, state: Any) -> float:
+    def rate(self, state: Any) -> float:
+        """Examples a second since training began."""
         rows = (state.global_step - self._first_step) * self.batch_size
         return float(rows / max(time.monotonic() - self._started, 1e-9))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Moves the bar."""
         if self._bar is not None:
-            info = f"{self._rate(state):.1f} examples/s{self._loss}"
+            info = f"{self.rate(state):.1f} examples/s{self._loss}"
             self._bar.update(self._task, completed=state.global_step, info=info)
         elif state.is_world_process_zero and silent_for() >= SILENCE:
-            self.say(self._line(state))
-        self._begin_step(state)
+            self.say(self.line(state))
+        begin_step(state)
 
-    @staticmethod
-    def _begin_step(state: Any) -> None:
-        begin(f"in step {state.global_step + 1} of {state.max_steps}")
-
-    def _line(self, state: Any) -> str:
-        rate = self._rate(state)
+    def line(self, state: Any) -> str:
+        """Where the run is, in one line."""
+        rate = self.rate(state)
         left = (state.max_steps - state.global_step) * self.batch_size / max(rate, 1e-9)
         return (
             f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}{self._loss}  "
@@ -242,11 +247,11 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         """Adds examples/s to what is logged (trackers read the same mapping), and prints a plain line."""
         if not logs or not state.is_world_process_zero or "loss" not in logs:
             return
-        rate = self._rate(state)
+        rate = self.rate(state)
         logs["examples_per_second"] = round(rate, 3)
         self._loss = f"  loss {logs['loss']:.4f}  lr {logs.get('learning_rate', 0):.2e}"
         if self._bar is None:
-            self.say(self._line(state))
+            self.say(self.line(state))
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **_: Any
@@ -260,7 +265,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 if name.startswith("eval_") and not name.endswith(timings)
             )
             self.say(f"step {state.global_step}: validation (used for selection): {figures}")
-            self._begin_step(state)
+            begin_step(state)
 
     def say(self, line: str) -> None:
         """A line above the bar."""
@@ -283,6 +288,11 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self._shown.__exit__(None, None, None)
 
 
+def begin_step(state: Any) -> None:
+    """Tells what is being done, should it take long."""
+    begin(f"in step {state.global_step + 1} of {state.max_steps}")
+
+
 class ShowPredictions(TrainerCallback):  # type: ignore[misc]
     """Calls `show(step, when)` before training, at every epoch and at the end, on all processes; not once Ctrl-C was pressed."""
 
@@ -290,7 +300,8 @@ class ShowPredictions(TrainerCallback):  # type: ignore[misc]
         self.show, self.stopper = show, stopper
         self._last_step = -1
 
-    def _show(self, state: Any, when: str) -> None:
+    def show_once(self, state: Any, when: str) -> None:
+        """Unless they were shown at this step, or Ctrl-C ends the run."""
         if self._last_step != state.global_step and not self.stopper.stopping:
             self._last_step = state.global_step
             self.show(state.global_step, when)
@@ -298,12 +309,12 @@ class ShowPredictions(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The untuned model; a resumed run has shown it already."""
         if state.global_step == 0:
-            self._show(state, "before training")
+            self.show_once(state, "before training")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After each pass over the rows."""
-        self._show(state, f"epoch {state.epoch or 0:.0f}")
+        self.show_once(state, f"epoch {state.epoch or 0:.0f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The last weights."""
-        self._show(state, "end")
+        self.show_once(state, "end")

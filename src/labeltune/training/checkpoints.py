@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, hashed, brought to the disk, and renamed."""
+"""Checkpoints that are whole or not there: a folder counts from the moment its manifest stands in it, and that is written last."""
 
 from __future__ import annotations
 
@@ -7,94 +7,150 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
 
 from labeltune.errors import OutputError
 from labeltune.output_paths import obey_umask
+from labeltune.ranks import reduced
 from labeltune.run_folder import (
     MANIFEST_FILE,
+    UNFINISHED_FILE,
     RunInfo,
+    checkpoints,
     file_hash,
+    remove_half_checkpoints,
+    replaced,
     why_not_written,
     write_bytes,
     write_json,
 )
+from labeltune.training import sharded
+from labeltune.training.resuming import LogSums
 
-#: Where a checkpoint is written before it gets its name; what a killed run left there is removed by the next.
-STAGING = ".saving"
 #: A test sets this to kill the process between two moments of a save; nobody else does.
 after: Callable[[str], None] = lambda moment: None  # noqa: E731
 
 
-def staging_folder(output_dir: Path) -> Path:
-    """The folder that a checkpoint is written into."""
-    return output_dir / STAGING
+class Checkpoint(TrainerCallback):  # type: ignore[misc]
+    """Makes a whole checkpoint of what Trainer saves, and removes old ones behind that.
+
+    Args:
+        info: what prediction needs beside the weights.
+        files: what else a checkpoint holds, content by name.
+        limit: checkpoints that are kept; the last and the best one always are.
+        sums: what the next log line is made of.
+
+    Attributes:
+        folder: the one that is being written; None between saves.
+    """
+
+    def __init__(self, info: RunInfo, files: Mapping[str, bytes], limit: int, sums: LogSums) -> None:
+        self.info, self.files, self.limit, self.sums = info, files, limit, sums
+        self.folder: Path | None = None
+
+    def begin(self, folder: Path, main_process: bool) -> None:
+        """Before the first file is written: a folder of this name makes room, but is kept until the new one is whole."""
+        self.folder = folder
+        if not main_process:
+            return
+        if (folder / MANIFEST_FILE).exists():
+            shutil.rmtree(replaced(folder), ignore_errors=True)
+            folder.rename(replaced(folder))
+        elif folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        (folder / UNFINISHED_FILE).touch()
+
+    def on_save(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        """After Trainer's last file, on all processes."""
+        folder = self.folder
+        if folder is None:
+            return
+        sharded.save_optimizer(folder, model, optimizer, lr_scheduler)
+        reduced([0.0], "sum")  # all processes have written their files
+        if args.should_save:
+            self.sums.save(folder)
+            complete(folder, self.info, self.files)
+            best = folder.with_name(f"checkpoint-{state.best_global_step or state.global_step}")
+            remove_old(folder.parent, self.limit, {folder, best})
+        reduced([0.0], "sum")
+        self.folder = None
+
+    @contextmanager
+    def failures_named(self) -> Iterator[None]:
+        """Inside, a save that fails is one clear error; what was half-written is removed.
+
+        Raises:
+            OutputError: whatever the writers raised: no space left, no permission, an I/O error.
+        """
+        try:
+            yield
+        except Exception as error:
+            reason = why_not_written(error)
+            if reason is None or self.folder is None:
+                raise
+            remove_half_checkpoints(self.folder.parent)
+            found = checkpoints(self.folder.parent)
+            then = (
+                f"{found[-1].name} is untouched; make room and go on with --resume"
+                if found
+                else "no checkpoint was saved before it"
+            )
+            raise OutputError(f"{self.folder} cannot be written: {reason}. {then}") from error
 
 
-def clear_staging(output_dir: Path) -> None:
-    """Remove what an earlier process left half-written."""
-    shutil.rmtree(staging_folder(output_dir), ignore_errors=True)
-
-
-def publish(output_dir: Path, name: str, info: RunInfo, files: Mapping[str, bytes] | None = None) -> Path:
-    """Complete the checkpoint that stands in the staging folder and give it its place.
-
-    `labeltune.json`, `files` (content by name) and a manifest of SHA-256 sums are added, every file is brought to the disk, and
-    the folder is renamed: whoever looks finds the whole checkpoint or none. A damaged one of the same name is replaced.
+def complete(folder: Path, info: RunInfo, files: Mapping[str, bytes] | None = None) -> None:
+    """Make a checkpoint of a folder: add `labeltune.json` and `files` (content by name), bring everything to the disk, and write the
+    manifest of SHA-256 sums, from which on it counts.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    staged, final = staging_folder(output_dir) / name, output_dir / name
-    info.save(staged)
+    info.save(folder)
     for file, content in (files or {}).items():
-        write_bytes(staged / file, content)
+        write_bytes(folder / file, content)
     # peft's empty model card; `labeltune export` writes a true one.
-    (staged / "README.md").unlink(missing_ok=True)
-    obey_umask(staged)
-    write_manifest(staged)
-    after("manifest")
-    for path in sorted(staged.rglob("*")):
+    (folder / "README.md").unlink(missing_ok=True)
+    obey_umask(folder)
+    after("files")
+    for path in sorted(folder.rglob("*")):
         _to_disk(path)
-    _to_disk(staged)
+    _to_disk(folder)
     after("fsync")
-    if final.exists():
-        shutil.rmtree(final)
-    staged.rename(final)
-    _to_disk(output_dir)
-    after("rename")
-    shutil.rmtree(staging_folder(output_dir), ignore_errors=True)
-    return final
+    write_manifest(folder)
+    _to_disk(folder)
+    _to_disk(folder.parent)
+    after("manifest")
+    (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+    shutil.rmtree(replaced(folder), ignore_errors=True)
+
+
+def remove_old(output_dir: Path, limit: int, kept: set[Path]) -> None:
+    """Remove the oldest checkpoints until `limit` are left, but never those of `kept`."""
+    others = [folder for folder in checkpoints(output_dir) if folder not in kept]
+    for old in others[: max(0, len(others) + len(kept) - limit)]:
+        # Under a name that the next run clears away when this one is killed meanwhile, or may not delete it.
+        leftover = old.with_name(f".{old.name}-{os.getpid()}.tmp")
+        old.rename(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_manifest(folder: Path) -> None:
     """Write `manifest.json`: the SHA-256 of every file of a checkpoint, by its name in the folder."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
+    own = (MANIFEST_FILE, UNFINISHED_FILE)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in own)
     write_json(folder / MANIFEST_FILE, {p.relative_to(folder).as_posix(): file_hash(p) for p in files})
-
-
-@contextmanager
-def failures_named(output_dir: Path, name: str, last: str | None) -> Iterator[None]:
-    """A save that fails is one clear error; what was half-written is removed.
-
-    Args:
-        last: name of the last good checkpoint, to go on from.
-
-    Raises:
-        OutputError: whatever the writers raised: no space left, no permission, an I/O error.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = why_not_written(error)
-        if reason is None:
-            raise
-        clear_staging(output_dir)
-        then = (
-            f"{last} is untouched; make room and go on with --resume"
-            if last
-            else "no checkpoint was saved before it"
-        )
-        raise OutputError(f"{output_dir / name} cannot be written: {reason}. {then}") from error
 
 
 def _to_disk(path: Path) -> None:

@@ -15,9 +15,9 @@ from labeltune.config import RunConfig
 from labeltune.errors import ModelError, first_line
 from labeltune.modeling.lora import attach_adapter
 from labeltune.modeling.precision import Precision
+from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import CHUNK, answer_loss
 from labeltune.training.memory import activation_bytes, enable_checkpointing, random_state_kept
-from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Pack, Packing, Row
 from labeltune.training.token_plan import TokenPlan
 

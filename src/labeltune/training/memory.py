@@ -9,8 +9,8 @@ from typing import Any
 
 from labeltune.modeling.precision import free_memory
 from labeltune.training.balance import PAIRS_PER_TOKEN
+from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import CHUNK, answer_loss
-from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Packing, Row, plan_step
 
 #: Share of the free memory that activations may take as they are counted. On the CPU the allocator was seen to take 2.3 times as

@@ -4,7 +4,7 @@ recognised."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,22 +242,47 @@ def _finished_before(checkpoint: Path, config: RunConfig, validated: bool) -> Fi
         return None
     if validated and not all(file.is_file() for file in written):
         return None
-    losses = [
-        e["eval_loss"]
-        for e in found["log_history"]
-        if "eval_loss" in e and e["step"] == found["best_global_step"]
-    ]
-    stopping = found.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
-    stopping = stopping[0] if isinstance(stopping, list) else stopping
+    best = found["best_global_step"]
     return Finished(
         found["global_step"],
         checkpoint.name,
         ended["train_loss"],
-        config.metric if losses else None,
+        config.metric if best else None,
         found["best_metric"],
-        losses[-1] if losses else None,
-        stopping.get("attributes", {}).get("early_stopping_patience_counter", 0),
+        best_loss(found["log_history"], best) if best else None,
+        unimproved_in(found["stateful_callbacks"]),
     )
+
+
+def trained_already(checkpoint: Path, config: RunConfig, rows: int, validated: bool) -> bool:
+    """Whether no step is left to do behind a checkpoint: all are done, or early stopping has ended the run.
+
+    Args:
+        rows: number of training rows.
+        validated: the run has validation rows.
+    """
+    state = _read(checkpoint / "trainer_state.json")
+    if state is None:
+        raise ModelError(f"{checkpoint} holds no trainer_state.json; it cannot be resumed")
+    patience = config.eval.patience
+    stopped = patience is not None and validated and unimproved_in(state["stateful_callbacks"]) >= patience
+    return bool(state["global_step"] >= steps_in_all(rows, config.training) or stopped)
+
+
+def best_loss(history: Sequence[Mapping[str, Any]], step: int | None) -> float:
+    """Validation loss at the best step so far, from Trainer's log; infinite before there is one."""
+    found = [entry["eval_loss"] for entry in history if entry.get("step") == step and "eval_loss" in entry]
+    return float(found[-1]) if found else float("inf")
+
+
+def unimproved_in(saved: Mapping[str, Any]) -> int:
+    """Validations in a row without improvement, from the callbacks' state in a checkpoint (labeltune 0.1.0 kept it under the name of
+    transformers' own callback)."""
+    if "TrackBest" in saved:
+        return int(saved["TrackBest"]["attributes"]["unimproved"])
+    old = saved.get("EarlyStoppingCallback", {})
+    old = old[0] if isinstance(old, list) else old
+    return int(old.get("attributes", {}).get("early_stopping_patience_counter", 0))
 
 
 def nothing_left(ended: Finished, config: RunConfig, rows: int) -> str:

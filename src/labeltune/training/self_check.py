@@ -21,8 +21,8 @@ import torch
 from labeltune.errors import first_line
 from labeltune.modeling.precision import Precision, weights_in
 from labeltune.ranks import reduced
+from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import answer_loss
-from labeltune.training.packs import attention_for, make_batch
 from labeltune.training.planner import Group, Pack, Packing, Row, plan_step
 from labeltune.training.sharded import whole
 

@@ -6,16 +6,38 @@ So a checkpoint is resumed by any number of processes, sharded or not, and read 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import TrainerCallback
+
 from labeltune.errors import ModelError
 from labeltune.ranks import rank
+
+#: The optimizer's and the scheduler's state of sharded weights, whole. It does not have the name of Trainer's own file, as
+#: Trainer would load it on every device as a whole, which large models have no room for.
+OPTIMIZER_FILE = "whole_optimizer.pt"
 
 
 def whole(tensor: Any) -> Any:
     """A tensor as it is in one process; all processes must ask."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class WhenSharded(TrainerCallback):  # type: ignore[misc]
+    """Calls `ready(model)` when training begins: from then on the model's weights are sharded."""
+
+    def __init__(self, ready: Callable[[Any], None]) -> None:
+        self.ready = ready
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """On all processes, before the first step."""
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(model, "generate")
+        self.ready(model)
 
 
 def reshard(model: Any) -> None:
@@ -46,28 +68,61 @@ def trained_weights(model: Any) -> dict[str, Any]:
     return found
 
 
-def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """`optimizer.state_dict()` with whole tensors on the CPU; empty on other processes than the first."""
-    state: dict[int, dict[str, Any]] = {}
+def save_optimizer(folder: Path, model: Any, optimizer: Any, lr_scheduler: Any) -> None:
+    """Put the optimizer's state together into a checkpoint, where weights are sharded by FSDP2; all processes must ask.
+
+    Trainer has written there what the first process holds of it, which nobody can go on from.
+    """
+    if not is_sharded_here(model.parameters()):
+        return
     given = optimizer.state_dict()
+    state: dict[int, dict[str, Any]] = {}
     for number, values in given["state"].items():
         state[number] = {}
         for key, value in values.items():
             full = whole(value)
             if rank() == 0:
                 state[number][key] = full.cpu() if hasattr(full, "cpu") else full
-    return {"state": state, "param_groups": given["param_groups"]} if rank() == 0 else {}
+    if rank() != 0:
+        return
+    saved = {
+        "optimizer": {"state": state, "param_groups": given["param_groups"]},
+        "scheduler": lr_scheduler.state_dict(),
+    }
+    torch.save(saved, folder / OPTIMIZER_FILE)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (folder / name).unlink(missing_ok=True)
 
 
-def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Give an optimizer of sharded parameters the state of a checkpoint; every process has read the file."""
+def load_optimizer(folder: Path, optimizer: Any, lr_scheduler: Any) -> None:
+    """Give an optimizer the state of a checkpoint that a run with sharded weights has saved (other ones are loaded by Trainer),
+    and where this run's weights are sharded, to every process its part."""
+    file = folder / OPTIMIZER_FILE
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, values in state["state"].items():
-        parameter = parameters[number]
-        for key, value in values.items():
-            if getattr(value, "shape", None) == parameter.shape:
-                values[key] = _part(value, parameter)
-    optimizer.load_state_dict(state)
+    if file.is_file():
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        for number, values in saved["optimizer"]["state"].items():
+            saved["optimizer"]["state"][number] = _parts(values, parameters[number])
+        optimizer.load_state_dict(saved["optimizer"])
+        lr_scheduler.load_state_dict(saved["scheduler"])
+    elif is_sharded_here(parameters):
+        for parameter, values in optimizer.state.items():
+            optimizer.state[parameter] = _parts(values, parameter)
+
+
+def is_sharded_here(parameters: Iterable[Any]) -> bool:
+    """Whether FSDP2 has cut some of these parameters."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in parameters)
+
+
+def _parts(values: dict[str, Any], parameter: Any) -> dict[str, Any]:
+    """What an optimizer keeps of a parameter, with this process's parts of the tensors of its shape."""
+    return {
+        key: _part(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+        for key, value in values.items()
+    }
 
 
 def load_weights(model: Any, folder: Path) -> None:
@@ -76,8 +131,6 @@ def load_weights(model: Any, folder: Path) -> None:
     Raises:
         ModelError: the checkpoint lacks some of them.
     """
-    import torch
-
     reshard(model)
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if hasattr(model, "peft_config"):

@@ -167,9 +167,9 @@ def _common_beginning(tokens: Dataset) -> int:
 
 def _plan(tokens: Dataset, training: TrainingConfig) -> tuple[int, int, dict[str, int]]:
     """(rows planned, tokens of a pack, tokens computed in each of the three ways), on one process with memory to spare."""
-    from labeltune.training.batches import to_rows
+    from labeltune.training.collate import to_rows
     from labeltune.training.memory import ENOUGH, useful_tokens
-    from labeltune.training.trainer import SAMPLED_STEPS
+    from labeltune.training.preflight import SAMPLED_STEPS
 
     order = step_order(len(tokens), training.batch_size, training.seed, 0)
     steps = [to_rows([tokens[i] for i in numbers]) for numbers in islice(order, MAX_STEPS)]

@@ -1,361 +1,297 @@
-"""transformers' Trainer, set up from our config."""
+"""transformers' Trainer with packed steps: one batch of the data loader is one optimizer step, on every process.
+
+Only what Trainer documents is used: its public methods are overridden, callbacks do the rest, and no private member is touched.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from labeltune.config import RunConfig
-from labeltune.errors import ConfigError, Interrupted
-from labeltune.modeling.precision import Precision
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from labeltune.errors import DivergedError, ModelError
 from labeltune.progress import begin
-from labeltune.ranks import connect, loss_of_others_named, reduced, world
-from labeltune.run_folder import RunInfo, checkpoints, writing
-from labeltune.training.planner import Row
+from labeltune.ranks import add_up_gradients, in_step, reduced
+from labeltune.run_folder import checkpoints
+from labeltune.training import sharded
+from labeltune.training.balance import PAIRS_PER_TOKEN
+from labeltune.training.checkpoints import Checkpoint
+from labeltune.training.collate import StepBatches, attention_for, make_batch, to_rows
+from labeltune.training.loss import answer_loss
+from labeltune.training.memory import memory_in_use
+from labeltune.training.planner import Pack, Packing, Row, plan_step, step_order
+from labeltune.training.resuming import LogSums
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from labeltune.training.memory import MemoryPlan
-    from labeltune.training.stepping import StepPlan
+#: Rows of one planning unit in validation; sorted rows are alike, so many share much.
+EVALUATION_ROWS = 64
 
 Say = Callable[[str], None]
-#: Figures on validation rows by name.
-Measurement = Callable[[], dict[str, float]]
-
-#: Steps looked at to choose the size of packs.
-SAMPLED_STEPS = 4
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """Where the run ended.
+@dataclass
+class StepPlan:
+    """How steps are computed. `max_tokens` shrinks when the device runs out of memory.
 
     Attributes:
-        last: the last checkpoint.
-        best: `output_dir/best`, the checkpoint with the best `metric` on validation rows (the last one without such rows).
-        metric_name: what picked it (`macro_f1`, `span_f1`, `accuracy` or `loss`), None without validation rows.
-        metric: its value there.
-        validation_loss: the loss there.
-        seconds: time spent in the training loop.
-        unimproved: checkpoints in a row without improvement at the end, where `eval.patience` counts them.
+        head: output layer that is run in chunks, or None (see `answer_loss`).
+        pairs_per_token: see `labeltune.training.balance`.
     """
 
-    last: Path
-    best: Path
-    steps: int
-    train_loss: float
-    metric_name: str | None
-    metric: float | None
-    validation_loss: float | None
-    seconds: float
-    unimproved: int = 0
+    packing: Packing
+    max_tokens: int
+    pad_id: int
+    head: Any
+    pairs_per_token: int = PAIRS_PER_TOKEN
 
 
-def training_arguments(config: RunConfig, precision: Precision, has_validation: bool) -> Any:
-    """The TrainingArguments of a config.
+class LabelTrainer(Trainer):  # type: ignore[misc]
+    """Computes a step as the sum over its packs.
 
-    Raises:
-        ConfigError: a value is refused by transformers.
-    """
-    from transformers import TrainingArguments
-
-    options = config.training
-    strategy = "epoch" if options.save_steps == "epoch" else "steps"
-    every = 1 if options.save_steps == "epoch" else options.save_steps
-    try:
-        arguments = TrainingArguments(
-            output_dir=config.output_dir,
-            per_device_train_batch_size=options.batch_size,
-            num_train_epochs=options.epochs,
-            max_steps=options.max_steps or -1,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type=options.scheduler,
-            warmup_steps=options.warmup_steps,
-            weight_decay=options.weight_decay,
-            max_grad_norm=options.max_grad_norm,
-            logging_steps=options.logging_steps,
-            logging_first_step=True,
-            save_strategy=strategy,
-            save_steps=every,
-            save_total_limit=options.save_total_limit,
-            eval_strategy=strategy if has_validation else "no",
-            eval_steps=every,
-            prediction_loss_only=True,
-            metric_for_best_model=f"eval_{config.metric}" if has_validation else None,
-            greater_is_better=config.metric != "loss" if has_validation else None,
-            bf16=precision.name == "bf16",
-            fp16=precision.name == "fp16",
-            use_cpu=precision.device == "cpu",
-            remove_unused_columns=False,
-            ddp_find_unused_parameters=False if world() > 1 else None,
-            ddp_timeout=options.collective_timeout,
-            seed=options.seed,
-            data_seed=options.seed,
-            report_to=["tensorboard"]
-            if config.tracking == "tensorboard"
-            else ["wandb"]
-            if config.tracking == "wandb"
-            else [],
-            run_name=config.swanlab.experiment,
-            restore_callback_states_from_checkpoint=config.eval.patience is not None,
-            disable_tqdm=True,
-        )
-    except ValueError as error:
-        raise ConfigError(f"training: {error}") from error
-    # Several visible GPUs in one process would be wrapped in DataParallel, which cuts batches; one process uses one GPU.
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
-    return arguments
-
-
-def run_training(
-    model: Any,
-    tokenizer: Any,
-    config: RunConfig,
-    precision: Precision,
-    info: RunInfo,
-    train: Dataset,
-    validation: Dataset | None,
-    callbacks: list[Any],
-    resume_from: Path | None,
-    say: Say,
-    where: Callable[[int], str],
-    measure: Measurement | None = None,
-    files: Mapping[str, bytes] | None = None,
-    go_on: str | None = None,
-    show: Callable[[int, str], None] | None = None,
-) -> TrainResult:
-    """Train, saving checkpoints as PEFT folders with tokenizer and `labeltune.json`.
+    The loss is the sum over answer tokens divided by the answer tokens of the whole step on all processes, so neither the
+    cut into packs nor the number of processes changes it. Gradients are added up over processes once, after the last pack.
 
     Args:
+        say: told when packs become smaller.
         where: number of a training row -> its place, for messages.
-        measure: called at every validation, on all processes; gives the same figures by name on each, among them the config's metric.
-        files: what else a checkpoint holds, by name.
-        go_on: the command that resumes, for the message after Ctrl-C.
-        show: called with the step and its name before training, at every epoch and at the end, on all processes.
+        plan: how steps are computed; set it before the first step when it is not known yet.
+        sums: what log lines are made of; a resumed run goes on with those of its checkpoint.
+        checkpoint: what makes a saved folder a checkpoint; None when nothing is saved.
+        validate: figures on validation rows by name, the same on all processes; called by all of them at every evaluation.
+        options: Trainer's own.
 
-    Raises:
-        DivergedError: a loss or gradient is infinite or no number; the last good checkpoint is untouched.
-        Interrupted: Ctrl-C; a checkpoint has been saved.
-        ModelError: one example alone does not fit into the device's memory.
+    Attributes:
+        sharded: each process holds a part of the weights (FSDP2).
     """
-    import torch
-    from transformers.trainer_callback import PrinterCallback
 
-    from labeltune.training.callbacks import (
-        Progress,
-        ShowPredictions,
-        StopOnDivergence,
-        StopOnInterrupt,
-        WriteMetrics,
-    )
-    from labeltune.training.resuming import ContinueRun, best_loss, early_stopping
-    from labeltune.training.stepping import PackTrainer
+    plan: StepPlan
 
-    if precision.device == "cpu":
-        connect(config.training.collective_timeout)
-    arguments = training_arguments(config, precision, validation is not None)
-    stopper, progress = StopOnInterrupt(), Progress(config.training.batch_size)
-    watch = StopOnDivergence(model.config.get_text_config().vocab_size, say)
-    trainer = PackTrainer(
-        lambda ready: prepare_steps(ready, tokenizer, config, precision, train, arguments.device, say),
-        config.training.batch_size,
-        config.training.seed,
-        say,
-        info,
-        where,
-        measure,
-        files,
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        callbacks=[
-            progress,
-            WriteMetrics(),
-            stopper,
-            watch,
-            *_early_stopping(config, validation),
-            *callbacks,
-            *([ShowPredictions(show, stopper)] if show is not None else []),
-        ],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if resume_from is not None:
-        trainer.add_callback(ContinueRun(trainer, resume_from, config.eval.patience, config.eval.min_delta))
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version != 2:
-        raise ConfigError("FSDP 1 is not supported; set fsdp_version: 2 as in configs/distributed/fsdp2.yaml")
-    if plugin is not None and plugin.mixed_precision_policy is not None:
-        # As without FSDP: losses are not rounded to bf16, and gradients are added up over processes in fp32.
-        policy = plugin.mixed_precision_policy
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+    def __init__(
+        self,
+        *,
+        say: Say,
+        where: Callable[[int], str],
+        plan: StepPlan | None = None,
+        sums: LogSums | None = None,
+        checkpoint: Checkpoint | None = None,
+        validate: Callable[[], dict[str, float]] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(data_collator=to_rows, **options)
+        self.say, self.where, self.checkpoint, self.validate = say, where, checkpoint, validate
+        self.sums = sums if sums is not None else LogSums()
+        self.batch_size = self.args.per_device_train_batch_size
+        self.sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        # accelerate shards the model all the same. Trainer would write and read files of FSDP's own kind; told that there is no
+        # FSDP, it loads a checkpoint's weights before the model is sharded, as in one process (see `sharded.py`).
+        self.is_fsdp_enabled = False
+        if plan is not None:
+            self.plan = plan
 
-    def how_to_go_on() -> str:
-        saved = checkpoints(Path(config.output_dir))
-        return (
-            f"{saved[-1].name} is saved, --resume continues it" if saved else "No checkpoint had been saved"
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Every process reads every step and takes its own packs from it."""
+        batches: Any = StepBatches(len(self.train_dataset), self.batch_size, self.args.seed)
+        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=to_rows)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Rows in the order of their tokens, so that those read together share as much as they can."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        columns = dataset["input_ids"][:]
+        order = sorted(range(len(dataset)), key=lambda i: columns[i])
+        units = [order[at : at + EVALUATION_ROWS] for at in range(0, len(order), EVALUATION_ROWS)]
+        batches: Any = units
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=to_rows)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """`batch_size` counts the examples of all processes."""
+        return int(self.batch_size)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: Trainer's formula counts every token of every row."""
+        return 0
+
+    def training_step(self, model: Any, inputs: list[Row], num_items_in_batch: Any = None) -> Any:
+        """Forward and backward of this process's packs; a step that runs out of memory is repeated in smaller ones.
+
+        Raises:
+            DivergedError: the loss or the norm of the gradients is no finite number; no weight has been changed by it.
+        """
+        model.train()
+        while True:
+            before = torch.get_rng_state()
+            try:
+                total = self.sum_over_packs(model, inputs)
+                full = False
+            except torch.OutOfMemoryError:
+                full = True
+            # All processes repeat the step, or none does; where weights are shared out the others wait inside a pass.
+            if not (full if self.reduces_by_itself else reduced([float(full)], "max")[0]):
+                break
+            self.shrink(model, max(len(row.ids) for row in inputs))
+            torch.set_rng_state(before)
+        if not self.reduces_by_itself:
+            add_up_gradients(model)
+        # The loss of the whole step, so that all processes stop together; Trainer logs the mean over them.
+        (loss,) = reduced([float(total)], "sum")
+        self.stop_unless_finite("loss", loss)
+        # A loss scaler leaves out steps whose gradients overflow by itself.
+        if getattr(self.accelerator, "scaler", None) is None:
+            # Without clipping. Behind Trainer's own clipping it is too late: an infinite norm has made zeros of the gradients.
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), math.inf)
+            if norm is not None:
+                self.stop_unless_finite("gradient's norm", float(sharded.whole(norm)))
+        self.sums.loss += loss
+        return total.new_tensor(loss)
+
+    def stop_unless_finite(self, what: str, value: float) -> None:
+        """Raise `DivergedError`, with the rows of the step, when the value is infinite or no number."""
+        if math.isfinite(value):
+            return
+        steps = -(-len(self.train_dataset) // self.batch_size)
+        epoch, at = divmod(self.state.global_step, steps)
+        order = step_order(len(self.train_dataset), self.batch_size, self.args.seed, epoch)
+        rows = next(numbers for number, numbers in enumerate(order) if number == at)
+        saved = checkpoints(Path(self.args.output_dir))
+        kept = f"{saved[-1]} is the last good checkpoint" if saved else "no checkpoint had been saved"
+        raise DivergedError(
+            f"training diverged at step {self.state.global_step + 1}: the {what} is {value}. Rows of this step: "
+            f"{', '.join(map(self.where, rows))}. {kept}. Lower training.learning_rate (it is "
+            f"{self.args.learning_rate:g}) or add training.warmup_steps, and look at these rows"
         )
 
-    try:
-        with loss_of_others_named(config.training.collective_timeout, how_to_go_on):
-            output = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    finally:
-        stopper.restore()
-        progress.close()
-    last = Path(config.output_dir) / f"checkpoint-{trainer.state.global_step}"
-    if stopper.interrupted:
-        at = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
-        then = f"go on with: {go_on}" if go_on is not None else "--resume continues it"
-        raise Interrupted(f"{at}; {last.name} is saved, {then}")
-    best = last
-    if trainer.state.best_model_checkpoint:
-        best = Path(trainer.state.best_model_checkpoint)
-    measured = trainer.state.best_metric is not None
-    if trainer.is_world_process_zero():
-        point_best(Path(config.output_dir), best)
-    trainer.accelerator.wait_for_everyone()
-    return TrainResult(
-        # With save_total_limit=1 only the best one is kept.
-        last=last if last.is_dir() else best,
-        best=Path(config.output_dir) / "best",
-        steps=trainer.state.global_step,
-        train_loss=trainer.mean_loss(),
-        metric_name=config.metric if measured else None,
-        metric=trainer.state.best_metric if measured else None,
-        validation_loss=best_loss(trainer.state) if measured else None,
-        seconds=float(output.metrics["train_runtime"]),
-        unimproved=sum(
-            callback.early_stopping_patience_counter
-            for callback in early_stopping(trainer.callback_handler.callbacks)
-        ),
-    )
+    @property
+    def reduces_by_itself(self) -> bool:
+        """FSDP2 and DeepSpeed take the mean of gradients over processes in the backward pass of every pack."""
+        return bool(self.sharded or self.is_deepspeed_enabled)
 
+    def sum_over_packs(self, model: Any, rows: list[Row]) -> Any:
+        """This process's share of the loss of `rows`, with gradients."""
+        plan, processes = self.plan, self.accelerator.num_processes
+        answers = sum(len(row.answer) for row in rows)
+        total = torch.zeros((), device=self.args.device)
+        shares = plan_step(rows, plan.max_tokens, plan.packing, processes, plan.pairs_per_token)
+        packs = shares[self.accelerator.process_index]
+        self.sums.given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
+        self.sums.computed += sum(pack.tokens(rows, plan.packing) for pack in packs)
+        quiet = contextlib.nullcontext() if self.reduces_by_itself else self.accelerator.no_sync(model)
+        with attention_for(self.model, plan.packing), quiet:
+            for number, pack in enumerate(packs, start=1):
+                loss = self.pack_loss(model, rows, pack) * (float(pack.counted) / answers)
+                # DeepSpeed makes its optimizer step in the backward pass of the last pack.
+                self.accelerator.sync_gradients = number == len(packs)
+                self.accelerator.backward(loss * processes if self.reduces_by_itself else loss)
+                total += loss.detach()
+        return total
 
-def _early_stopping(config: RunConfig, validation: Dataset | None) -> list[Any]:
-    """transformers' callback, whose count is kept in checkpoints, so that a resumed run stops where it would have."""
-    from transformers import EarlyStoppingCallback
+    def pack_loss(self, model: Any, rows: list[Row], pack: Pack) -> Any:
+        """Sum of the cross-entropies of a pack's answer tokens."""
+        batch = make_batch(rows, pack, self.plan.packing, self.plan.pad_id).to(self.args.device)
+        with self.compute_loss_context_manager():
+            return answer_loss(model, self.plan.head, batch.inputs, batch.index, batch.targets)
 
-    if config.eval.patience is None or validation is None:
-        return []
-    return [EarlyStoppingCallback(config.eval.patience, config.eval.min_delta)]
+    def shrink(self, model: Any, longest: int) -> None:
+        """Halve the packs, down to the longest row.
 
-
-def prepare_steps(
-    model: Any, tokenizer: Any, config: RunConfig, precision: Precision, train: Dataset, device: Any, say: Say
-) -> StepPlan:
-    """Decide how steps are computed: check the fast way on real rows, measure memory, compile.
-
-    Leaves the random state as it was.
-    """
-    from labeltune.training.batches import to_rows
-    from labeltune.training.loss import chunkable_head
-    from labeltune.training.memory import (
-        activation_bytes,
-        enable_checkpointing,
-        pairs_per_token,
-        plan_memory,
-        random_state_kept,
-    )
-    from labeltune.training.planner import step_order
-    from labeltune.training.self_check import choose_packing, sample_rows
-    from labeltune.training.stepping import StepPlan
-
-    options = config.training
-    steps = [
-        to_rows([train[i] for i in numbers])
-        for _, numbers in zip(
-            range(SAMPLED_STEPS), step_order(len(train), options.batch_size, options.seed, 0), strict=False
+        Raises:
+            ModelError: they cannot become smaller, or the step cannot be repeated.
+        """
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if self.reduces_by_itself:
+            raise ModelError(
+                f"out of memory with packs of {self.plan.max_tokens} tokens; set training.max_tokens_per_pack="
+                f"{max(longest, self.plan.max_tokens // 2)} and start again with --resume (a step of sharded weights cannot "
+                "be repeated by one process alone)"
+            )
+        if self.plan.max_tokens <= longest:
+            raise ModelError(
+                f"an example of {longest} tokens does not fit into the device's memory; lower prompt.max_length, set "
+                "training.gradient_checkpointing=true, or use training.method=qlora"
+            )
+        self.plan.max_tokens = max(longest, self.plan.max_tokens // 2)
+        self.say(
+            f"warning: out of memory; the step is repeated with packs of {self.plan.max_tokens} tokens, and so are the "
+            f"ones after it (training.max_tokens_per_pack={self.plan.max_tokens} starts that way)"
         )
-    ]
-    sample = sample_rows(steps[0])
-    pad_id = tokenizer.pad_token_id
 
-    def smallest(value: int) -> int:
-        return int(reduced([value], "min")[0])
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean cross-entropy over all answer tokens of the rows, and the figures of `validate`.
 
-    begin("checking packing on your rows", say)
-    with random_state_kept():
-        head = chunkable_head(model, torch_ids(sample[0], device))
-        choice = choose_packing(model, sample, options.packing, precision, pad_id, head, say)
-        memory = plan_memory(
-            None if options.max_tokens_per_pack == "auto" else options.max_tokens_per_pack,
-            None if options.gradient_checkpointing == "auto" else options.gradient_checkpointing,
-            steps,
-            choice.packing,
-            world(),
-            smallest(activation_bytes(model, sample, choice.packing, pad_id, head)),
-            model.config.get_text_config().vocab_size,
-            device,
-            smallest,
-        )
-        if memory.checkpointing:
-            enable_checkpointing(model)
-        if options.compile:
-            compile_layers(model)
-            choice = choose_packing(model, sample, choice.packing, precision, pad_id, head, say)
-    tokens = 1 if choice.one_by_one else memory.max_tokens
-    plan = StepPlan(choice.packing, tokens, pad_id, head, pairs_per_token(model))
-    say(describe(plan, memory, steps))
-    return plan
+        Each unit of rows is computed by one process as it would be by a single one; sums are added in the order of units.
+        """
+        begin(f"validating at step {self.state.global_step}")
+        model = self.model
+        was_training = model.training
+        model.eval()
+        sums: list[float] = []
+        answers = count = 0
+        with torch.no_grad(), in_step(model):
+            for number, rows in enumerate(dataloader):
+                mine = number % self.accelerator.num_processes == self.accelerator.process_index
+                sums.append(self.evaluated(model, rows) if mine else 0.0)
+                answers += sum(len(row.answer) for row in rows)
+                count += len(rows)
+        total = math.fsum(reduced(sums, "sum"))
+        # Whoever ran out of memory went on with smaller packs.
+        self.plan.max_tokens = int(reduced([self.plan.max_tokens], "min")[0])
+        model.train(was_training)
+        metrics = {f"{metric_key_prefix}_loss": total / answers}
+        for name, value in (self.validate() if self.validate is not None else {}).items():
+            metrics[f"{metric_key_prefix}_{name}"] = value
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
 
+    def evaluated(self, model: Any, rows: list[Row]) -> float:
+        """Sum of the cross-entropies of a unit's answer tokens, by this process alone."""
+        while True:
+            packing = self.plan.packing
+            try:
+                with attention_for(self.model, packing):
+                    (packs,) = plan_step(rows, self.plan.max_tokens, packing)
+                    return math.fsum(float(self.pack_loss(model, rows, pack)) for pack in packs)
+            except torch.OutOfMemoryError:
+                self.shrink(model, max(len(row.ids) for row in rows))
 
-def describe(plan: StepPlan, memory: MemoryPlan, steps: list[list[Row]]) -> str:
-    """One line on how steps are computed."""
-    from labeltune.training.planner import plan_step
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's own, which is the first thing that it does for a checkpoint; whatever has the folder's name makes room before.
 
-    examples = sum(map(len, steps))
-    given = sum(len(row.ids) for step in steps for row in step)
-    computed = sum(
-        pack.tokens(step, plan.packing)
-        for step in steps
-        for pack in plan_step(step, plan.max_tokens, plan.packing)[0]
-    )
-    return (
-        f"steps: packing={plan.packing}, at most {plan.max_tokens:,} tokens at a time; "
-        f"{computed / examples:.0f} tokens computed per example of {given / examples:.0f}; checkpointing {'on' if memory.checkpointing else 'off'} "
-        f"({memory.bytes_per_token / 1e3:.0f} kB of activations per token, {memory.free / 1e9:.1f} GB free)"
-    )
+        Of sharded weights only the trained ones are collected, on the main process.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if self.checkpoint is not None and _internal_call:
+            self.checkpoint.begin(folder, self.args.should_save)
+            self.accelerator.wait_for_everyone()
+        if not self.sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = sharded.trained_weights(self.model)
+        if self.args.should_save:
+            self.model.save_pretrained(folder, state_dict=weights)
+            self.processing_class.save_pretrained(folder)
 
-
-def torch_ids(row: Row, device: Any) -> Any:
-    """A row's tokens as a batch of one."""
-    import torch
-
-    return torch.tensor([row.ids], device=device)
-
-
-def compile_layers(model: Any) -> None:
-    """torch.compile the decoder layers one by one, in place, for packs of any length.
-
-    They are what the model calls most, and compiling them alone keeps parameter names and gradient checkpointing as they are.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.compile(dynamic=True)
-
-
-def point_best(output_dir: Path, checkpoint: Path) -> None:
-    """Make `output_dir/best` a relative link to a checkpoint, or a copy where links are not allowed; atomically.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    best = output_dir / "best"
-    temporary = output_dir / f".best-{os.getpid()}.tmp"
-    with writing(best, f"{checkpoint} is whole: make room and finish with --resume"):
-        try:
-            temporary.symlink_to(checkpoint.name, target_is_directory=True)
-        except (OSError, NotImplementedError):
-            shutil.copytree(checkpoint, temporary)
-        if best.is_dir() and not best.is_symlink():
-            shutil.rmtree(best)
-        temporary.replace(best)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's own line, with the mean loss since the last one also across a resume, the share of tokens that sharing
+        saved, and memory; at the end, with the mean loss of all steps."""
+        step, sums = self.state.global_step, self.sums
+        if "train_loss" in logs:
+            logs["train_loss"] = sums.mean(step)
+        if "loss" in logs:
+            logs["loss"] = sums.loss / (step - sums.logged_step)
+            if sums.given:
+                logs["tokens_saved"] = round(1 - sums.computed / sums.given, 4)
+                logs["memory_gb"] = round(memory_in_use(self.args.device) / 1e9, 3)
+            sums.next_line(step)
+        super().log(logs, start_time)

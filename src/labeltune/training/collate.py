@@ -1,14 +1,41 @@
-"""A pack of rows -> the tensors that go through the model, in each of the three ways."""
+"""From a tokenized data set to what goes through the model: which rows a step reads, and a pack of them as tensors."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from labeltune.modeling.shared_prefix import changing_shapes, make_layout, shared_prefix_attention_on
-from labeltune.training.planner import Pack, Packing, Row
+from labeltune.training.planner import Pack, Packing, Row, step_order
+
+
+class StepBatches:
+    """Batch sampler: the row numbers of every step of the current epoch, the same on every process."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Trainer calls this at the beginning of an epoch."""
+        self.epoch = epoch
+
+    @property
+    def batch_sampler(self) -> StepBatches:
+        """Trainer looks for `set_epoch` one level down, where it expects accelerate's wrapper (which a resumed epoch has)."""
+        return self
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return step_order(self.count, self.batch_size, self.seed, self.epoch)
+
+
+def to_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
+    """Rows of a tokenized data set -> rows of the planner."""
+    return [Row.of(r["input_ids"], int(r["answer_start"]), int(r["answer_end"])) for r in records]
 
 
 @dataclass(frozen=True)
