@@ -25,6 +25,7 @@ from labeltune.run_folder import (
     checkpoints,
     damage,
     file_hash,
+    find_checkpoint,
     remove_half_checkpoints,
 )
 from labeltune.training.checkpoints import Checkpoint, remove_old, write_manifest
@@ -267,3 +268,12 @@ def test_a_learning_rate_that_diverges_is_reported_as_such(in_folder: Path, mode
     config = config_for(in_folder, model_folder, epochs=8, learning_rate=1e30, scheduler="constant")
     with pytest.raises(DivergedError, match=r"Lower training\.learning_rate \(it is 1e\+30\)"):
         recipes.train(config)
+
+
+def test_a_run_folder_that_is_not_there_is_answered_with_those_near_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=rf"^run folder {tmp_path}/new does not exist; train first$"):
+        find_checkpoint(tmp_path / "new")
+    for name in ("news", "tickets"):
+        (tmp_path / name / "best").mkdir(parents=True)
+    with pytest.raises(ModelError, match=rf"; train first; near it are: {tmp_path}/news$"):
+        find_checkpoint(tmp_path / "new")

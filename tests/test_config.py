@@ -207,6 +207,9 @@ def test_bad_files(content: bytes, part: str, tmp_path: Path) -> None:
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"does not exist; `labeltune init classification` writes one"):
         load_config(tmp_path / "none.yaml")
+    (tmp_path / "train.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"writes one; near it are: {tmp_path}/train\.yaml$"):
+        load_config(tmp_path / "trian.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)
 

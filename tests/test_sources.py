@@ -569,7 +569,7 @@ def test_an_unreachable_hub_is_one_clear_message(
         resolve_data(f"{hub}:org/name")
     message = str(raised.value)
     assert "\n" not in message and shown in message and "Failed to resolve host" in message
-    assert "org/name" in message and "by hand" in message and "data.train" in message
+    assert "org/name" in message and "by hand" in message and "in place of the data set" in message
 
 
 @pytest.mark.parametrize("name", list(ORIGINALS))

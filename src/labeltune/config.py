@@ -28,7 +28,7 @@ from labeltune.config_sections import Section as Section
 from labeltune.config_sections import SwanlabConfig as SwanlabConfig
 from labeltune.config_sections import TaskName as TaskName
 from labeltune.config_sections import TrainingConfig as TrainingConfig
-from labeltune.errors import ConfigError, clipped
+from labeltune.errors import ConfigError, clipped, near_it
 from labeltune.other_names import KEYS, our_name, plain
 from labeltune.yaml_text import read_yaml
 
@@ -112,6 +112,7 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
         except FileNotFoundError:
             raise ConfigError(
                 f"config file {path} does not exist; `labeltune init classification` writes one"
+                f"{near_it(Path(path), lambda each: each.suffix in ('.yaml', '.yml'))}"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"config file {path} cannot be read: {error}") from None

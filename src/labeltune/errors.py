@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+
 
 def first_line(error: BaseException) -> str:
     """Kind and first line of an error that is not ours."""
@@ -47,6 +51,21 @@ def _escape(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of a file name
         return f"\\x{code - 0xDC00:02x}"
     return character if character == "\u3000" else character.encode("unicode_escape").decode("ascii")
+
+
+def near_it(path: Path, wanted: Callable[[Path], bool]) -> str:
+    """What in the folder of a missing file or folder may have been meant, to end a message with; empty where nothing is there.
+
+    Args:
+        wanted: whether an entry is of the right kind.
+    """
+    try:
+        there = sorted(each.name for each in path.parent.iterdir() if wanted(each))
+    except (OSError, ValueError):
+        return ""
+    names = get_close_matches(path.name, there, n=3, cutoff=0.5) or there[:5]
+    listed = ", ".join(printable(str(path.parent / name)) for name in names)
+    return f"; near it are: {listed}" if listed else ""
 
 
 class LabeltuneError(Exception):

@@ -28,7 +28,7 @@ from labeltune.config import (
     RunConfig,
     TaskName,
 )
-from labeltune.errors import ModelError, OutputError, first_line
+from labeltune.errors import ModelError, OutputError, first_line, near_it
 from labeltune.output_paths import check_folder, is_stream, link_target, open_stream, umask
 from labeltune.untrusted import PICKLES, may_run_code
 
@@ -216,7 +216,7 @@ def find_checkpoint(run: str | os.PathLike[str], prefer_newest: bool = False) ->
         return found[-1]
     if not folder.exists():
         raise ModelError(
-            f"run folder {folder} does not exist; train first, e.g. labeltune train configs/fudan_news.yaml"
+            f"run folder {folder} does not exist; train first{near_it(folder, lambda each: (each / 'best').exists())}"
         )
     raise ModelError(f"{folder} holds no complete checkpoint (checkpoint-N with {RUN_FILE}); train first")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +20,7 @@ from labeltune.data.records import (
     parquet_records,
 )
 from labeltune.data.tables import sheet_records, table_records
-from labeltune.errors import DataError, first_line, printable
+from labeltune.errors import DataError, first_line, near_it, printable
 from labeltune.hubs import asking
 from labeltune.untrusted import check_inside
 
@@ -50,7 +49,8 @@ def _check_file(path: Path, spec: str) -> None:
         mode = path.stat().st_mode
     except FileNotFoundError:
         raise DataError(
-            f"data file {spec} does not exist (looked in {printable(str(Path.cwd()))}). Give another path{_near(path)}"
+            f"data file {spec} does not exist (looked in {printable(str(Path.cwd()))}). Give another path"
+            f"{near_it(path, lambda each: is_data_file(each.name))}"
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -65,17 +65,6 @@ def _check_file(path: Path, spec: str) -> None:
         raise DataError(f"data file {spec} must end in {endings}")
     if not os.access(path, os.R_OK):
         raise DataError(f"data file {spec} cannot be read: permission denied")
-
-
-def _near(path: Path) -> str:
-    """The files in the folder of a missing one that may be meant, in words."""
-    try:
-        there = sorted(each.name for each in path.parent.iterdir() if is_data_file(each.name))
-    except OSError:
-        return ""
-    names = get_close_matches(path.name, there, n=3, cutoff=0.5) or there[:5]
-    listed = ", ".join(printable(str(path.parent / name)) for name in names)
-    return f"; near it are: {listed}" if listed else ""
 
 
 def _download(spec: str, hub: HubConfig) -> Path:
