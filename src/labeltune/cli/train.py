@@ -26,6 +26,12 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an earlier run's checkpoints first.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what training will cost: time three real steps, and save nothing."
+        ),
+    ] = False,
     data: Annotated[
         str | None,
         typer.Option("--data", "-d", help="Shorthand for data.train=...; enough without a config."),
@@ -70,6 +76,13 @@ def train(
             f"no config: task={loaded.task} ({how}), model={loaded.model}, output_dir={loaded.output_dir}",
             file=sys.stderr,
         )
+    if dry_run:
+        from labeltune.cli.plan import print_costs
+
+        if resume:
+            raise ConfigError("--dry-run is about a whole run; leave out --resume")
+        print_costs(loaded, as_json=False)
+        return
     from labeltune.cli.quiet import quiet_libraries
     from labeltune.run_files import check_inputs_kept
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, first_line
 from labeltune.modeling.lora import attach_adapter
 from labeltune.modeling.precision import Precision
+from labeltune.training.batches import steps_in_all
 from labeltune.training.trainer import training_arguments
 
 
@@ -28,7 +28,7 @@ def check_feasible(
     """
     training_arguments(config, precision, has_validation)
     options = config.training
-    steps = options.max_steps or max(1, math.ceil(options.epochs * math.ceil(rows / options.batch_size)))
+    steps = steps_in_all(rows, options)
     if options.warmup_steps >= steps:
         raise ConfigError(
             f"training.warmup_steps={options.warmup_steps} is no less than the {steps} steps of this run "

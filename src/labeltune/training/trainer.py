@@ -142,7 +142,6 @@ def run_training(
         Interrupted: Ctrl-C; a checkpoint has been saved.
         ModelError: one example alone does not fit into the device's memory.
     """
-    import torch
     from transformers.trainer_callback import PrinterCallback
 
     from labeltune.training.callbacks import Progress, StopOnDivergence, StopOnInterrupt, WriteMetrics
@@ -180,13 +179,7 @@ def run_training(
     trainer.remove_callback(PrinterCallback)
     if resume_from is not None:
         trainer.add_callback(ContinueRun(trainer, resume_from, config.eval.patience, config.eval.min_delta))
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version != 2:
-        raise ConfigError("FSDP 1 is not supported; set fsdp_version: 2 as in configs/distributed/fsdp2.yaml")
-    if plugin is not None and plugin.mixed_precision_policy is not None:
-        # As without FSDP: losses are not rounded to bf16, and gradients are added up over processes in fp32.
-        policy = plugin.mixed_precision_policy
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+    use_fsdp_as_we_do(trainer)
 
     def how_to_go_on() -> str:
         saved = checkpoints(Path(config.output_dir))
@@ -227,6 +220,23 @@ def run_training(
             for callback in early_stopping(trainer.callback_handler.callbacks)
         ),
     )
+
+
+def use_fsdp_as_we_do(trainer: Any) -> None:
+    """FSDP 2 alone, and its sums in fp32, where the Trainer runs under it.
+
+    Raises:
+        ConfigError: accelerate was told to use FSDP 1.
+    """
+    import torch
+
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ConfigError("FSDP 1 is not supported; set fsdp_version: 2 as in configs/distributed/fsdp2.yaml")
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        # As without FSDP: losses are not rounded to bf16, and gradients are added up over processes in fp32.
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def _early_stopping(config: RunConfig, validation: Dataset | None) -> list[Any]:
