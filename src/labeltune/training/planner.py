@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from labeltune.training.balance import PAIRS_PER_TOKEN, Work, divide
+from labeltune.training.balance import PAIRS_PER_TOKEN, divide
 
 Packing = Literal["shared_prefix", "packed", "padded"]
 
@@ -143,8 +143,8 @@ def _divided(
         for at, (a, b) in enumerate(itertools.pairwise(order), start=1):
             longest = min(rows[a].answer_start, rows[b].answer_start)
             common[at] = min(longest, _common(rows[a].prompt, rows[b].prompt))
-    work = Work([rows[i] for i in order], common, pairs_per_token)
-    return [[order[place] for place in places] for places in divide(work, len(rows), processes)]
+    ranges = divide([len(rows[i].ids) for i in order], common, processes, pairs_per_token)
+    return [order[places.start : places.stop] for places in ranges]
 
 
 def _packs(rows: Sequence[Row], order: list[int], max_tokens: int, packing: Packing) -> list[Pack]:
