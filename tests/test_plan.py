@@ -18,8 +18,9 @@ from labeltune.cli.train import train as train_command
 from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, MissingExtraError
 from labeltune.training import dry_run, stepping
-from labeltune.training.batches import StepBatches, run_order, steps_in_all
+from labeltune.training.batches import StepBatches
 from labeltune.training.packs import make_batch
+from labeltune.training.planner import run_order, steps_in_all
 from test_training import config_for
 
 

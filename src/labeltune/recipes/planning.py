@@ -102,9 +102,9 @@ def _plan(config: RunConfig, say: Say) -> CostEstimate:
 
     from labeltune.modeling.precision import free_memory, pick_precision
     from labeltune.run_folder import RunInfo
-    from labeltune.training.batches import steps_in_all
     from labeltune.training.dry_run import peak_memory, time_steps
     from labeltune.training.feasible import check_feasible
+    from labeltune.training.planner import steps_in_all
     from labeltune.training.token_figures import token_figures
 
     options = config.training

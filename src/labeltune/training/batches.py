@@ -1,14 +1,10 @@
-"""Which rows a step reads, the same on every process; and how many steps there are."""
+"""Which rows a step reads: the same on every process."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from itertools import count as numbers_from
-from itertools import islice
 from typing import Any
 
-from labeltune.config import TrainingConfig
 from labeltune.training.planner import Row, step_order
 
 
@@ -37,18 +33,3 @@ class StepBatches:
 def to_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
     """Rows of a tokenized data set -> rows of the planner."""
     return [Row.of(r["input_ids"], int(r["answer_start"]), int(r["answer_end"])) for r in records]
-
-
-def steps_in_all(rows: int, training: TrainingConfig) -> int:
-    """Optimizer steps of a run, as transformers counts them."""
-    return training.max_steps or math.ceil(training.epochs * -(-rows // training.batch_size))
-
-
-def run_order(rows: int, training: TrainingConfig) -> Iterator[list[int]]:
-    """The row numbers of every step of a run, epoch after epoch."""
-    order = (
-        step
-        for epoch in numbers_from()
-        for step in step_order(rows, training.batch_size, training.seed, epoch)
-    )
-    return islice(order, steps_in_all(rows, training))

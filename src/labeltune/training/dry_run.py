@@ -21,9 +21,9 @@ from labeltune.modeling.precision import Precision
 from labeltune.progress import begin
 from labeltune.ranks import connect, loss_of_others_named
 from labeltune.run_folder import RunInfo
-from labeltune.training.batches import run_order, to_rows
+from labeltune.training.batches import to_rows
 from labeltune.training.memory import memory_in_use
-from labeltune.training.planner import Packing, plan_step
+from labeltune.training.planner import Packing, plan_step, run_order
 from labeltune.training.stepping import PackTrainer
 from labeltune.training.trainer import prepare_steps, training_arguments, use_fsdp_as_we_do
 

@@ -9,7 +9,7 @@ from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, first_line
 from labeltune.modeling.lora import attach_adapter
 from labeltune.modeling.precision import Precision
-from labeltune.training.batches import steps_in_all
+from labeltune.training.planner import steps_in_all
 from labeltune.training.trainer import training_arguments
 
 

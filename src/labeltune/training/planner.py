@@ -7,11 +7,13 @@ the model in one piece. How a step is cut into groups and packs decides time and
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from labeltune.config import TrainingConfig
 from labeltune.training.balance import PAIRS_PER_TOKEN, divide
 
 Packing = Literal["shared_prefix", "packed", "padded"]
@@ -100,6 +102,21 @@ def step_order(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[l
     random.Random(f"{seed}:{epoch}").shuffle(order)
     for start in range(0, count, batch_size):
         yield order[start : start + batch_size]
+
+
+def steps_in_all(rows: int, training: TrainingConfig) -> int:
+    """Optimizer steps of a run, as transformers counts them."""
+    return training.max_steps or math.ceil(training.epochs * -(-rows // training.batch_size))
+
+
+def run_order(rows: int, training: TrainingConfig) -> Iterator[list[int]]:
+    """The row numbers of every step of a run, epoch after epoch."""
+    order = (
+        step
+        for epoch in itertools.count()
+        for step in step_order(rows, training.batch_size, training.seed, epoch)
+    )
+    return itertools.islice(order, steps_in_all(rows, training))
 
 
 def plan_step(
