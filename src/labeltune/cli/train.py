@@ -99,11 +99,9 @@ def train(
 def _defaults(data: str, task: str | None, changes: list[str]) -> list[str]:
     """What stands in for a config: the task, the rows, and places named after the file."""
     from labeltune.cli.data import guess_task, named_task, reading_config
+    from labeltune.output_paths import is_hub_name
 
-    name = (
-        Path(data.partition(":")[2] if data.startswith(("ms:", "hf:")) else data).name.partition(".")[0]
-        or "run"
-    )
+    name = Path(data.partition(":")[2] if is_hub_name(data) else data).name.partition(".")[0] or "run"
     guessed = task or named_task(changes) or guess_task(data, reading_config(changes))
     return [
         f"task={guessed}",
