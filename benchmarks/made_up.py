@@ -32,63 +32,14 @@ SYLLABLES = [
     "ze",
 ]
 
-#: name -> (config class of transformers, sizes)
-SHAPES: dict[str, tuple[str, dict[str, int]]] = {
-    "qwen2-small": (
-        "Qwen2Config",
-        {
-            "hidden_size": 256,
-            "intermediate_size": 1408,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 8_000,
-        },
-    ),
-    "qwen2-large": (
-        "Qwen2Config",
-        {
-            "hidden_size": 512,
-            "intermediate_size": 2816,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "vocab_size": 32_000,
-        },
-    ),
-    "llama-small": (
-        "LlamaConfig",
-        {
-            "hidden_size": 384,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 6,
-            "vocab_size": 8_000,
-        },
-    ),
-    "llama-large": (
-        "LlamaConfig",
-        {
-            "hidden_size": 640,
-            "intermediate_size": 1728,
-            "num_hidden_layers": 10,
-            "num_attention_heads": 10,
-            "num_key_value_heads": 10,
-            "vocab_size": 32_000,
-        },
-    ),
-    "two-layers": (
-        "Qwen2Config",
-        {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 2_000,
-        },
-    ),
+#: A Qwen2 of two layers.
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2_000,
 }
 
 
@@ -131,15 +82,14 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_model(folder: Path, shape: str) -> Path:
+def make_model(folder: Path) -> Path:
     """A model folder with random weights and the tokenizer."""
     import torch
     import transformers
 
-    name, sizes = SHAPES[shape]
     torch.manual_seed(0)
-    config = getattr(transformers, name)(
-        **sizes, max_position_embeddings=8192, eos_token_id=2, pad_token_id=0, bos_token_id=None
+    config = transformers.Qwen2Config(
+        **SIZES, max_position_embeddings=8192, eos_token_id=2, pad_token_id=0, bos_token_id=None
     )
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

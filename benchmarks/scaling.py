@@ -1,4 +1,4 @@
-"""What rows cost: checking, tokenizing and planning from 1,000 to 1,000,000 rows; and prediction on Ray against the local engine.
+"""What rows cost: checking and tokenizing from 1,000 to 1,000,000 rows; and prediction on Ray against the local engine.
 
     python benchmarks/scaling.py cost --rows 1000,10000,100000,1000000 --json cost.json
     python benchmarks/scaling.py cost --rows 1000000 --workers 2
@@ -36,7 +36,7 @@ import made_up
 HERE = Path(__file__).resolve().parent
 #: (rows of a step, processes)
 STEPS = ((16, 1), (16, 2), (64, 8), (1_024, 64), (16_384, 8), (16_384, 1_000))
-STAGES = ["check", "split", "tokenize", "read again", "plan"]
+STAGES = ["check", "split", "tokenize", "read again"]
 
 
 class Memory:
@@ -81,7 +81,6 @@ def stages(rows_file: Path, tokenizer_folder: Path, workers: int, until: str) ->
     from labeltune.tasks import make_task
     from labeltune.tasks.builder import PromptBuilder
     from labeltune.training.dataset import tokenize_rows
-    from labeltune.training.token_plan import plan_tokens
 
     data = {"train": str(rows_file), "workers": workers}
     config = build_config({"data": data, "prompt": made_up.PROMPT, "training": {"epochs": 1}})
@@ -111,14 +110,11 @@ def stages(rows_file: Path, tokenizer_folder: Path, workers: int, until: str) ->
     if until == "split":
         return {**found, "seconds": seconds, "wall": wall, "peak": peaks}
     builder = PromptBuilder(make_task("classification", rows.audit.label_set(), config.prompt), template)
-    tokens, account = tokenize_rows(rows.dataset, builder, workers)
+    _, account = tokenize_rows(rows.dataset, builder, workers)
     done("tokenize")
     tokenize_rows(rows.dataset, builder, workers)
     done("read again")
-    plan = plan_tokens(tokens, config.training, 2048, "shared_prefix", workers=workers)
-    done("plan")
-    found |= {"tokens": account.tokens, "computed": plan.computed}
-    return {**found, "seconds": seconds, "wall": wall, "peak": peaks}
+    return {**found, "tokens": account.tokens, "seconds": seconds, "wall": wall, "peak": peaks}
 
 
 def _clocks() -> tuple[float, float]:
@@ -174,8 +170,8 @@ def cost(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def cost_table(found: list[dict[str, Any]]) -> str:
     """Markdown: seconds of each stage with the ratio to the row above, memory beside what is allowed."""
     lines = [
-        f"| rows | processes | {' | '.join(f'{stage}, CPU s' for stage in STAGES)} | before, MB | most while checking and tokenizing, MB | 300 MB + 64 B a row | planning, MB |",
-        "|" + "---|" * (len(STAGES) + 6),
+        f"| rows | processes | {' | '.join(f'{stage}, CPU s' for stage in STAGES)} | before, MB | most while checking and tokenizing, MB | 300 MB + 64 B a row |",
+        "|" + "---|" * (len(STAGES) + 5),
     ]
     before: dict[str, float] = {}
     for record in found:
@@ -188,11 +184,11 @@ def cost_table(found: list[dict[str, Any]]) -> str:
             ratio = f" ({value / before[stage]:.1f}x)" if before.get(stage) else ""
             shown.append(f"{value:.2f}{ratio}")
         before = record["seconds"]
-        most = max(size for stage, size in record["peak"].items() if stage != "plan")
+        most = max(record["peak"].values())
         allowed = 300e6 + 64 * record["rows"]
         lines.append(
             f"| {record['rows']:,} | {record['workers']} | {' | '.join(shown)} | {record['peak']['before'] / 1e6:.0f} "
-            f"| {most / 1e6:.0f} | {allowed / 1e6:.0f} | {record['peak'].get('plan', 0) / 1e6:.0f} |"
+            f"| {most / 1e6:.0f} | {allowed / 1e6:.0f} |"
         )
     return "\n".join(lines)
 
@@ -202,7 +198,7 @@ def predict(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     from labeltune import recipes
     from labeltune.config import build_config
 
-    made_up.make_model(folder / "model", "two-layers")
+    made_up.make_model(folder / "model")
     few = made_up.write_rows(folder / "few.jsonl", 64)
     values = made_up.run_config(folder / "model", few, folder / "run", max_steps=1)
     run = recipes.train(build_config(values), say=lambda _: None).best
@@ -291,7 +287,7 @@ def main() -> None:
     costs = commands.add_parser("cost")
     costs.add_argument("--rows", default="1000,10000,100000,1000000")
     costs.add_argument("--workers", type=int, default=1)
-    costs.add_argument("--until", choices=["split", "plan"], default="plan", help="last stage")
+    costs.add_argument("--until", choices=["split", "tokenize"], default="tokenize", help="last stage")
     predicts = commands.add_parser("predict")
     predicts.add_argument("--rows", type=int, default=20_000)
     for command in (costs, predicts, commands.add_parser("steps")):

@@ -21,7 +21,7 @@ from typing import Any
 
 from speed_data import read_tokenizer, run_config, tokenized_rows
 
-from labeltune.training.balance import PAIRS_PER_TOKEN, Work
+from labeltune.training.balance import PAIRS_PER_TOKEN, pairs
 from labeltune.training.collate import to_rows
 from labeltune.training.planner import Row, plan_step
 
@@ -55,10 +55,10 @@ def work(rows: list[Row], groups: Any) -> int:
     """Counted anew from the packs: a group's prefix once, then each row's own tokens."""
     total = 0
     for group in groups:
-        total += Work._pairs(group.prefix, PAIRS_PER_TOKEN)
+        total += pairs(group.prefix, PAIRS_PER_TOKEN)
         for i in group.rows:
-            whole = Work._pairs(len(rows[i].ids), PAIRS_PER_TOKEN)
-            total += whole - Work._pairs(group.prefix, PAIRS_PER_TOKEN)
+            whole = pairs(len(rows[i].ids), PAIRS_PER_TOKEN)
+            total += whole - pairs(group.prefix, PAIRS_PER_TOKEN)
     return total
 
 

@@ -779,7 +779,7 @@ def test_ctrl_c_outside_the_steps_is_said(
         raise KeyboardInterrupt
 
     write_jsonl(in_folder / "rows.jsonl", classification_rows(6))
-    monkeypatch.setattr("labeltune.recipes.training.load_splits", interrupted)
+    monkeypatch.setattr("labeltune.recipes.preparing.load_splits", interrupted)
     stopped = labeltune("train", "--data", "rows.jsonl", "--model", str(model_folder))
     assert stopped.code == 130
     assert stopped.err.splitlines()[-1] == (

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from labeltune.inference.load import load_predictor as load_predictor
     from labeltune.inference.predictor import Predictor as Predictor
     from labeltune.recipes import evaluate as evaluate
+    from labeltune.recipes import plan as plan
     from labeltune.recipes import predict as predict
     from labeltune.recipes import train as train
     from labeltune.types import Entity as Entity
@@ -33,6 +34,7 @@ _HOMES = {
     "evaluate": "recipes",
     "load_config": "config",
     "load_predictor": "inference.load",
+    "plan": "recipes",
     "predict": "recipes",
     "train": "recipes",
 }

@@ -71,10 +71,15 @@ def check_folder(
     _check_parent(output, output.absolute())
 
 
+def is_hub_name(spec: str) -> bool:
+    """Whether a model, a run or a data set is one on ModelScope (`ms:...`) or Hugging Face (`hf:...`)."""
+    return spec.startswith(("ms:", "hf:"))
+
+
 def local_path(given: str | os.PathLike[str]) -> Path | None:
     """The path that an input means, None when it is on a hub, at another address or not there."""
     name = os.fspath(given)
-    if name.startswith(("ms:", "hf:")) or "://" in name:
+    if is_hub_name(name) or "://" in name:
         return None
     path = Path(name).expanduser()
     try:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from labeltune.config import RunConfig
-from labeltune.output_paths import check_folder, local_path
+from labeltune.output_paths import check_folder, is_hub_name, local_path
 from labeltune.run_folder import MANIFEST_FILE, RUN_FILE, RunInfo, checkpoints, find_checkpoint
 
 #: What an evaluation writes into its folder.
@@ -22,7 +22,7 @@ def files_read(run: str | os.PathLike[str]) -> list[Path]:
     Raises:
         ModelError: there is no complete checkpoint.
     """
-    if str(run).startswith(("ms:", "hf:")):
+    if is_hub_name(str(run)):
         return []
     folder = find_checkpoint(run)
     try:
@@ -42,7 +42,7 @@ def encoding_of(run: str | os.PathLike[str]) -> str | None:
     Raises:
         ModelError: there is no complete checkpoint.
     """
-    if str(run).startswith(("ms:", "hf:")):
+    if is_hub_name(str(run)):
         return None
     return RunInfo.load(find_checkpoint(run)).encoding
 

@@ -29,7 +29,7 @@ from labeltune.config import (
     TaskName,
 )
 from labeltune.errors import ModelError, OutputError, first_line, near_it
-from labeltune.output_paths import check_folder, is_stream, link_target, open_stream, umask
+from labeltune.output_paths import check_folder, is_hub_name, is_stream, link_target, open_stream, umask
 from labeltune.untrusted import PICKLES, may_run_code
 
 RUN_FILE = "labeltune.json"
@@ -152,7 +152,7 @@ class RunInfo:
 
 def public_name(spec: str) -> str:
     """A model or data file as others may see it: a hub's name as it is, a path of this machine without its folders."""
-    return spec if spec.startswith(("ms:", "hf:")) else Path(spec).name or spec
+    return spec if is_hub_name(spec) else Path(spec).name or spec
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

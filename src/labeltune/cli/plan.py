@@ -1,4 +1,4 @@
-"""`labeltune plan`."""
+"""`labeltune plan`, which is `labeltune train --dry-run`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from labeltune.recipes.planning import RunPlan
+    from labeltune.config import RunConfig
+    from labeltune.recipes.planning import CostEstimate
 
 
 def plan(
@@ -18,67 +19,55 @@ def plan(
         list[str] | None,
         typer.Argument(help="Changes to it: key=value ..., e.g. training.epochs=3", metavar="[KEY=VALUE]..."),
     ] = None,
-    gflops: Annotated[
-        float | None,
-        typer.Option(
-            help="Rate to count hours with, in thousand million operations a second: what your GPU reaches, e.g. 150000.",
-            min=0.001,
-        ),
-    ] = None,
-    measure: Annotated[
-        bool,
-        typer.Option("--measure", help="Measure the rate on this machine, on a few layers of the model."),
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
 ) -> None:
-    """Say what training will cost, before anything is trained.
+    """Say what training will cost: tokens, memory, hours.
 
-    Tokens exactly, memory and hours estimated. No weights are loaded.
+    The same as `labeltune train CONFIG --dry-run`: everything up to the first step is done, three real steps are timed, and
+    nothing is saved.
     """
     from labeltune.config import load_config
-    from labeltune.errors import ConfigError
 
-    if measure and gflops is not None:
-        raise ConfigError("give --gflops or --measure, not both")
-    loaded = load_config(config, overrides or [])
+    print_costs(load_config(config, overrides or []), as_json)
 
+
+def print_costs(config: RunConfig, as_json: bool) -> None:
+    """Do a dry run, and print what it found."""
     from labeltune.cli.quiet import quiet_libraries
 
     quiet_libraries()
-    from labeltune.recipes.planning import plan as make_plan
+    from labeltune import recipes
+    from labeltune.messages import localize
+    from labeltune.ranks import rank
 
-    found = make_plan(loaded, gflops=gflops, measure=measure)
-    print(json.dumps(found.to_dict(), ensure_ascii=False, indent=2) if as_json else _shown(found))
+    found = recipes.plan(config)
+    if rank() != 0:
+        return
+    if as_json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
+        return
+    for line in _lines(found):
+        print(localize(line))
 
 
-def _shown(plan: RunPlan) -> str:
-    total_flops, total_memory = sum(plan.flops.values()), sum(plan.memory.values())
-    lines = [
-        f"model            {plan.model}: {plan.parameters:,} weights, {plan.trained:,} of them trained",
-        f"rows             {plan.rows:,} for training, {plan.validation_rows:,} for validation; {plan.steps:,} steps",
-        f"tokens           {plan.tokens_per_row:.1f} per row, {plan.computed_per_row:.1f} computed ({plan.packing}); "
-        f"{plan.computed_tokens:,} computed in all",
-        f"packs            training.max_tokens_per_pack={plan.max_tokens_per_pack}; the largest has {plan.largest_pack} "
-        f"tokens; checkpointing {'on' if plan.checkpointing else 'off'}",
-        f"operations       {_si(total_flops)}FLOP: "
-        + ", ".join(f"{name} {value / total_flops:.0%}" for name, value in plan.flops.items()),
-        f"memory           {_si(total_memory)}B of {_si(plan.free_memory)}B that are free here ({plan.device}): "
-        + ", ".join(f"{name.replace('_', ' ')} {_si(value)}B" for name, value in plan.memory.items()),
+def _lines(found: CostEstimate) -> list[str]:
+    tokens = found.tokens
+    parts = (tokens.prefix_tokens, tokens.text_tokens, tokens.other_tokens, tokens.answer_tokens)
+    prefix, text, other, answers = (f"{part / tokens.tokens:.0%}" for part in parts)
+    unshared = tokens.computed["packed"] / tokens.planned_rows
+    timed = ", ".join(f"{seconds:.3g}" for seconds in found.step_seconds)
+    return [
+        f"rows: {found.rows:,} for training, {found.validation_rows:,} for validation; {found.steps:,} steps",
+        f"tokens: {tokens.tokens / tokens.rows:.1f} a row; {prefix} common beginning, {text} text, {other} rest of the prompt, "
+        f"{answers} answer",
+        f"budget: {tokens.shortened_share:.1%} of the texts are shortened; prompt.max_length={tokens.needed['p99']} keeps 99 % of the "
+        f"rows whole, {tokens.needed['max']} all",
+        f"computed: {found.computed_per_row:.1f} tokens a row with packing={found.packing}, {unshared:.1f} without sharing; "
+        f"{found.computed_tokens:,} in all",
+        f"memory: {found.memory / 1e9:.2f} GB on {found.device}; {found.free_memory / 1e9:.2f} GB were free",
+        f"time: {_duration(found.seconds)} for all steps (timed: {timed} s); validation and saving come on top",
     ]
-    if plan.hours is None or plan.gflops is None:
-        lines.append("time             give a rate (--gflops) or measure one here (--measure)")
-    else:
-        shown = f"{plan.hours:.2f} h" if plan.hours >= 1 else f"{plan.hours * 3600:.1f} s"
-        lines.append(
-            f"time             {shown} at {_si(plan.gflops * 1e9)}FLOP/s, without validation and saving"
-        )
-    return "\n".join(lines)
 
 
-def _si(value: float) -> str:
-    """Three digits with a unit's prefix, and a blank before it."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if value < 999.5 or prefix == "E":
-            return f"{value:.3g} {prefix}"
-        value /= 1000
-    raise AssertionError("unreachable")
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.1f} s"

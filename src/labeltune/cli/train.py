@@ -26,6 +26,12 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an earlier run's checkpoints first.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what training will cost: time three real steps, and save nothing."
+        ),
+    ] = False,
     data: Annotated[
         str | None,
         typer.Option("--data", "-d", help="Shorthand for data.train=...; enough without a config."),
@@ -70,6 +76,13 @@ def train(
             f"no config: task={loaded.task} ({how}), model={loaded.model}, output_dir={loaded.output_dir}",
             file=sys.stderr,
         )
+    if dry_run:
+        from labeltune.cli.plan import print_costs
+
+        if resume:
+            raise ConfigError("--dry-run is about a whole run; leave out --resume")
+        print_costs(loaded, as_json=False)
+        return
     from labeltune.cli.quiet import quiet_libraries
     from labeltune.run_files import check_inputs_kept
 
@@ -86,11 +99,9 @@ def train(
 def _defaults(data: str, task: str | None, changes: list[str]) -> list[str]:
     """What stands in for a config: the task, the rows, and places named after the file."""
     from labeltune.cli.data import guess_task, named_task, reading_config
+    from labeltune.output_paths import is_hub_name
 
-    name = (
-        Path(data.partition(":")[2] if data.startswith(("ms:", "hf:")) else data).name.partition(".")[0]
-        or "run"
-    )
+    name = Path(data.partition(":")[2] if is_hub_name(data) else data).name.partition(".")[0] or "run"
     guessed = task or named_task(changes) or guess_task(data, reading_config(changes))
     return [
         f"task={guessed}",

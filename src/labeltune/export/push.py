@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from labeltune.errors import ConfigError, HubError, first_line
+from labeltune.output_paths import is_hub_name
 
 
 def check_repo(spec: str) -> None:
     """Raise ConfigError unless `spec` is `hf:org/name` or `ms:org/name`."""
     parts = spec[3:].split("/")
-    if not spec.startswith(("hf:", "ms:")) or len(parts) != 2 or not all(parts):
+    if not is_hub_name(spec) or len(parts) != 2 or not all(parts):
         raise ConfigError(f"--push {spec}: write hf:org/name (Hugging Face) or ms:org/name (ModelScope)")
 
 

@@ -14,6 +14,7 @@ from labeltune.config import HubConfig
 from labeltune.errors import ModelError
 from labeltune.modeling.lora import ADAPTER_FILE
 from labeltune.modeling.pocket import POCKET_MODELS
+from labeltune.output_paths import is_hub_name
 from labeltune.run_folder import write_json
 from labeltune.tasks.base import Task
 from labeltune.types import Example
@@ -80,7 +81,7 @@ def save_adapter(
 
 def base_name(spec: str) -> str:
     """How other tools call the base model: `org/name` without `ms:` or `hf:`, else as it is."""
-    return spec[3:] if spec.startswith(("ms:", "hf:")) else spec
+    return spec[3:] if is_hub_name(spec) else spec
 
 
 def adapter_command(
@@ -92,7 +93,7 @@ def adapter_command(
         spec: the run's `model:`; a hub's model is named, anything else given by its folder.
         name: what requests call the adapter.
     """
-    on_hub = spec.startswith(("ms:", "hf:"))
+    on_hub = is_hub_name(spec)
     base = base_name(spec) if on_hub else str(base_folder if spec in POCKET_MODELS else Path(spec))
     words = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"{name}={folder}"]
     words += ["--max-lora-rank", str(adapter.max_rank)]

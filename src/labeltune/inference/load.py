@@ -13,6 +13,7 @@ from labeltune.inference.predictor import Predictor, changed_generation, fingerp
 from labeltune.modeling.hub import load_model, load_tokenizer, resolve_model, snapshot
 from labeltune.modeling.lora import load_adapter, merge_adapter
 from labeltune.modeling.precision import pick_precision
+from labeltune.output_paths import is_hub_name
 from labeltune.prompts.template import ChatTemplate
 from labeltune.run_folder import RunInfo, find_checkpoint
 from labeltune.tasks import make_task
@@ -128,7 +129,7 @@ def checkpoint_of(run: str | os.PathLike[str]) -> Path:
         HubError: the hub cannot be reached or has no such checkpoint.
         ModelError: there is no complete checkpoint.
     """
-    on_hub = str(run).startswith(("ms:", "hf:"))
+    on_hub = is_hub_name(str(run))
     return find_checkpoint(snapshot(str(run), HubConfig()) if on_hub else run)
 
 

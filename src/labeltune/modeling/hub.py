@@ -11,6 +11,7 @@ from labeltune.config import HubConfig
 from labeltune.errors import MissingExtraError, ModelError
 from labeltune.hubs import asking
 from labeltune.modeling.pocket import POCKET_MODELS, pocket_folder
+from labeltune.output_paths import is_hub_name
 from labeltune.untrusted import PICKLES, check_inside
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def resolve_model(spec: str, hub: HubConfig | None = None, *, weights: bool = Tr
     hub = hub or HubConfig()
     if spec in POCKET_MODELS:
         return LocalModel(pocket_folder(spec, hub.accept_license), spec)
-    if spec.startswith(("ms:", "hf:")):
+    if is_hub_name(spec):
         folder = snapshot(spec, hub, weights=weights)
     else:
         folder = Path(spec).expanduser()

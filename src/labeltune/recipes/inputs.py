@@ -9,6 +9,7 @@ from pathlib import Path
 from labeltune.config import load_config
 from labeltune.data.sources import resolve_data
 from labeltune.errors import DataError
+from labeltune.output_paths import is_hub_name
 from labeltune.run_files import files_read
 from labeltune.run_folder import RunInfo, find_checkpoint
 
@@ -43,7 +44,7 @@ def data_to_measure(run: str | os.PathLike[str], data: str | None, overrides: Se
         )
     if spec is None:
         raise DataError(f"name the labelled rows with --data FILE; {run} was trained without data.test")
-    if not spec.startswith(("ms:", "hf:")):
+    if not is_hub_name(spec):
         try:
             resolve_data(spec)
         except DataError as error:
@@ -54,7 +55,7 @@ def data_to_measure(run: str | os.PathLike[str], data: str | None, overrides: Se
 def _test_data_of(run: str | os.PathLike[str], overrides: Sequence[str]) -> str | None:
     if Path(run).suffix in {".yaml", ".yml"}:
         return load_config(run, overrides).data.test
-    if str(run).startswith(("ms:", "hf:")):
+    if is_hub_name(str(run)):
         return None
     found = RunInfo.load(find_checkpoint(run)).data.get("test")
     return found if isinstance(found, str) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import sys
 import time
@@ -12,26 +11,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
-from labeltune.data.loading import Splits, load_splits
-from labeltune.errors import Interrupted, MissingExtraError
+from labeltune.data.loading import Splits
+from labeltune.errors import Interrupted
 from labeltune.evaluation.headline import SELECTION, headline
 from labeltune.folder_lock import alone_with
 from labeltune.progress import begin, no_long_silence, row_progress, tell
 from labeltune.ranks import is_sharded, rank
 from labeltune.recipes.data import without_too_long
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
+from labeltune.recipes.preparing import (
+    check_tracker,
+    load_for_training,
+    load_prompts,
+    read_rows,
+    tokenize_splits,
+)
 from labeltune.recipes.rows import (
     fixed_handful,
     prediction_text,
-    report_splits,
     summarize,
     validation_rows,
     warn_of_rows,
 )
 from labeltune.recipes.selection import TRAINING_FILE, hashes_file, save_selection
 from labeltune.run_folder import check_output, remove_checkpoints, remove_half_checkpoints, remove_leftovers
-from labeltune.tasks import make_task
-from labeltune.tasks.builder import PromptBuilder
 from labeltune.training.record import (
     FINISHED_FILE,
     RECORD_FILE,
@@ -96,38 +99,22 @@ def train(
 
 def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None) -> TrainResult:
     started = time.monotonic()
-    _check_tracker(config)
+    check_tracker(config)
     resume_from = check_output(config, resume, overwrite, say)
     if rank() == 0:
         remove_leftovers(Path(config.output_dir))
         remove_half_checkpoints(Path(config.output_dir))
-    begin("checking the rows")
-    loaded = load_splits(config.task, config.data, config.hub, config.training.seed)
-    report_splits(loaded, say)
+    loaded = read_rows(config, say)
     if resume_from is not None:
         check_unchanged(resume_from, config, loaded, summarize(config, loaded))
 
-    begin("loading libraries and the tokenizer")
-    from transformers import set_seed
-
+    base, builder = load_prompts(config, loaded.labels)
     from labeltune.inference.predictor import Predictor
-    from labeltune.modeling.hub import load_model, load_tokenizer, resolve_model
-    from labeltune.modeling.lora import attach_adapter
     from labeltune.modeling.precision import pick_precision
-    from labeltune.prompts.template import ChatTemplate
     from labeltune.run_folder import RunInfo
-    from labeltune.training.dataset import tokenize_rows
     from labeltune.training.preflight import check_feasible
     from labeltune.training.run import run_training
 
-    full = config.training.method == "full"
-    main_process = rank() == 0
-    local = resolve_model(config.model, config.hub)
-    trust = config.hub.trust_remote_code
-    tokenizer = load_tokenizer(local.folder, trust)
-    template = ChatTemplate(tokenizer)
-    task = make_task(config.task, loaded.labels, config.prompt)
-    builder = PromptBuilder(task, template)
     splits = without_too_long(loaded, builder, config, say)
     measured = validation_rows(splits, config.eval.max_rows)
     warn_of_rows(config, splits, measured, say)
@@ -137,40 +124,18 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         if ended is not None:
             say(nothing_left(ended, config, rows))
             return _result_of(ended, Path(config.output_dir))
-    workers = config.data.workers
-    begin("tokenizing the rows")
-    train_tokens, account = tokenize_rows(splits.train, builder, workers)
-    validation_tokens = (
-        tokenize_rows(splits.validation, builder, workers)[0] if splits.validation is not None else None
-    )
-    say(
-        f"tokens: {account.tokens} in {account.rows} rows, {account.answer_tokens} of them answers; "
-        f"{account.shortened} texts were shortened to fit prompt.max_length={config.prompt.max_length}"
-    )
-    if account.cut_entities:
-        say(
-            f"warning: {account.cut_entities} entities stand in text that was cut away but are still asked for; "
-            "raise prompt.max_length"
-        )
-
-    set_seed(config.training.seed)
-    precision = pick_precision(config.training.precision, full=full)
-    check_feasible(config, precision, local.folder, len(train_tokens), validation_tokens is not None)
-    begin("loading the model", say)
-    quantized = config.training.method == "qlora"
-    model = load_model(local.folder, precision.weights, trust_remote_code=trust, four_bit=quantized)
-    if not full:
-        model = attach_adapter(model, config.lora, quantized=quantized)
-    trained, total = _count_parameters(model)
-    say(
-        f"model: {config.model}, {total:,} weights, {trained:,} trained ({precision.name} on {precision.device})"
-    )
+    train_tokens, validation_tokens = tokenize_splits(config, splits, builder, say)
+    main_process = rank() == 0
+    task, tokenizer = builder.task, builder.template.tokenizer
+    precision = pick_precision(config.training.precision, full=config.training.method == "full")
+    check_feasible(config, precision, base, len(train_tokens), validation_tokens is not None)
+    model = load_for_training(config, base, precision, say)
 
     info = RunInfo.of(config, splits.labels, tokenizer.chat_template, summarize(config, splits))
     tracker = _start_tracker(config, splits, main_process, resume_from, say)
     callbacks: list[Any] = [tracker.callback()] if tracker is not None else []
     predictor = Predictor(
-        model, task, template, config.generation, calibrate=config.calibrate, source=config.model
+        model, task, builder.template, config.generation, calibrate=config.calibrate, source=config.model
     )
     predictor.share = True
 
@@ -330,16 +295,6 @@ def _finish(
     say(f"report on {SELECTION} rows: {folder / 'report.html'}")
     if tracker is not None:
         tracker.log_charts(metrics, measured, predictions, result.steps)
-
-
-def _check_tracker(config: RunConfig) -> None:
-    if config.tracking in ("wandb", "tensorboard") and importlib.util.find_spec(config.tracking) is None:
-        raise MissingExtraError(f"tracking={config.tracking}", config.tracking)
-
-
-def _count_parameters(model: Any) -> tuple[int, int]:
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
 def _start_tracker(

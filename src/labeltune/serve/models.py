@@ -16,6 +16,7 @@ from labeltune.errors import ConfigError, DataError, ModelError, PromptError
 from labeltune.inference.load import load_predictor, predictor_on
 from labeltune.inference.predictor import Predictor
 from labeltune.modeling.hub import resolve_model
+from labeltune.output_paths import is_hub_name
 from labeltune.run_folder import RunInfo, find_checkpoint
 from labeltune.serve.batching import Answer, Row
 from labeltune.types import Example
@@ -131,7 +132,7 @@ def run_name(run: str) -> str:
 
     Letters and digits of all languages are kept; everything else that stands in no address becomes a dash.
     """
-    if run.startswith(("ms:", "hf:")):
+    if is_hub_name(run):
         name = run.rpartition("/")[2]
     else:
         folder = Path(run).expanduser().absolute()

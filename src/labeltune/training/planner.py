@@ -7,12 +7,14 @@ the model in one piece. How a step is cut into groups and packs decides time and
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from labeltune.training.balance import PAIRS_PER_TOKEN, Work, divide
+from labeltune.config import TrainingConfig
+from labeltune.training.balance import PAIRS_PER_TOKEN, divide
 
 Packing = Literal["shared_prefix", "packed", "padded"]
 
@@ -102,6 +104,21 @@ def step_order(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[l
         yield order[start : start + batch_size]
 
 
+def steps_in_all(rows: int, training: TrainingConfig) -> int:
+    """Optimizer steps of a run, as transformers counts them."""
+    return training.max_steps or math.ceil(training.epochs * -(-rows // training.batch_size))
+
+
+def run_order(rows: int, training: TrainingConfig) -> Iterator[list[int]]:
+    """The row numbers of every step of a run, epoch after epoch."""
+    order = (
+        step
+        for epoch in itertools.count()
+        for step in step_order(rows, training.batch_size, training.seed, epoch)
+    )
+    return itertools.islice(order, steps_in_all(rows, training))
+
+
 def plan_step(
     rows: Sequence[Row],
     max_tokens: int,
@@ -143,8 +160,8 @@ def _divided(
         for at, (a, b) in enumerate(itertools.pairwise(order), start=1):
             longest = min(rows[a].answer_start, rows[b].answer_start)
             common[at] = min(longest, _common(rows[a].prompt, rows[b].prompt))
-    work = Work([rows[i] for i in order], common, pairs_per_token)
-    return [[order[place] for place in places] for places in divide(work, len(rows), processes)]
+    ranges = divide([len(rows[i].ids) for i in order], common, processes, pairs_per_token)
+    return [order[places.start : places.stop] for places in ranges]
 
 
 def _packs(rows: Sequence[Row], order: list[int], max_tokens: int, packing: Packing) -> list[Pack]:

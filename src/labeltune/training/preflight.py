@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from labeltune.training.memory import (
     plan_memory,
     random_state_kept,
 )
-from labeltune.training.planner import Row, plan_step, step_order
+from labeltune.training.planner import Row, plan_step, step_order, steps_in_all
 from labeltune.training.self_check import choose_packing, sample_rows
 from labeltune.training.trainer import StepPlan
 
@@ -109,7 +108,7 @@ def check_feasible(
     """
     training_arguments(config, precision, has_validation)
     options = config.training
-    steps = options.max_steps or max(1, math.ceil(options.epochs * math.ceil(rows / options.batch_size)))
+    steps = steps_in_all(rows, options)
     if options.warmup_steps >= steps:
         raise ConfigError(
             f"training.warmup_steps={options.warmup_steps} is no less than the {steps} steps of this run "
