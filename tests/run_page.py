@@ -1,7 +1,8 @@
-"""Runs the commands of a documentation page one after the other in the working folder: `python run_page.py COMMANDS.json`.
+"""Runs commands of documentation pages, each in a fork of one process that has imported torch, transformers and peft, which takes
+longer than what the commands do here.
 
-The file holds a list of `labeltune ...`, `python SCRIPT ...`, `cat FILE | labeltune ...`, and whole Python programs (with a line break).
-Each runs in a fork of one process that has imported torch, transformers and peft, which takes longer than what they do here.
+Reads a JSON object a line from standard input: `folder` to work in, `commands` and a file `log`; answers each with the first command that
+failed, or null. A command is `labeltune ...`, `python SCRIPT ...`, `cat FILE | labeltune ...`, or a whole Python program (with a line break).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from torture.zygote import warm  # noqa: E402
 
@@ -33,10 +34,9 @@ def run(command: str) -> None:
         exec(compile(command, "page", "exec"), {"__name__": "__main__"})
         return
     file, piped, rest = command.partition(" | ")
-    if piped:
-        os.dup2(os.open(file.removeprefix("cat "), os.O_RDONLY), 0)
-        command = rest
-    words = shlex.split(command)
+    os.dup2(os.open(file.removeprefix("cat ") if piped else os.devnull, os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # this process has read from the one before
+    words = shlex.split(rest if piped else command)
     if words[0] == "python":
         sys.argv = words[1:]
         runpy.run_path(str(ROOT / words[1]), run_name="__main__")
@@ -48,15 +48,17 @@ def run(command: str) -> None:
     main.run()
 
 
-def fork(command: str) -> int:
-    """Start it; its process id."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+def fork(command: str, log: str) -> int:
+    """Start it; its process id. What it prints is added to the log."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        print(f"$ {command}", flush=True)
         run(command)
         code = 0
     except SystemExit as end:
@@ -69,12 +71,17 @@ def fork(command: str) -> int:
         os._exit(code)
 
 
-def served(command: str) -> int:
+def ended(child: int) -> int:
+    """Wait for it; its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def served(command: str, log: str) -> int:
     """Start a server, wait until it is ready, stop it; its exit code."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    child = fork(f"{command} --port {port}")
+    child = fork(f"{command} --port {port}", log)
     begun = time.monotonic()
     while time.monotonic() - begun < SERVER_STARTS:
         try:
@@ -85,21 +92,23 @@ def served(command: str) -> int:
                 return 1
             time.sleep(0.2)
     os.kill(child, signal.SIGTERM)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return ended(child)
 
 
 def main() -> None:
-    warm()
-    for command in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        print(f"$ {command}", file=sys.stderr)
-        begun = time.monotonic()
-        if command.startswith("labeltune serve"):
-            code = served(command)
-        else:
-            code = os.waitstatus_to_exitcode(os.waitpid(fork(command), 0)[1])
-        print(f"{time.monotonic() - begun:.1f} s", file=sys.stderr)
-        if code:
-            sys.exit(f"exit code {code}: {command}")
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        warm()
+        for line in sys.stdin:
+            task = json.loads(line)
+            os.chdir(task["folder"])
+            failed = None
+            for command in task["commands"]:
+                serves = command.startswith("labeltune serve")
+                if served(command, task["log"]) if serves else ended(fork(command, task["log"])):
+                    failed = command
+                    break
+            print(json.dumps(failed), file=answers, flush=True)
 
 
 if __name__ == "__main__":

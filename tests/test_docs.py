@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -52,45 +53,50 @@ def commands(page: str) -> list[list[str]]:
     return [[line.strip() for line in block] for block in without_comments(blocks(page, "bash"))]
 
 
+#: Runs commands in a folder.
+Run = Callable[[Sequence[str], Path], None]
+
+
 @pytest.fixture(scope="module")
-def surroundings(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which `pocket` and ModelScope give a two-layer model, and nobody is logged in to SwanLab."""
+def run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Where commands run: `pocket` and ModelScope give a two-layer model, and nobody is logged in to SwanLab."""
     folder = tmp_path_factory.mktemp("surroundings")
     shutil.copytree(model_folder, folder / "cache" / "pocket-1")
     (folder / "sitecustomize.py").write_text(FAKE_MODELSCOPE, encoding="utf-8")
-    kept = {name: value for name, value in os.environ.items() if name != "SWANLAB_API_KEY"}
-    return {
-        **kept,
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "SWANLAB_API_KEY"},
         "HOME": str(folder),
         "LABELTUNE_CACHE": str(folder / "cache"),
         "LABELTUNE_TEST_MODEL": str(model_folder),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))),
     }
-
-
-def run_page(lines: list[str], folder: Path, environment: dict[str, str]) -> None:
-    listed = folder / "commands.json"
-    listed.write_text(json.dumps(lines), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "run_page.py", listed],
-        cwd=folder,
+    with subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "run_page.py"],
         env=environment,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def in_folder(lines: Sequence[str], folder: Path) -> None:
+            log = folder / "printed.txt"
+            task = {"folder": str(folder), "commands": list(lines), "log": str(log)}
+            print(json.dumps(task), file=process.stdin, flush=True)
+            failed = json.loads(process.stdout.readline())
+            printed = log.read_text(encoding="utf-8")
+            assert failed is None, f"{failed}\n{printed[-3000:]}"
+            assert "Traceback" not in printed, printed[-3000:]
+
+        yield in_folder
+        process.stdin.close()
 
 
 @pytest.fixture(scope="module")
-def trained(surroundings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sample of `labeltune init classification` and a run on it."""
     folder = tmp_path_factory.mktemp("trained")
-    run_page(
-        ["labeltune init classification", "labeltune train classification.yaml training.max_steps=2"],
-        folder,
-        surroundings,
-    )
+    run(["labeltune init classification", "labeltune train classification.yaml training.max_steps=2"], folder)
     return folder
 
 
@@ -114,9 +120,7 @@ def world(in_folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
-def test_commands_of_a_page_run(
-    page: str, world: Path, surroundings: dict[str, str], request: pytest.FixtureRequest
-) -> None:
+def test_commands_of_a_page_run(page: str, world: Path, run: Run, request: pytest.FixtureRequest) -> None:
     lines = [line for block in commands(page) for line in block if not NOT_RUN.search(line)]
     lines = [
         line + " prompt.max_length=600 generation.max_new_tokens=8" * ("train_qwen2_ner" in line)
@@ -125,7 +129,7 @@ def test_commands_of_a_page_run(
     lines += ["\n".join(block) + "\n" for block in blocks(page, "python")]
     if Path(page).stem in ABOUT_A_RUN:
         shutil.copytree(request.getfixturevalue("trained"), world, dirs_exist_ok=True)
-    run_page(lines, world, surroundings)
+    run(lines, world)
     if page == "README.md":
         assert len(lines) >= 10
         assert (world / "output" / "Qwen2-NER" / "best").exists()
@@ -210,7 +214,7 @@ def test_configs_and_examples_are_valid() -> None:
         assert "labeltune train" in path.read_text(encoding="utf-8"), f"{path} does not say how to launch it"
 
 
-def test_the_starter_of_entities_trains(in_folder: Path, surroundings: dict[str, str]) -> None:
+def test_the_starter_of_entities_trains(in_folder: Path, run: Run) -> None:
     limits = "training.max_steps=1 generation.max_new_tokens=4 tracking=none"
-    commands = ("labeltune init ner", "labeltune data check ner.jsonl", f"labeltune train ner.yaml {limits}")
-    run_page(list(commands), in_folder, surroundings)
+    lines = ("labeltune init ner", "labeltune data check ner.jsonl", f"labeltune train ner.yaml {limits}")
+    run(lines, in_folder)
