@@ -111,8 +111,8 @@ CONSOLE = """cli/board.py cli/compare.py cli/data.py cli/doctor.py cli/evaluate.
     export/push.py export/vllm.py folder_lock.py inference/calibrate.py inference/row_files.py inference/stream.py
     modeling/hub.py modeling/pocket.py output_paths.py progress.py prompts/template.py ray_session.py recipes/comparing.py
     recipes/data.py recipes/evaluation.py recipes/exporting.py recipes/held_out.py recipes/inputs.py recipes/rows.py
-    recipes/training.py run_files.py run_folder.py sweep/ledger.py sweep/parallel.py sweep/run.py sweep/search.py
-    sweep/trial.py tasks/classification.py tasks/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
+    recipes/training.py run_files.py run_folder.py sweep/report.py sweep/run.py sweep/space.py sweep/study.py
+    tasks/classification.py tasks/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
     training/dataset.py training/feasible.py training/record.py training/resuming.py training/self_check.py
     training/stepping.py training/trainer.py untrusted.py""".split()  # noqa: SIM905
 #: What they say that has no words of its own, or is for a programmer.
