@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 from labeltune.config import (
     CLASSIFICATION_SYSTEM,
@@ -34,7 +33,7 @@ def key_rows() -> Iterator[tuple[str, str, str]]:
         yield key, _shown(default), description
 
 
-def _shown(default: Any) -> str:
+def _shown(default: object) -> str:
     if default is None:
         return ""
     if isinstance(default, str):
