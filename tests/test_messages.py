@@ -58,6 +58,7 @@ COMPOSED = {
     "trial {number}: {values}",
     "trial {number} failed: {reason}; {done} of {trials} done{rest}",
     "trial {number}: {figure}, {seconds} s; {done} of {trials} done{rest}",
+    "trial {number} has the values of trial {twin}, not trained again; {done} of {trials} done{rest}",
     ", the best is trial {number} with {value}, about {seconds} s left",
     "step {step}/{steps}  epoch {epoch}  loss {loss}  lr {rate}  {speed} examples/s  {left} s left",
     "confidence: temperature {temperature} is kept, {reason}; {rows} validation rows: {figures}",

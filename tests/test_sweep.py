@@ -450,14 +450,9 @@ def test_a_killed_sweep_goes_on(in_folder: Path, model_folder: Path, monkeypatch
 
 
 def test_two_workers_train_what_one_would(in_folder: Path, model_folder: Path) -> None:
-    """Side by side, with trials that fail, and one whose process is killed."""
+    """Side by side, with a trial that fails, and one whose process is killed."""
     torch.set_num_threads(1)
-    options = (
-        "--search",
-        "training.learning_rate=1e-5,2e-2",
-        "--search",
-        "lora.target_modules=all-linear,none_such",
-    )
+    options = ("--search", "lora.target_modules=all-linear,none_such")
     line = command(in_folder, model_folder, *options, "--grid", "--workers", "2")
     sweep = sweep_here(*options[1::2], grid=True)
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -465,7 +460,7 @@ def test_two_workers_train_what_one_would(in_folder: Path, model_folder: Path) -
     said = []
     for text in process.stderr:
         said.append(text)
-        if text.startswith("trial 0: training.learning_rate=1e-5, lora.target_modules=all-linear"):
+        if text.startswith("trial 0: lora.target_modules=all-linear"):
             study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{sweep.folder / 'study.db'}")
             os.kill(study.trials[0].user_attrs["process"], signal.SIGKILL)
             break
@@ -473,14 +468,12 @@ def test_two_workers_train_what_one_would(in_folder: Path, model_folder: Path) -
     error = "".join(said) + rest
     assert process.returncode == 0, error[-3000:]
     assert "trial 0 was interrupted; it is run again" in error
-    assert "4 of 4 done" in error and "Traceback" not in error
+    assert "2 of 2 done" in error and "Traceback" not in error
     trials = Study(sweep, said_nothing).trials()
-    states = [trial.state for trial in trials]
-    assert states == ["interrupted", "failed", "finished", "failed", "finished"]
-    assert "none_such" in trials[1].reason and "none_such" in trials[3].reason
-    log = (sweep.folder / "trial-0004" / "log.txt").read_text("utf-8")
+    assert [trial.state for trial in trials] == ["interrupted", "failed", "finished"]
+    assert "none_such" in trials[1].reason
+    log = (sweep.folder / "trial-0002" / "log.txt").read_text("utf-8")
     assert "validation (used for selection): loss" in log
     best = load_config(sweep.folder / "best.yaml")
-    assert best.training.learning_rate == 2e-2
     assert recipes.train(best, say=said_nothing).validation_loss == pytest.approx(trials[2].value, rel=1e-4)
     assert MEASURED_ON in out
