@@ -113,11 +113,9 @@ def test_one_module_knows_gradio(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_ray_stays_behind_one_session_and_its_two_users(path: Path) -> None:
+def test_ray_stays_behind_one_session_and_its_user(path: Path) -> None:
     found = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"), "labeltune")}
-    assert ("ray" in found) == (
-        module_name(path) in ("ray_session", "sweep.parallel", "inference.ray_engine")
-    )
+    assert ("ray" in found) == (module_name(path) in ("ray_session", "inference.ray_engine"))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)

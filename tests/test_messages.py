@@ -58,6 +58,7 @@ COMPOSED = {
     "trial {number}: {values}",
     "trial {number} failed: {reason}; {done} of {trials} done{rest}",
     "trial {number}: {figure}, {seconds} s; {done} of {trials} done{rest}",
+    "trial {number} has the values of trial {twin}, not trained again; {done} of {trials} done{rest}",
     ", the best is trial {number} with {value}, about {seconds} s left",
     "step {step}/{steps}  epoch {epoch}  loss {loss}  lr {rate}  {speed} examples/s  {left} s left",
     "confidence: temperature {temperature} is kept, {reason}; {rows} validation rows: {figures}",
@@ -112,8 +113,8 @@ CONSOLE = """cli/board.py cli/compare.py cli/data.py cli/doctor.py cli/evaluate.
     export/push.py export/vllm.py folder_lock.py hubs.py inference/calibrate.py inference/row_files.py inference/stream.py
     modeling/hub.py modeling/pocket.py output_paths.py progress.py prompts/template.py ray_session.py recipes/comparing.py
     recipes/data.py recipes/evaluation.py recipes/exporting.py recipes/held_out.py recipes/inputs.py recipes/preparing.py recipes/rows.py
-    recipes/training.py run_files.py run_folder.py sweep/ledger.py sweep/parallel.py sweep/run.py sweep/search.py
-    sweep/trial.py tasks/classification.py tasks/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
+    recipes/training.py run_files.py run_folder.py sweep/report.py sweep/run.py sweep/space.py sweep/study.py
+    tasks/classification.py tasks/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
     training/dataset.py training/preflight.py training/record.py training/resuming.py training/self_check.py
     training/run.py training/trainer.py untrusted.py""".split()  # noqa: SIM905
 #: What they say that has no words of its own, or is for a programmer.

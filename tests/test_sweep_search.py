@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from conftest import classification_rows, write_jsonl
 from labeltune.config import RunConfig, build_config
 from labeltune.errors import ConfigError
-from labeltune.sweep.search import Choices, Range, combinations, parse_search, plan_sweep, startup_values
-from labeltune.sweep.trial import trial_config
+from labeltune.sweep.run import trial_config
+from labeltune.sweep.space import Choices, Range, SearchSpace, Sweep, parse_search
 
 
 def config_for(folder: Path, model: str | Path = "files", **sections: Any) -> RunConfig:
@@ -88,7 +88,7 @@ def test_commas_inside_brackets_and_quotes_belong_to_the_value() -> None:
 )
 def test_refused_before_anything_starts(in_folder: Path, search: str, part: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan_sweep(config_for(in_folder), [search])
+        Sweep.of(config_for(in_folder), [search])
     assert part in str(caught.value)
 
 
@@ -106,18 +106,18 @@ def test_options_that_do_not_agree(in_folder: Path, monkeypatch: pytest.MonkeyPa
         ([f"training.epochs={','.join(map(str, range(1, 1002)))}"], {"grid": True}, "1001 combinations"),
     ):
         with pytest.raises(ConfigError, match=part):
-            plan_sweep(config, searches, **options)  # type: ignore[arg-type]
+            Sweep.of(config, searches, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="on validation rows"):
-        plan_sweep(config_for(in_folder, data={"train": "train.jsonl", "validation_fraction": 0}), two)
+        Sweep.of(config_for(in_folder, data={"train": "train.jsonl", "validation_fraction": 0}), two)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="without torchrun"):
-        plan_sweep(config, two)
+        Sweep.of(config, two)
 
 
 def test_combinations_are_all_there_once(in_folder: Path) -> None:
-    plan = plan_sweep(config_for(in_folder), ["lora.r=4,8", "lora.dora=true,false"], grid=True)
-    assert plan.trials == 4 and plan.folder == Path("out-sweep")
-    assert combinations(plan.space) == [
+    sweep = Sweep.of(config_for(in_folder), ["lora.r=4,8", "lora.dora=true,false"], grid=True)
+    assert sweep.trials == 4 and sweep.folder == Path("out-sweep")
+    assert sweep.space.combinations() == [
         {"lora.r": "4", "lora.dora": "true"},
         {"lora.r": "4", "lora.dora": "false"},
         {"lora.r": "8", "lora.dora": "true"},
@@ -144,14 +144,15 @@ def test_a_trial_has_a_folder_and_an_experiment_of_its_own(in_folder: Path) -> N
 @pytest.mark.parametrize("begun", [0, 10, 70])
 def test_the_first_trials_cover_every_range(seed: int, begun: int) -> None:
     """The first n of a round lie one in each n-th of a range, for every n; choices take turns."""
-    space = [
-        parse_search("training.learning_rate=1e-5..1e-3:log"),
-        parse_search("lora.dropout=0.1..0.5"),
-        parse_search("lora.r=1..60"),
-        parse_search("lora.alpha=4,8"),
-        parse_search("training.batch_size=8,16,32"),
-    ]
-    trials = [startup_values(space, seed, begun + n) for n in range(10)]
+    searches = (
+        "training.learning_rate=1e-5..1e-3:log",
+        "lora.dropout=0.1..0.5",
+        "lora.r=1..60",
+        "lora.alpha=4,8",
+        "training.batch_size=8,16,32",
+    )
+    space = SearchSpace(tuple(parse_search(search) for search in searches))
+    trials = [space.covering_values(seed, begun + n) for n in range(10)]
     rates = [math.log10(trial["training.learning_rate"] / 1e-5) / 2 for trial in trials]
     dropouts = [(trial["lora.dropout"] - 0.1) / 0.4 for trial in trials]
     ranks = [(trial["lora.r"] - 0.5) / 60 for trial in trials]
@@ -166,8 +167,8 @@ def test_the_first_trials_cover_every_range(seed: int, begun: int) -> None:
         assert set(Counter(trial["lora.alpha"] for trial in trials[: n + 2]).values()) == {n // 2 + 1}
     for n in (3, 6, 9):
         assert set(Counter(trial["training.batch_size"] for trial in trials[:n]).values()) == {n // 3}
-    assert trials == [startup_values(space, seed, begun + n) for n in range(10)], "the same for a seed"
-    assert trials != [startup_values(space, seed + 1, begun + n) for n in range(10)]
+    assert trials == [space.covering_values(seed, begun + n) for n in range(10)], "the same for a seed"
+    assert trials != [space.covering_values(seed + 1, begun + n) for n in range(10)]
 
 
 @pytest.mark.parametrize(
@@ -180,8 +181,8 @@ def test_the_first_trials_cover_every_range(seed: int, begun: int) -> None:
     ],
 )
 def test_values_stay_in_their_range(search: str, low: float, high: float) -> None:
-    space = [parse_search(search)]
-    values = [startup_values(space, seed, n)["a"] for seed in range(20) for n in range(10)]
+    space = SearchSpace((parse_search(search),))
+    values = [space.covering_values(seed, n)["a"] for seed in range(20) for n in range(10)]
     assert all(low <= value <= high for value in values)
     if search == "a=1..3":
         assert set(values) == {1, 2, 3}

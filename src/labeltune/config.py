@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -31,6 +31,9 @@ from labeltune.config_sections import TrainingConfig as TrainingConfig
 from labeltune.errors import ConfigError, clipped, near_it
 from labeltune.other_names import KEYS, our_name, plain
 from labeltune.yaml_text import read_yaml
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class RunConfig(Section):
@@ -65,7 +68,7 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_by_task(cls, values: Any) -> Any:
+    def _defaults_by_task(cls, values: object) -> object:
         if not isinstance(values, dict):
             return values
         # `training:` with all its keys commented out reads as null; it means the defaults.
@@ -143,7 +146,7 @@ def build_config(values: dict[str, Any], where: str = "config") -> RunConfig:
         raise ConfigError(f"{where}: " + "; ".join(problems)) from None
 
 
-def _unwritable(value: Any, key: str = "") -> Iterator[str]:
+def _unwritable(value: object, key: str = "") -> Iterator[str]:
     """Dotted names of strings that no file could hold."""
     if isinstance(value, str):
         if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
@@ -193,7 +196,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: ErrorDetails) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {clipped(key, 200)!r}{_suggestion(key, problem['input'])}"
@@ -205,7 +208,7 @@ def _describe(problem: Any) -> str:
 _OTHER_NAMES = {"rank": "lora.r"}
 
 
-def _suggestion(key: str, value: Any = None) -> str:
+def _suggestion(key: str, value: object = None) -> str:
     known = [name for name, *_ in config_keys()]
     sections = sorted({name.rpartition(".")[0] for name in known if "." in name})
     leaf = key.rpartition(".")[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from importlib import resources
-from typing import Any, Literal
+from typing import Literal
 
 from labeltune.config import (
     CLASSIFICATION_SYSTEM,
@@ -49,7 +49,7 @@ def chinese_meanings() -> dict[str, str]:
     return loaded
 
 
-def _shown(default: Any, language: Language) -> str:
+def _shown(default: object, language: Language) -> str:
     if default is None:
         return ""
     if isinstance(default, str):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 HF, LF, SWIFT = "Hugging Face", "LLaMA-Factory", "ms-swift"
 _ALL = f"{HF}, {LF}, {SWIFT}"
@@ -138,16 +137,16 @@ NO_KEY: dict[str, tuple[str, str]] = {
 }
 
 
-def _on(value: Any, ours: str) -> str:
+def _on(value: object, ours: str) -> str:
     return ours if str(value).lower() in ("true", "1", "yes", "none", "") else "auto"
 
 
-def _method(value: Any) -> str:
+def _method(value: object) -> str:
     return "lora" if str(value).lower() in ("false", "0", "none", "") else "qlora"
 
 
 #: Where the value is another one here; a text, or None to show the key without one.
-_VALUES: dict[str, Callable[[Any], str | None]] = {
+_VALUES: dict[str, Callable[[object], str | None]] = {
     "bf16": lambda value: _on(value, "bf16"),
     "fp16": lambda value: _on(value, "fp16"),
     "pure_bf16": lambda value: _on(value, "bf16"),
@@ -190,7 +189,7 @@ _VALUES: dict[str, Callable[[Any], str | None]] = {
 }
 
 
-def _list(value: Any) -> str:
+def _list(value: object) -> str:
     names = value if isinstance(value, list | tuple) else str(value).split(",")
     return f"[{', '.join(str(name).strip() for name in names)}]"
 
@@ -200,7 +199,7 @@ def plain(name: str) -> str:
     return name.lstrip("-").replace("-", "_").rpartition(".")[2].lower()
 
 
-def our_name(name: str, value: Any = None) -> str | None:
+def our_name(name: str, value: object = None) -> str | None:
     """What other tools' name for a setting is here, in one sentence; None when it is nobody's name.
 
     Args:
@@ -213,12 +212,13 @@ def our_name(name: str, value: Any = None) -> str | None:
     if found not in KEYS:
         return None
     whose, key, about = KEYS[found]
-    change = _VALUES.get(found, lambda given: None if given is None else _shown(given))
-    shown = change(value)
+    shown = _VALUES.get(found, _shown)(value)
     return f"{found} ({whose}) is {key} here: {key}={'...' if shown is None else shown}" + (
         f" ({about})" if about else ""
     )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str | None:
+    if value is None:
+        return None
     return str(value).lower() if isinstance(value, bool) else str(value)

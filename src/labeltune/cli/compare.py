@@ -11,6 +11,7 @@ import typer
 
 
 def compare(
+    *,
     first: Annotated[
         str,
         typer.Argument(help="Run folder, checkpoint, config.yaml, or `base`: SECOND without its adapter."),

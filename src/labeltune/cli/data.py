@@ -14,6 +14,8 @@ import typer
 from labeltune.messages import spoken, verbatim
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from labeltune.config import RunConfig
     from labeltune.data.audit import Audit
     from labeltune.types import Example
@@ -23,6 +25,7 @@ app = typer.Typer(help="Check, convert and download data.", no_args_is_help=True
 
 @app.command()
 def check(
+    *,
     file: Annotated[
         str,
         typer.Argument(
@@ -162,7 +165,7 @@ def _model_at_hand(tokenizer: str | None, config: RunConfig | None) -> Path | No
     return folder if folder.is_dir() else resolve_model(tokenizer, hub).folder
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from labeltune.cli.quiet import quiet_libraries
     from labeltune.modeling.hub import load_tokenizer
 
@@ -170,7 +173,7 @@ def _load_tokenizer(folder: Path) -> Any:
     return load_tokenizer(folder)
 
 
-def _token_counter(tokenizer: Any) -> Callable[[list[str]], list[int]]:
+def _token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[int]]:
     def count(texts: list[str]) -> list[int]:
         output: Any = tokenizer(texts, add_special_tokens=False, verbose=False)
         return [len(ids) for ids in output.input_ids]

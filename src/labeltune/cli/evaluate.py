@@ -11,6 +11,7 @@ import typer
 
 
 def evaluate(
+    *,
     run: Annotated[str, typer.Argument(help="Run folder, checkpoint, or config.yaml (its untuned model).")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes when RUN is a config file.", metavar="[KEY=VALUE]...")

@@ -9,6 +9,7 @@ import typer
 
 
 def export(
+    *,
     run: Annotated[str, typer.Argument(help="Run folder or checkpoint, also on a hub.")],
     output: Annotated[Path, typer.Argument(help="Folder to make.")],
     merged: Annotated[

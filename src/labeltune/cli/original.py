@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from labeltune.config import NER_LABELS, TaskName
+from labeltune.types import Prediction
 
 TRAIN_FILES = {"classification": "train.jsonl", "ner": "ccfbdci.jsonl"}
 PROJECTS = {"classification": "Qwen2-fintune", "ner": "Qwen2-NER-fintune"}
@@ -97,13 +99,13 @@ def predict_main() -> None:
     _run(command)
 
 
-def _shown(prediction: Any) -> str:
+def _shown(prediction: Prediction) -> str:
     if prediction.entities is None:
         return str(prediction.label)
     return "\n".join(json.dumps(e.to_dict(), ensure_ascii=False) for e in prediction.entities)
 
 
-def _run(command: Any) -> None:
+def _run(command: Callable[..., None]) -> None:
     from labeltune.cli.main import run_app
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

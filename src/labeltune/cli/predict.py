@@ -21,6 +21,7 @@ STANDARD_INPUT = Path("/dev/stdin")
 
 
 def predict(
+    *,
     run: Annotated[str, typer.Argument(help="Run folder or checkpoint.")],
     file: Annotated[
         str | None,

@@ -9,6 +9,7 @@ import typer
 
 
 def serve(
+    *,
     run: Annotated[str, typer.Argument(help="Run folder or checkpoint.")],
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     host: Annotated[

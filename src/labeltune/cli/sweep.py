@@ -9,6 +9,7 @@ import typer
 
 
 def sweep(
+    *,
     config: Annotated[Path, typer.Argument(help="YAML config that all trials have in common.")],
     overrides: Annotated[
         list[str] | None,
@@ -25,9 +26,7 @@ def sweep(
         int | None, typer.Option(help="Finished trials in total, earlier calls included (20 when left out).")
     ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Run every combination of the choices.")] = False,
-    workers: Annotated[
-        int, typer.Option(help="Trials at the same time; more than one needs the extra `ray`.")
-    ] = 1,
+    workers: Annotated[int, typer.Option(help="Trials at the same time, each in a process of its own.")] = 1,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the sweep; output_dir with -sweep behind it when left out.")
     ] = None,
@@ -38,9 +37,9 @@ def sweep(
     They are compared on validation rows. The same command goes on after a stop.
     """
     from labeltune.config import load_config
-    from labeltune.sweep.search import plan_sweep
+    from labeltune.sweep.space import Sweep
 
-    plan = plan_sweep(
+    asked = Sweep.of(
         load_config(config, overrides or []),
         search or [],
         trials=trials,
@@ -53,10 +52,11 @@ def sweep(
     from labeltune.cli.quiet import quiet_libraries
     from labeltune.output_paths import check_folder
 
-    data = plan.config.data
-    read = [given for given in (config, data.train, data.validation, plan.config.model) if given is not None]
-    check_folder(plan.folder, read, ("trials.csv", "best.yaml", "study.db"))
+    data = asked.config.data
+    read = [given for given in (config, data.train, data.validation, asked.config.model) if given is not None]
+    check_folder(asked.folder, read, ("trials.csv", "best.yaml", "study.db"))
     quiet_libraries()
-    from labeltune.sweep.run import conclude, run_sweep
+    from labeltune.sweep.report import conclude
+    from labeltune.sweep.run import run_sweep
 
-    conclude(plan, run_sweep(plan))
+    conclude(asked, run_sweep(asked))

@@ -12,6 +12,7 @@ import typer
 
 
 def train(
+    *,
     config: Annotated[
         str | None,
         typer.Argument(

@@ -73,8 +73,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _look_through(value: Any) -> None:
-    left: list[tuple[Any, tuple[str | int, ...]]] = [(value, ())]
+def _look_through(value: object) -> None:
+    left: list[tuple[object, tuple[str | int, ...]]] = [(value, ())]
     while left:
         item, path = left.pop()
         if isinstance(item, str):

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -27,6 +27,10 @@ from labeltune.serve.faults import ApiError
 from labeltune.serve.models import Served
 from labeltune.serve.service import Service
 from labeltune.types import Entity, Example, Prediction
+
+if TYPE_CHECKING:
+    from gradio.block_function import BlockFunction
+    from gradio.state_holder import SessionState
 
 #: Rows of a file that are asked for at once, and lines shown of the result.
 CHUNK = 64
@@ -110,7 +114,11 @@ class Page(gr.Blocks):  # type: ignore[misc]
     """
 
     async def preprocess_data(
-        self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
+        self,
+        block_fn: BlockFunction,
+        inputs: list[Any],
+        state: SessionState | None,
+        explicit_call: bool = False,
     ) -> list[Any]:
         """gradio's own, behind the check.
 

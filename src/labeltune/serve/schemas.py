@@ -20,7 +20,7 @@ from labeltune.serve.body import CLEAN_PATTERN
 _STRING = {"type": "string", "minLength": 1, "pattern": CLEAN_PATTERN}
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> list[object]:
     if not isinstance(value, (str, list)):
         raise ValueError("send a string or a list of strings")
     return [value] if isinstance(value, str) else value
@@ -116,7 +116,7 @@ class ExtractResponse(BaseModel):
     results: list[Extracted]
 
 
-def _text_only(value: Any) -> Any:
+def _text_only(value: object) -> object:
     if value != "text":
         raise ValueError("only text parts are read")
     return value
@@ -129,7 +129,7 @@ class ContentPart(BaseModel):
     text: str
 
 
-def _parts(value: Any) -> Any:
+def _parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
@@ -252,7 +252,7 @@ class ChatRequest(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _allowed(cls, value: Any, info: ValidationInfo) -> Any:
+    def _allowed(cls, value: object, info: ValidationInfo) -> object:
         field = cls.model_fields[info.field_name or ""]
         extra = field.json_schema_extra
         allowed: Any = extra["enum"] if isinstance(extra, dict) and "enum" in extra else [value]

@@ -8,12 +8,12 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from labeltune.errors import ConfigError
 from labeltune.serve.app import create_app
@@ -138,7 +138,7 @@ class LaterApp:
             self._end.set()
             await self._running
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if self._running is None:
             self.start()

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from labeltune.errors import SweepError
 from labeltune.evaluation.headline import SELECTION
 from labeltune.messages import localize
 from labeltune.run_folder import write_text
-from labeltune.sweep.search import SweepPlan, with_values
-from labeltune.sweep.trial import shown_value
+from labeltune.sweep.space import Sweep, with_values
 
 State = Literal["finished", "failed", "interrupted", "running", "waiting"]
 
@@ -58,13 +61,13 @@ def figure(trial: Trial) -> str:
     return f"{trial.metric} {trial.value:.4f} on {SELECTION}"
 
 
-def write_results(plan: SweepPlan, trials: Sequence[Trial]) -> None:
+def write_results(sweep: Sweep, trials: Sequence[Trial]) -> None:
     """Write `trials.csv`, and `best.yaml` when a trial has finished; both atomically.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    keys = [dimension.key for dimension in plan.space]
+    keys = sweep.space.keys
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["trial", "state", *keys, "metric", "value", "measured_on", "seconds", "reason"])
@@ -75,42 +78,38 @@ def write_results(plan: SweepPlan, trials: Sequence[Trial]) -> None:
         writer.writerow(
             [trial.number, trial.state, *values, trial.metric, trial.value, measured, seconds, trial.reason]
         )
-    write_text(plan.folder / "trials.csv", table.getvalue())
+    write_text(sweep.folder / "trials.csv", table.getvalue())
     best = best_trial(trials)
     if best is not None:
-        write_text(plan.folder / "best.yaml", _best_yaml(plan, best, trials))
+        write_text(sweep.folder / "best.yaml", _best_yaml(sweep, best, trials))
 
 
-def _best_yaml(plan: SweepPlan, best: Trial, trials: Sequence[Trial]) -> str:
-    config = with_values(plan.config, best.values, "best.yaml")
-    config = config.model_copy(update={"output_dir": str(plan.folder / "best-run")})
+def _best_yaml(sweep: Sweep, best: Trial, trials: Sequence[Trial]) -> str:
+    config = with_values(sweep.config, best.values, "best.yaml")
+    config = config.model_copy(update={"output_dir": str(sweep.folder / "best-run")})
     finished = sum(trial.counts for trial in trials)
     head = (
         f"# Trial {best.number}, the best of {finished}: {figure(best)}. Launch it with:\n#\n"
-        f"#   {train_command(plan)}\n\n"
+        f"#   {train_command(sweep)}\n\n"
     )
     return head + yaml.safe_dump(
         config.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=110
     )
 
 
-def train_command(plan: SweepPlan) -> str:
+def train_command(sweep: Sweep) -> str:
     """The command that trains the best config."""
-    return f"labeltune train {shlex.quote(str(plan.folder / 'best.yaml'))}"
+    return f"labeltune train {shlex.quote(str(sweep.folder / 'best.yaml'))}"
 
 
-def print_table(plan: SweepPlan, trials: Sequence[Trial]) -> None:
+def print_table(sweep: Sweep, trials: Sequence[Trial]) -> None:
     """All trials on standard output, best first, failed ones with their reason."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     console = Console(width=None if sys.stdout.isatty() else 120)
     metric = next((trial.metric for trial in trials if trial.metric), "metric")
     table = Table(title=localize(f"{metric} on {SELECTION}"), title_justify="left")
     table.add_column("trial", justify="right")
-    for dimension in plan.space:
-        table.add_column(dimension.key, justify="right", overflow="fold")
+    for key in sweep.space.keys:
+        table.add_column(key, justify="right", overflow="fold")
     table.add_column(metric, justify="right")
     table.add_column("seconds", justify="right")
     table.add_column("state", overflow="fold")
@@ -118,7 +117,7 @@ def print_table(plan: SweepPlan, trials: Sequence[Trial]) -> None:
         state = f"{trial.state}: {trial.reason}" if trial.reason else trial.state
         cells = [
             str(trial.number),
-            *(shown_value(trial.values.get(dimension.key, "")) for dimension in plan.space),
+            *(shown_value(trial.values.get(key, "")) for key in sweep.space.keys),
             "" if trial.value is None else f"{trial.value:.4f}",
             "" if trial.seconds is None else f"{trial.seconds:.0f}",
             state,
@@ -130,3 +129,32 @@ def print_table(plan: SweepPlan, trials: Sequence[Trial]) -> None:
 
 def _order(trial: Trial) -> tuple[bool, float, int]:
     return trial.score is None, -(trial.score or 0.0), trial.number
+
+
+def shown_value(text: str) -> str:
+    """A value for people: long fractions rounded to four digits."""
+    try:
+        return f"{float(text):.4g}" if len(text) > 6 else text
+    except ValueError:
+        return text
+
+
+def conclude(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """Print the table and what to do next.
+
+    Raises:
+        SweepError: no trial has finished.
+    """
+    print_table(sweep, [trial for trial in trials if trial.counts])
+    best = best_trial(trials)
+    if best is None:
+        failed = next(trial for trial in trials if trial.state == "failed")
+        raise SweepError(
+            f"all trials failed; trial {failed.number}: {failed.reason} (to start over, delete {sweep.folder})"
+        )
+    print(localize(f"The best is trial {best.number}. Train its config: {train_command(sweep)}"))
+    print(
+        localize(
+            "Its figure picked it, so measure the result on rows that no trial has seen: labeltune evaluate"
+        )
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy
@@ -17,7 +18,10 @@ OFF_LIST = "(off the list)"
 
 
 def charts(
-    echarts: Any, metrics: Mapping[str, Any], examples: Sequence[Example], predictions: Sequence[Prediction]
+    echarts: ModuleType,
+    metrics: Mapping[str, Any],
+    examples: Sequence[Example],
+    predictions: Sequence[Prediction],
 ) -> dict[str, Any]:
     """Name -> chart: per-label figures; for labels a confusion matrix, precision-recall curves and a reliability diagram.
 
@@ -68,7 +72,7 @@ def texts(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     return {f"{metrics['rows_are']}/{name}": lines for name, lines in found.items() if lines}
 
 
-def _bars(echarts: Any, figures: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Any:
+def _bars(echarts: ModuleType, figures: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Any:
     bar = echarts.Bar().add_xaxis(list(figures))
     for name in names:
         values = [round(float(figure[name]), 4) for figure in figures.values()]
@@ -76,7 +80,7 @@ def _bars(echarts: Any, figures: Mapping[str, Mapping[str, float]], names: Seque
     return bar
 
 
-def _confusion(echarts: Any, examples: Sequence[Example], predictions: Sequence[Prediction]) -> Any:
+def _confusion(echarts: ModuleType, examples: Sequence[Example], predictions: Sequence[Prediction]) -> Any:
     """SwanLab's own chart, with its axes named after what they hold and rows without a right answer as 0.
 
     SwanLab 0.10 draws right labels along x but calls that axis Prediction, and divides by zero for a label that is only
@@ -104,7 +108,9 @@ def _confusion(echarts: Any, examples: Sequence[Example], predictions: Sequence[
     return chart
 
 
-def _curves(echarts: Any, examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, Any]:
+def _curves(
+    echarts: ModuleType, examples: Sequence[Example], predictions: Sequence[Prediction]
+) -> dict[str, Any]:
     """One curve a label against all others, from its probability in every row that offers it."""
     support = Counter(example.label or "" for example in examples)
     found = {}
@@ -119,7 +125,7 @@ def _curves(echarts: Any, examples: Sequence[Example], predictions: Sequence[Pre
     return found
 
 
-def _reliability(echarts: Any, bins: Sequence[Mapping[str, float]]) -> Any:
+def _reliability(echarts: ModuleType, bins: Sequence[Mapping[str, float]]) -> Any:
     """Accuracy against confidence, with the diagonal of a calibrated model."""
     options = echarts.options
     line = echarts.Line()

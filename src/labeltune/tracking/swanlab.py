@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from labeltune.config import SwanlabConfig
 from labeltune.errors import Interrupted
@@ -257,16 +257,25 @@ class GuardedCallback(TrainerCallback):  # type: ignore[misc]
 
         return SwanLabCallback()
 
-    def _pass_on(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _pass_on(
+        self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._inner is not None and self.tracker.started:
             self.tracker.guard(lambda: getattr(self._inner, event)(args, state, control, **kwargs))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Passed on."""
         self._pass_on("on_train_begin", args, state, control, **kwargs)
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Passed on, but for the figures of a validation: they get a name that says what they were used for. (They come here
         as well as to `on_evaluate`, where SwanLab would log them under `eval/`.)"""
@@ -278,6 +287,8 @@ class GuardedCallback(TrainerCallback):  # type: ignore[misc]
             return
         self._pass_on("on_log", args, state, control, logs=logs, **kwargs)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Passed on."""
         self._pass_on("on_save", args, state, control, **kwargs)

@@ -57,78 +57,123 @@ class Range:
 
 
 Dimension = Choices | Range
+#: Of a trial: the text of a choice, or a number.
+Value = str | float
 
 
 @dataclass(frozen=True)
-class SweepPlan:
+class SearchSpace:
+    """The keys of a sweep with their values, at least one, each key once."""
+
+    dimensions: tuple[Dimension, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys, in the order in which they were given."""
+        return [dimension.key for dimension in self.dimensions]
+
+    def combinations(self) -> list[dict[str, str]]:
+        """All combinations of the choices, the last key changing fastest.
+
+        Raises:
+            ConfigError: a range is among the dimensions, or there are far too many combinations.
+        """
+        for dimension in self.dimensions:
+            if isinstance(dimension, Range):
+                raise ConfigError(
+                    f"--search {dimension.key}={dimension}: a grid needs choices (a,b,c); leave --grid out to sample a range"
+                )
+        texts = [dimension.texts for dimension in self.dimensions if isinstance(dimension, Choices)]
+        count = math.prod(map(len, texts))
+        if count > MOST_COMBINATIONS:
+            raise ConfigError(f"--grid: these are {count} combinations; leave --grid out and set --trials")
+        return [dict(zip(self.keys, values, strict=True)) for values in itertools.product(*texts)]
+
+    def covering_values(self, seed: int, number: int) -> dict[str, Value]:
+        """Values of a trial that no earlier result decides.
+
+        Of the first n trials, for every n up to `STARTUP_TRIALS`, exactly one lies in each n-th of every range (of its
+        logarithm with `:log`), and of k choices each is taken once among the first k. Later numbers begin a new round.
+
+        Args:
+            number: trials begun before this one; the same number gets the same values, whenever the sweep was stopped.
+        """
+        round_, place = divmod(number, STARTUP_TRIALS)
+        points = _covering(seed, round_, len(self.dimensions))[place]
+        return {d.key: _value_at(d, float(u)) for d, u in zip(self.dimensions, points, strict=True)}
+
+
+@dataclass(frozen=True)
+class Sweep:
     """A sweep that has been checked.
 
     Attributes:
         config: what all trials have in common.
         grid: every combination of the choices, instead of samples.
         trials: finished trials in total, those of earlier calls included.
-        workers: trials that run at the same time.
+        workers: processes that train at the same time.
         seed: of the sampler; trials train with `config.training.seed`.
     """
 
     config: RunConfig
-    space: tuple[Dimension, ...]
+    space: SearchSpace
     grid: bool
     trials: int
     workers: int
     folder: Path
     seed: int
 
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        searches: Sequence[str],
+        *,
+        trials: int | None = None,
+        grid: bool = False,
+        workers: int = 1,
+        output: Path | None = None,
+        seed: int = 42,
+    ) -> Sweep:
+        """Check everything that can be checked without data and model.
 
-def plan_sweep(
-    config: RunConfig,
-    searches: Sequence[str],
-    *,
-    trials: int | None = None,
-    grid: bool = False,
-    workers: int = 1,
-    output: Path | None = None,
-    seed: int = 42,
-) -> SweepPlan:
-    """Check everything that can be checked without data and model.
+        Args:
+            searches: `key=a,b,c` or `key=low..high[:log]`, one for each key.
+            trials: finished trials in total; 20 when None, all combinations with `grid`.
+            output: folder of the sweep; `output_dir` with `-sweep` behind it when None.
 
-    Args:
-        searches: `key=a,b,c` or `key=low..high[:log]`, one for each key.
-        trials: finished trials in total; 20 when None, all combinations with `grid`.
-        output: folder of the sweep; `output_dir` with `-sweep` behind it when None.
-
-    Raises:
-        ConfigError: an unknown key (with a suggestion), a value that the config refuses, or options that do not agree.
-    """
-    if not searches:
-        raise ConfigError("a sweep needs --search KEY=VALUES, e.g. --search lora.r=4,8,16")
-    space = tuple(parse_search(text) for text in searches)
-    if grid:
-        if trials is not None:
-            raise ConfigError("--grid runs every combination; leave --trials out")
-        trials = count_combinations(space)
-    elif trials is None:
-        trials = DEFAULT_TRIALS
-    for number, dimension in enumerate(space):
-        if dimension.key in {other.key for other in space[:number]}:
-            raise ConfigError(f"--search {dimension.key} is given twice; write its values in one")
-        check_dimension(config, dimension)
-    if config.data.validation is None and config.data.validation_fraction == 0:
-        raise ConfigError(
-            "a sweep compares trials on validation rows, and this config has none; set data.validation or "
-            "data.validation_fraction"
-        )
-    for name, number in (("--trials", trials), ("--workers", workers)):
-        if number < 1:
-            raise ConfigError(f"{name} must be at least 1, not {number}")
-    if seed < 0:
-        raise ConfigError(f"--seed must be at least 0, not {seed}")
-    if world() > 1:
-        raise ConfigError(
-            "a sweep starts its own processes (--workers); run it without torchrun or accelerate"
-        )
-    folder = output if output is not None else Path(config.output_dir.rstrip("/") + "-sweep")
-    return SweepPlan(config, space, grid, trials, workers, folder, seed)
+        Raises:
+            ConfigError: an unknown key (with a suggestion), a value that the config refuses, or options that do not agree.
+        """
+        if not searches:
+            raise ConfigError("a sweep needs --search KEY=VALUES, e.g. --search lora.r=4,8,16")
+        space = SearchSpace(tuple(parse_search(text) for text in searches))
+        if grid:
+            if trials is not None:
+                raise ConfigError("--grid runs every combination; leave --trials out")
+            trials = len(space.combinations())
+        elif trials is None:
+            trials = DEFAULT_TRIALS
+        for number, dimension in enumerate(space.dimensions):
+            if dimension.key in space.keys[:number]:
+                raise ConfigError(f"--search {dimension.key} is given twice; write its values in one")
+            check_dimension(config, dimension)
+        if config.data.validation is None and config.data.validation_fraction == 0:
+            raise ConfigError(
+                "a sweep compares trials on validation rows, and this config has none; set data.validation or "
+                "data.validation_fraction"
+            )
+        for name, number in (("--trials", trials), ("--workers", workers)):
+            if number < 1:
+                raise ConfigError(f"{name} must be at least 1, not {number}")
+        if seed < 0:
+            raise ConfigError(f"--seed must be at least 0, not {seed}")
+        if world() > 1:
+            raise ConfigError(
+                "a sweep starts its own processes (--workers); run it without torchrun or accelerate"
+            )
+        folder = output if output is not None else Path(config.output_dir.rstrip("/") + "-sweep")
+        return cls(config, space, grid, trials, workers, folder, seed)
 
 
 def parse_search(text: str) -> Dimension:
@@ -233,45 +278,7 @@ def with_values(config: RunConfig, values: Mapping[str, str], where: str) -> Run
     return build_config(raw, where)
 
 
-def count_combinations(space: Sequence[Dimension]) -> int:
-    """How many trials a grid has.
-
-    Raises:
-        ConfigError: a range is among the dimensions, or there are far too many combinations.
-    """
-    count = 1
-    for dimension in space:
-        if isinstance(dimension, Range):
-            raise ConfigError(
-                f"--search {dimension.key}={dimension}: a grid needs choices (a,b,c); leave --grid out to sample a range"
-            )
-        count *= len(dimension.texts)
-    if count > MOST_COMBINATIONS:
-        raise ConfigError(f"--grid: these are {count} combinations; leave --grid out and set --trials")
-    return count
-
-
-def combinations(space: Sequence[Dimension]) -> list[dict[str, str]]:
-    """All combinations of the choices, the last key changing fastest."""
-    texts = [[(d.key, text) for text in d.texts] for d in space if isinstance(d, Choices)]
-    return [dict(combination) for combination in itertools.product(*texts)]
-
-
-def startup_values(space: Sequence[Dimension], seed: int, number: int) -> dict[str, Any]:
-    """Values of a trial that no earlier result decides: text of a choice, else a number.
-
-    Of the first n trials, for every n up to `STARTUP_TRIALS`, exactly one lies in each n-th of every range (of its logarithm
-    with `:log`), and of k choices each is taken once among the first k. Later numbers begin a new round.
-
-    Args:
-        number: trials begun before this one; the same number gets the same values, whenever the sweep was stopped.
-    """
-    round_, place = divmod(number, STARTUP_TRIALS)
-    points = _covering(seed, round_, len(space))[place]
-    return {d.key: _value_at(d, float(u)) for d, u in zip(space, points, strict=True)}
-
-
-def _value_at(dimension: Dimension, u: float) -> Any:
+def _value_at(dimension: Dimension, u: float) -> Value:
     """The value at a share `u` of the way from the lowest to the highest, 0 <= u < 1."""
     if isinstance(dimension, Choices):
         return dimension.texts[int(u * len(dimension.texts))]
