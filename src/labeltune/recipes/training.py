@@ -15,7 +15,7 @@ from labeltune.data.loading import Splits, load_splits
 from labeltune.errors import Interrupted, MissingExtraError
 from labeltune.evaluation.headline import SELECTION, headline
 from labeltune.folder_lock import alone_with
-from labeltune.progress import begin, no_long_silence, row_progress, tell
+from labeltune.progress import begin, no_long_silence, tell, track
 from labeltune.ranks import is_sharded, rank
 from labeltune.recipes.data import without_too_long
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
@@ -177,8 +177,8 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         # A terminal shows the bar over steps already, and cannot show two.
         alone = main_process and not sys.stderr.isatty()
         begin(f"predicting {len(measured)} validation rows")
-        with row_progress(len(measured), "validation", alone, last_line=False) as advance:
-            return headline(measured, predictor.predict(measured, on_batch=advance))
+        answers = track(predictor.stream(measured), len(measured), "validation", alone, last_line=False)
+        return headline(measured, list(answers))
 
     shown = fixed_handful(splits, config.swanlab.prediction_rows)
     if config.tracking == "swanlab" and shown:
