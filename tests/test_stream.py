@@ -18,7 +18,8 @@ from labeltune import recipes
 from labeltune.errors import DataError, OutputError
 from labeltune.inference import stream
 from labeltune.inference.load import load_predictor
-from labeltune.inference.stream import count_rows, predict_file
+from labeltune.inference.predictor import Predictor
+from labeltune.inference.stream import PredictOptions, count_rows, predict_file
 from labeltune.run_folder import file_hash
 from test_predictor import predictor_for
 from test_training import config_for
@@ -40,14 +41,12 @@ def test_rows_come_out_in_order_with_faults_in_their_places(
     with path.open("a", encoding="utf-8") as file:
         file.write('no json\n{"id": "\\ud800", "text": "x"}\n')
     predictor = predictor_for()
-    seen: list[int] = []
-    bad = predict_file(predictor, path, in_folder / "out.jsonl", top_k=1, progress=seen.append)
+    bad = predict_file(predictor, path, in_folder / "out.jsonl", PredictOptions(top_k=1))
     found = lines(in_folder / "out.jsonl")
     assert [row["id"] for row in found] == ["0", "1", "mine", "3", "4", "77", *map(str, range(6, 12)), "?"]
     assert [i for i, row in enumerate(found) if "error" in row] == [2, 5, 9, 11, 12] and bad == 5
     assert found[9]["source"].endswith("rows.jsonl:10") and "prompt.max_length" in found[9]["error"]
     assert all(len(row["ranking"]) == 1 for row in found if "error" not in row)
-    assert sum(seen) >= 12
     assert [p.name for p in in_folder.iterdir() if p.name.startswith(".out")] == []
 
 
@@ -130,6 +129,7 @@ def test_a_loaded_run_is_named_by_its_weights(in_folder: Path, model_folder: Pat
 def test_two_predicts_onto_one_file_are_told_apart(in_folder: Path) -> None:
     path = write_jsonl(in_folder / "rows.jsonl", [{"text": "a"}, {"text": "b"}])
     predictor, seen = predictor_for(), []
+    stream_of = predictor.stream
 
     other = in_folder / "tmp"
     other.mkdir()
@@ -138,7 +138,8 @@ def test_two_predicts_onto_one_file_are_told_apart(in_folder: Path) -> None:
         f"with alone_with_output(Path({str(in_folder / 'out.jsonl')!r}), 'it'): pass"
     )
 
-    def meanwhile(_: int) -> None:
+    def meanwhile(rows: Any) -> Any:
+        predictor.stream = stream_of  # type: ignore[method-assign]
         with pytest.raises(OutputError, match="another predict writes") as raised:
             predict_file(predictor, path, in_folder / "out.jsonl")
         # Also from a process whose temporary folder is another.
@@ -149,8 +150,10 @@ def test_two_predicts_onto_one_file_are_told_apart(in_folder: Path) -> None:
         assert f"OutputError: another predict writes it (process {os.getpid()})" in done.stderr
         seen.append(str(raised.value))
         predict_file(predictor, path, in_folder / "other.jsonl")
+        return stream_of(rows)
 
-    predict_file(predictor, path, in_folder / "out.jsonl", progress=meanwhile)
+    predictor.stream = meanwhile  # type: ignore[method-assign]
+    predict_file(predictor, path, in_folder / "out.jsonl")
     assert sorted(p.name for p in in_folder.glob(".*")) == [], "the lock is taken away"
     assert seen and (in_folder / "out.jsonl").read_text() == (in_folder / "other.jsonl").read_text()
 
@@ -166,19 +169,27 @@ def test_damage_behind_a_whole_chunk_is_written_anew(
     whole = output.read_bytes()
     part, note = in_folder / ".out.jsonl.part", in_folder / ".out.jsonl.part.json"
 
-    def stop(_: int) -> None:
-        if part.stat().st_size:
+    asked: list[int] = []
+
+    def counted(rows: Any, most: int) -> Any:
+        """The predictor's, which ends when it is asked for more chunks."""
+        if len(asked) == most:
             raise KeyboardInterrupt
+        asked.append(len(rows))
+        return Predictor.stream(predictor, rows)
 
     for damage in (b"\0" * 200 + b"\n", b"[]\n", b'{"id": "\xff"}\n'):
         output.unlink()
+        asked.clear()
+        monkeypatch.setattr(predictor, "stream", lambda rows: counted(rows, 1))
         with pytest.raises(KeyboardInterrupt):
-            predict_file(predictor, path, output, progress=stop)
+            predict_file(predictor, path, output)
         with part.open("ab") as file:
             file.write(damage)
-        seen: list[int] = []
-        predict_file(predictor, path, output, resume=True, progress=seen.append)
-        assert output.read_bytes() == whole and seen[0] == 4, "the first chunk is kept"
+        asked.clear()
+        monkeypatch.setattr(predictor, "stream", lambda rows: counted(rows, 3))
+        predict_file(predictor, path, output, resume=True)
+        assert output.read_bytes() == whole and asked == [4, 3], "the first chunk is kept"
     note.write_text("")
     with pytest.raises(OutputError, match=r"part\.json cannot be read.*start without --resume"):
         predict_file(predictor, path, output, resume=True)
@@ -249,7 +260,6 @@ def test_an_output_is_not_resumed_in_another_encoding(in_folder: Path) -> None:
         "top_k": None,
         "with_text": True,
     }
-    how: Any = {"resume": True, "with_text": True}
     for was, now, agree in (
         (None, "utf-8", True),
         (None, "gb18030", False),
@@ -258,14 +268,15 @@ def test_an_output_is_not_resumed_in_another_encoding(in_folder: Path) -> None:
     ):
         given = {**note, "encoding": was} if was is not None else note
         (in_folder / ".out.jsonl.part.json").write_text(json.dumps(given))
+        options = PredictOptions(with_text=True, encoding=now)
         if agree:
-            predict_file(predictor, in_folder / "rows.csv", output, encoding=now, **how)
+            predict_file(predictor, in_folder / "rows.csv", output, options, resume=True)
         else:
             with pytest.raises(OutputError, match="made with another encoding;"):
-                predict_file(predictor, in_folder / "rows.csv", output, encoding=now, **how)
+                predict_file(predictor, in_folder / "rows.csv", output, options, resume=True)
     assert lines(output)[0]["text"] == "今天"
     predictor.encoding = "gb18030"
-    predict_file(predictor, in_folder / "rows.csv", in_folder / "own.jsonl", with_text=True)
+    predict_file(predictor, in_folder / "rows.csv", in_folder / "own.jsonl", PredictOptions(with_text=True))
     assert (in_folder / "own.jsonl").read_bytes() == output.read_bytes()
 
 

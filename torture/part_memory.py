@@ -85,12 +85,8 @@ class StandIn:
         from labeltune.config import ColumnsConfig, PromptConfig
         from labeltune.tasks import make_task
 
-        self.columns = ColumnsConfig()
+        self.columns, self.encoding = ColumnsConfig(), "utf-8"
         self.task = make_task("classification", ("a", "b", "c"), PromptConfig())
-        self.engine = self
-
-    def forget(self) -> None:
-        """As the engine's."""
 
     def fingerprint(self) -> str:
         """As the predictor's."""
@@ -99,14 +95,13 @@ class StandIn:
     def check(self, example: Any) -> None:
         """As the predictor's."""
 
-    def predict(self, examples: Any, *, min_confidence: Any = None, on_batch: Any = None) -> list[Any]:
+    def stream(self, examples: Any) -> Any:
         """The first candidate."""
         from labeltune.types import Prediction
 
         ranking = (("a", 0.5), ("b", 0.3), ("c", 0.2))
-        if on_batch is not None:
-            on_batch(len(examples))
-        return [Prediction(e.id, "a", "a", ranking=ranking) for e in examples]
+        for example in examples:
+            yield Prediction(example.id, "a", "a", ranking=ranking)
 
 
 def measure(what: str, path: Path) -> None:

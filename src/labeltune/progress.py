@@ -7,8 +7,8 @@ import io
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TextIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO, TypeVar
 
 from labeltune.errors import printable
 from labeltune.messages import localize
@@ -18,6 +18,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 #: Nothing is said for longer than this, without a bar.
 SILENCE = 15.0
 _noted: set[str] = set()
+
+Row = TypeVar("Row")
 
 
 class _Now:
@@ -153,6 +155,28 @@ def row_progress(
             bar.update(task, advance=rows, rate=f"{done / max(time.monotonic() - started, 1e-9):.1f} rows/s")
 
         yield advance
+
+
+def track(
+    rows: Iterable[Row],
+    total: int | None,
+    what: str = "predict",
+    shown: bool = True,
+    last_line: bool = True,
+    done: int = 0,
+) -> Iterator[Row]:
+    """The rows, with a bar around them that counts each as it comes.
+
+    Args:
+        total, what, shown, last_line: as of `row_progress`.
+        done: rows that were finished before.
+    """
+    with row_progress(total, what, shown, last_line) as advance:
+        if done:
+            advance(done)
+        for row in rows:
+            advance(1)
+            yield row
 
 
 def _plain_lines(total: int | None, what: str, last_line: bool) -> Callable[[int], None]:

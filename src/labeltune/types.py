@@ -135,15 +135,17 @@ class Prediction:
         """Probability of the most probable candidate, None without scores."""
         return self.ranking[0][1] if self.ranking else None
 
-    def to_dict(self, top_k: int | None = None) -> dict[str, Any]:
+    def to_dict(self, top_k: int | None = None, min_confidence: float | None = None) -> dict[str, Any]:
         """A JSON-ready row: `id`, `label` with `confidence` and `ranking` or `entities`, then `answer`, `parsed`.
 
         Args:
             top_k: candidates of the ranking to show; all when None.
+            min_confidence: probability of the best candidate below which `label` is None; `ranking` and `answer` are kept.
         """
         row: dict[str, Any] = {"id": self.id}
         if self.entities is None:
-            row["label"] = self.label
+            unsure = min_confidence is not None and self.ranking and self.ranking[0][1] < min_confidence
+            row["label"] = None if unsure else self.label
             if self.ranking:
                 row["confidence"] = round(self.ranking[0][1], 6)
                 row["ranking"] = [

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from labeltune.cli.predict import Address, Decoding, Workers, check_engine
+
 
 def evaluate(
     *,
@@ -28,7 +30,7 @@ def evaluate(
     train_data: Annotated[
         str | None, typer.Option(help="Training rows, for the dictionary baseline (NER).")
     ] = None,
-    decoding: Annotated[str | None, typer.Option(help="exact or free; the run's own when missing.")] = None,
+    decoding: Decoding = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for metrics.json, predictions.jsonl and report.html."),
@@ -37,17 +39,14 @@ def evaluate(
         bool, typer.Option("--json", help="All figures as JSON, also with --output or on a terminal.")
     ] = False,
     engine: Annotated[str, typer.Option(help="local, or ray: on many processes or machines.")] = "local",
-    workers: Annotated[int | None, typer.Option(help="Models loaded side by side by ray.", min=1)] = None,
-    address: Annotated[
-        str | None, typer.Option(help="A Ray cluster, e.g. auto; this machine when missing.")
-    ] = None,
+    workers: Workers = None,
+    address: Address = None,
 ) -> None:
     """Measure a run on labelled rows.
 
     A summary goes to standard error. All figures go as JSON to metrics.json with --output, else to standard output unless
     that is a terminal.
     """
-    from labeltune.cli.predict import check_engine
     from labeltune.cli.quiet import quiet_libraries
     from labeltune.errors import ConfigError
 

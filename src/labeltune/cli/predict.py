@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,71 +15,81 @@ from labeltune.cli.streams import Closed
 from labeltune.errors import counted
 
 if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
+    from labeltune.inference.stream import PredictOptions, Row
     from labeltune.types import Example
 
 #: What is read when no file is named.
 STANDARD_INPUT = Path("/dev/stdin")
 
 
+Category = Annotated[str | None, typer.Option(help="Candidate labels, as a list or between commas.")]
+Encoding = Annotated[
+    str | None,
+    typer.Option(help="Encoding of a text file, e.g. gb18030; that of the run's data when missing."),
+]
+File = Annotated[
+    str | None,
+    typer.Argument(help="jsonl, json, csv, tsv, parquet or xlsx with a `text` column; - or nothing: stdin."),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="jsonl to write, or csv by its name (ranking and entities as JSON in a cell); standard output when missing.",
+    ),
+]
+WithText = Annotated[bool, typer.Option("--with-text", help="Put the document into its row, as `text`.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an output that was left unfinished.")]
+MinConfidence = Annotated[
+    float | None, typer.Option(help="Below this probability the label is null.", min=0.0, max=1.0)
+]
+TopK = Annotated[int | None, typer.Option(help="Candidates shown a row; all when missing.", min=1)]
+Decoding = Annotated[str | None, typer.Option(help="exact or free; the run's own when missing.")]
+LongText = Annotated[str | None, typer.Option(help="truncate or window; the run's own when missing.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        help="Only this part of FILE, as 3/16, into OUTPUT-00003-of-00016: one process a part, on any machine.",
+    ),
+]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        "--engine", help="local, or ray: shards of FILE on many processes or machines, OUTPUT is a folder."
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Models loaded side by side by ray; one a GPU, or one a machine without GPUs.", min=1),
+]
+Address = Annotated[str | None, typer.Option(help="A Ray cluster, e.g. auto; this machine when missing.")]
+BlockRows = Annotated[int, typer.Option(help="Rows of a part that ray writes; a multiple of 256.", min=256)]
+
+
 def predict(
-    *,
     run: Annotated[str, typer.Argument(help="Run folder or checkpoint.")],
-    file: Annotated[
-        str | None,
-        typer.Argument(
-            help="jsonl, json, csv, tsv, parquet or xlsx with a `text` column; - or nothing: stdin."
-        ),
-    ] = None,
+    file: File = None,
+    *,
     text: Annotated[
         list[str] | None, typer.Option("--text", "-t", help="A document (may be repeated).")
     ] = None,
-    category: Annotated[
-        str | None, typer.Option(help="Candidate labels, as a list or between commas.")
-    ] = None,
-    encoding: Annotated[
-        str | None,
-        typer.Option(help="Encoding of a text file, e.g. gb18030; that of the run's data when missing."),
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="jsonl to write, or csv by its name (ranking and entities as JSON in a cell); standard output when missing.",
-        ),
-    ] = None,
-    with_text: Annotated[
-        bool, typer.Option("--with-text", help="Put the document into its row, as `text`.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an output that was left unfinished.")
-    ] = False,
-    min_confidence: Annotated[
-        float | None, typer.Option(help="Below this probability the label is null.", min=0.0, max=1.0)
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Candidates shown a row; all when missing.", min=1)
-    ] = None,
-    decoding: Annotated[str | None, typer.Option(help="exact or free; the run's own when missing.")] = None,
-    long_text: Annotated[
-        str | None, typer.Option(help="truncate or window; the run's own when missing.")
-    ] = None,
-    engine: Annotated[
-        str,
-        typer.Option(help="local, or ray: blocks of FILE on many processes or machines, OUTPUT is a folder."),
-    ] = "local",
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            help="Models loaded side by side by ray; one a GPU, or one a machine without GPUs.", min=1
-        ),
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="A Ray cluster, e.g. auto; this machine when missing.")
-    ] = None,
-    block_rows: Annotated[
-        int, typer.Option(help="Rows of a part that ray writes; a multiple of 256.", min=256)
-    ] = 4096,
+    category: Category = None,
+    encoding: Encoding = None,
+    output: Output = None,
+    with_text: WithText = False,
+    resume: Resume = False,
+    min_confidence: MinConfidence = None,
+    top_k: TopK = None,
+    decoding: Decoding = None,
+    long_text: LongText = None,
+    shard: ShardOption = None,
+    engine: EngineOption = "local",
+    workers: Workers = None,
+    address: Address = None,
+    block_rows: BlockRows = 4096,
 ) -> None:
     """Answer texts or the rows of a file: one JSON line a row.
 
@@ -91,12 +102,7 @@ def predict(
     from labeltune.cli.quiet import quiet_libraries
     from labeltune.config import build_config
     from labeltune.data.labels import named_labels
-    from labeltune.data.records import without_key
-    from labeltune.data.sources import iter_records, resolve_data
-    from labeltune.errors import ConfigError, DataError
-    from labeltune.output_paths import check_folder, is_stream, open_stream
-    from labeltune.run_files import encoding_of, files_read
-    from labeltune.run_folder import write_text
+    from labeltune.inference.row_files import parse_shard
 
     labels = named_labels("--category", category) if category is not None else ()
     check_engine(engine, workers, address)
@@ -104,115 +110,161 @@ def predict(
         build_config({"data": {"encoding": encoding}}, "--encoding")
     changes = {"decoding": decoding, "long_text": long_text}
     changes = {key: value for key, value in changes.items() if value is not None}
-    if output == "-":
-        output = None
+    output = None if output == "-" else output
     if engine == "ray":
-        if file is None or file == "-" or output is None or text:
-            raise ConfigError(
-                "--engine ray needs an input file or folder, and --output for a folder of parts"
-            )
-        if "://" not in output:
-            check_folder(Path(output).expanduser(), [file, *files_read(run)], replaced=True)
+        source, folder = _ray_files(run, file, output, bool(text or shard))
         quiet_libraries()
-        from labeltune.recipes.spreading import predict_spread
+        from labeltune.inference.ray_engine import Cluster
+        from labeltune.inference.stream import PredictOptions
+        from labeltune.recipes.predicting import predict_on_ray
 
-        how = top_k, min_confidence
-        done = predict_spread(
-            run,
-            file,
-            output,
-            labels,
-            *how,
-            changes,
-            resume,
-            block_rows,
-            workers,
-            address,
-            with_text,
-            encoding,
-        )
-        _end(done)
+        options = PredictOptions(labels, min_confidence, top_k, with_text, encoding)
+        spread = partial(predict_on_ray, run, source, folder, options, Cluster(workers, address))
+        _end(spread(changes=changes, resume=resume, block_rows=block_rows))
         return
-    given: list[Example] = []
-    path: Path | None = None
-    if text:
-        if file is not None:
-            raise DataError("give --text or a file, not both")
-        given = [_checked(i, {"text": t}, labels, f"--text {i + 1}") for i, t in enumerate(text)]
-    elif file is not None and file != "-":
-        path = resolve_data(file)
-        known = encoding or encoding_of(run)
-        unreadable = next(iter_records(path, known), None) if known is not None else None
-        if unreadable is not None and unreadable.whole:
-            raise DataError(f"{unreadable.where}: {without_key(unreadable.problem, '--encoding')}")
-    target = Path(output) if output is not None else None
-    if resume and (path is None or target is None or is_stream(target)):
-        raise ConfigError("--resume needs an input file, and a file for --output")
-    _check_target(output, STANDARD_INPUT if path is None and not text else path, run)
+    part = parse_shard(shard) if shard is not None else None
+    texts = _texts(text or (), file, labels)
+    path = _input_file(file, run, encoding)
+    target = _target(run, STANDARD_INPUT if path is None and not text else path, output, part, resume)
     quiet_libraries()
     from labeltune.inference.load import load_predictor
-    from labeltune.inference.row_files import csv_of, is_csv
-    from labeltune.inference.stream import (
-        Row,
-        count_rows,
-        predict_file,
-        predict_lines,
-        read_rows,
-        read_stream,
-        used_encoding,
-    )
-    from labeltune.progress import row_progress
+    from labeltune.inference.stream import PredictOptions, used_encoding
 
-    bad = 0
     with load_predictor(run, merge=True) as predictor:
         predictor.change(**changes)
         if not text:
             encoding = used_encoding(encoding, predictor.encoding, str(path or "stdin"))
-        total = len(given) or None if path is None else count_rows(path, encoding or "utf-8")
-        shown = total is None or total > predictor.generation.batch_size
-        with row_progress(total, "predict", shown=shown) as advance:
-            how_rows: dict[str, Any] = {
-                "min_confidence": min_confidence,
-                "top_k": top_k,
-                "with_text": with_text,
-            }
-            if path is not None and target is not None and not is_stream(target):
-                bad = predict_file(
-                    predictor,
-                    path,
-                    target,
-                    labels=labels,
-                    resume=resume,
-                    **how_rows,
-                    progress=advance,
-                    encoding=encoding,
-                )
-            else:
-                source: Iterable[Row] = given
-                if path is not None:
-                    source = read_rows(path, predictor, labels, encoding)
-                elif not text:
-                    source = read_stream(sys.stdin.buffer, predictor, labels, encoding)
-
-                def lines() -> Iterator[str]:
-                    nonlocal bad
-                    for found, faults in predict_lines(predictor, source, **how_rows, on_rows=advance):
-                        bad += faults
-                        yield from found
-
-                rows = csv_of(lines()) if target is not None and is_csv(target) else lines()
-                if target is None:
-                    for line in rows:
-                        sys.stdout.write(line)
-                        sys.stdout.flush()
-                elif is_stream(target):
-                    with open_stream(target) as stream:
-                        for line in rows:
-                            stream.write(line.encode())
-                            stream.flush()
-                else:
-                    write_text(target, "".join(rows))
+        options = PredictOptions(labels, min_confidence, top_k, with_text, encoding)
+        bad = _answer(predictor, texts, path, target, options, part, resume)
     _end(bad)
+
+
+def _ray_files(run: str, file: str | None, output: str | None, other: bool) -> tuple[str, str]:
+    """What ray reads and writes.
+
+    Args:
+        other: there are texts, or a shard, which ray has no use for.
+
+    Raises:
+        ConfigError: there is no file or no folder.
+        OutputError: what is read lies in the folder, or it cannot be written.
+    """
+    from labeltune.errors import ConfigError
+    from labeltune.output_paths import check_folder
+    from labeltune.run_files import files_read
+
+    if file is None or file == "-" or output is None or other:
+        raise ConfigError(
+            "--engine ray needs an input file or folder, and --output for a folder of parts; it takes no --text and no --shard"
+        )
+    if "://" not in output:
+        check_folder(Path(output).expanduser(), [file, *files_read(run)], replaced=True)
+    return file, output
+
+
+def _texts(given: Sequence[str], file: str | None, labels: tuple[str, ...]) -> list[Example]:
+    """The documents of `--text`."""
+    from labeltune.errors import DataError
+
+    if given and file is not None:
+        raise DataError("give --text or a file, not both")
+    return [_checked(i, {"text": text}, labels, f"--text {i + 1}") for i, text in enumerate(given)]
+
+
+def _input_file(file: str | None, run: str, encoding: str | None) -> Path | None:
+    """The file to read, None for standard input; one of which nothing can be read is refused before a model is loaded."""
+    from labeltune.data.records import without_key
+    from labeltune.data.sources import iter_records, resolve_data
+    from labeltune.errors import DataError
+    from labeltune.run_files import encoding_of
+
+    if file is None or file == "-":
+        return None
+    path = resolve_data(file)
+    known = encoding or encoding_of(run)
+    unreadable = next(iter_records(path, known), None) if known is not None else None
+    if unreadable is not None and unreadable.whole:
+        raise DataError(f"{unreadable.where}: {without_key(unreadable.problem, '--encoding')}")
+    return path
+
+
+def _target(
+    run: str, path: Path | None, output: str | None, part: tuple[int, int] | None, resume: bool
+) -> Path | None:
+    """Where lines go, None for standard output.
+
+    Raises:
+        ConfigError: an option needs files, or another kind of file.
+        OutputError: see `_check_target`.
+    """
+    from labeltune.errors import ConfigError
+    from labeltune.inference.row_files import shard_output
+    from labeltune.output_paths import is_stream
+
+    in_files = path not in (None, STANDARD_INPUT) and output is not None and not is_stream(Path(output))
+    if resume and not in_files:
+        raise ConfigError("--resume needs an input file, and a file for --output")
+    if part is not None:
+        if not in_files or output is None or output.endswith(".csv"):
+            raise ConfigError(
+                "--shard needs an input file, and a jsonl file for --output, to whose name the shard's number is added"
+            )
+        output = str(shard_output(Path(output), *part))
+    _check_target(output, path, run)
+    return Path(output) if output is not None else None
+
+
+def _answer(
+    predictor: Predictor,
+    texts: list[Example],
+    path: Path | None,
+    target: Path | None,
+    options: PredictOptions,
+    part: tuple[int, int] | None,
+    resume: bool,
+) -> int:
+    """Predict what was given and write it; returns how many rows could not be predicted."""
+    from labeltune.inference.row_files import csv_of, is_csv
+    from labeltune.inference.shards import shard_block
+    from labeltune.inference.stream import count_rows, predict_file, predict_lines, read_rows, read_stream
+    from labeltune.output_paths import is_stream, open_stream
+    from labeltune.progress import row_progress
+    from labeltune.run_folder import write_text
+
+    encoding = options.encoding or predictor.encoding
+    if path is not None and target is not None and not is_stream(target):
+        block = shard_block(path, *part, encoding) if part is not None else None
+        return predict_file(predictor, path, target, options, block=block, resume=resume, progress=True)
+    rows: Iterable[Row] = texts
+    if path is not None:
+        rows = read_rows(path, predictor, options.labels, encoding)
+    elif not texts:
+        rows = read_stream(sys.stdin.buffer, predictor, options.labels, encoding)
+    total = len(texts) or None if path is None else count_rows(path, encoding)
+    shown = total is None or total > predictor.generation.batch_size
+    bad = 0
+    with row_progress(total, "predict", shown) as advance:
+
+        def answered() -> Iterator[str]:
+            nonlocal bad
+            for line, good in predict_lines(predictor, rows, options):
+                bad += not good
+                advance(1)
+                yield line
+
+        lines = csv_of(answered()) if target is not None and is_csv(target) else answered()
+        if target is None:
+            for line in lines:
+                sys.stdout.write(line)
+                sys.stdout.flush()
+        elif is_stream(target):
+            with open_stream(target) as stream:
+                for line in lines:
+                    stream.write(line.encode())
+                    stream.flush()
+        else:
+            write_text(target, "".join(lines))
+    return bad
 
 
 def _check_target(output: str | None, path: Path | None, run: str) -> None:

@@ -5,8 +5,8 @@ A block is read to the same records, with the same places in the file, as a pass
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -22,6 +22,7 @@ from labeltune.data.records import (
     parquet_records,
 )
 from labeltune.data.sources import records_of
+from labeltune.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -42,7 +43,7 @@ class Block:
         line: number of its first line, from 1 (text files).
         start: where it begins, in bytes (text files).
         end: where it ends, in bytes, exclusive.
-        whole: the file is not cut: no part of it can be read by itself.
+        whole: no part of the file can be read by itself; what stands before the block is read and passed over.
     """
 
     file: str
@@ -53,6 +54,12 @@ class Block:
     start: int = 0
     end: int = 0
     whole: bool = False
+
+
+def joined(blocks: Sequence[Block]) -> Block:
+    """Neighbouring blocks of a file as one."""
+    first, last = blocks[0], blocks[-1]
+    return replace(first, rows=last.first + last.rows - first.first, end=last.end)
 
 
 class _Counted:
@@ -161,13 +168,31 @@ def read_block(block: Block, file: BinaryIO, encoding: str = "utf-8") -> Iterato
         pyarrow.ArrowException: a parquet file is damaged.
     """
     if block.whole:
-        return records_of(block.file, file, find_format(block.file, file, encoding))
+        records = records_of(block.file, file, find_format(block.file, file, encoding))
+        return islice(records, block.first, block.first + block.rows)
     if block.file.lower().endswith(".parquet"):
         return _parquet_rows(block, file)
     file.seek(block.start)
     lines = _Counted(bounded_lines(file))
     decoded = decoded_lines(block.file, _until(lines, block.end - block.start), block.line, block.start)
     return json_records(block.file, decoded)
+
+
+def block_records(block: Block, file: BinaryIO, encoding: str = "utf-8") -> Iterator[Record]:
+    """`read_block` with errors that say which rows.
+
+    Raises:
+        DataError: the file is damaged, or cannot be read there.
+    """
+    import pyarrow
+
+    try:
+        yield from read_block(block, file, encoding)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        first, last = block.first + 1, block.first + block.rows
+        raise DataError(
+            f"{block.file}: rows {first} to {last} cannot be read: {first_line(error)}"
+        ) from error
 
 
 def _until(lines: _Counted, size: int) -> Iterator[bytes]:

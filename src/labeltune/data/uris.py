@@ -32,6 +32,10 @@ class Place:
         path = Path(spec).expanduser()
         return Place(str(path), str(path.absolute()))
 
+    def __str__(self) -> str:
+        """For messages."""
+        return self.name
+
     @property
     def remote(self) -> bool:
         """Whether it is an address."""

@@ -96,15 +96,10 @@ def remove_prior(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     return corrected
 
 
-def ranked(
-    number: str, probabilities: Mapping[str, float], min_confidence: float | None = None
-) -> Prediction:
-    """The most probable label, if it is probable enough, and the whole ranking."""
+def ranked(number: str, probabilities: Mapping[str, float]) -> Prediction:
+    """The most probable label, and the whole ranking."""
     ranking = tuple(sorted(probabilities.items(), key=lambda pair: -pair[1]))
-    label: str | None = ranking[0][0]
-    if min_confidence is not None and ranking[0][1] < min_confidence:
-        label = None
-    return Prediction(number, ranking[0][0], label=label, ranking=ranking)
+    return Prediction(number, ranking[0][0], label=ranking[0][0], ranking=ranking)
 
 
 def mean_scores(views: Sequence[LabelScores]) -> LabelScores:

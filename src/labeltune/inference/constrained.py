@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,6 @@ def extract(
     *,
     max_new_tokens: int,
     batch_size: int,
-    on_rows: Callable[[int], None] | None = None,
 ) -> list[Extracted]:
     """Answers in the order of the prompts.
 
@@ -147,7 +146,6 @@ def extract(
         prompts: token ids, and the parts of the document that they hold.
         max_new_tokens: longest answer in tokens, its end of turn not counted.
         batch_size: documents decoded side by side.
-        on_rows: called with the number of documents that were finished.
     """
     found: dict[int, Extracted] = {}
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]), reverse=True)
@@ -168,8 +166,6 @@ def extract(
                     still.append(row)
                 else:
                     found[row.number] = done
-            if on_rows is not None and len(still) < len(active):
-                on_rows(len(active) - len(still))
             active = still
     return [found[i] for i in range(len(prompts))]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,6 @@ def generate_answers(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Greedy continuations, without the end of turn, in the order of the prompts.
 
@@ -30,7 +29,6 @@ def generate_answers(
         prompts: token ids, one sequence a prompt.
         stop_ids: ids that end an answer; padding may be one of them.
         max_new_tokens: longest answer in tokens.
-        on_batch: called with the number of prompts after each batch.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
@@ -62,8 +60,6 @@ def generate_answers(
                 )
             for row, index in enumerate(chosen):
                 answers[index] = _until_stop(output[row, width:].tolist(), stop_ids)
-            if on_batch is not None:
-                on_batch(len(chosen))
     finally:
         model.train(was_training)
     return answers

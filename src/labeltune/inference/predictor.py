@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +28,10 @@ from labeltune.inference.engine import MADE_UP, Engine
 from labeltune.inference.generation import generate_answers
 from labeltune.inference.runner import Runner
 from labeltune.inference.scoring import Question
-from labeltune.inference.sharing import shared_out
+from labeltune.inference.sharing import UNIT, shared_out
 from labeltune.inference.trie import LabelTrie
 from labeltune.prompts.template import ChatTemplate
+from labeltune.ranks import connected
 from labeltune.run_folder import file_hash
 from labeltune.tasks.base import Task
 from labeltune.tasks.builder import PromptBuilder
@@ -91,28 +93,50 @@ class Predictor:
         self,
         texts: str | Iterable[str | Example],
         labels: Sequence[str] | None = None,
-        on_batch: Callable[[int], None] | None = None,
-        min_confidence: float | None = None,
     ) -> list[Prediction]:
-        """One prediction a text, in order.
+        """One prediction a text, in order, all asked at once; `stream` is for many.
 
         Args:
             texts: documents, or examples (their candidates are used; their right answers are not looked at).
             labels: candidates for documents that bring none; the run's label set when None.
-            on_batch: called with the number of rows that were finished.
-            min_confidence: probability below which a row gets no label; its ranking is kept.
 
         Raises:
             DataError: there are no labels to choose from, or two that cannot be told apart.
             PromptError: instruction and candidates alone exceed the length budget.
         """
-        examples = self._examples(texts, labels)
+        examples = list(self._examples(texts, labels))
         if self.generation.decoding == "free":
-            return self._together(examples, self._generated, on_batch)
+            return self._together(examples, self._generated)
         if isinstance(self.task, NerTask):
-            return self._together(examples, partial(self._extracted, self.task), on_batch)
-        rows = self._probabilities(self.log_probabilities(examples, on_batch))
-        return [ranked(example.id, row, min_confidence) for example, row in zip(examples, rows, strict=True)]
+            return self._together(examples, partial(self._extracted, self.task))
+        rows = self._probabilities(self.log_probabilities(examples))
+        return [ranked(example.id, row) for example, row in zip(examples, rows, strict=True)]
+
+    def stream(
+        self, texts: Iterable[str | Example], labels: Sequence[str] | None = None
+    ) -> Iterator[Prediction]:
+        """Predictions in order, as they come: some rows are read, asked together and yielded, then the next ones.
+
+        It begins with nothing kept from earlier calls, so that answers follow from the rows alone, to the last bit. With
+        `calibrate.prior=batch`, and in a job of several processes, all rows are read and asked before the first is yielded.
+
+        Args:
+            texts, labels: as of `predict`.
+
+        Raises:
+            DataError, PromptError: as `predict`.
+        """
+        examples = self._examples(texts, labels)
+        self.engine.forget()
+        if self.share:
+            examples = iter(known := list(examples))
+            self.settle(known)
+        if self.calibrate.prior == "batch" or (self.share and connected()):
+            yield from self.predict(examples)
+            return
+        count = UNIT if self.share else self.engine.call_rows
+        while rows := list(islice(examples, count)):
+            yield from self.predict(rows)
 
     def change(self, **generation: Any) -> None:
         """Change keys of `generation`, e.g. `decoding="free"`.
@@ -152,9 +176,7 @@ class Predictor:
             raise ModelError("this run classifies; ask it with .predict or .scores")
         return [prediction.entities or () for prediction in self.predict(texts)]
 
-    def log_probabilities(
-        self, examples: Sequence[Example], on_rows: Callable[[int], None] | None = None
-    ) -> list[LabelScores]:
+    def log_probabilities(self, examples: Sequence[Example]) -> list[LabelScores]:
         """Exact log-probabilities of every example's candidates; with `long_text=window` their means over windows.
 
         Raises:
@@ -163,7 +185,7 @@ class Predictor:
         """
         if not isinstance(self.task, ClassificationTask):
             raise ModelError("this run extracts entities; ask it with .predict or .extract")
-        return self._together(examples, partial(self._scored, self.task), on_rows)
+        return self._together(examples, partial(self._scored, self.task))
 
     def settle(self, examples: Sequence[Example]) -> None:
         """Find out with some of these examples, if it is not known yet, whether the fast way is right for the model."""
@@ -177,19 +199,11 @@ class Predictor:
         self.engine.settle(questions)
 
     def _together(
-        self,
-        examples: Sequence[Example],
-        answer: Callable[[Sequence[Example], Callable[[int], None] | None], list[Answer]],
-        on_rows: Callable[[int], None] | None,
+        self, examples: Sequence[Example], answer: Callable[[Sequence[Example]], list[Answer]]
     ) -> list[Answer]:
-        return shared_out(self, examples, answer, on_rows) if self.share else answer(examples, on_rows)
+        return shared_out(self, examples, answer) if self.share else answer(examples)
 
-    def _scored(
-        self,
-        task: ClassificationTask,
-        examples: Sequence[Example],
-        on_rows: Callable[[int], None] | None,
-    ) -> list[LabelScores]:
+    def _scored(self, task: ClassificationTask, examples: Sequence[Example]) -> list[LabelScores]:
         questions, shapes = [], []
         for example in examples:
             labels = task.candidates(example)
@@ -197,7 +211,7 @@ class Predictor:
             views = self.builder.views(example, self.generation.long_text)
             shapes.append((labels, tuple(map(len, trie.paths)), len(views)))
             questions += [Question(view.ids, trie) for view in views]
-        found = iter(self.engine.score(questions, _in_rows(len(questions), len(examples), on_rows)))
+        found = iter(self.engine.score(questions))
         return [
             mean_scores([LabelScores(labels, tuple(next(found)), lengths) for _ in range(views)])
             for labels, lengths, views in shapes
@@ -227,9 +241,7 @@ class Predictor:
         found = [self.calibration.probabilities(row, self.generation.length_norm) for row in rows]
         return remove_prior(found) if self.calibrate.prior == "batch" else found
 
-    def _extracted(
-        self, task: NerTask, examples: Sequence[Example], on_rows: Callable[[int], None] | None
-    ) -> list[Prediction]:
+    def _extracted(self, task: NerTask, examples: Sequence[Example]) -> list[Prediction]:
         views = [self.builder.views(example, self.generation.long_text) for example in examples]
         prompts = [
             (view.ids, tuple(example.text[start:end] for start, end in view.parts))
@@ -251,7 +263,6 @@ class Predictor:
                 prompts,
                 max_new_tokens=self.generation.max_new_tokens,
                 batch_size=self.generation.batch_size,
-                on_rows=_in_rows(len(prompts), len(examples), on_rows),
             )
 
         found = iter(self.engine.decode([ids for ids, _ in prompts], run) if prompts else ())
@@ -270,9 +281,7 @@ class Predictor:
             predictions.append(Prediction(example.id, written, entities=entities, truncated=truncated))
         return predictions
 
-    def _generated(
-        self, examples: Sequence[Example], on_batch: Callable[[int], None] | None
-    ) -> list[Prediction]:
+    def _generated(self, examples: Sequence[Example]) -> list[Prediction]:
         answers = generate_answers(
             self.model,
             self.template.tokenizer,
@@ -280,7 +289,6 @@ class Predictor:
             stop_ids=self._stop_ids(),
             max_new_tokens=self._max_new_tokens(examples),
             batch_size=self.generation.batch_size,
-            on_batch=on_batch,
         )
         decode = self.template.tokenizer.decode
         return [
@@ -317,12 +325,11 @@ class Predictor:
             self.calibration = kept
             self.engine.forget()
 
-    def _examples(self, texts: str | Iterable[str | Example], labels: Sequence[str] | None) -> list[Example]:
-        given = [texts] if isinstance(texts, str) else texts
-        return [
-            text if isinstance(text, Example) else Example(str(number), text, tuple(labels or ()))
-            for number, text in enumerate(given)
-        ]
+    def _examples(
+        self, texts: str | Iterable[str | Example], labels: Sequence[str] | None
+    ) -> Iterator[Example]:
+        for number, text in enumerate([texts] if isinstance(texts, str) else texts):
+            yield text if isinstance(text, Example) else Example(str(number), text, tuple(labels or ()))
 
     def _stop_ids(self) -> list[int]:
         configured = getattr(self.model.generation_config, "eos_token_id", None)
@@ -382,17 +389,3 @@ def fingerprint(
     settings = [generation, calibrate, task.prompt]
     values = [f"{source} {known}", *(s.model_dump_json() for s in settings), repr(calibration)]
     return hashlib.sha256("\n".join([*values, *task.labels]).encode()).hexdigest()
-
-
-def _in_rows(parts: int, rows: int, on_rows: Callable[[int], None] | None) -> Callable[[int], None] | None:
-    """Turns counts of parts (windows) into counts of rows for a progress bar; they add up to `rows`."""
-    if on_rows is None or parts == rows:
-        return on_rows
-    done = [0]
-
-    def advance(count: int) -> None:
-        before = done[0] * rows // parts
-        done[0] += count
-        on_rows(done[0] * rows // parts - before)
-
-    return advance

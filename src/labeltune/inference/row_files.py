@@ -1,10 +1,11 @@
-"""Files of predicted rows: what stands beside an unfinished one, and csv: a column a field, lists as JSON in one cell."""
+"""Files of predicted rows: what stands beside an unfinished one, names of shards, and csv: a column a field, lists as JSON in one cell."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -20,6 +21,23 @@ _OTHERS = (".tsv", ".xlsx", ".xls", ".parquet", ".arrow")
 def unfinished_names(name: str) -> tuple[str, str]:
     """Files beside an output of this name, until it is whole: its rows, and the note of what they belong to."""
     return f".{name}.part", f".{name}.part.json"
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`3/16` -> (3, 16).
+
+    Raises:
+        ConfigError: it is not of this form, or there is no such shard.
+    """
+    found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"--shard={text} must be NUMBER/COUNT, from 1/COUNT to COUNT/COUNT, as in 3/16")
+    return int(found[1]), int(found[2])
+
+
+def shard_output(output: Path, number: int, count: int) -> Path:
+    """Where a shard of a file goes: `out.jsonl` -> `out-00003-of-00016.jsonl`; names sort in the order of the rows."""
+    return output.with_name(f"{output.stem}-{number:05d}-of-{count:05d}{output.suffix}")
 
 
 def is_csv(output: Path) -> bool:

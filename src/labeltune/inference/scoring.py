@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,6 @@ def score_answers(
     questions: Sequence[Question],
     max_tokens: int,
     cache: PrefixCache,
-    on_rows: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
     """Natural logarithm of the probability of every complete answer, end of turn included.
 
@@ -86,7 +85,6 @@ def score_answers(
 
     Args:
         max_tokens: tokens of one pass (a row that needs more has a pass of its own).
-        on_rows: called with the number of rows after each pass.
     """
     found: list[list[float]] = [[] for _ in questions]
     if not questions:
@@ -108,8 +106,6 @@ def score_answers(
                 trie = questions[row].trie
                 found[row] = path_scores(logits[start : start + len(trie)], trie)
                 start += len(trie)
-            if on_rows is not None:
-                on_rows(len(rows))
     return found
 
 

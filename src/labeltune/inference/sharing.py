@@ -16,20 +16,14 @@ if TYPE_CHECKING:
 UNIT = 32
 
 Answer = TypeVar("Answer")
-OnRows = Callable[[int], None] | None
 
 
 def shared_out(
     predictor: Predictor,
     examples: Sequence[Example],
-    answer: Callable[[Sequence[Example], OnRows], list[Answer]],
-    on_rows: OnRows,
+    answer: Callable[[Sequence[Example]], list[Answer]],
 ) -> list[Answer]:
-    """`answer` for all examples, in order; every process gets all of it, and must be called with the same examples.
-
-    Args:
-        on_rows: called with numbers of rows; what others compute is counted with one's own.
-    """
+    """`answer` for all examples, in order; every process gets all of it, and must be called with the same examples."""
     units = [examples[at : at + UNIT] for at in range(0, len(examples), UNIT)]
     if not units:
         return []
@@ -41,29 +35,13 @@ def shared_out(
         [rank()] * len(units) if together else dealt([sum(len(e.text) for e in u) for u in units], world())
     )
     mine = [number for number, owner in enumerate(owners) if owner == rank()]
-    advance = _scaled(sum(len(units[number]) for number in mine), len(examples), on_rows)
     own: dict[int, list[Answer]] = {}
     with in_step(predictor.model):
         for number in mine:
             predictor.engine.forget()
-            own[number] = answer(units[number], advance)
+            own[number] = answer(units[number])
     predictor.engine.forget()
     found: dict[int, list[Answer]] = {}
     for part in [own] if together else gathered(own):
         found |= part
     return [one for number in range(len(units)) for one in found[number]]
-
-
-def _scaled(own: int, total: int, on_rows: OnRows) -> OnRows:
-    """Turns counts of one's own rows into counts of all rows; they add up to `total`."""
-    if on_rows is None or own == total:
-        return on_rows
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        before = done * total // own
-        done += count
-        on_rows(done * total // own - before)
-
-    return advance

@@ -1,20 +1,20 @@
-"""Prediction of files of any size: rows in, rows out, a chunk at a time; a killed run goes on where it stopped."""
+"""Prediction of files of any size: rows in, lines out, a chunk at a time; a killed run goes on where it stopped."""
 
 from __future__ import annotations
 
 import codecs
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from labeltune.config import ColumnsConfig, DataConfig
 from labeltune.data.audit import first_error
+from labeltune.data.blocks import Block, block_records
 from labeltune.data.columns import columns_of_file
 from labeltune.data.formats import find_format
 from labeltune.data.records import Record, bounded_lines, without_key
@@ -26,7 +26,8 @@ from labeltune.folder_lock import alone_with
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.row_files import csv_of, is_csv, unfinished_names
 from labeltune.output_paths import link_target
-from labeltune.progress import note
+from labeltune.progress import note as say_once
+from labeltune.progress import row_progress
 from labeltune.run_folder import file_hash, remove_leftovers, write_json, writing
 from labeltune.types import Example, Prediction
 
@@ -50,12 +51,35 @@ class BadRow:
 Row = Example | BadRow
 
 
+@dataclass(frozen=True)
+class PredictOptions:
+    """What the lines of an output follow from beside the rows and the run.
+
+    Attributes:
+        labels: candidates for rows that bring none.
+        min_confidence: probability of the best candidate below which the label is null.
+        top_k: candidates shown a row; all when None.
+        with_text: rows hold their document.
+        encoding: of a text file; the run's when None.
+    """
+
+    labels: tuple[str, ...] = ()
+    min_confidence: float | None = None
+    top_k: int | None = None
+    with_text: bool = False
+    encoding: str | None = None
+
+
+_DEFAULTS = PredictOptions()
+
+
 def read_rows(
     path: Path,
     predictor: Predictor,
     labels: Sequence[str] = (),
     encoding: str | None = None,
     option: str | None = "--encoding",
+    block: Block | None = None,
 ) -> Iterator[Row]:
     """The rows of a file, each an example or the reason why not.
 
@@ -63,6 +87,7 @@ def read_rows(
         labels: for rows that bring no candidates.
         encoding: of a text file; the run's when None.
         option: what sets it, for messages; None when nothing does.
+        block: the part of the file to read; all of it when None.
 
     Raises:
         DataError: nothing of the file can be read, or it has no column for the text.
@@ -72,8 +97,14 @@ def read_rows(
     columns = columns_of_file(path, predictor.task.name, data, answers_required=False)
     if columns.problem is not None:
         raise DataError(f"{columns.problem.where}: {without_key(columns.problem.problem, option)}")
-    records = iter_records(path, encoding)
-    return rows_of(records, predictor, labels, columns=columns.columns, option=option)
+    records = iter_records(path, encoding) if block is None else _records_of_block(path, block, encoding)
+    first = block.first if block is not None else 0
+    return rows_of(records, predictor, labels, first, columns.columns, option)
+
+
+def _records_of_block(path: Path, block: Block, encoding: str) -> Iterator[Record]:
+    with path.open("rb") as file:
+        yield from block_records(block, file, encoding)
 
 
 def read_stream(
@@ -124,65 +155,38 @@ def with_labels(example: Example, labels: Sequence[str]) -> Example:
     return example if example.candidates or not labels else replace(example, candidates=tuple(labels))
 
 
-def predict_rows(
-    predictor: Predictor,
-    rows: Iterable[Row],
-    *,
-    min_confidence: float | None = None,
-    on_rows: Callable[[int], None] | None = None,
-) -> Iterator[list[Prediction | BadRow]]:
-    """Chunks of answers in the order of the rows.
+def predict_rows(predictor: Predictor, rows: Iterable[Row]) -> Iterator[tuple[Row, Prediction | BadRow]]:
+    """Every row with its answer, in order.
 
-    Every chunk starts from nothing, so that its answers do not depend on where a run began, to the last bit.
+    Every chunk of `CHUNK_ROWS` starts from nothing, so that its answers do not depend on where a run began, to the last bit.
     """
     source = iter(rows)
     while chunk := list(islice(source, CHUNK_ROWS)):
-        predictor.engine.forget()
-        yield _predict_chunk(predictor, chunk, min_confidence, on_rows)
+        yield from zip(chunk, _predict_chunk(predictor, chunk), strict=True)
 
 
 def predict_lines(
-    predictor: Predictor,
-    rows: Iterable[Row],
-    *,
-    min_confidence: float | None = None,
-    top_k: int | None = None,
-    with_text: bool = False,
-    on_rows: Callable[[int], None] | None = None,
-) -> Iterator[tuple[list[str], int]]:
-    """The same as lines of the output, with the number of bad rows in each chunk; `with_text` puts the document behind."""
-    kept: deque[Row] = deque()
-
-    def seen() -> Iterator[Row]:
-        for row in rows:
-            kept.append(row)
-            yield row
-
-    for chunk in predict_rows(predictor, seen(), min_confidence=min_confidence, on_rows=on_rows):
-        asked = [kept.popleft() for _ in chunk]
-        texts = [row.text if with_text and isinstance(row, Example) else None for row in asked]
-        lines = [to_line(row, top_k, text) for row, text in zip(chunk, texts, strict=True)]
-        yield lines, sum(isinstance(row, BadRow) for row in chunk)
+    predictor: Predictor, rows: Iterable[Row], options: PredictOptions
+) -> Iterator[tuple[str, bool]]:
+    """The same as lines of the output, each with whether its row could be predicted."""
+    for row, answer in predict_rows(predictor, rows):
+        text = row.text if options.with_text and isinstance(row, Example) else None
+        yield to_line(answer, options, text), isinstance(answer, Prediction)
 
 
-def _predict_chunk(
-    predictor: Predictor,
-    chunk: list[Row],
-    min_confidence: float | None,
-    on_rows: Callable[[int], None] | None,
-) -> list[Prediction | BadRow]:
-    good = [row for row in chunk if isinstance(row, Example)]
-    if on_rows is not None and len(good) < len(chunk):
-        on_rows(len(chunk) - len(good))
-    try:
-        found = iter(predictor.predict(good, min_confidence=min_confidence, on_batch=on_rows))
-    except (DataError, PromptError):
-        # Some row cannot be asked about; those that can are predicted without it.
-        rows = [_askable(predictor, row) for row in chunk]
-        if rows == chunk:
-            raise
-        return _predict_chunk(predictor, rows, min_confidence, on_rows)
-    return [next(found) if isinstance(row, Example) else row for row in chunk]
+def _predict_chunk(predictor: Predictor, chunk: list[Row]) -> Iterator[Prediction | BadRow]:
+    found = predictor.stream([row for row in chunk if isinstance(row, Example)])
+    for done, row in enumerate(chunk):
+        try:
+            answer = next(found) if isinstance(row, Example) else row
+        except (DataError, PromptError):
+            # Some row cannot be asked about; those that can are predicted without it.
+            rest = [_askable(predictor, left) for left in chunk[done:]]
+            if rest == chunk[done:]:
+                raise
+            yield from _predict_chunk(predictor, rest)
+            return
+        yield answer
 
 
 def _askable(predictor: Predictor, row: Row) -> Row:
@@ -199,14 +203,11 @@ def predict_file(
     predictor: Predictor,
     path: Path,
     output: Path,
+    options: PredictOptions = _DEFAULTS,
     *,
-    labels: Sequence[str] = (),
+    block: Block | None = None,
     resume: bool = False,
-    min_confidence: float | None = None,
-    top_k: int | None = None,
-    with_text: bool = False,
-    progress: Callable[[int], None] | None = None,
-    encoding: str | None = None,
+    progress: bool = False,
 ) -> int:
     """Predict a file into another, jsonl or (by its name) csv; `output` appears when it is whole.
 
@@ -214,7 +215,8 @@ def predict_file(
     whole chunks of it and goes on behind them; the result is that of an uninterrupted run.
 
     Args:
-        encoding: of a text file; the run's when None.
+        block: the part of the file to predict (a shard); all of it when None.
+        progress: show a bar.
 
     Returns:
         The number of rows that could not be predicted.
@@ -222,22 +224,71 @@ def predict_file(
     Raises:
         OutputError: nothing to resume, the rest belongs to another input, run or setting, or another process writes it.
     """
-    encoding = encoding or predictor.encoding
+    encoding = codecs.lookup(options.encoding or predictor.encoding).name
+    target = link_target(output)
+    part, note = (target.with_name(name) for name in unfinished_names(target.name))
     with alone_with_output(output.resolve(), str(output)):
-        rows = read_rows(path, predictor, labels, encoding)
-        return _predict_into(
-            predictor,
-            path,
-            rows,
-            link_target(output),
-            labels,
-            resume,
-            min_confidence,
-            top_k,
-            with_text,
-            progress,
-            codecs.lookup(encoding).name,
-        )
+        rows = read_rows(path, predictor, options.labels, encoding, block=block)
+        remove_leftovers(note.parent, note.name)
+        mine = {
+            "input": file_hash(path),
+            "shard": [block.first, block.rows] if block is not None else None,
+            "run": predictor.fingerprint(),
+            **asdict(options),
+            "labels": list(options.labels),
+            "encoding": encoding,
+        }
+        done = bad = 0
+        if resume:
+            done, bad = _resumable(part, note, mine, target)
+        else:
+            with writing(target):
+                part.unlink(missing_ok=True)
+            write_json(note, mine)
+        total = block.rows if block is not None else count_rows(path, encoding) if progress else None
+        shown = progress and (total is None or total > predictor.generation.batch_size)
+        lines = predict_lines(predictor, islice(rows, done, None), options)
+        with (
+            writing(target, "what is done is kept, go on with --resume"),
+            row_progress(total, "predict", shown) as advance,
+            part.open("ab") as file,
+        ):
+            if done:
+                advance(done)
+            chunk: list[str] = []
+            for line, answered in lines:
+                chunk.append(line)
+                bad += not answered
+                advance(1)
+                if len(chunk) == CHUNK_ROWS:
+                    _commit(file, chunk)
+            _commit(file, chunk)
+        with writing(target, "what is done is kept, go on with --resume"):
+            _put_in_place(part, target)
+        note.unlink(missing_ok=True)
+    return bad
+
+
+def _commit(file: IO[bytes], chunk: list[str]) -> None:
+    """Write the lines, and bring them to the disk."""
+    file.write("".join(chunk).encode())
+    file.flush()
+    os.fsync(file.fileno())
+    chunk.clear()
+
+
+def _put_in_place(part: Path, output: Path) -> None:
+    """The finished lines become the output, as they are or as csv."""
+    if not is_csv(output):
+        part.replace(output)
+        return
+    table = output.with_name(f".{output.name}.part.csv")
+    with part.open(encoding="utf-8") as lines, table.open("w", encoding="utf-8") as file:
+        file.writelines(csv_of(lines))
+        file.flush()
+        os.fsync(file.fileno())
+    table.replace(output)
+    part.unlink()
 
 
 def alone_with_output(output: Path, name: str) -> AbstractContextManager[None]:
@@ -254,71 +305,12 @@ def alone_with_output(output: Path, name: str) -> AbstractContextManager[None]:
     )
 
 
-def _predict_into(
-    predictor: Predictor,
-    path: Path,
-    source: Iterator[Row],
-    output: Path,
-    labels: Sequence[str],
-    resume: bool,
-    min_confidence: float | None,
-    top_k: int | None,
-    with_text: bool,
-    progress: Callable[[int], None] | None,
-    encoding: str,
-) -> int:
-    part, note = (output.with_name(name) for name in unfinished_names(output.name))
-    remove_leftovers(note.parent, note.name)
-    mine = {
-        "input": file_hash(path),
-        "run": predictor.fingerprint(),
-        "labels": list(labels),
-        "min_confidence": min_confidence,
-        "top_k": top_k,
-        "with_text": with_text,
-        "encoding": encoding,
-    }
-    done = bad = 0
-    if resume:
-        done, bad = _resumable(part, note, mine, output)
-    else:
-        with writing(output):
-            part.unlink(missing_ok=True)
-        write_json(note, mine)
-    if progress is not None and done:
-        progress(done)
-    rows = islice(source, done, None)
-    with writing(output, "what is done is kept, go on with --resume"):
-        with part.open("ab") as file:
-            for lines, faults in predict_lines(
-                predictor,
-                rows,
-                min_confidence=min_confidence,
-                top_k=top_k,
-                with_text=with_text,
-                on_rows=progress,
-            ):
-                bad += faults
-                file.write("".join(lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        if is_csv(output):
-            table = output.with_name(f".{output.name}.part.csv")
-            with part.open(encoding="utf-8") as done_lines, table.open("w", encoding="utf-8") as file:
-                file.writelines(csv_of(done_lines))
-                file.flush()
-                os.fsync(file.fileno())
-            table.replace(output)
-            part.unlink()
-        else:
-            part.replace(output)
-    note.unlink(missing_ok=True)
-    return bad
-
-
-def to_line(row: Prediction | BadRow, top_k: int | None = None, text: str | None = None) -> str:
+def to_line(row: Prediction | BadRow, options: PredictOptions = _DEFAULTS, text: str | None = None) -> str:
     """A row of the output, with the document it answers when that is given."""
-    values = row.to_dict(top_k) if isinstance(row, Prediction) else row.to_dict()
+    if isinstance(row, Prediction):
+        values = row.to_dict(options.top_k, options.min_confidence)
+    else:
+        values = row.to_dict()
     if text is not None:
         values["text"] = text
     line = json.dumps(values, ensure_ascii=False) + "\n"
@@ -333,8 +325,7 @@ def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tu
         theirs = dict(json.loads(note.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(f"{note} cannot be read: {error}; start without --resume to begin again") from error
-    theirs.setdefault("with_text", False)
-    theirs.setdefault("encoding", "utf-8")
+    theirs = {"with_text": False, "encoding": "utf-8", "shard": None, **theirs}  # of older versions
     if theirs != mine:
         differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
         raise OutputError(
@@ -369,7 +360,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 def used_encoding(given: str | None, of_run: str, name: str) -> str:
     """The encoding that text is read in: the one that is given, else that of the run's data, which is said unless it is UTF-8."""
     if given is None and of_run != "utf-8" and not name.lower().endswith((".parquet", ".xlsx")):
-        note(f"{name} is read as {of_run}, as the run's data was; --encoding names another")
+        say_once(f"{name} is read as {of_run}, as the run's data was; --encoding names another")
     return given or of_run
 
 

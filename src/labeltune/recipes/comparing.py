@@ -12,13 +12,13 @@ from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.evaluation.comparison_page import BARE, comparison_page
 from labeltune.evaluation.headline import headline
+from labeltune.progress import track
 from labeltune.recipes.evaluation import (
     RunDescription,
     describe_run,
     labelled_rows,
     opened,
     right_answer,
-    row_bar,
     what_rows_are,
 )
 from labeltune.run_folder import write_json, write_text
@@ -67,17 +67,13 @@ def compare(
     examples = [rows.example(i) for i in range(len(rows.dataset))]
     with opened(second, labels=about.labels) as predictor:
         if predictions is None:
-            with row_bar(len(examples), progress) as advance:
-                predictions = predictor.predict(examples, on_batch=advance)
+            predictions = list(track(predictor.stream(examples), len(examples), shown=progress))
         if str(first) == BASE:
-            with predictor.base_model(), row_bar(len(examples), progress) as advance:
-                answers_of_first = predictor.predict(examples, on_batch=advance)
+            with predictor.base_model():
+                answers_of_first = list(track(predictor.stream(examples), len(examples), shown=progress))
     for each in others:
-        with (
-            opened(first, labels=each.labels) as predictor,
-            row_bar(len(examples), progress) as advance,
-        ):
-            answers_of_first = predictor.predict(examples, on_batch=advance)
+        with opened(first, labels=each.labels) as predictor:
+            answers_of_first = list(track(predictor.stream(examples), len(examples), shown=progress))
     found = {
         "first": others[0].name if others else f"{about.name}{BARE}",
         "second": about.name,

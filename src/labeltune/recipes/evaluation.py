@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,12 +30,17 @@ from labeltune.evaluation.metrics import classification_metrics
 from labeltune.evaluation.report import report_page
 from labeltune.evaluation.slices import slices
 from labeltune.evaluation.spans import entity_dictionary, ner_metrics
+from labeltune.progress import track
+from labeltune.recipes.predicting import everywhere
 from labeltune.recipes.selection import rows_seen
 from labeltune.run_folder import RunInfo, write_json, write_text
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
     from labeltune.inference.predictor import Predictor
+
+#: Rows that a worker of Ray answers together.
+RAY_ROWS = 1024
 
 
 def evaluate(
@@ -90,15 +96,11 @@ def evaluate(
             predictor = stack.enter_context(opened(run, overrides, labels))
             predictor.change(**changes)
             stack.enter_context(predictor.base_model() if base else contextlib.nullcontext())
-            advance = stack.enter_context(row_bar(len(examples), progress))
-            predictions = predictor.predict(examples, on_batch=advance)
+            answers = predictor.stream(examples)
         elif predictions is None:
-            from labeltune.recipes.spreading import answer_spread
-
-            advance = stack.enter_context(row_bar(len(examples), progress))
-            predictions = answer_spread(
-                about_run.name, overrides, base, changes, examples, workers, address, advance
-            )
+            answers = _on_ray(about_run.name, tuple(overrides), base, changes, examples, workers, address)
+        if predictions is None:
+            predictions = list(track(answers, len(examples), shown=progress))
     used = {"decoding": about_run.generation.decoding}
     dictionary = None
     if train_data is not None and task == "ner":
@@ -297,24 +299,49 @@ def right_answer(example: Example) -> Any:
     return [entity.to_dict() for entity in example.entities]
 
 
-@contextlib.contextmanager
-def row_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar over rows on a terminal, a line every few seconds elsewhere."""
-    from labeltune.progress import row_progress
+def _on_ray(
+    run: str,
+    overrides: tuple[str, ...],
+    base: bool,
+    changes: dict[str, Any],
+    examples: Sequence[Example],
+    workers: int | None,
+    address: str | None,
+) -> Iterator[Prediction]:
+    """Predictions of checked examples, in order; equal to those of this process up to rounding."""
+    from labeltune.inference.ray_engine import Cluster, ray_workers
 
-    with row_progress(total, "predict", shown) as advance:
-        yield advance
+    load = partial(_changed, everywhere(run), overrides, changes)
+    found: dict[int, list[Prediction]] = {}
+    at = 0
+    blocks = [_Rows(first, examples[first : first + RAY_ROWS]) for first in range(0, len(examples), RAY_ROWS)]
+    with ray_workers(load, Cluster(workers, address)) as work:
+        for rows, answers in work(partial(_answers, base), blocks):
+            found[rows.first] = answers
+            while at in found:
+                yield from found[at]
+                at += len(found.pop(at))
 
 
-def predict(
-    run: str | os.PathLike[str],
-    texts: Iterable[str | Example],
-    labels: Sequence[str] | None = None,
-    progress: bool = False,
-) -> list[Prediction]:
-    """Load a run, answer some texts in order, and let go of the model. For more than one call use `load_predictor`."""
-    from labeltune.inference.load import load_predictor
+@dataclass(frozen=True)
+class _Rows:
+    """Neighbouring examples."""
 
-    rows = list(texts)
-    with load_predictor(run) as predictor, row_bar(len(rows), progress) as advance:
-        return predictor.predict(rows, labels, on_batch=advance)
+    first: int
+    examples: Sequence[Example]
+
+    def __str__(self) -> str:
+        return f"rows {self.first} to {self.first + len(self.examples) - 1}"
+
+
+def _changed(run: str, overrides: tuple[str, ...], changes: dict[str, Any]) -> Predictor:
+    """What a worker of Ray asks."""
+    predictor = predictor_of(run, overrides)
+    predictor.change(**changes)
+    return predictor
+
+
+def _answers(base: bool, load: Callable[[], Predictor], rows: _Rows) -> list[Prediction]:
+    predictor = load()
+    with predictor.base_model() if base else contextlib.nullcontext():
+        return list(predictor.stream(rows.examples))

@@ -16,8 +16,7 @@ from labeltune.export.merge import DTYPES, Dtype
 from labeltune.export.parity import Parity, check_parity, compare_answers
 from labeltune.export.push import check_repo, push_folder
 from labeltune.modeling.pocket import POCKET_MODELS
-from labeltune.progress import tell
-from labeltune.recipes.evaluation import row_bar
+from labeltune.progress import tell, track
 from labeltune.recipes.held_out import rows_to_verify, validation_metrics
 from labeltune.recipes.selection import SELECTION_FILE, TRAINING_FILE
 from labeltune.run_folder import RunInfo, public_name, write_json, write_text
@@ -231,11 +230,8 @@ def _answers(
 ) -> list[Prediction]:
     from labeltune.inference.load import load_predictor
 
-    with (
-        load_predictor(folder, precision=form, base_folder=base) as predictor,
-        row_bar(len(rows), progress) as advance,
-    ):
-        return predictor.predict(rows, on_batch=advance)
+    with load_predictor(folder, precision=form, base_folder=base) as predictor:
+        return list(track(predictor.stream(rows), len(rows), shown=progress))
 
 
 def _gguf(folder: Path, target: Path, form: Dtype, called: str, say: Say) -> dict[str, str]:

@@ -15,7 +15,7 @@ from labeltune.data.loading import Splits
 from labeltune.errors import Interrupted
 from labeltune.evaluation.headline import SELECTION, headline
 from labeltune.folder_lock import alone_with
-from labeltune.progress import begin, no_long_silence, row_progress, tell
+from labeltune.progress import begin, no_long_silence, tell, track
 from labeltune.ranks import is_sharded, rank
 from labeltune.recipes.data import without_too_long
 from labeltune.recipes.evaluation import all_metrics, write_evaluation
@@ -217,8 +217,10 @@ class Validate:
         # A terminal shows the bar over steps already, and cannot show two.
         alone = rank() == 0 and not sys.stderr.isatty()
         begin(f"predicting {len(self.rows)} validation rows")
-        with row_progress(len(self.rows), "validation", alone, last_line=False) as advance:
-            return headline(self.rows, self.predictor.predict(self.rows, on_batch=advance))
+        answers = track(
+            self.predictor.stream(self.rows), len(self.rows), "validation", alone, last_line=False
+        )
+        return headline(self.rows, list(answers))
 
 
 def _result_of(ended: Finished, output_dir: Path) -> TrainResult:

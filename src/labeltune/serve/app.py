@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 from fastapi import Body, FastAPI, Request
@@ -165,9 +164,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
 
 def _classified(prediction: Prediction, given: schemas.ClassifyRequest) -> schemas.Classified:
-    unsure = given.min_confidence is not None and prediction.ranking[0][1] < given.min_confidence
-    shown = replace(prediction, label=None) if unsure else prediction
-    return schemas.Classified.model_validate(shown.to_dict(given.top_k))
+    return schemas.Classified.model_validate(prediction.to_dict(given.top_k, given.min_confidence))
 
 
 def _extracted(prediction: Prediction, given: schemas.ExtractRequest) -> schemas.Extracted:
