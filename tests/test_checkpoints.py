@@ -19,15 +19,8 @@ from conftest import make_tokenizer
 from labeltune import recipes
 from labeltune.errors import DivergedError, ModelError, OutputError
 from labeltune.folder_lock import alone_with
-from labeltune.run_folder import (
-    MANIFEST_FILE,
-    RUN_FILE,
-    checkpoints,
-    damage,
-    file_hash,
-    find_checkpoint,
-    remove_half_checkpoints,
-)
+from labeltune.run_files import remove_half_checkpoints
+from labeltune.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage, file_hash, find_checkpoint
 from labeltune.training.checkpoints import Checkpoint, remove_old, write_manifest
 from labeltune.training.resuming import LogSums
 from labeltune.training.trainer import LabelTrainer
@@ -134,6 +127,7 @@ def test_what_is_replaced_is_kept_until_the_new_one_is_whole(tmp_path: Path) -> 
     write_manifest(folder)  # killed before the old one was deleted
     remove_half_checkpoints(tmp_path)
     assert (folder / RUN_FILE).read_text() == "new" and [p.name for p in tmp_path.iterdir()] == [folder.name]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([RUN_FILE, MANIFEST_FILE])
     # Folders of others are left alone, whatever they are called.
     (tmp_path / "checkpoint-9").mkdir()
     remove_half_checkpoints(tmp_path)

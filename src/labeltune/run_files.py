@@ -1,14 +1,26 @@
-"""What loading a run reads, so that no command writes over it."""
+"""What loading a run reads, so that no command writes over it; what a killed training left of its checkpoints."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from labeltune.config import RunConfig
 from labeltune.output_paths import check_folder, is_hub_name, local_path
-from labeltune.run_folder import MANIFEST_FILE, RUN_FILE, RunInfo, checkpoints, find_checkpoint
+from labeltune.run_folder import (
+    MANIFEST_FILE,
+    RUN_FILE,
+    RunInfo,
+    checkpoint_folders,
+    checkpoints,
+    find_checkpoint,
+)
+
+#: Stands in a checkpoint's folder from its first file until its manifest is there.
+UNFINISHED_FILE = ".unfinished"
+
 
 #: What an evaluation writes into its folder.
 EVALUATION_FILES = ("metrics.json", "predictions.jsonl", "report.html")
@@ -65,3 +77,32 @@ def check_inputs_kept(config: RunConfig, path: str | None, overwrite: bool) -> N
             if removed.exists():
                 check_folder(removed, read, replaced=True)
     check_folder(folder / "validation", read, EVALUATION_FILES)
+
+
+def replaced(checkpoint: Path) -> Path:
+    """Where an earlier checkpoint of the same name is kept until the new one is whole."""
+    return checkpoint.with_name(f".{checkpoint.name}.replaced")
+
+
+def _half_written(checkpoint: Path) -> bool:
+    return (checkpoint / UNFINISHED_FILE).exists() and not (checkpoint / MANIFEST_FILE).exists()
+
+
+def remove_half_checkpoints(output_dir: Path) -> None:
+    """Delete the checkpoint that a killed run was writing, and bring back what it was to replace.
+
+    Only for who holds the run's lock.
+    """
+    for folder in checkpoint_folders(output_dir):
+        if _half_written(folder):
+            shutil.rmtree(folder)
+        else:
+            (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+    for kept in output_dir.glob(".checkpoint-*.replaced"):
+        folder = kept.with_name(kept.name.removeprefix(".").removesuffix(".replaced"))
+        if folder.exists():
+            shutil.rmtree(kept)
+        else:
+            kept.rename(folder)
+    # labeltune 0.1.0 wrote its checkpoints there.
+    shutil.rmtree(output_dir / ".saving", ignore_errors=True)

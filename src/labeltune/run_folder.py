@@ -35,8 +35,6 @@ from labeltune.untrusted import PICKLES, may_run_code
 RUN_FILE = "labeltune.json"
 #: SHA-256 of every file of a checkpoint as it was saved.
 MANIFEST_FILE = "manifest.json"
-#: Stands in a checkpoint's folder from its first file until its manifest is there.
-UNFINISHED_FILE = ".unfinished"
 _FORMAT = 1
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
@@ -157,37 +155,11 @@ def public_name(spec: str) -> str:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints of an output folder, by step: those that have a manifest, which is written last."""
-    needed = (RUN_FILE, MANIFEST_FILE)
-    return [
-        path for path in _checkpoint_folders(output_dir) if all((path / name).is_file() for name in needed)
-    ]
+    folders = checkpoint_folders(output_dir)
+    return [path for path in folders if (path / MANIFEST_FILE).is_file() and (path / RUN_FILE).is_file()]
 
 
-def replaced(checkpoint: Path) -> Path:
-    """Where an earlier checkpoint of the same name is kept until the new one is whole."""
-    return checkpoint.with_name(f".{checkpoint.name}.replaced")
-
-
-def _half_written(checkpoint: Path) -> bool:
-    return (checkpoint / UNFINISHED_FILE).exists() and not (checkpoint / MANIFEST_FILE).exists()
-
-
-def remove_half_checkpoints(output_dir: Path) -> None:
-    """Delete the checkpoint that a killed run was writing, and bring back what it was to replace."""
-    for folder in _checkpoint_folders(output_dir):
-        if _half_written(folder):
-            shutil.rmtree(folder)
-    for kept in output_dir.glob(".checkpoint-*.replaced"):
-        folder = kept.with_name(kept.name.removeprefix(".").removesuffix(".replaced"))
-        if folder.exists():
-            shutil.rmtree(kept)
-        else:
-            kept.rename(folder)
-    # labeltune 0.1.0 wrote its checkpoints there.
-    shutil.rmtree(output_dir / ".saving", ignore_errors=True)
-
-
-def _checkpoint_folders(output_dir: Path) -> list[Path]:
+def checkpoint_folders(output_dir: Path) -> list[Path]:
     """Everything called checkpoint-N, by N."""
     found = []
     if output_dir.is_dir():
@@ -271,9 +243,7 @@ def check_output(
             raise ModelError(
                 f"nothing to resume: {folder} holds no complete checkpoint; start without --resume"
             )
-        for checkpoint in reversed(_checkpoint_folders(folder)):
-            if _half_written(checkpoint):
-                continue
+        for checkpoint in reversed(checkpoint_folders(folder)):
             reason = damage(checkpoint)
             if reason is None:
                 return checkpoint

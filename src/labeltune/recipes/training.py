@@ -34,7 +34,8 @@ from labeltune.recipes.rows import (
     warn_of_rows,
 )
 from labeltune.recipes.selection import TRAINING_FILE, hashes_file, save_selection
-from labeltune.run_folder import check_output, remove_checkpoints, remove_half_checkpoints, remove_leftovers
+from labeltune.run_files import remove_half_checkpoints
+from labeltune.run_folder import check_output, remove_checkpoints, remove_leftovers
 from labeltune.training.record import (
     FINISHED_FILE,
     RECORD_FILE,
@@ -100,10 +101,11 @@ def train(
 def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None) -> TrainResult:
     started = time.monotonic()
     check_tracker(config)
+    if rank() == 0:
+        remove_half_checkpoints(Path(config.output_dir))
     resume_from = check_output(config, resume, overwrite, say)
     if rank() == 0:
         remove_leftovers(Path(config.output_dir))
-        remove_half_checkpoints(Path(config.output_dir))
     loaded = read_rows(config, say)
     if resume_from is not None:
         check_unchanged(resume_from, config, loaded, summarize(config, loaded))

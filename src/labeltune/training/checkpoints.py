@@ -14,14 +14,12 @@ from transformers import TrainerCallback
 from labeltune.errors import OutputError
 from labeltune.output_paths import obey_umask
 from labeltune.ranks import reduced
+from labeltune.run_files import UNFINISHED_FILE, remove_half_checkpoints, replaced
 from labeltune.run_folder import (
     MANIFEST_FILE,
-    UNFINISHED_FILE,
     RunInfo,
     checkpoints,
     file_hash,
-    remove_half_checkpoints,
-    replaced,
     why_not_written,
     write_bytes,
     write_json,
