@@ -3,7 +3,7 @@
 Without arguments: the newest checkpoint in ./output/Qwen2 reads a built-in document on aerospace engineering.
 """
 
-from labeltune.cli.original import predict_main
+from labeltune.commands.original import predict_main
 
 if __name__ == "__main__":
     predict_main()

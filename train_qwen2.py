@@ -3,7 +3,7 @@
 Reads train.jsonl in the working folder (fetch it with `labeltune data download fudan`), writes ./output/Qwen2.
 """
 
-from labeltune.cli.original import train_main
+from labeltune.commands.original import train_main
 
 if __name__ == "__main__":
     train_main("classification")

@@ -4,7 +4,7 @@ Reads ccfbdci.jsonl in the working folder (fetch it with `labeltune data downloa
 writes ./output/Qwen2-NER.
 """
 
-from labeltune.cli.original import train_main
+from labeltune.commands.original import train_main
 
 if __name__ == "__main__":
     train_main("ner")

@@ -84,8 +84,8 @@ def run_variant(given: argparse.Namespace) -> dict[str, Any]:
     from labeltune.inference.generation import generate_answers
     from labeltune.inference.load import load_predictor
     from labeltune.inference.scoring import Question, score_one_by_one
-    from labeltune.tasks import make_task
-    from labeltune.tasks.builder import PromptBuilder
+    from labeltune.prompts import make_task
+    from labeltune.prompts.builder import PromptBuilder
 
     # As `labeltune predict` loads it; the original leaves its adapter beside the weights.
     predictor = load_predictor(given.model, device=given.device, merge=given.variant == "labeltune")

@@ -76,10 +76,10 @@ def stages(rows_file: Path, tokenizer_folder: Path, workers: int, until: str) ->
     from labeltune.config import build_config
     from labeltune.data.audit import add_duplicates
     from labeltune.data.loading import load_rows, stratified_split
-    from labeltune.modeling.hub import load_tokenizer
+    from labeltune.models.hub import load_tokenizer
+    from labeltune.prompts import make_task
+    from labeltune.prompts.builder import PromptBuilder
     from labeltune.prompts.template import ChatTemplate
-    from labeltune.tasks import make_task
-    from labeltune.tasks.builder import PromptBuilder
     from labeltune.training.dataset import tokenize_rows
 
     data = {"train": str(rows_file), "workers": workers}
@@ -195,13 +195,13 @@ def cost_table(found: list[dict[str, Any]]) -> str:
 
 def predict(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """A record an engine."""
-    from labeltune import recipes
+    import labeltune
     from labeltune.config import build_config
 
     made_up.make_model(folder / "model")
     few = made_up.write_rows(folder / "few.jsonl", 64)
     values = made_up.run_config(folder / "model", few, folder / "run", max_steps=1)
-    run = recipes.train(build_config(values), say=lambda _: None).best
+    run = labeltune.train(build_config(values), say=lambda _: None).best
     file = made_up.write_rows(folder / "rows.jsonl", given.rows, 3, 6)
     command = ["-m", "labeltune", "predict", str(run), str(file), "-o"]
     found = []
@@ -249,7 +249,7 @@ def predict_table(found: list[dict[str, Any]]) -> str:
 
 def steps() -> list[dict[str, Any]]:
     """A record for a number of rows and processes: seconds to cut one step of rows of about 90 tokens, the median of three."""
-    from labeltune.training.planner import Row, plan_step
+    from labeltune.training.planner import Row, pack_step
 
     generator, prefix, found = random.Random(0), tuple(range(3, 35)), []
     for count, processes in STEPS:
@@ -261,7 +261,7 @@ def steps() -> list[dict[str, Any]]:
         times = []
         for _ in range(3):
             started = time.perf_counter()
-            plan_step(rows, 2048, "shared_prefix", processes)
+            pack_step(rows, 2048, "shared_prefix", processes)
             times.append(time.perf_counter() - started)
         seconds = statistics.median(times)
         found.append(

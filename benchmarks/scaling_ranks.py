@@ -23,7 +23,7 @@ from speed_data import read_tokenizer, run_config, tokenized_rows
 
 from labeltune.training.balance import PAIRS_PER_TOKEN, pairs
 from labeltune.training.collate import to_rows
-from labeltune.training.planner import Row, plan_step
+from labeltune.training.planner import Row, pack_step
 
 BATCHES = (16, 64)
 WORLDS = (2, 4, 8)
@@ -34,14 +34,14 @@ def balance(records: list[dict[str, Any]], batch: int, processes: int) -> dict[s
     steps = [to_rows(records[at : at + batch]) for at in range(0, len(records) - batch + 1, batch)]
     largest = mean = tokens = alone = 0.0
     started = time.perf_counter()
-    plans = [plan_step(step, 2048, "shared_prefix", processes) for step in steps]
+    plans = [pack_step(step, 2048, "shared_prefix", processes) for step in steps]
     seconds = time.perf_counter() - started
     for step, shares in zip(steps, plans, strict=True):
         loads = [sum(work(step, pack.groups) for pack in share) for share in shares]
         largest += max(loads)
         mean += sum(loads) / processes
         tokens += sum(pack.tokens(step) for share in shares for pack in share)
-        alone += sum(pack.tokens(step) for pack in plan_step(step, 2048)[0])
+        alone += sum(pack.tokens(step) for pack in pack_step(step, 2048)[0])
     return {
         "batch_size": batch,
         "processes": processes,
@@ -68,9 +68,9 @@ def train(path: str) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-    from labeltune.modeling.lora import attach_adapter
-    from labeltune.modeling.precision import pick_precision
-    from labeltune.ranks import connect
+    from labeltune.distributed import connect
+    from labeltune.models.lora import attach_adapter
+    from labeltune.models.precision import pick_precision
     from labeltune.training.preflight import prepare_steps, training_arguments
     from labeltune.training.trainer import LabelTrainer
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from labeltune.config import RunConfig, build_config
 from labeltune.data.loading import load_splits
-from labeltune.modeling.hub import load_tokenizer, resolve_model
+from labeltune.models.hub import load_tokenizer, resolve_model
+from labeltune.prompts import make_task
+from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate
-from labeltune.tasks import make_task
-from labeltune.tasks.builder import PromptBuilder
 from labeltune.types import Example
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labeltune.cli.quiet import quiet_libraries
+import labeltune
+from labeltune.commands.quiet import quiet_libraries
 from labeltune.config import RunConfig, load_config
 from labeltune.errors import ConfigError, LabeltuneError
 
@@ -73,7 +74,7 @@ def accept_license(demo: str, accepted: str | None) -> str | None:
 
 def run_task(name: str, license_name: str | None) -> Outcome:
     """Check, fine-tune, measure, compare. The model is loaded once after training, and asked once about each test row."""
-    from labeltune import load_predictor, recipes
+    from labeltune import load_predictor
 
     run = OUTPUT / name.replace("_", "-")
     report = Path(f"{run}-report")
@@ -87,14 +88,14 @@ def run_task(name: str, license_name: str | None) -> Outcome:
     say(name, "checking the data")
     examples = check(config)
     say(name, "fine-tuning")
-    result = recipes.train(config, overwrite=True)
+    result = labeltune.train(config, overwrite=True)
     with load_predictor(result.best) as predictor:
         say(name, f"the tuned model answers {len(examples)} test rows")
         predictions = predictor.predict(examples)
         common = {"train_data": config.data.train} if config.task == "ner" else {}
-        after = recipes.evaluate(predictor, test, output=report, predictions=predictions, **common)
+        after = labeltune.evaluate(predictor, test, output=report, predictions=predictions, **common)
         say(name, "the untuned model answers them")
-        comparison = recipes.compare("base", predictor, test, output=report, predictions=predictions)
+        comparison = labeltune.compare("base", predictor, test, output=report, predictions=predictions)
     some = range(0, len(examples), len(examples) // SHOWN)[:SHOWN]
     shown = [(examples[i].text, predictions[i].label or predictions[i].answer) for i in some]
     return Outcome(config.task, after, comparison, run, report, time.monotonic() - started, shown)
@@ -102,9 +103,9 @@ def run_task(name: str, license_name: str | None) -> Outcome:
 
 def check(config: RunConfig) -> list[Any]:
     """`labeltune data check` on train and test rows; gives the test rows."""
-    from labeltune import recipes
+    import labeltune
 
-    checked = recipes.check_data(config, config.data.train, config.data.test)
+    checked = labeltune.check_data(config, config.data.train, config.data.test)
     for rows in checked:
         audit = rows.audit
         print(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from labeltune import recipes
+import labeltune
 from labeltune.config import load_config
 from labeltune.training import checkpoints
 
@@ -44,4 +44,4 @@ def torn(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
 checkpoints.after = after
 torch.save = torn
 torch.set_num_threads(1)
-recipes.train(load_config(path), resume="--resume" in rest)
+labeltune.train(load_config(path), resume="--resume" in rest)

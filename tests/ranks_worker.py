@@ -18,10 +18,10 @@ import typer
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from labeltune import recipes
-from labeltune.cli.main import run_app
+import labeltune
+from labeltune.commands.main import run_app
 from labeltune.config import load_config
-from labeltune.ranks import is_sharded
+from labeltune.distributed import is_sharded
 from labeltune.training.trainer import LabelTrainer
 
 torch.set_num_threads(1)
@@ -49,7 +49,7 @@ LabelTrainer.training_step = watched_step
 
 def train() -> None:
     """The command's own way, errors included."""
-    recipes.train(load_config(job["config"]), resume=job["resume"])
+    labeltune.train(load_config(job["config"]), resume=job["resume"])
 
 
 for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):

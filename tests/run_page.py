@@ -43,7 +43,7 @@ def run(command: str) -> None:
         return
     assert words[0] == "labeltune", command
     sys.argv = words
-    from labeltune.cli import main
+    from labeltune.commands import main
 
     main.run()
 

@@ -16,7 +16,7 @@ import httpx
 
 from conftest import LABELS, classification_rows, make_tokenizer, write_jsonl
 from labeltune.config import build_config
-from labeltune.run_folder import RunInfo
+from labeltune.io.run_folder import RunInfo
 
 NER_LABELS = ("地点", "地理实体")
 
@@ -28,7 +28,7 @@ def make_run(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from labeltune.modeling.lora import attach_adapter
+    from labeltune.models.lora import attach_adapter
 
     config = build_config(
         {

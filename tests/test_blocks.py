@@ -31,10 +31,10 @@ from labeltune.data.records import Record, bounded_lines
 from labeltune.data.sources import iter_records
 from labeltune.data.uris import Place
 from labeltune.errors import DataError
-from labeltune.processes import mapped, worker_count
+from labeltune.io.processes import mapped, worker_count
+from labeltune.prompts import make_task
+from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate
-from labeltune.tasks import make_task
-from labeltune.tasks.builder import PromptBuilder
 from labeltune.training import dataset as tokens
 
 PIECES = [
@@ -284,7 +284,7 @@ def test_processes_end_with_a_killed_parent() -> None:
     script = "\n".join(
         [
             "import os, time",
-            "from labeltune.processes import mapped",
+            "from labeltune.io.processes import mapped",
             "def work(n):",
             "    os.write(1, f'{os.getpid()}\\n'.encode())",
             "    time.sleep(60)",

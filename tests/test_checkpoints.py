@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+import labeltune
 from conftest import make_tokenizer
-from labeltune import recipes
 from labeltune.errors import DivergedError, ModelError, OutputError
-from labeltune.folder_lock import alone_with
-from labeltune.run_files import remove_half_checkpoints
-from labeltune.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage, file_hash, find_checkpoint
+from labeltune.io.lock import alone_with
+from labeltune.io.run_files import remove_half_checkpoints
+from labeltune.io.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage, file_hash, find_checkpoint
 from labeltune.training.checkpoints import Checkpoint, remove_old, write_manifest
 from labeltune.training.resuming import LogSums
 from labeltune.training.trainer import LabelTrainer
@@ -47,7 +47,7 @@ def test_killed_while_saving_nothing_is_lost_and_nothing_half_is_picked(
     torch.set_num_threads(1)
     config = config_for(in_folder, model_folder, max_steps=6, save_steps=1, save_total_limit=1)
     config = config.model_copy(update={"data": config.data.model_copy(update={"validation_fraction": 0.0})})
-    whole = recipes.train(config.model_copy(update={"output_dir": str(in_folder / "whole")}))
+    whole = labeltune.train(config.model_copy(update={"output_dir": str(in_folder / "whole")}))
     path = in_folder / "run.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
     folder, rest, before = Path(config.output_dir), (), 0
@@ -83,7 +83,7 @@ def test_killed_while_saving_nothing_is_lost_and_nothing_half_is_picked(
 def test_a_damaged_checkpoint_is_passed_over(in_folder: Path, model_folder: Path) -> None:
     torch.set_num_threads(1)
     config = config_for(in_folder, model_folder, max_steps=4, save_steps=1, save_total_limit=9)
-    last = recipes.train(config).last
+    last = labeltune.train(config).last
     expected = adapter_weights(last)
     listed = json.loads((last / MANIFEST_FILE).read_text(encoding="utf-8"))
     assert listed["adapter_model.safetensors"] == file_hash(last / "adapter_model.safetensors")
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_passed_over(in_folder: Path, model_folder: Path
         content[len(content) // 2] ^= 1
         (folder / file).write_bytes(content)
     said: list[str] = []
-    assert recipes.train(config, resume=True, say=said.append).last == last
+    assert labeltune.train(config, resume=True, say=said.append).last == last
     warnings = [line for line in said if line.startswith("warning")]
     assert (
         len(warnings) == 2
@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_passed_over(in_folder: Path, model_folder: Path
     for folder in checkpoints(last.parent):
         (folder / "scheduler.pt").unlink()
     with pytest.raises(ModelError, match=r"every checkpoint in .* is damaged"):
-        recipes.train(config, resume=True)
+        labeltune.train(config, resume=True)
     (last / MANIFEST_FILE).write_text("[")
     assert "cannot be read" in str(damage(last))
 
@@ -174,13 +174,13 @@ def test_a_disk_that_is_full_leaves_the_last_good_checkpoint(
     with pytest.raises(
         OutputError, match=r"checkpoint-3 cannot be written: .*checkpoint-2 is untouched"
     ) as raised:
-        recipes.train(config)
+        labeltune.train(config)
     assert raised.value.exit_code == 2 and calls
     folder = Path(config.output_dir)
     assert [found.name for found in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
     assert not list(folder.glob("checkpoint-3*"))
     monkeypatch.setattr(torch, "save", save)
-    assert recipes.train(config, resume=True).steps == 4
+    assert labeltune.train(config, resume=True).steps == 4
 
 
 def test_another_error_while_saving_is_not_called_a_full_disk(
@@ -191,7 +191,7 @@ def test_another_error_while_saving_is_not_called_a_full_disk(
 
     monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(RuntimeError, match="something else"):
-        recipes.train(config_for(in_folder, model_folder, max_steps=1))
+        labeltune.train(config_for(in_folder, model_folder, max_steps=1))
 
 
 def test_a_second_training_into_the_same_folder_is_refused(in_folder: Path, model_folder: Path) -> None:
@@ -201,16 +201,16 @@ def test_a_second_training_into_the_same_folder_is_refused(in_folder: Path, mode
     def meanwhile(_: str) -> None:
         if not seen:
             with pytest.raises(OutputError) as raised:
-                recipes.train(config, overwrite=True)
+                labeltune.train(config, overwrite=True)
             seen.append(str(raised.value))
 
-    recipes.train(config, say=meanwhile)
+    labeltune.train(config, say=meanwhile)
     assert f"process {os.getpid()}" in seen[0] and "another training writes into" in seen[0]
-    assert recipes.train(config, overwrite=True).steps == 1
+    assert labeltune.train(config, overwrite=True).steps == 1
 
 
 def test_a_dead_process_holds_no_lock(in_folder: Path) -> None:
-    code = "import os\nfrom pathlib import Path\nfrom labeltune.folder_lock import alone_with\n"
+    code = "import os\nfrom pathlib import Path\nfrom labeltune.io.lock import alone_with\n"
     code += "with alone_with(Path('x/.lock'), 'busy', 'wait'):\n    os._exit(3)\n"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 3
     with (
@@ -243,7 +243,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run(
     with pytest.raises(
         DivergedError, match=rf"diverged at step 3: the {what}.*checkpoint-2 is the last good"
     ) as raised:
-        recipes.train(config)
+        labeltune.train(config)
     assert raised.value.exit_code == 2
     lines = (in_folder / "classification.jsonl").read_text(encoding="utf-8").splitlines()
     named = [int(n) for n in re.findall(r"classification\.jsonl:(\d+)", str(raised.value))]
@@ -255,13 +255,13 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run(
     assert [found.name for found in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
     assert all(tensor.isfinite().all() for tensor in adapter_weights(folder / "checkpoint-2").values())
     monkeypatch.setattr(LabelTrainer, "sum_over_packs", real)
-    assert recipes.train(config, resume=True).steps == 4
+    assert labeltune.train(config, resume=True).steps == 4
 
 
 def test_a_learning_rate_that_diverges_is_reported_as_such(in_folder: Path, model_folder: Path) -> None:
     config = config_for(in_folder, model_folder, epochs=8, learning_rate=1e30, scheduler="constant")
     with pytest.raises(DivergedError, match=r"Lower training\.learning_rate \(it is 1e\+30\)"):
-        recipes.train(config)
+        labeltune.train(config)
 
 
 def test_a_run_folder_that_is_not_there_is_answered_with_those_near_it(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from conftest import LABELS, classification_rows, ner_rows, write_jsonl
-from labeltune.cli import main, original
+from labeltune.commands import main, original
 from labeltune.config import load_config
 from labeltune.data.sources import iter_records
 from test_sources import fake_hub
@@ -97,7 +97,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     code = f"""
 import contextlib, io, sys
 sys.argv = ["labeltune"]
-from labeltune.cli.main import app
+from labeltune.commands.main import app
 for command in {COMMANDS!r}:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
@@ -605,10 +605,10 @@ def test_keys(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from labeltune import recipes
+    import labeltune
 
     seen: list[Any] = []
-    monkeypatch.setattr(recipes, "train", lambda config, **_: seen.append(config))
+    monkeypatch.setattr("labeltune.train", lambda config, **_: seen.append(config))
     (in_folder / "意图").mkdir()
     write_jsonl(in_folder / "意图" / "客服 rows.v2.jsonl", classification_rows(3))
     write_jsonl(in_folder / "people.jsonl", ner_rows(3))
@@ -650,7 +650,7 @@ def test_doctor_does_not_wait_for_a_network(labeltune: Any, monkeypatch: pytest.
     import socket
     import time
 
-    from labeltune.cli import doctor
+    from labeltune.commands import doctor
 
     monkeypatch.setattr(doctor, "PATIENCE", 0.2)
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(30))
@@ -667,7 +667,7 @@ def test_doctor_does_not_wait_for_a_network(labeltune: Any, monkeypatch: pytest.
 def test_doctor_loads_no_library_that_it_can_ask_without(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['labeltune', 'doctor']\n"
-        "from labeltune.cli.main import run\n"
+        "from labeltune.commands.main import run\n"
         "try: run()\n"
         "finally: print([n for n in ('transformers', 'peft', 'datasets', 'modelscope') if n in sys.modules], file=sys.stderr)"
     )
@@ -747,10 +747,10 @@ def test_the_original_settings() -> None:
 def test_the_task_is_guessed_before_other_changes_are_looked_at(
     labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from labeltune import recipes
+    import labeltune
 
     seen: list[Any] = []
-    monkeypatch.setattr(recipes, "train", lambda config, **_: seen.append(config))
+    monkeypatch.setattr("labeltune.train", lambda config, **_: seen.append(config))
     write_jsonl(in_folder / "ner.jsonl", ner_rows(3))
     found = labeltune("train", "--data", "ner.jsonl", "eval.metric=span_f1", "data.encoding=gbk")
     assert found.code == 0 and "task=ner (by its columns)" in found.err
@@ -779,12 +779,12 @@ def test_ctrl_c_outside_the_steps_is_said(
         raise KeyboardInterrupt
 
     write_jsonl(in_folder / "rows.jsonl", classification_rows(6))
-    monkeypatch.setattr("labeltune.recipes.preparing.load_splits", interrupted)
+    monkeypatch.setattr("labeltune.commands.preparing.load_splits", interrupted)
     stopped = labeltune("train", "--data", "rows.jsonl", "--model", str(model_folder))
     assert stopped.code == 130
     assert stopped.err.splitlines()[-1] == (
         "stopped outside the training steps; checkpoints saved before are kept"
     )
-    monkeypatch.setattr("labeltune.recipes.check_data", interrupted)
+    monkeypatch.setattr("labeltune.labeltune.check_data", interrupted)
     stopped = labeltune("data", "check", "rows.jsonl")
     assert (stopped.code, stopped.err.splitlines()[-1]) == (130, "interrupted")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from labeltune.cli.original import original_config
+from labeltune.commands.original import original_config
 from labeltune.config import (
     CLASSIFICATION_SYSTEM,
     NER_SYSTEM,

@@ -14,9 +14,9 @@ from typing import Any
 import numpy
 import pytest
 
+import labeltune
 import test_cli
 from conftest import LABELS, classification_rows, make_tokenizer, ner_rows, write_jsonl
-from labeltune import recipes
 from labeltune.config import RunConfig, TrainingConfig, build_config
 from labeltune.data import label_issues, near_duplicates
 from labeltune.data.label_issues import find_label_issues
@@ -24,12 +24,12 @@ from labeltune.data.loading import Rows, load_rows
 from labeltune.data.near_duplicates import THRESHOLD, find_near_duplicates, jaccard, ngrams, share_of
 from labeltune.evaluation.data_page import data_page
 from labeltune.evaluation.data_report import make_report
-from labeltune.modeling.text_vectors import text_vectors
+from labeltune.models.text_vectors import text_vectors
+from labeltune.prompts import make_task
+from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate
-from labeltune.tasks import make_task
-from labeltune.tasks.builder import PromptBuilder
 from labeltune.training.dataset import tokenize_rows
-from labeltune.training.planner import Row, plan_step, step_order
+from labeltune.training.planner import Row, pack_step, step_order
 from labeltune.training.token_figures import token_figures
 
 #: The fixture that runs a command in this process.
@@ -75,7 +75,7 @@ def test_planted_faults_are_all_found(
     copies = [relabel(rows[i]) for i in again[:25]] + [rows[i] for i in again[25:]]
     planted = [{**row, "text": ""} if i in emptied else row for i, row in enumerate(rows)] + copies
     path = write_jsonl(tmp_path / "planted.jsonl", planted)
-    (checked,) = recipes.check_data(build_config({"task": name}), str(path))
+    (checked,) = labeltune.check_data(build_config({"task": name}), str(path))
 
     def places(kind: str) -> list[str]:
         return sorted(fault.where for fault in checked.audit.faults if fault.kind == kind)
@@ -356,7 +356,7 @@ def test_the_token_account_adds_up(layout: str, cache: Path) -> None:
         for numbers in step_order(20, 8, options.seed, 0)
     ]
     for way in ("shared_prefix", "packed", "padded"):
-        computed = sum(p.tokens(step, way) for step in steps for p in plan_step(step, 600, way)[0])  # type: ignore[arg-type]
+        computed = sum(p.tokens(step, way) for step in steps for p in pack_step(step, 600, way)[0])  # type: ignore[arg-type]
         assert figures.computed[way] == computed
     assert figures.computed["packed"] == sum(len(row.ids) for step in steps for row in step)
     assert figures.speed_up > 1.1
@@ -408,7 +408,7 @@ def test_texts_and_labels_are_escaped(cache: Path) -> None:
     path = write_jsonl(
         cache / "<b>rows&.jsonl", [*rows, rows[0], {"text": evil, "output": f"{evil}2", "category": [evil]}]
     )
-    checked = recipes.check_data(config, str(path))
+    checked = labeltune.check_data(config, str(path))
     page = data_page(make_report(checked, config, make_tokenizer()))
     assert evil not in page and page.count("<script") == 1 and "<b>" not in page
     assert page.count("&lt;script&gt;") > 10 and "&lt;b&gt;rows&amp;.jsonl" in page
@@ -512,7 +512,7 @@ def test_a_plain_check_loads_nothing_of_the_report(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", classification_rows(6))
     code = (
         "import sys; sys.argv = ['labeltune', 'data', 'check', 'rows.jsonl']\n"
-        "from labeltune.cli.main import app\n"
+        "from labeltune.commands.main import app\n"
         "try: app()\n"
         "except SystemExit: pass\n"
         "found = ('datasketch', 'cleanlab', 'sklearn', 'labeltune.evaluation.data_report')\n"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from labeltune import recipes
+import labeltune
 from labeltune.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +95,7 @@ def test_entities_stand_where_they_say(language: str, split: str) -> None:
 def test_the_check_finds_nothing(name: str) -> None:
     config = load_config(ROOT / "examples" / f"{name}.yaml")
     assert config.data.test is not None
-    for checked in recipes.check_data(config, str(ROOT / config.data.train), str(ROOT / config.data.test)):
+    for checked in labeltune.check_data(config, str(ROOT / config.data.train), str(ROOT / config.data.test)):
         assert not checked.audit.counts
 
 
@@ -116,7 +116,7 @@ def test_the_starter_measures_on_other_rows(task: str) -> None:
             for entity in row["entities"]:
                 assert row["text"][entity["start_idx"] : entity["end_idx"]] == entity["entity_text"]
     files = [str(STARTER / f"{name}.jsonl") for name in (task, f"{task}_test")]
-    for checked in recipes.check_data(config, *files):
+    for checked in labeltune.check_data(config, *files):
         assert checked.audit.counts == {}
 
 

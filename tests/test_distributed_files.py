@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from labeltune.config import build_config
-from labeltune.modeling.precision import Precision
+from labeltune.models.precision import Precision
 from labeltune.training.preflight import training_arguments
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "distributed"

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+import labeltune
 from conftest import LABELS, classification_rows, make_model, make_tokenizer, ner_rows, write_jsonl
-from labeltune import load_predictor, recipes
+from labeltune import load_predictor
+from labeltune.commands import exporting
 from labeltune.config import build_config
 from labeltune.errors import ConfigError, DataError, ModelError, OutputError, ParityError
 from labeltune.export.merge import stored_dtype, whole_model
 from labeltune.export.parity import check_parity, compare_answers
-from labeltune.recipes import exporting
-from labeltune.run_folder import RunInfo
+from labeltune.io.run_folder import RunInfo
 from labeltune.types import Entity, Example, Prediction
 from test_training import config_for
 
@@ -45,13 +46,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[s
                 "output_dir": str(folder / "out"),
             }
         )
-        recipes.train(config, say=lambda _: None)
+        labeltune.train(config, say=lambda _: None)
         found[kind] = folder / "out"
     return found
 
 
 def quiet_export(run: Path, output: Path, **options: Any) -> exporting.Exported:
-    return recipes.export(run, output, say=lambda _: None, progress=False, **options)
+    return labeltune.export(run, output, say=lambda _: None, progress=False, **options)
 
 
 def shown(folder: Path) -> list[str]:
@@ -184,7 +185,7 @@ def test_the_gate_counts_labels_and_entities() -> None:
 def test_without_rows_the_gate_says_that_it_is_open(runs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree((runs["classification"] / "best").resolve(), tmp_path / "alone")
     said: list[str] = []
-    done = recipes.export(tmp_path / "alone", tmp_path / "out", say=said.append, progress=False)
+    done = labeltune.export(tmp_path / "alone", tmp_path / "out", say=said.append, progress=False)
     assert done.parity is None and any("nothing is verified" in line for line in said)
     assert "was not compared" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     quiet = quiet_export(runs["classification"], tmp_path / "out2", verify=False)
@@ -257,7 +258,7 @@ def test_errors_are_one_message(runs: dict[str, Path], tmp_path: Path) -> None:
 
 def test_a_run_of_all_weights(model_folder: Path, tmp_path: Path) -> None:
     config = config_for(tmp_path, model_folder, max_steps=2, method="full")
-    recipes.train(config, say=lambda _: None)
+    labeltune.train(config, say=lambda _: None)
     with pytest.raises(ConfigError, match="--merged"):
         quiet_export(tmp_path / "out", tmp_path / "exported")
     done = quiet_export(tmp_path / "out", tmp_path / "exported", merged=True)
@@ -267,7 +268,7 @@ def test_a_run_of_all_weights(model_folder: Path, tmp_path: Path) -> None:
 def test_the_card_says_what_is_known(runs: dict[str, Path], tmp_path: Path) -> None:
     run = runs["classification"]
     write_jsonl(tmp_path / "secret_place.jsonl", classification_rows(9))
-    recipes.evaluate(run, str(tmp_path / "secret_place.jsonl"), output=tmp_path / "report", progress=False)
+    labeltune.evaluate(run, str(tmp_path / "secret_place.jsonl"), output=tmp_path / "report", progress=False)
     quiet_export(run, tmp_path / "titles", merged=True, metrics=tmp_path / "report" / "metrics.json")
     text = (tmp_path / "titles" / "README.md").read_text(encoding="utf-8")
     for part in (

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labeltune.cli import main
+from labeltune.commands import main
 from labeltune.config import RunConfig, build_config, config_keys, load_config
 from labeltune.errors import ConfigError
 

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 import hostile
 from conftest import classification_rows, write_jsonl
-from labeltune import progress
-from labeltune.cli import main
+from labeltune.commands import main
 from labeltune.config import ColumnsConfig, DataConfig, load_config
 from labeltune.data import records
 from labeltune.data.audit import audit_file
@@ -30,6 +29,7 @@ from labeltune.data.scratch import scratch_folder
 from labeltune.data.sources import iter_records
 from labeltune.errors import DataError
 from labeltune.inference.stream import count_rows, read_stream
+from labeltune.io import progress
 from labeltune.types import Example
 
 
@@ -330,7 +330,7 @@ def stdin_rows(raw: bytes, task: str = "classification", **columns: str) -> list
     """(id, text) of every row of standard input, (id, place, error) of one that is none."""
     import io
 
-    from labeltune.tasks import make_task
+    from labeltune.prompts import make_task
 
     config = load_config(None, [f"task={task}"])
     predictor: Any = SimpleNamespace(

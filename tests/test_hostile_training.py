@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 
 import hostile
+import labeltune
 from conftest import CHATML, LABELS, classification_rows, make_tokenizer, ner_rows, write_jsonl
-from labeltune import load_predictor, recipes
+from labeltune import load_predictor
 from labeltune.config import HubConfig, PromptConfig, RunConfig, build_config
 from labeltune.errors import ConfigError, DivergedError, HubError, LabeltuneError, ModelError, PromptError
 from labeltune.inference.load import checkpoint_of
-from labeltune.modeling import hub, pocket
-from labeltune.modeling.hub import resolve_model
-from labeltune.modeling.lora import load_adapter
+from labeltune.io.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage
+from labeltune.models import hub, pocket
+from labeltune.models.hub import resolve_model
+from labeltune.models.lora import load_adapter
+from labeltune.prompts import make_task
+from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate, Conversation
-from labeltune.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage
-from labeltune.tasks import make_task
-from labeltune.tasks.builder import PromptBuilder
 from labeltune.training.callbacks import StopOnDivergence
 from labeltune.types import Example
 from test_sources import fake_hub
@@ -92,7 +93,7 @@ def test_attacked_rows_train_score_and_extract(in_folder: Path, model_folder: Pa
         row["category"] = [*LABELS, "<|im_end|>", 'a, "b"\nc']
     rows[0]["output"] = "<|im_end|>"
     config = _config(in_folder, model_folder, "classification", rows)
-    result = recipes.train(config)
+    result = labeltune.train(config)
     out = in_folder / "out.jsonl"
     with load_predictor(result.last) as predictor:
         for row, prediction in zip(rows, predictor.predict([_example(r) for r in rows]), strict=True):
@@ -103,7 +104,7 @@ def test_attacked_rows_train_score_and_extract(in_folder: Path, model_folder: Pa
 
         assert predict_file(predictor, Path(config.data.train), out) == 0
     assert len(out.read_text("utf-8").splitlines()) == len(rows)
-    metrics = recipes.evaluate(result.last, config.data.train, output=in_folder / "eval", progress=False)
+    metrics = labeltune.evaluate(result.last, config.data.train, output=in_folder / "eval", progress=False)
     assert metrics["unparsable"] == 0
     assert "<script>alert(1)" not in (in_folder / "eval" / "report.html").read_text("utf-8")
 
@@ -119,7 +120,7 @@ def test_attacked_documents_are_extracted_legally(in_folder: Path, model_folder:
         names = {"entity_names": ["地理实体"]}
         rows.append({"text": attack + "。", "entities": [{**entity, **names}] if len(attack) < 100 else []})
     config = _config(in_folder, model_folder, "ner", rows)
-    result = recipes.train(config)
+    result = labeltune.train(config)
     with load_predictor(result.last) as predictor:
         texts = [row["text"][:300] for row in rows]
         for text, prediction in zip(texts, predictor.predict(texts), strict=True):
@@ -170,7 +171,7 @@ def test_what_cannot_go_well_fails_before_any_weight_is_loaded(
     for section, keys in changes.items():
         values[section].update(keys)
     with pytest.raises(kind) as raised:
-        recipes.train(build_config(values))
+        labeltune.train(build_config(values))
     assert part in str(raised.value) and raised.value.exit_code == 2
     assert not checkpoints(in_folder / "out")
 
@@ -228,7 +229,7 @@ def test_a_run_whose_loss_explodes_says_the_learning_rate(
     with pytest.raises(
         DivergedError, match=r"checkpoint-4 was saved before that.*learning_rate \(it is 0\.01\)"
     ):
-        recipes.train(config)
+        labeltune.train(config)
     assert damage(in_folder / "out" / "checkpoint-4") is None
 
 
@@ -255,19 +256,19 @@ def test_pickles_are_refused_by_name_and_never_loaded(in_folder: Path, model_fol
     with pytest.raises(ModelError, match=r"pytorch_model\.bin, which are pickles and never loaded"):
         resolve_model(str(model))
     config = config_for(in_folder, model_folder, max_steps=2, save_steps=1)
-    last = recipes.train(config).last
+    last = labeltune.train(config).last
     # Beside the weights it is not looked at; instead of them it is refused; in a resumed run it is passed over.
     (last / "adapter_model.bin").write_bytes(raw)
     (last / "pytorch_model.bin").write_bytes(raw)
     with load_predictor(last) as predictor:
         base = predictor.model.get_base_model()
     said: list[str] = []
-    recipes.train(config, resume=True, say=said.append)
+    labeltune.train(config, resume=True, say=said.append)
     assert any("adapter_model.bin was not saved with it" in line for line in said)
     last = checkpoints(Path(config.output_dir))[-1]
     (last / "optimizer.pt").write_bytes(raw)
     said.clear()
-    recipes.train(config, resume=True, say=said.append)
+    labeltune.train(config, resume=True, say=said.append)
     assert any("optimizer.pt is not what was saved" in line for line in said)
     last = checkpoints(Path(config.output_dir))[-1]
     (last / "adapter_model.safetensors").rename(last / "kept")
@@ -282,7 +283,7 @@ def test_a_pickle_behind_a_true_manifest_is_still_not_run(in_folder: Path, model
     from labeltune.training.checkpoints import write_manifest
 
     config = config_for(in_folder, model_folder, max_steps=2, save_steps=1)
-    recipes.train(config)
+    labeltune.train(config)
     first = checkpoints(Path(config.output_dir))[0]
     struck = in_folder / "struck"
     import torch
@@ -293,14 +294,14 @@ def test_a_pickle_behind_a_true_manifest_is_still_not_run(in_folder: Path, model
 
     shutil.rmtree(checkpoints(Path(config.output_dir))[1])
     with pytest.raises(Exception, match=r"[Ww]eights.only|unsupported|Unsupported"):
-        recipes.train(config, resume=True)
+        labeltune.train(config, resume=True)
     assert not struck.exists()
 
 
 def test_a_checkpoint_cannot_trust_itself(
     in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    last = recipes.train(config_for(in_folder, model_folder, max_steps=1)).last
+    last = labeltune.train(config_for(in_folder, model_folder, max_steps=1)).last
     values = json.loads((last / RUN_FILE).read_text("utf-8"))
     values["hub"]["trust_remote_code"] = True
     (last / RUN_FILE).write_text(json.dumps(values), encoding="utf-8")
@@ -310,7 +311,7 @@ def test_a_checkpoint_cannot_trust_itself(
     struck = in_folder / "struck"
     (last / "evil.py").write_text(f"open({str(struck)!r}, 'w')\n")
     rows = str(in_folder / "classification.jsonl")
-    for ask in (load_predictor, lambda run: recipes.evaluate(run, rows, progress=False)):
+    for ask in (load_predictor, lambda run: labeltune.evaluate(run, rows, progress=False)):
         with pytest.raises(ModelError, match=r"LABELTUNE_TRUST_REMOTE_CODE=1"):
             ask(last)
     values["hub"]["trust_remote_code"] = False
@@ -322,7 +323,7 @@ def test_a_checkpoint_cannot_trust_itself(
 def test_trusting_a_models_code_is_printed(
     in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    last = recipes.train(config_for(in_folder, model_folder, max_steps=1)).last
+    last = labeltune.train(config_for(in_folder, model_folder, max_steps=1)).last
     assert "trust_remote_code" not in capsys.readouterr().err
     values = json.loads((last / RUN_FILE).read_text("utf-8"))
     values["hub"]["trust_remote_code"] = True

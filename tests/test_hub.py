@@ -16,10 +16,10 @@ import pytest
 
 from labeltune.config import HubConfig
 from labeltune.errors import HubError, LicenseError, ModelError
-from labeltune.modeling import pocket
-from labeltune.modeling.hub import IGNORED_FILES, LocalModel, resolve_model
-from labeltune.modeling.pocket import POCKET, POCKET_MODELS, PocketModel, Wheel, pocket_folder
-from labeltune.progress import tell
+from labeltune.io.progress import tell
+from labeltune.models import pocket
+from labeltune.models.hub import IGNORED_FILES, LocalModel, resolve_model
+from labeltune.models.pocket import POCKET, POCKET_MODELS, PocketModel, Wheel, pocket_folder
 from test_sources import fake_hub
 
 
@@ -159,7 +159,7 @@ def test_one_of_many_makes_the_model(cache: Path, monkeypatch: pytest.MonkeyPatc
 def test_two_processes_make_the_model_once(cache: Path) -> None:
     code = """
 import pathlib, time
-from labeltune.modeling import pocket
+from labeltune.models import pocket
 def slow(model, target):
     with open(target.parent / "made.txt", "a") as file:
         file.write("made\\n")
@@ -273,7 +273,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(model_folder: Path, tmp_p
     """transformers would make an empty one from what is left."""
     import shutil
 
-    from labeltune.modeling.hub import load_tokenizer
+    from labeltune.models.hub import load_tokenizer
 
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)

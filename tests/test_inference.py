@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 
 import labeltune
 from conftest import LABELS, classification_rows, make_model, ner_rows, write_jsonl
-from labeltune import recipes
 from labeltune.config import NER_LABELS, PromptConfig, RunConfig, build_config
 from labeltune.errors import DataError, ModelError
 from labeltune.inference.generation import generate_answers
-from labeltune.tasks import make_task
+from labeltune.prompts import make_task
 from labeltune.types import Entity, Example
 
 
@@ -40,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Run
             "training": {"epochs": 2, "learning_rate": 1e-2, "batch_size": 8},
         }
     )
-    recipes.train(config)
+    labeltune.train(config)
     return config
 
 
@@ -129,8 +128,8 @@ def test_a_runs_column_names_are_remembered(in_folder: Path, model_folder: Path)
             "training": {"max_steps": 1},
         }
     )
-    recipes.train(config)
-    assert recipes.evaluate("out", "rows.jsonl", progress=False)["rows"] == 12
+    labeltune.train(config)
+    assert labeltune.evaluate("out", "rows.jsonl", progress=False)["rows"] == 12
 
 
 def test_predict_text_and_stdin(trained: RunConfig, in_folder: Path) -> None:
@@ -175,8 +174,8 @@ def test_rows_without_candidates_use_the_label_set_of_the_adapter(trained: RunCo
 def test_evaluate_untuned_model_of_a_config(trained: RunConfig, in_folder: Path) -> None:
     write_jsonl(in_folder / "test.jsonl", classification_rows(6))
     (in_folder / "run.yaml").write_text(json.dumps(trained.model_dump(mode="json")), encoding="utf-8")
-    before = recipes.evaluate("run.yaml", "test.jsonl", progress=False)
-    base = recipes.evaluate(trained.output_dir, "test.jsonl", base=True, progress=False)
+    before = labeltune.evaluate("run.yaml", "test.jsonl", progress=False)
+    base = labeltune.evaluate(trained.output_dir, "test.jsonl", base=True, progress=False)
     assert before["rows"] == 6 and before["accuracy"] == base["accuracy"]
     assert before["baselines"]["uniform_guess"]["value"] == pytest.approx(1 / 3)
 
@@ -184,18 +183,18 @@ def test_evaluate_untuned_model_of_a_config(trained: RunConfig, in_folder: Path)
 def test_evaluate_stops_on_faults_or_skips_them(trained: RunConfig, in_folder: Path) -> None:
     write_jsonl(in_folder / "test.jsonl", [*classification_rows(3), {"text": "", "output": "Art"}])
     with pytest.raises(DataError, match=r"test\.jsonl:4"):
-        recipes.evaluate(trained.output_dir, "test.jsonl", progress=False)
-    metrics = recipes.evaluate(trained.output_dir, "test.jsonl", on_error="skip", progress=False)
+        labeltune.evaluate(trained.output_dir, "test.jsonl", progress=False)
+    metrics = labeltune.evaluate(trained.output_dir, "test.jsonl", on_error="skip", progress=False)
     assert metrics["rows"] == 3 and metrics["skipped"] == {"empty_field": 1}
     rows = [{"text": text, "output": label} for text, label in (("a", "Art"), ("b", "art"), ("", "Art"))]
     write_jsonl(in_folder / "test.jsonl", [{**row, "category": ["Art", "art"]} for row in rows])
-    metrics = recipes.evaluate(trained.output_dir, "test.jsonl", on_error="skip", progress=False)
+    metrics = labeltune.evaluate(trained.output_dir, "test.jsonl", on_error="skip", progress=False)
     assert metrics["rows"] == 2 and metrics["skipped"] == {"empty_field": 1}  # label_twins is a warning
     (in_folder / "test.csv").write_text("text;output\na;b\n")
     with pytest.raises(
         DataError, match=r"1 error:\n  test\.csv:1: error: unparsable_line: .* separated by ';'"
     ):
-        recipes.evaluate(trained.output_dir, "test.csv", on_error="skip", progress=False)
+        labeltune.evaluate(trained.output_dir, "test.csv", on_error="skip", progress=False)
 
 
 def test_original_scripts(trained: RunConfig, in_folder: Path) -> None:
@@ -329,12 +328,12 @@ def gb_run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path
             "training": {"max_steps": 1},
         }
     )
-    recipes.train(config)
+    labeltune.train(config)
     return folder
 
 
 def test_a_run_is_measured_on_files_in_the_encoding_and_with_the_numbers_of_its_own(gb_run: Path) -> None:
-    from labeltune.recipes.evaluation import describe_run, labelled_rows
+    from labeltune.commands.evaluation import describe_run, labelled_rows
 
     about = describe_run(gb_run / "out")
     assert about.data.encoding == "gb18030"
@@ -342,19 +341,19 @@ def test_a_run_is_measured_on_files_in_the_encoding_and_with_the_numbers_of_its_
     rows = labelled_rows(about, str(gb_run / "test.jsonl"), "stop", None)
     found = [(rows.example(i).text, rows.example(i).label) for i in range(len(rows.dataset))]
     assert found[:2] == [("第16条 坏", "Neg"), ("第17条 好", "Pos")] and rows.audit.counts == {}
-    assert recipes.evaluate(gb_run / "out", str(gb_run / "test.jsonl"), progress=False)["rows"] == 8
+    assert labeltune.evaluate(gb_run / "out", str(gb_run / "test.jsonl"), progress=False)["rows"] == 8
     with labeltune.load_predictor(gb_run / "out") as predictor:
         assert describe_run(predictor).data == about.data
     wrong = gb_run / "wrong.jsonl"
     wrong.write_bytes(b'{"text": "\x81\xff", "output": 1}\n')
     with pytest.raises(DataError) as error:
-        recipes.evaluate(gb_run / "out", str(wrong), progress=False)
+        labeltune.evaluate(gb_run / "out", str(wrong), progress=False)
     # `evaluate RUN` has no key and no option for it.
     assert "not valid gb18030; convert it with: iconv -f UTF-8 -t GB18030 wrong.jsonl" in str(error.value)
 
 
 def test_a_runs_encoding_is_saved_and_those_without_one_are_utf8(gb_run: Path) -> None:
-    from labeltune.run_folder import RUN_FILE, RunInfo
+    from labeltune.io.run_folder import RUN_FILE, RunInfo
 
     best = gb_run / "out" / "best"
     values = json.loads((best / RUN_FILE).read_text("utf-8"))
@@ -370,8 +369,8 @@ def test_a_runs_encoding_is_saved_and_those_without_one_are_utf8(gb_run: Path) -
 def test_predict_reads_what_the_run_was_trained_on_unless_told_otherwise(
     gb_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from labeltune import progress
-    from labeltune.cli.predict import predict as command
+    from labeltune.commands.predict import predict as command
+    from labeltune.io import progress
 
     monkeypatch.chdir(gb_run)
     monkeypatch.setattr(progress, "_noted", set())

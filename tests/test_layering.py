@@ -13,27 +13,16 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "labeltune"
 #: From low to high; a module may import from its own layer and the ones below it.
 LAYERS = (
     ("types", "errors", "messages"),
-    ("config", "config_sections", "other_names", "yaml_text"),
-    (
-        "progress",
-        "processes",
-        "run_folder",
-        "run_files",
-        "output_paths",
-        "folder_lock",
-        "config_table",
-        "untrusted",
-        "ranks",
-        "ray_session",
-    ),
-    ("hubs",),
-    ("prompts", "data"),
-    ("modeling", "tasks"),
+    ("io.safe_yaml",),
+    ("config", "config_sections", "config_table", "other_names"),
+    ("io", "distributed"),
+    ("data",),
+    ("prompts",),
+    ("models",),
     ("evaluation", "training", "inference", "tracking"),
     ("export",),
-    ("recipes",),
     ("sweep", "serve"),
-    ("cli",),
+    ("commands",),
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 #: The package itself (lazy names), its `python -m`, and the starter files stand outside.
@@ -44,8 +33,8 @@ STRANGERS = {
     "serve": {"training", "tracking", "sweep"},
     "sweep": {"serve"},
     "tracking": {"training", "inference"},
-    "tasks.classification": {"tasks.ner"},
-    "tasks.ner": {"tasks.classification"},
+    "prompts.classification": {"prompts.ner"},
+    "prompts.ner": {"prompts.classification"},
 }
 MODULES = sorted(SOURCE.rglob("*.py"))
 
@@ -78,22 +67,30 @@ def test_the_reader_of_imports_sees_every_kind() -> None:
     assert set(imports(source, "p.q")) == {"a.b", "c", "c.d", "p.q", "p.q.e", "p.g", "p.g.h"}
 
 
+def height(module: str) -> int | None:
+    """Of a module, or of what is taken from it: a layer's name may be that of one file in a room."""
+    parts = module.split(".")
+    return HEIGHT.get(".".join(parts[:2]), HEIGHT.get(parts[0]))
+
+
 def test_every_module_has_a_layer() -> None:
-    assert {module_name(path).split(".")[0] for path in MODULES} == set(HEIGHT) | OUTSIDE
+    assert {module_name(path).split(".")[0] for path in MODULES} == {
+        name.split(".")[0] for name in HEIGHT
+    } | OUTSIDE
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_imports_point_down(path: Path) -> None:
     name = module_name(path)
-    top = name.split(".")[0]
-    if top in OUTSIDE:
+    own = height(name)
+    if own is None:
         return
     for imported in own_imports(path):
-        other = imported.split(".")[0]
-        if other in HEIGHT:
-            assert HEIGHT[other] <= HEIGHT[top], f"{name} imports {imported}"
-        else:
-            assert other == "__version__", f"{name} imports {imported}"
+        other = height(imported)
+        if other is not None:
+            assert other <= own, f"{name} imports {imported}"
+        else:  # a verb of the public API
+            assert imported in ("__version__", "train"), f"{name} imports {imported}"
         for part, strangers in STRANGERS.items():
             if name == part or name.startswith(f"{part}."):
                 for stranger in strangers:
@@ -115,12 +112,12 @@ def test_one_module_knows_gradio(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_ray_stays_behind_one_session_and_its_user(path: Path) -> None:
     found = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"), "labeltune")}
-    assert ("ray" in found) == (module_name(path) in ("ray_session", "inference.ray_engine"))
+    assert ("ray" in found) == (module_name(path) in ("inference.ray_session", "inference.ray_engine"))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_files_stay_short(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 400
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
 
 
 def test_the_lazy_names_are_the_only_imports_of_the_package() -> None:

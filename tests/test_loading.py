@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from conftest import classification_rows, ner_rows, write_jsonl
+from labeltune import check_data
 from labeltune.config import ColumnsConfig, DataConfig, RunConfig, TaskName, build_config
 from labeltune.data.loading import Splits, load_rows, load_splits, stratified_split
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records
 from labeltune.errors import DataError
-from labeltune.recipes import check_data
 from labeltune.types import Entity, Example
 
 

@@ -105,18 +105,18 @@ OTHERS = re.compile(
     r"Invalid \\escape|" + "|".join(re.escape(os.strerror(number)) for number in errno.errorcode)
 )
 #: Everything these print is in the catalogue, and every error they raise.
-CONSOLE = """cli/board.py cli/compare.py cli/data.py cli/doctor.py cli/evaluate.py cli/export.py cli/habits.py cli/init.py cli/keys.py
-    cli/main.py cli/plan.py cli/predict.py cli/streams.py cli/sweep.py cli/train.py config.py config_sections.py
+CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doctor.py commands/evaluate.py commands/export.py commands/habits.py commands/init.py commands/keys.py
+    commands/main.py commands/plan.py commands/predict.py commands/streams.py commands/sweep.py commands/train.py config.py config_sections.py
     data/audit.py data/columns.py data/convert.py data/download.py data/formats.py data/json_values.py data/labels.py
     data/loading.py data/meeting.py data/offsets.py data/parquet.py data/records.py data/schemas.py data/sources.py data/standard_input.py
     data/tables.py evaluation/data_report.py evaluation/headline.py export/card.py export/folder.py export/merge.py
-    export/push.py export/vllm.py folder_lock.py hubs.py inference/calibrate.py inference/row_files.py inference/stream.py
-    modeling/hub.py modeling/pocket.py output_paths.py progress.py prompts/template.py ray_session.py recipes/comparing.py
-    recipes/data.py recipes/evaluation.py recipes/exporting.py recipes/held_out.py recipes/inputs.py recipes/preparing.py recipes/rows.py
-    recipes/training.py run_files.py run_folder.py sweep/report.py sweep/run.py sweep/space.py sweep/study.py
-    tasks/classification.py tasks/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
+    export/push.py export/vllm.py io/lock.py io/hubs.py inference/calibrate.py inference/row_files.py inference/stream.py
+    models/hub.py models/pocket.py io/outputs.py io/progress.py prompts/template.py inference/ray_session.py commands/comparing.py
+    commands/checking.py commands/evaluation.py commands/exporting.py commands/verification.py commands/inputs.py commands/preparing.py commands/rows.py
+    commands/training.py io/run_files.py io/run_folder.py sweep/report.py sweep/run.py sweep/space.py sweep/study.py
+    prompts/classification.py prompts/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
     training/dataset.py training/preflight.py training/record.py training/resuming.py training/self_check.py
-    training/run.py training/trainer.py untrusted.py""".split()  # noqa: SIM905
+    training/run.py training/trainer.py io/trust.py""".split()  # noqa: SIM905
 #: What they say that has no words of its own, or is for a programmer.
 SILENT = {
     f"labeltune {HOLE}",

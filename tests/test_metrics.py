@@ -28,8 +28,8 @@ from labeltune.evaluation.spans import (
     spans,
     strict_span_f1,
 )
-from labeltune.tasks import make_task
-from labeltune.tasks.ner import locate
+from labeltune.prompts import make_task
+from labeltune.prompts.ner import locate
 from labeltune.types import Entity, Example, Prediction
 
 LABELS = "ABCD"

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
+import labeltune
 from conftest import classification_rows, write_jsonl
-from labeltune import recipes
 from labeltune.data.loading import load_rows
 from labeltune.errors import DataError, OutputError
 from labeltune.export.folder import whole_folder
 from labeltune.inference.stream import predict_file
-from labeltune.run_folder import why_not_written
+from labeltune.io.run_folder import why_not_written
 from test_predictor import predictor_for
 from test_training import config_for
 
@@ -88,7 +88,7 @@ def test_a_full_token_cache_is_named(
     config = config_for(in_folder, model_folder, max_steps=1)
     monkeypatch.setattr("labeltune.training.dataset._write_tokens", refuse)
     with pytest.raises(OutputError, match=r"tokens cannot be written: No space left.*LABELTUNE_CACHE"):
-        recipes.train(config)
+        labeltune.train(config)
 
 
 def test_a_full_temporary_folder_is_not_blamed_on_the_data(

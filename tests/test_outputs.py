@@ -18,9 +18,9 @@ from conftest import LABELS, classification_rows, write_jsonl
 from labeltune.config import build_config
 from labeltune.errors import OutputError
 from labeltune.inference.row_files import csv_of
-from labeltune.output_paths import check_file, check_folder, descriptor, is_stream
-from labeltune.run_files import check_inputs_kept
-from labeltune.run_folder import RunInfo, write_json, write_text
+from labeltune.io.outputs import check_file, check_folder, descriptor, is_stream
+from labeltune.io.run_files import check_inputs_kept
+from labeltune.io.run_folder import RunInfo, write_json, write_text
 from test_cli import Result, labeltune  # noqa: F401
 from test_predictor import predictor_for
 
@@ -425,14 +425,14 @@ def test_json_goes_where_it_is_wanted(
     in_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from labeltune import recipes
+    import labeltune
 
     make_run(in_folder / "run")
     write_jsonl(in_folder / "rows.jsonl", classification_rows(3))
     figures = {"rows": 3, "rows_are": "test", "task": "classification", "unparsable": 0.0, "labels": {}}
     found = {"rows": 3, "differences": {}, "changed": {"gained": [], "lost": []}}
-    monkeypatch.setattr(recipes, "evaluate", lambda *_, **__: figures)
-    monkeypatch.setattr(recipes, "compare", lambda *_, **__: found)
+    monkeypatch.setattr("labeltune.evaluate", lambda *_, **__: figures)
+    monkeypatch.setattr("labeltune.compare", lambda *_, **__: found)
     monkeypatch.setattr("labeltune.evaluation.headline.shown_headline", lambda _: [])
     for command, value in ((("evaluate", "run"), figures), (("compare", "base", "run"), found)):
         command = (*command, "-d", "rows.jsonl")
@@ -441,7 +441,7 @@ def test_json_goes_where_it_is_wanted(
         assert summary.out == "" and summary.err.splitlines()[-1].startswith("report: report/")
         assert json.loads(labeltune(*command, "-o", "report", "--json").out) == value
         with monkeypatch.context() as on_terminal:
-            on_terminal.setattr("labeltune.cli.evaluate.is_terminal", lambda: True)
+            on_terminal.setattr("labeltune.commands.evaluate.is_terminal", lambda: True)
             assert labeltune(*command).out == ""
             assert json.loads(labeltune(*command, "--json").out) == value
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from conftest import MODEL_KINDS, make_model
-from labeltune.modeling.precision import Precision
-from labeltune.modeling.shared_prefix import (
+from labeltune.models.precision import Precision
+from labeltune.models.shared_prefix import (
     NAME,
     Attend,
     _one_by_one,
@@ -21,7 +21,7 @@ from labeltune.modeling.shared_prefix import (
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import answer_loss, chunkable_head, chunked_cross_entropy
 from labeltune.training.memory import enable_checkpointing
-from labeltune.training.planner import Group, Pack, Row, plan_step
+from labeltune.training.planner import Group, Pack, Row, pack_step
 
 FP32 = Precision("fp32", torch.float32, "cpu")
 VOCABULARY = 300
@@ -114,14 +114,14 @@ def test_loss_and_every_lora_gradient_are_those_of_single_rows(kind: str, packin
     head = chunkable_head(model, torch.tensor([rows[0].ids]))
     assert head is not None
     for budget in (25, 60, 10_000):
-        packs = plan_step(rows, budget, packing)[0]
+        packs = pack_step(rows, budget, packing)[0]
         assert_equal(packed(model, rows, packs, packing, head), right)
         assert_equal(packed(model, rows, packs, packing, None), right)
 
 
 def test_prefixes_of_different_lengths_stand_in_one_pack() -> None:
     model, rows = lora_model(), random_rows(prefixes=(20, 9, 14), text=30)
-    (pack,) = plan_step(rows, 10_000)[0]
+    (pack,) = pack_step(rows, 10_000)[0]
     assert len({group.prefix for group in pack.groups}) >= 3
     assert_equal(packed(model, rows, [pack], "shared_prefix", None), plain(model, rows))
 
@@ -130,7 +130,7 @@ def test_packs_of_one_and_of_all_agree() -> None:
     model, rows = lora_model(), random_rows(prefixes=(20,), each=8)
     ones = [Pack((Group(0, (i,)),)) for i in range(len(rows))]
     with_prefix = [Pack((Group(20, (i,)),)) for i in range(len(rows))]
-    together = plan_step(rows, 10_000)[0]
+    together = pack_step(rows, 10_000)[0]
     assert len(together) == 1
     right = packed(model, rows, ones, "shared_prefix", None)
     assert_equal(packed(model, rows, with_prefix, "shared_prefix", None), right)
@@ -142,7 +142,7 @@ def test_a_prefix_that_is_the_whole_prompt_and_answers_of_one_token() -> None:
     prompt = [5, 6, 7, 8, 9]
     answers = ([10], [11], [10, 12], [13])
     rows = [Row.of([*prompt, *answer], len(prompt), len(prompt) + len(answer)) for answer in answers]
-    (pack,) = plan_step(rows, 10_000)[0]
+    (pack,) = pack_step(rows, 10_000)[0]
     assert [group.prefix for group in pack.groups] == [5]
     assert pack.tokens(rows) == 6
     assert_equal(packed(model, rows, [pack], "shared_prefix", None), plain(model, rows))
@@ -177,7 +177,7 @@ def test_hidden_states_do_not_depend_on_neighbours() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
     model, rows = lora_model(kind), random_rows()
-    packs = plan_step(rows, 10_000)[0]
+    packs = pack_step(rows, 10_000)[0]
     right = packed(model, rows, packs, "shared_prefix", None)
     enable_checkpointing(model)
     assert_equal(packed(model, rows, packs, "shared_prefix", None), right, rtol=1e-6)
@@ -200,7 +200,7 @@ def test_sliding_windows_are_exact(window: int) -> None:
         peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
     ).train()
     rows = random_rows(text=25)
-    assert_equal(packed(model, rows, plan_step(rows, 10_000)[0], "shared_prefix", None), plain(model, rows))
+    assert_equal(packed(model, rows, pack_step(rows, 10_000)[0], "shared_prefix", None), plain(model, rows))
 
 
 def test_frozen_embeddings_get_no_gradient() -> None:
@@ -222,7 +222,7 @@ def test_frozen_embeddings_get_no_gradient() -> None:
         for module in (model.get_input_embeddings(), model.get_base_model().model.layers[0]):
             module.register_forward_hook(note)
         rows = random_rows()
-        packed(model, rows, plan_step(rows, 10_000)[0], "shared_prefix", None)
+        packed(model, rows, pack_step(rows, 10_000)[0], "shared_prefix", None)
         assert len(below) == 2 and not any(below)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+import labeltune
 from browsing import broken_names, chromium, english_words, faint, overflow, own_words
 from conftest import classification_rows, make_tokenizer, ner_rows, write_jsonl
-from labeltune import recipes
+from labeltune.commands.evaluation import all_metrics
 from labeltune.config import build_config
 from labeltune.data.schemas import FAULT_KINDS
 from labeltune.evaluation import words
@@ -23,7 +24,6 @@ from labeltune.evaluation.data_report import make_report
 from labeltune.evaluation.pages import both, environment, name
 from labeltune.evaluation.report import report_page
 from labeltune.messages import chinese
-from labeltune.recipes.evaluation import all_metrics
 from labeltune.types import Entity, Example, Prediction
 
 LABELS = ["退款与退货处理", "物流配送", "Agriculture", "投诉建议"]
@@ -108,11 +108,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     config = build_config({"prompt": {"max_length": 200}})
     broken = [{**rows[0], "text": ""}, rows[1], {**rows[2], "text": rows[2]["text"] + "!"}]
     path = write_jsonl(folder / "意图_train.jsonl", [*rows, *broken])
-    checked = recipes.check_data(config, str(path))
+    checked = labeltune.check_data(config, str(path))
     made["data of labels"] = data_page(make_report(checked, config, make_tokenizer()))
     path = write_jsonl(folder / "实体_train.jsonl", ner_rows(12))
     config = build_config({"task": "ner"})
-    made["data of entities"] = data_page(make_report(recipes.check_data(config, str(path)), config))
+    made["data of entities"] = data_page(make_report(labeltune.check_data(config, str(path)), config))
     for number, html in enumerate(made.values()):
         (folder / f"{number}.html").write_text(html, encoding="utf-8")
     return {each: folder / f"{number}.html" for number, each in enumerate(made)}

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import labeltune
-from labeltune import recipes
-from labeltune.cli.plan import plan as plan_command
-from labeltune.cli.train import train as train_command
+from labeltune.commands.plan import plan as plan_command
+from labeltune.commands.train import train as train_command
 from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, MissingExtraError
 from labeltune.training import dry_run, trainer
@@ -61,7 +60,7 @@ def test_its_steps_and_tokens_are_those_of_the_run(
     found = labeltune.plan(config, say=quiet)
     dry = packs.copy()
     packs.clear()
-    result = recipes.train(config, say=quiet)
+    result = labeltune.train(config, say=quiet)
     assert dry == packs[: len(dry)], "the same packs in the same order"
     assert len(found.step_seconds) == dry_run.TIMED_STEPS
     assert found.steps == result.steps and found.rows == 48 and found.validation_rows == 0
@@ -81,9 +80,9 @@ def test_one_epoch_of_whole_steps_is_counted_exactly(
     in_folder: Path, model_folder: Path, packs: list[tuple[int, int]]
 ) -> None:
     config = without_validation(config_for(in_folder, model_folder, batch_size=8))
-    found = recipes.plan(config, say=quiet)
+    found = labeltune.plan(config, say=quiet)
     packs.clear()
-    recipes.train(config, say=quiet)
+    labeltune.train(config, say=quiet)
     assert found.computed_tokens == sum(computed for computed, _ in packs)
 
 
@@ -105,13 +104,13 @@ def test_nothing_is_left_behind(in_folder: Path, model_folder: Path, monkeypatch
         }
 
     before = files()
-    recipes.plan(config.model_copy(update={"tracking": "swanlab"}), say=quiet)
+    labeltune.plan(config.model_copy(update={"tracking": "swanlab"}), say=quiet)
     assert files() == before and not Path(config.output_dir).exists()
     assert not list((in_folder / "tmp").glob("labeltune-dry-run-*"))
-    recipes.train(config, say=quiet)
+    labeltune.train(config, say=quiet)
     before = files()
     assert any("checkpoint-" in name for name in before)
-    recipes.plan(config, say=quiet)
+    labeltune.plan(config, say=quiet)
     assert files() == before
 
 
@@ -123,7 +122,7 @@ def test_seconds_of_a_run_follow_from_those_of_its_first_steps(
     ticks = itertools.chain([0.0], itertools.count(100.0, 2.0))
     monkeypatch.setattr(dry_run, "perf_counter", lambda: next(ticks))
     config = without_validation(config_for(in_folder, model_folder, batch_size=8, max_steps=steps))
-    found = recipes.plan(config, say=quiet)
+    found = labeltune.plan(config, say=quiet)
     each = 100.0 if steps == 1 else 2.0
     assert found.step_seconds == pytest.approx((each,) * timed)
     assert found.seconds == pytest.approx(each * steps, rel=0.05)
@@ -145,22 +144,22 @@ def test_longer_steps_are_thought_to_take_longer(
         return iter(given)
 
     monkeypatch.setattr(dry_run, "run_order", noted)
-    found = recipes.plan(config, say=quiet)
+    found = labeltune.plan(config, say=quiet)
     assert len(given) == 6
     per_step = found.computed_tokens / 6
     assert found.seconds == pytest.approx(6 * 3 * per_step / sum(_computed(config, found, given[1:4])))
 
 
 def _computed(config: RunConfig, found: Any, steps: list[list[int]]) -> list[int]:
-    from labeltune.recipes.preparing import load_prompts, read_rows, tokenize_splits
+    from labeltune.commands.preparing import load_prompts, read_rows, tokenize_splits
     from labeltune.training.collate import to_rows
-    from labeltune.training.planner import plan_step
+    from labeltune.training.planner import pack_step
 
     splits = read_rows(config, quiet)
     _, builder = load_prompts(config, splits.labels)
     tokens, _ = tokenize_splits(config, splits, builder, quiet)
     rows = [to_rows([tokens[i] for i in step]) for step in steps]
-    return [sum(pack.tokens(step) for pack in plan_step(step, found.max_tokens_per_pack)[0]) for step in rows]
+    return [sum(pack.tokens(step) for pack in pack_step(step, found.max_tokens_per_pack)[0]) for step in rows]
 
 
 def test_memory_at_its_peak_is_seen_after_it_was_given_back() -> None:
@@ -174,9 +173,9 @@ def test_memory_at_its_peak_is_seen_after_it_was_given_back() -> None:
 def test_what_training_refuses_is_refused(in_folder: Path, model_folder: Path) -> None:
     config = config_for(in_folder, model_folder, warmup_steps=99)
     with pytest.raises(ConfigError, match="warmup_steps=99 is no less than the"):
-        recipes.plan(config, say=quiet)
+        labeltune.plan(config, say=quiet)
     with pytest.raises(MissingExtraError, match="tracking=wandb"):
-        recipes.plan(config.model_copy(update={"tracking": "wandb"}), say=quiet)
+        labeltune.plan(config.model_copy(update={"tracking": "wandb"}), say=quiet)
 
 
 def test_both_commands(in_folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

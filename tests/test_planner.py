@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from labeltune.inference.scoring import common_prefix
 from labeltune.training.balance import divide
-from labeltune.training.planner import Group, Pack, Packing, Row, plan_step, step_order
+from labeltune.training.planner import Group, Pack, Packing, Row, pack_step, step_order
 
 
 def row(prompt: list[int], answer: list[int]) -> Row:
@@ -47,7 +47,7 @@ def test_the_last_answer_token_is_predicted_and_never_read() -> None:
 def test_every_row_is_computed_once_within_the_budget(
     rows: list[Row], budget: int, packing: Packing, processes: int
 ) -> None:
-    shares = plan_step(rows, budget, packing, processes)
+    shares = pack_step(rows, budget, packing, processes)
     assert len(shares) == processes
     assert len({len(share) for share in shares}) == 1, "every process has the same number of packs"
     counted = [pack for share in shares for pack in share if pack.counted]
@@ -61,7 +61,7 @@ def test_every_row_is_computed_once_within_the_budget(
                 assert group.prefix <= rows[i].answer_start, "answers do not begin in the shared part"
         if packing != "shared_prefix":
             assert all(group.prefix == 0 for group in pack.groups)
-    assert plan_step(list(rows), budget, packing, processes) == shares, "the same rows give the same plan"
+    assert pack_step(list(rows), budget, packing, processes) == shares, "the same rows give the same plan"
 
 
 def all_cuts(items: list[int]) -> list[list[list[int]]]:
@@ -86,20 +86,20 @@ def test_no_cut_of_the_sorted_rows_has_fewer_tokens(rows: list[Row], budget: int
 
     # The planner's own order: with a small budget, rows of one prompt are cut apart where that order has them.
     order = sorted(range(len(rows)), key=lambda i: (rows[i].prompt, rows[i].answer))
-    found = sum(pack.tokens(rows) for pack in plan_step(rows, budget)[0])
+    found = sum(pack.tokens(rows) for pack in pack_step(rows, budget)[0])
     assert found == min(tokens(cut) for cut in all_cuts(order))
 
 
 def test_rows_with_the_same_candidates_share_them() -> None:
     instruction, list_a, list_b = [1] * 10, [2] * 20, [3] * 20
     rows = [row([*instruction, *(list_a if k % 2 else list_b), 50 + k], [9]) for k in range(6)]
-    (pack,) = plan_step(rows, 1000)[0]
+    (pack,) = pack_step(rows, 1000)[0]
     assert sorted((group.prefix, len(group.rows)) for group in pack.groups) == [(30, 3), (30, 3)]
 
 
 def test_a_prefix_may_be_the_whole_prompt() -> None:
     rows = [row([1, 2, 3], [4]), row([1, 2, 3], [5]), row([1, 2, 3], [5, 6])]
-    (pack,) = plan_step(rows, 100)[0]
+    (pack,) = pack_step(rows, 100)[0]
     assert pack == Pack((Group(3, (0, 1, 2)),)) or pack.groups[0].prefix == 3
     assert pack.tokens(rows) == 4, "three shared tokens, and the first token of the longer answer"
 
@@ -109,7 +109,7 @@ def test_work_is_spread_evenly() -> None:
     rows = [
         row([generator.randrange(9) for _ in range(generator.randrange(5, 60))], [1, 2]) for _ in range(64)
     ]
-    shares = plan_step(rows, 128, "shared_prefix", 4)
+    shares = pack_step(rows, 128, "shared_prefix", 4)
     loads = [sum(pack.tokens(rows) for pack in share) for share in shares]
     assert max(loads) <= 1.03 * min(loads)
 
@@ -119,7 +119,7 @@ def test_long_rows_count_for_their_attention() -> None:
     rows = [row([n] * 1000, [1]) for n in range(2)] + [row([9 + n] * 200, [1]) for n in range(10)]
 
     def tokens(pairs_per_token: int) -> list[int]:
-        shares = plan_step(rows, 5000, "packed", 3, pairs_per_token)
+        shares = pack_step(rows, 5000, "packed", 3, pairs_per_token)
         return sorted(sum(pack.tokens(rows, "packed") for pack in share) for share in shares)
 
     assert tokens(10_000_000) == [1000, 1400, 1600]
@@ -165,7 +165,7 @@ def test_a_large_step_is_divided_evenly_too() -> None:
 
 
 def test_a_process_without_rows_is_kept_busy_with_a_copy_that_does_not_count() -> None:
-    shares = plan_step([row([1, 2], [3])], 100, "shared_prefix", 3)
+    shares = pack_step([row([1, 2], [3])], 100, "shared_prefix", 3)
     assert [share[0].counted for share in shares].count(True) == 1
     assert all(len(share) == 1 for share in shares)
 

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+import labeltune
 from conftest import LABELS, classification_rows, make_model, make_tokenizer, ner_rows, write_jsonl
-from labeltune import load_predictor, recipes
+from labeltune import load_predictor
 from labeltune.config import CalibrateConfig, GenerationConfig, build_config
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.inference.answers import Calibration, LabelScores, merge_entities, ranked, remove_prior
 from labeltune.inference.predictor import Predictor
+from labeltune.prompts import make_task
+from labeltune.prompts.builder import kept_parts
 from labeltune.prompts.template import ChatTemplate
-from labeltune.tasks import make_task
-from labeltune.tasks.builder import kept_parts
 from labeltune.types import Entity, Example, Prediction
 from test_sources import fake_hub
 from test_training import config_for
@@ -268,7 +269,7 @@ def test_a_temperature_is_fitted_saved_and_used(in_folder: Path, model_folder: P
     held = str(write_jsonl(in_folder / "held.jsonl", rows))
     config = config.model_copy(update={"data": config.data.model_copy(update={"validation": held})})
     said: list[str] = []
-    result = recipes.train(config, say=said.append)
+    result = labeltune.train(config, say=said.append)
     saved = json.loads((result.best / "calibration.json").read_text(encoding="utf-8"))
     assert saved["validation"]["rows"] == 60
     (line,) = (line for line in said if line.startswith("confidence: "))
@@ -282,7 +283,7 @@ def test_a_temperature_is_fitted_saved_and_used(in_folder: Path, model_folder: P
         assert not np.allclose(tuned, base)
         np.testing.assert_array_equal(predictor.scores(["rocket"]), tuned)
     off = config.model_copy(update={"calibrate": CalibrateConfig(temperature=False)})
-    assert not (recipes.train(off, overwrite=True).best / "calibration.json").exists()
+    assert not (labeltune.train(off, overwrite=True).best / "calibration.json").exists()
 
 
 def test_evaluate_uses_the_exact_engine_and_free_generation_on_demand(
@@ -291,10 +292,10 @@ def test_evaluate_uses_the_exact_engine_and_free_generation_on_demand(
     for task, rows in (("classification", classification_rows(12)), ("ner", ner_rows(6))):
         folder = in_folder / task
         folder.mkdir()
-        result = recipes.train(config_for(folder, model_folder, task, max_steps=1))
+        result = labeltune.train(config_for(folder, model_folder, task, max_steps=1))
         data = write_jsonl(folder / "test.jsonl", rows)
-        exact = recipes.evaluate(result.best, str(data), progress=False)
-        free = recipes.evaluate(result.best, str(data), progress=False, decoding="free")
+        exact = labeltune.evaluate(result.best, str(data), progress=False)
+        free = labeltune.evaluate(result.best, str(data), progress=False, decoding="free")
         assert (exact["decoding"], free["decoding"]) == ("exact", "free")
         assert exact["unparsable"] == 0.0 and free["unparsable"] > 0.0
 
@@ -303,7 +304,7 @@ def test_evaluate_uses_the_exact_engine_and_free_generation_on_demand(
 def test_a_checkpoint_on_a_hub(
     hub: str, in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = recipes.train(config_for(in_folder, model_folder, max_steps=1))
+    result = labeltune.train(config_for(in_folder, model_folder, max_steps=1))
     calls = fake_hub(monkeypatch, hub, lambda _: str(result.best))
     with load_predictor(f"{hub}:someone/news-labels") as there, load_predictor(result.best) as here:
         assert there.predict(["rocket"]) == here.predict(["rocket"])

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
+import labeltune
 from conftest import classification_rows, ner_rows, write_jsonl
-from labeltune import recipes
 from labeltune.config import RunConfig, load_config
-from labeltune.ranks import dealt, gathered, in_step, reduced
-from labeltune.run_folder import checkpoints
+from labeltune.distributed import all_gather, all_reduce, assign, join_uneven
+from labeltune.io.run_folder import checkpoints
 from test_training import adapter_weights, config_for, without_dropout
 
 #: What `accelerate launch` sets for configs/distributed/fsdp2.yaml, and the device, which accelerate cannot guess here.
@@ -114,7 +114,7 @@ def runs(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs.append(job(folder, f"same_{task}_ddp", still_config))
         jobs.append(job(folder, f"same_{task}_fsdp", still_config, environment=FSDP))
     for one in alone:
-        recipes.train(load_config(one["config"]))
+        labeltune.train(load_config(one["config"]))
     for name in ("ddp_resumed", "fsdp_resumed"):
         only_first_checkpoint(folder / "one", folder / name)
     # The last one: it ends the workers, with the code of a run that was interrupted.
@@ -166,7 +166,7 @@ def test_one_process_goes_on_where_two_stopped(name: str, runs: Path) -> None:
     config = load_config(runs / f"{name}.yaml").model_copy(update={"output_dir": str(folder)})
     path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
     only_first_checkpoint(runs / name, folder)
-    recipes.train(load_config(path), resume=True)
+    labeltune.train(load_config(path), resume=True)
     assert_same_run(folder, runs / "one")
 
 
@@ -213,7 +213,7 @@ def test_a_process_that_is_killed_ends_the_other_with_the_cause(in_folder: Path,
 
 SILENT = """
 import os, time
-from labeltune.ranks import connect, loss_of_others_named, reduced
+from labeltune.distributed import connect, loss_of_others_named, reduced
 connect(3)
 if os.environ["RANK"] == "1":
     time.sleep(600)
@@ -238,7 +238,7 @@ def test_a_process_that_hangs_is_given_up_after_the_time_out() -> None:
 
 
 def test_the_time_out_of_the_config_is_that_of_the_processes(tmp_path: Path, model_folder: Path) -> None:
-    from labeltune.modeling.precision import pick_precision
+    from labeltune.models.precision import pick_precision
     from labeltune.training.preflight import training_arguments
 
     config = config_for(tmp_path, model_folder, collective_timeout=77)
@@ -247,13 +247,13 @@ def test_the_time_out_of_the_config_is_that_of_the_processes(tmp_path: Path, mod
 
 def test_units_are_dealt_evenly() -> None:
     costs = [9, 1, 1, 5, 4, 3, 3, 2]
-    owners = dealt(costs, 3)
+    owners = assign(costs, 3)
     loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == p) for p in range(3)]
     assert sum(loads) == sum(costs) and max(loads) - min(loads) <= 2
-    assert dealt(costs, 1) == [0] * 8 and dealt([], 2) == []
+    assert assign(costs, 1) == [0] * 8 and assign([], 2) == []
 
 
 def test_one_process_needs_nobody() -> None:
-    assert gathered("x") == ["x"] and reduced([1.5, 2.0], "sum") == [1.5, 2.0]
-    with in_step(torch.nn.Linear(2, 2)):
+    assert all_gather("x") == ["x"] and all_reduce([1.5, 2.0], "sum") == [1.5, 2.0]
+    with join_uneven(torch.nn.Linear(2, 2)):
         pass

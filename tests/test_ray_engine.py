@@ -18,18 +18,19 @@ import torch
 import typer
 from ray import cloudpickle
 
+import labeltune
 from conftest import LABELS, classification_rows, write_jsonl
-from labeltune import recipes, run_files
-from labeltune.cli.predict import predict as predict_command
+from labeltune import run_files
+from labeltune.commands.predict import predict as predict_command
 from labeltune.config import build_config
 from labeltune.data.uris import Place
 from labeltune.errors import DataError, LabeltuneError, ModelError
 from labeltune.inference import load as loading
 from labeltune.inference.load import load_predictor
 from labeltune.inference.ray_engine import MOST_ATTEMPTS, Cluster, ray_workers
+from labeltune.inference.ray_session import ray_session
 from labeltune.inference.stream import PredictOptions, predict_file
-from labeltune.ray_session import ray_session
-from labeltune.run_folder import RunInfo
+from labeltune.io.run_folder import RunInfo
 from test_shards import joined, parts
 from test_training import config_for
 
@@ -39,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("HOME", str(folder))
-        return recipes.train(config_for(folder, model_folder, max_steps=1)).best
+        return labeltune.train(config_for(folder, model_folder, max_steps=1)).best
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +127,8 @@ def test_a_killed_worker_loses_and_doubles_none_of_20_000_rows(
 
 def test_an_evaluation_is_the_local_one(in_folder: Path, run: Path, cluster: None) -> None:
     labelled = str(write_jsonl(in_folder / "labelled.jsonl", classification_rows(90)))
-    local = recipes.evaluate(run, labelled, progress=False, output="local")
-    spread = recipes.evaluate(run, labelled, progress=False, engine="ray", workers=1, output="spread")
+    local = labeltune.evaluate(run, labelled, progress=False, output="local")
+    spread = labeltune.evaluate(run, labelled, progress=False, engine="ray", workers=1, output="spread")
     assert spread.keys() == local.keys() and spread["rows"] == 90
     for key, value in local.items():
         assert spread[key] == pytest.approx(value, abs=1e-5) if isinstance(value, float) else True, key

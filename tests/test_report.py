@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
+import labeltune
 from browsing import chromium
 from conftest import LABELS, classification_rows, ner_rows, write_jsonl
-from labeltune import load_predictor, recipes
+from labeltune import load_predictor
+from labeltune.commands.evaluation import all_metrics, write_evaluation
 from labeltune.config import DataConfig
 from labeltune.data.loading import load_rows
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.evaluation.pages import environment, render
 from labeltune.evaluation.report import LONGEST, SHORTEST, report_page
-from labeltune.recipes.evaluation import all_metrics, write_evaluation
 from labeltune.types import Entity, Example, Prediction
 from test_training import config_for
 
@@ -175,11 +176,11 @@ def test_a_browser_shows_entities(browser: Any, tmp_path: Path) -> None:
 
 
 def test_two_runs_are_compared(in_folder: Path, model_folder: Path) -> None:
-    result = recipes.train(config_for(in_folder, model_folder, epochs=4))
+    result = labeltune.train(config_for(in_folder, model_folder, epochs=4))
     data = str(write_jsonl(in_folder / "test.jsonl", classification_rows(12)))
-    found = recipes.compare("base", result.best, data, output=in_folder / "c", progress=False)
-    tuned = recipes.evaluate(result.best, data, progress=False)
-    untuned = recipes.evaluate(result.best, data, base=True, progress=False)
+    found = labeltune.compare("base", result.best, data, output=in_folder / "c", progress=False)
+    tuned = labeltune.evaluate(result.best, data, progress=False)
+    untuned = labeltune.evaluate(result.best, data, base=True, progress=False)
     accuracy = found["differences"]["accuracy"]
     assert (accuracy["first"], accuracy["second"]) == (
         untuned["accuracy"]["value"],
@@ -192,39 +193,39 @@ def test_two_runs_are_compared(in_folder: Path, model_folder: Path) -> None:
         better = row["second"] if row["change"] == "gained" else row["first"]
         assert better["label"] == row["right"]
     assert "Comparison" in (in_folder / "c" / "comparison.html").read_text(encoding="utf-8")
-    same = recipes.compare(result.last, result.last, data, progress=False)
+    same = labeltune.compare(result.last, result.last, data, progress=False)
     assert same["changed"] == {"gained": [], "lost": []} and same["differences"]["accuracy"]["p_value"] == 1.0
     with pytest.raises(ConfigError, match="cannot be `base`"):
-        recipes.compare(result.best, "base", data)
+        labeltune.compare(result.best, "base", data)
     (in_folder / "ner").mkdir()
-    other = recipes.train(config_for(in_folder / "ner", model_folder, "ner", max_steps=1))
+    other = labeltune.train(config_for(in_folder / "ner", model_folder, "ner", max_steps=1))
     with pytest.raises(ConfigError, match="cannot be compared"):
-        recipes.compare(other.best, result.best, data, progress=False)
+        labeltune.compare(other.best, result.best, data, progress=False)
     entities = str(write_jsonl(in_folder / "ner.jsonl", ner_rows(6)))
-    found = recipes.compare("base", other.best, entities, output=in_folder / "n", progress=False)
+    found = labeltune.compare("base", other.best, entities, output=in_folder / "n", progress=False)
     assert set(found["differences"]) == {"span_f1", "exact_rows"}
     empty = str(write_jsonl(in_folder / "empty.jsonl", []))
     with pytest.raises(DataError, match="the file holds no rows"):
-        recipes.compare("base", result.best, empty, progress=False)
+        labeltune.compare("base", result.best, empty, progress=False)
     with pytest.raises(DataError, match="no usable row"):
-        recipes.compare("base", result.best, empty, on_error="skip", progress=False)
+        labeltune.compare("base", result.best, empty, on_error="skip", progress=False)
     with pytest.raises(ModelError):
-        recipes.compare("nowhere", result.best, data, progress=False)
+        labeltune.compare("nowhere", result.best, data, progress=False)
 
 
 def test_a_loaded_predictor_is_measured_and_left_open(
     in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = recipes.train(config_for(in_folder, model_folder, epochs=4))
+    result = labeltune.train(config_for(in_folder, model_folder, epochs=4))
     data = str(write_jsonl(in_folder / "test.jsonl", classification_rows(12)))
-    metrics = recipes.evaluate(result.best, data, progress=False)
-    comparison = recipes.compare("base", result.best, data, progress=False)
+    metrics = labeltune.evaluate(result.best, data, progress=False)
+    comparison = labeltune.compare("base", result.best, data, progress=False)
     with load_predictor(result.best) as predictor:
-        free = recipes.evaluate(predictor, data, progress=False, decoding="free")
+        free = labeltune.evaluate(predictor, data, progress=False, decoding="free")
         assert free["decoding"] == "free" and predictor.generation.decoding == "exact"
         name = free["run"]
         assert Path(name).samefile(result.best)
-        assert recipes.evaluate(predictor, data, progress=False) == {**metrics, "run": name}
+        assert labeltune.evaluate(predictor, data, progress=False) == {**metrics, "run": name}
         rows = load_rows(data, "classification", DataConfig())
         answers = predictor.predict([rows.example(i) for i in range(12)])
         asked: list[bool] = []
@@ -234,14 +235,16 @@ def test_a_loaded_predictor_is_measured_and_left_open(
             return type(predictor).predict(predictor, *given, **options)
 
         monkeypatch.setattr(predictor, "predict", predict)
-        found = recipes.evaluate(predictor, data, output=in_folder / "m", progress=False, predictions=answers)
+        found = labeltune.evaluate(
+            predictor, data, output=in_folder / "m", progress=False, predictions=answers
+        )
         assert asked == [] and found == {**metrics, "run": name}
         lines = (in_folder / "m" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line)["label"] for line in lines] == [answer.label for answer in answers]
-        found = recipes.compare("base", predictor, data, progress=False, predictions=answers)
+        found = labeltune.compare("base", predictor, data, progress=False, predictions=answers)
         assert len(asked) == 1, "only the untuned model is asked"
         assert found == {**comparison, "first": f"{name} without its adapter", "second": name}
-        assert recipes.compare(predictor, predictor, data, progress=False)["changed"] == {
+        assert labeltune.compare(predictor, predictor, data, progress=False)["changed"] == {
             "gained": [],
             "lost": [],
         }

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+import labeltune
 from conftest import classification_rows, write_jsonl
-from labeltune import recipes
+from labeltune.commands import training as training_recipe
 from labeltune.config import RunConfig, build_config
 from labeltune.errors import ConfigError, Interrupted, OutputError
-from labeltune.recipes import training as training_recipe
-from labeltune.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage
+from labeltune.io.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage
 from labeltune.training import run
 from labeltune.training.callbacks import Progress
 from labeltune.training.checkpoints import write_manifest
@@ -48,13 +48,13 @@ def test_log_lines_that_span_a_checkpoint_are_those_of_an_uninterrupted_run(
     config = config_for(
         in_folder, model_folder, epochs=2, save_steps=2, logging_steps=3, save_total_limit=9, batch_size=7
     )
-    whole = recipes.train(config)
+    whole = labeltune.train(config)
     out = Path(config.output_dir)
     expected = log(out)
     assert [line["step"] for line in expected if "loss" in line] == [1, 3, 6, 9, 12]
     for folder in checkpoints(out)[2:]:
         shutil.rmtree(folder)
-    resumed = recipes.train(config, resume=True)
+    resumed = labeltune.train(config, resume=True)
     assert log(out) == expected
     assert resumed.train_loss == whole.train_loss == expected[-1]["train_loss"]
 
@@ -69,14 +69,14 @@ def test_a_run_killed_behind_its_last_checkpoint_has_nothing_left_to_do(
         config = config_for(in_folder, model_folder, max_steps=4, save_steps=2)
     else:
         config = impatient(config_for(in_folder, model_folder, save_steps=2))
-    whole = recipes.train(config)
+    whole = labeltune.train(config)
     assert whole.steps == 4, "not where the epoch ends"
     before = log(Path(config.output_dir))
     shutil.copytree(whole.last, in_folder / "kept")
     # As if it had been killed before it could note that everything is done.
     (Path(config.output_dir) / "finished.json").unlink()
     Path(config.output_dir, "validation", "report.html").unlink()
-    again = recipes.train(config, resume=True)
+    again = labeltune.train(config, resume=True)
     assert again.steps == 4 and again.last == whole.last and log(Path(config.output_dir)) == before
     assert same_weights(again.last, in_folder / "kept") and again.best.resolve() == whole.best.resolve()
 
@@ -95,10 +95,10 @@ def test_ctrl_c_keeps_its_checkpoint_when_only_one_is_kept(
     monkeypatch.setattr(Progress, "on_step_end", press)
     told = "^stopped at step 3 of 6; checkpoint-3 is saved, go on with: labeltune train c.yaml --resume$"
     with pytest.raises(Interrupted, match=told):
-        recipes.train(config, command="labeltune train c.yaml")
+        labeltune.train(config, command="labeltune train c.yaml")
     assert checkpoints(Path(config.output_dir))[-1].name == "checkpoint-3"
     monkeypatch.setattr(Progress, "on_step_end", moved)
-    result = recipes.train(config, resume=True)
+    result = labeltune.train(config, resume=True)
     assert result.last.is_dir() and result.best.is_dir()
 
 
@@ -107,11 +107,11 @@ def test_ctrl_c_predicts_and_validates_nothing_more(
 ) -> None:
     """Only the checkpoint is written; the resumed run logs what an uninterrupted one does."""
     torch.set_num_threads(1)
-    monkeypatch.setattr("labeltune.recipes.training._start_tracker", lambda *_: None)
+    monkeypatch.setattr("labeltune.commands.training._start_tracker", lambda *_: None)
     config = config_for(in_folder, model_folder, epochs=2, save_steps="epoch")
     config = config.model_copy(update={"tracking": "swanlab"})
     whole: list[str] = []
-    recipes.train(config, say=whole.append)
+    labeltune.train(config, say=whole.append)
     expected = log(Path(config.output_dir))
 
     def shown(lines: list[str]) -> list[str]:
@@ -128,10 +128,10 @@ def test_ctrl_c_predicts_and_validates_nothing_more(
     monkeypatch.setattr(Progress, "on_step_end", press)
     said: list[str] = []
     with pytest.raises(Interrupted, match=r"^stopped at step 9 of 12; checkpoint-9 is saved"):
-        recipes.train(config, overwrite=True, say=said.append)
+        labeltune.train(config, overwrite=True, say=said.append)
     assert shown(said) == ["before training", "epoch 1"]
     monkeypatch.setattr(Progress, "on_step_end", moved)
-    recipes.train(config, resume=True)
+    labeltune.train(config, resume=True)
     assert log(Path(config.output_dir)) == expected
 
 
@@ -152,9 +152,9 @@ def changed(config: RunConfig, **values: Any) -> RunConfig:
 
 def test_a_finished_run_is_left_as_it_is_and_can_be_trained_on(in_folder: Path, model_folder: Path) -> None:
     config = config_for(in_folder, model_folder, max_steps=2, save_steps=1)
-    whole = recipes.train(config)
+    whole = labeltune.train(config)
     before, said = everything(in_folder), []
-    again = recipes.train(config, resume=True, say=said.append)
+    again = labeltune.train(config, resume=True, say=said.append)
     assert said[-1] == (
         "nothing to do: all 2 steps are done; to train on, raise training.max_steps, which is 2: "
         "--resume training.max_steps=..."
@@ -168,9 +168,9 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_trained_on(in_folder: Path, 
             (checkpoint / name).unlink()
         write_manifest(checkpoint)
     before = everything(in_folder)
-    old = recipes.train(config, resume=True)
+    old = labeltune.train(config, resume=True)
     assert everything(in_folder) == before and replace(old, seconds=whole.seconds) == whole
-    longer = recipes.train(changed(config, training__max_steps=3), resume=True, say=said.append)
+    longer = labeltune.train(changed(config, training__max_steps=3), resume=True, say=said.append)
     assert longer.steps == 3 and (longer.last / "training.json").is_file()
     rates = [line["learning_rate"] for line in log(in_folder / "out") if "learning_rate" in line]
     assert rates == pytest.approx([0.01, 0.005, 0.01 / 3]), "the schedule of three steps"
@@ -181,7 +181,7 @@ def test_resume_takes_no_other_config_and_no_other_rows(
     remembered: bool, in_folder: Path, model_folder: Path
 ) -> None:
     config = config_for(in_folder, model_folder, max_steps=2, save_steps=1)
-    recipes.train(config)
+    labeltune.train(config)
     if not remembered:  # a checkpoint of labeltune 0.1.0
         for name in ("training.json", "training.u64"):
             (in_folder / "out" / "checkpoint-2" / name).unlink()
@@ -194,7 +194,7 @@ def test_resume_takes_no_other_config_and_no_other_rows(
         with pytest.raises(
             ConfigError, match=r"--resume goes on with what .*checkpoint-2 was trained"
         ) as raised:
-            recipes.train(changed(config, training__max_steps=3, **values), resume=True)
+            labeltune.train(changed(config, training__max_steps=3, **values), resume=True)
         assert raised.value.exit_code == 2 and everything(in_folder) == before
         return str(raised.value)
 
@@ -222,28 +222,30 @@ def test_resume_takes_no_other_config_and_no_other_rows(
     (in_folder / "out").rename(in_folder / "moved")
     values = {"data__train": str(moved), "output_dir": str(in_folder / "moved"), "training__max_steps": 3}
     said: list[str] = []
-    assert recipes.train(changed(config, **values, eval__patience=5), resume=True, say=said.append).steps == 3
+    assert (
+        labeltune.train(changed(config, **values, eval__patience=5), resume=True, say=said.append).steps == 3
+    )
 
 
 def test_a_run_that_stopped_early_goes_on_with_more_patience(in_folder: Path, model_folder: Path) -> None:
     config = impatient(config_for(in_folder, model_folder, max_steps=6, save_steps=1))
-    assert recipes.train(config).steps == 2
+    assert labeltune.train(config).steps == 2
     said: list[str] = []
-    assert recipes.train(config, resume=True, say=said.append).steps == 2
+    assert labeltune.train(config, resume=True, say=said.append).steps == 2
     assert said[-1].startswith(
         "nothing to do: training stopped at step 2, after 1 checkpoints without improvement"
     )
-    more = recipes.train(changed(config, eval__patience=3), resume=True)
+    more = labeltune.train(changed(config, eval__patience=3), resume=True)
     assert (more.steps, more.unimproved) == (4, 3)
-    assert recipes.train(changed(config, eval__patience=None), resume=True).steps == 6
+    assert labeltune.train(changed(config, eval__patience=None), resume=True).steps == 6
 
 
 def test_outputs_can_be_read_by_others(in_folder: Path, model_folder: Path) -> None:
     config = config_for(in_folder, model_folder, max_steps=1)
     before = os.umask(0o022)
     try:
-        result = recipes.train(config)
-        exported = recipes.export(result.best, in_folder / "merged", merged=True, verify=False)
+        result = labeltune.train(config)
+        exported = labeltune.export(result.best, in_folder / "merged", merged=True, verify=False)
     finally:
         os.umask(before)
     for folder in (result.last, exported.folder):
@@ -260,7 +262,7 @@ def test_the_last_checkpoint_that_is_named_exists(
     config = config_for(in_folder, model_folder, save_steps=2, save_total_limit=1)
     figures = iter([0.9, 0.5, 0.5])
     monkeypatch.setattr(training_recipe, "headline", lambda *_: {"macro_f1": next(figures), "accuracy": 0.0})
-    result = recipes.train(config)
+    result = labeltune.train(config)
     assert result.last.is_dir() and result.last.resolve() == result.best.resolve()
     assert result.last.name == "checkpoint-2" and result.steps == 6
 
@@ -270,10 +272,10 @@ def test_a_checkpoint_without_its_manifest_or_its_description_is_passed_over_alo
     missing: str, in_folder: Path, model_folder: Path
 ) -> None:
     config = config_for(in_folder, model_folder, max_steps=4, save_steps=2)
-    last = recipes.train(config).last
+    last = labeltune.train(config).last
     (last / missing).unlink()
     said: list[str] = []
-    assert recipes.train(config, resume=True, say=said.append).last == last
+    assert labeltune.train(config, resume=True, say=said.append).last == last
     assert any(line.startswith(f"warning: {last} is damaged ({missing} is missing)") for line in said)
     assert damage(last) is None
 
@@ -285,7 +287,7 @@ def test_what_a_killed_process_left_half_written_is_removed(in_folder: Path, mod
     for left in (".metrics.jsonl-x1.tmp", ".best-77.tmp", "validation/.report.html-x2.tmp"):
         (out / left).write_text("half")
     (out / ".keep").write_text("mine")
-    recipes.train(config)
+    labeltune.train(config)
     assert [path.name for path in out.rglob(".*")] and not list(out.rglob("*.tmp"))
     assert (out / ".keep").exists()
 
@@ -302,8 +304,8 @@ def test_a_link_to_the_best_that_cannot_be_made_is_one_error(
         patched.setattr(Path, "symlink_to", full)
         patched.setattr(run.shutil, "copytree", full)
         with pytest.raises(OutputError, match=r"best cannot be written: No space left.*--resume"):
-            recipes.train(config)
-    assert recipes.train(config, resume=True).best.resolve().name == "checkpoint-1"
+            labeltune.train(config)
+    assert labeltune.train(config, resume=True).best.resolve().name == "checkpoint-1"
 
 
 def test_an_adapter_s_configuration_has_the_same_bytes_whichever_process_wrote_it(
@@ -311,7 +313,7 @@ def test_an_adapter_s_configuration_has_the_same_bytes_whichever_process_wrote_i
 ) -> None:
     """peft's own order is that of a set of names, which changes with Python's hash seed."""
     config = config_for(in_folder, model_folder, max_steps=1)
-    recipes.train(config)
+    labeltune.train(config)
     saved = json.loads((checkpoints(Path(config.output_dir))[-1] / "adapter_config.json").read_text("utf-8"))
     targets = saved["target_modules"]
     assert targets == sorted(targets)

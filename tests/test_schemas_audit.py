@@ -12,9 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import labeltune
 from conftest import write_jsonl
-from labeltune import progress, recipes
-from labeltune.cli.data import guess_task
+from labeltune import progress
+from labeltune.commands.data import guess_task
 from labeltune.config import ColumnsConfig, DataConfig, load_config
 from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file, text_hash
 from labeltune.data.labels import parse_candidates
@@ -235,7 +236,7 @@ def test_mentions_are_counted_over_all_readable_rows(tmp_path: Path) -> None:
 def test_line_numbers_skip_what_was_left_out(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(["", json.dumps(row()), "{", "", json.dumps(row())]))
-    (checked,) = recipes.check_data(load_config(None), str(path))
+    (checked,) = labeltune.check_data(load_config(None), str(path))
     assert [(f.kind, f.where) for f in checked.audit.faults] == [
         ("unparsable_line", f"{path}:3"),
         ("exact_duplicate", f"{path}:5"),

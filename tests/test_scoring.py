@@ -15,7 +15,7 @@ from conftest import HYBRID_KINDS, make_model
 from labeltune.inference.engine import Engine, predicting, questions_to_check
 from labeltune.inference.scoring import PrefixCache, Question, plan_passes, score_answers, score_one_by_one
 from labeltune.inference.trie import LabelTrie
-from labeltune.modeling import precision, tree_attention
+from labeltune.models import precision, tree_attention
 
 VOCABULARY = 300
 END = 2

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+import labeltune
 from conftest import HYBRID_KINDS, make_model, make_tokenizer
-from labeltune import recipes
-from labeltune.modeling import precision, shared_prefix
-from labeltune.modeling.precision import Precision
+from labeltune.models import precision, shared_prefix
+from labeltune.models.precision import Precision
 from labeltune.training import self_check
 from labeltune.training.preflight import compile_layers
 from labeltune.training.self_check import Choice, choose_packing, sample_rows
-from test_packing import FP32, VOCABULARY, assert_equal, lora_model, packed, plain, plan_step, random_rows
+from test_packing import FP32, VOCABULARY, assert_equal, lora_model, pack_step, packed, plain, random_rows
 from test_training import adapter_weights, config_for, without_dropout
 
 BF16 = Precision("bf16", torch.bfloat16, "cpu")
@@ -210,7 +210,7 @@ def test_compiled_layers_agree_and_are_checked() -> None:
     compile_layers(model)
     assert choose(model) == (Choice("shared_prefix"), [])
     for budget in (40, 10_000):
-        found = packed(model, rows, plan_step(rows, budget)[0], "shared_prefix", None)
+        found = packed(model, rows, pack_step(rows, budget)[0], "shared_prefix", None)
         assert_equal(found, right)
 
 
@@ -218,10 +218,10 @@ def test_a_run_falls_back_with_one_warning_and_the_same_result(
     in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = without_dropout(config_for(in_folder, model_folder, max_steps=3, save_steps=1000))
-    right = adapter_weights(recipes.train(config).last)
+    right = adapter_weights(labeltune.train(config).last)
     monkeypatch.setattr(shared_prefix, "shared_prefix_attention", ignores_layout)
     said: list[str] = []
-    found = adapter_weights(recipes.train(config, overwrite=True, say=said.append).last)
+    found = adapter_weights(labeltune.train(config, overwrite=True, say=said.append).last)
     assert sum("warning: training.packing" in line for line in said) == 1
     assert any("steps: packing=packed" in line for line in said)
     for name, tensor in right.items():
@@ -249,5 +249,5 @@ def test_a_run_that_can_only_go_row_by_row_does(in_folder: Path, monkeypatch: py
         return prepare(given, *rest, **named)
 
     monkeypatch.setattr(run, "prepare_steps", with_bad_attention)
-    recipes.train(config, say=said.append)
+    labeltune.train(config, say=said.append)
     assert any("packing=padded, at most 1 tokens at a time" in line for line in said)

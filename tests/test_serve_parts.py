@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import LABELS, make_model, make_tokenizer
-from labeltune.cli.main import app
+from labeltune.commands.main import app
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.inference.predictor import Predictor
 from labeltune.serve.batching import Answer, Batcher, Row
@@ -275,7 +275,7 @@ def test_the_command_needs_its_extra_and_help_needs_nothing(monkeypatch: pytest.
     result = CliRunner().invoke(app, ["serve", "somewhere"])
     assert "labeltune[serve]" in str(result.exception)
     code = (
-        "import sys; from typer.testing import CliRunner; from labeltune.cli.main import app;"
+        "import sys; from typer.testing import CliRunner; from labeltune.commands.main import app;"
         "assert CliRunner().invoke(app, ['serve', '--help']).exit_code == 0;"
         "print([m for m in ('torch', 'fastapi', 'uvicorn', 'gradio', 'transformers') if m in sys.modules])"
     )

@@ -23,7 +23,7 @@ from labeltune.data.loading import load_rows
 from labeltune.data.records import Record, without_key
 from labeltune.data.sources import iter_records, resolve_data
 from labeltune.errors import ConfigError, DataError, HubError, MissingExtraError, OutputError
-from labeltune.run_folder import write_json
+from labeltune.io.run_folder import write_json
 
 HUBS = {"ms": "modelscope", "hf": "huggingface_hub"}
 

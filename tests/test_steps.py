@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+import labeltune
 from conftest import classification_rows, make_tokenizer, write_jsonl
-from labeltune import recipes
 from labeltune.config import build_config
 from labeltune.data.loading import load_splits
 from labeltune.errors import ModelError, OutputError
+from labeltune.prompts import make_task
+from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate
-from labeltune.tasks import make_task
-from labeltune.tasks.builder import PromptBuilder
 from labeltune.training import memory, trainer
 from labeltune.training.collate import StepBatches
 from labeltune.training.dataset import content_key, tokenize_rows
-from labeltune.training.memory import activation_bytes, plan_memory, useful_tokens
-from labeltune.training.planner import Row, plan_step
+from labeltune.training.memory import activation_bytes, budget_memory, useful_tokens
+from labeltune.training.planner import Row, pack_step
 from labeltune.types import Example
 from test_packing import lora_model, random_rows
 from test_training import adapter_weights, config_for, without_dropout
@@ -38,7 +38,7 @@ def test_the_three_packings_give_the_same_curve(in_folder: Path, model_folder: P
     curves, losses = [], []
     for packing in ("shared_prefix", "packed", "padded"):
         config = without_dropout(config_for(in_folder, model_folder, packing=packing, save_steps=1000))
-        result = recipes.train(config, overwrite=True)
+        result = labeltune.train(config, overwrite=True)
         curves.append(log(result) + log(result, "grad_norm"))
         losses.append(result.validation_loss)
     assert len(curves[0]) > 8
@@ -52,7 +52,7 @@ def test_out_of_memory_halves_the_packs_and_repeats_the_step(
 ) -> None:
     config = config_for(in_folder, model_folder, max_steps=3, save_steps=1000, max_tokens_per_pack=400)
     config = without_dropout(config)
-    right = recipes.train(config)
+    right = labeltune.train(config)
     expected, curve = adapter_weights(right.last), log(right)
     plain, refused = trainer.answer_loss, []
 
@@ -65,7 +65,7 @@ def test_out_of_memory_halves_the_packs_and_repeats_the_step(
 
     monkeypatch.setattr(trainer, "answer_loss", small_device)
     said: list[str] = []
-    found = recipes.train(config, overwrite=True, say=said.append)
+    found = labeltune.train(config, overwrite=True, say=said.append)
     assert refused
     warnings = [line for line in said if "out of memory" in line]
     assert "packs of 200 tokens" in warnings[0] and len(warnings) == 1
@@ -82,7 +82,7 @@ def test_one_example_that_does_not_fit_stops_with_the_way_out(
 
     monkeypatch.setattr(trainer, "answer_loss", full)
     with pytest.raises(ModelError, match=r"an example of \d+ tokens does not fit.*gradient_checkpointing"):
-        recipes.train(config_for(in_folder, model_folder, max_steps=1))
+        labeltune.train(config_for(in_folder, model_folder, max_steps=1))
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
@@ -103,7 +103,7 @@ def test_the_validation_loss_is_the_mean_over_answer_tokens(in_folder: Path, mod
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = config_for(in_folder, model_folder, save_steps=1000)
-    result = recipes.train(config)
+    result = labeltune.train(config)
     splits = load_splits(config.task, config.data, config.hub, config.training.seed)
     assert splits.validation is not None and len(splits.validation) > 1
     builder = PromptBuilder(
@@ -185,7 +185,7 @@ def test_a_shared_candidate_list_in_front_joins_the_prefix(in_folder: Path) -> N
         rows, builder = rows_and_builder(in_folder, layout=layout)
         encoded = [builder.training(Example.from_row(row)) for row in rows]
         tokens = [Row.of(e.ids, *e.answer_span) for e in encoded]
-        (pack,) = plan_step(tokens, 100_000)[0]
+        (pack,) = pack_step(tokens, 100_000)[0]
         prefixes[layout] = min(group.prefix for group in pack.groups)
         text = builder.template.tokenizer.decode(encoded[0].ids)
         assert (text.index("Sports") < text.index("number 0")) == (layout == "labels_first")
@@ -202,7 +202,7 @@ def plan(
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
     each = activation_bytes(model, steps[0][:3], "shared_prefix", 0, None)
     checkpointing = given.get("checkpointing")
-    return steps, plan_memory(tokens, checkpointing, steps, "shared_prefix", 1, each, 300, CPU, lambda v: v)
+    return steps, budget_memory(tokens, checkpointing, steps, "shared_prefix", 1, each, 300, CPU, lambda v: v)
 
 
 def test_activations_are_measured_without_the_weights() -> None:
@@ -216,7 +216,7 @@ def test_activations_are_measured_without_the_weights() -> None:
 def test_much_memory_means_no_checkpointing_and_a_full_pack(monkeypatch: pytest.MonkeyPatch) -> None:
     steps, found = plan(lora_model(), 10**10, monkeypatch)
     assert not found.checkpointing
-    assert len(plan_step(steps[0], found.max_tokens)[0]) == 1
+    assert len(pack_step(steps[0], found.max_tokens)[0]) == 1
 
 
 def test_little_memory_means_smaller_packs_and_then_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def test_packs_are_no_larger_than_sharing_asks_for() -> None:
     rows = random_rows(prefixes=(100,), each=64, text=4, answer=2)
     whole = sum(len(row.ids) for row in rows)
     found = useful_tokens([rows], "shared_prefix", 1, enough=50)
-    cost = sum(pack.tokens(rows) for pack in plan_step(rows, found)[0])
-    least = sum(pack.tokens(rows) for pack in plan_step(rows, whole)[0])
+    cost = sum(pack.tokens(rows) for pack in pack_step(rows, found)[0])
+    least = sum(pack.tokens(rows) for pack in pack_step(rows, whole)[0])
     assert found < whole / 2 and least <= cost <= 1.1 * least
     assert useful_tokens([rows], "packed", 1, enough=50) == 50

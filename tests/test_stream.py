@@ -13,14 +13,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import labeltune
 from conftest import LABELS, classification_rows, write_jsonl
-from labeltune import recipes
 from labeltune.errors import DataError, OutputError
 from labeltune.inference import stream
 from labeltune.inference.load import load_predictor
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.stream import PredictOptions, count_rows, predict_file
-from labeltune.run_folder import file_hash
+from labeltune.io.run_folder import file_hash
 from test_predictor import predictor_for
 from test_training import config_for
 
@@ -53,7 +53,7 @@ def test_rows_come_out_in_order_with_faults_in_their_places(
 def test_killed_at_twenty_random_points_the_output_is_that_of_an_uninterrupted_run(
     in_folder: Path, model_folder: Path
 ) -> None:
-    run = recipes.train(config_for(in_folder, model_folder, max_steps=1)).best
+    run = labeltune.train(config_for(in_folder, model_folder, max_steps=1)).best
     path = write_jsonl(in_folder / "rows.jsonl", [{"text": f"row {i} " * (1 + i % 7)} for i in range(300)])
     script = Path(__file__).with_name("kill_predict.py")
     done = subprocess.run(
@@ -95,7 +95,7 @@ def test_rows_are_counted_where_that_is_quick(in_folder: Path) -> None:
 
 
 def test_the_command(in_folder: Path, model_folder: Path) -> None:
-    run = recipes.train(config_for(in_folder, model_folder, max_steps=1)).best
+    run = labeltune.train(config_for(in_folder, model_folder, max_steps=1)).best
     path = write_jsonl(in_folder / "rows.jsonl", [{"text": "a"}, {"text": ""}, {"text": "b"}])
     command = [sys.executable, "-m", "labeltune", "predict", str(run), str(path)]
     options = ["-o", "out.jsonl", "--top-k", "2", "--min-confidence", "1.0"]
@@ -118,7 +118,7 @@ def test_the_command(in_folder: Path, model_folder: Path) -> None:
 
 def test_a_loaded_run_is_named_by_its_weights(in_folder: Path, model_folder: Path) -> None:
     config = config_for(in_folder, model_folder, max_steps=2, save_steps=1)
-    last = recipes.train(config).last
+    last = labeltune.train(config).last
     with load_predictor(last) as one, load_predictor(last.parent / "checkpoint-1") as other:
         assert one.fingerprint() != other.fingerprint()
         before = one.fingerprint()
@@ -287,7 +287,7 @@ def test_a_lock_on_a_file_that_lost_its_name_counts_for_nothing(
     """A tidy owner may remove it between another's opening and locking; filelock has to look (3.21 does first)."""
     import fcntl
 
-    from labeltune.folder_lock import alone_with
+    from labeltune.io.lock import alone_with
 
     lock, flock = in_folder / ".out.lock", fcntl.flock
 

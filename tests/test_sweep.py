@@ -19,8 +19,8 @@ import pytest
 import swanlab
 import torch
 
+import labeltune
 from conftest import classification_rows, write_jsonl
-from labeltune import recipes
 from labeltune.config import RunConfig, load_config
 from labeltune.errors import (
     ConfigError,
@@ -31,7 +31,7 @@ from labeltune.errors import (
     OutputError,
     SweepError,
 )
-from labeltune.folder_lock import alone_with
+from labeltune.io.lock import alone_with
 from labeltune.sweep.report import Trial, conclude, print_table
 from labeltune.sweep.run import run_sweep, validation_metric
 from labeltune.sweep.space import Sweep
@@ -55,7 +55,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
         seen.append(config)
         return result_of(abs(math.log10(config.training.learning_rate) + 4) + abs(config.lora.r - 8))
 
-    monkeypatch.setattr(recipes, "train", train)
+    monkeypatch.setattr("labeltune.train", train)
     return seen
 
 
@@ -181,7 +181,7 @@ def test_an_interrupted_study_is_the_uninterrupted_one(
     config = config_for(in_folder)
     searches = [RATES, "lora.r=1..32"]
     whole = run_sweep(Sweep.of(config, searches, trials=12, output=Path("whole")), said_nothing)
-    train = recipes.train
+    train = labeltune.train
     stops: list[tuple[int, BaseException]] = [
         (11, Interrupted("stopped")),
         (5, KeyboardInterrupt()),
@@ -194,7 +194,7 @@ def test_an_interrupted_study_is_the_uninterrupted_one(
             raise stops.pop()[1]
         return train(config, **options)
 
-    monkeypatch.setattr(recipes, "train", stopping)
+    monkeypatch.setattr("labeltune.train", stopping)
     sweep = Sweep.of(config, searches, trials=12, output=Path("cut"))
     for done in (0, 5, 11):
         with pytest.raises(
@@ -283,7 +283,7 @@ def test_failed_trials_are_kept_with_their_reason(
             raise RuntimeError("[rank] 16 is too much")
         return result_of(math.nan if config.lora.r == 32 else 1.0)
 
-    monkeypatch.setattr(recipes, "train", train)
+    monkeypatch.setattr("labeltune.train", train)
     config = config_for(in_folder)
     sweep = Sweep.of(config, ["lora.r=4,8,16,32", "training.method=lora"], grid=True)
     trials = run_sweep(sweep, said_nothing)
@@ -403,7 +403,7 @@ def test_a_grid_trains_shows_its_trials_in_one_group_and_its_best_config_trains(
     assert len(list((in_folder / "swanlog").glob("run-*"))) == 2
     best = load_config(sweep.folder / "best.yaml", ["tracking=none"])
     assert best.training.learning_rate == 2e-2
-    assert recipes.train(best, say=said_nothing).validation_loss == pytest.approx(trials[1].value)
+    assert labeltune.train(best, say=said_nothing).validation_loss == pytest.approx(trials[1].value)
 
 
 def command(folder: Path, model: Path, *options: str, **training: Any) -> list[str]:
@@ -445,7 +445,7 @@ def test_a_killed_sweep_goes_on(in_folder: Path, model_folder: Path, monkeypatch
     assert ",".join(rows[0].values()) == kept
     assert rows[1]["training.learning_rate"] == rows[2]["training.learning_rate"]
     assert load_config("out-sweep/best.yaml").training.max_steps == 12
-    monkeypatch.setattr(recipes, "train", lambda *_, **__: pytest.fail("nothing is left to train"))
+    monkeypatch.setattr("labeltune.train", lambda *_, **__: pytest.fail("nothing is left to train"))
     assert run_sweep(sweep, said_nothing) == trials
 
 
@@ -475,5 +475,5 @@ def test_two_workers_train_what_one_would(in_folder: Path, model_folder: Path) -
     log = (sweep.folder / "trial-0002" / "log.txt").read_text("utf-8")
     assert "validation (used for selection): loss" in log
     best = load_config(sweep.folder / "best.yaml")
-    assert recipes.train(best, say=said_nothing).validation_loss == pytest.approx(trials[2].value, rel=1e-4)
+    assert labeltune.train(best, say=said_nothing).validation_loss == pytest.approx(trials[2].value, rel=1e-4)
     assert MEASURED_ON in out

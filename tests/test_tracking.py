@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+import labeltune
 from conftest import classification_rows, write_jsonl
-from labeltune import recipes
 from labeltune.config import RunConfig, build_config
 from labeltune.tracking import swanlab as tracking
 
@@ -120,7 +120,7 @@ def test_predictions_are_shown_before_at_each_epoch_and_at_the_end(
     monkeypatch.setattr(tracking.GuardedCallback, "_make", staticmethod(lambda: None))
     for name in ("log", "log_charts"):
         monkeypatch.setattr(tracking.SwanlabTracker, name, lambda *_: None)
-    recipes.train(tracked_config(in_folder, model_folder, mode="local"))
+    labeltune.train(tracked_config(in_folder, model_folder, mode="local"))
     assert [step for step, _ in seen] == [0, 3, 6]
     assert all(len(texts) == 3 for _, texts in seen)
     first = [text.split("Ground truth:")[1] for text, _ in seen[0][1]]
@@ -161,7 +161,7 @@ def test_a_tracker_that_fails_mid_run_is_named_once(
         raise OSError("disk of the tracker is full")
 
     monkeypatch.setattr(SwanLabCallback, "on_log", broken)
-    result = recipes.train(tracked_config(in_folder, model_folder, mode="local"))
+    result = labeltune.train(tracked_config(in_folder, model_folder, mode="local"))
     assert (result.last / "adapter_model.safetensors").is_file()
     assert capsys.readouterr().err.count("SwanLab failed (OSError: disk of the tracker is full)") == 1
 
@@ -170,12 +170,12 @@ def test_a_tracker_that_cannot_start_does_not_stop_training(
     in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking.SwanlabTracker, "_start", lambda self: 1 / 0)
-    result = recipes.train(tracked_config(in_folder, model_folder, mode="local"))
+    result = labeltune.train(tracked_config(in_folder, model_folder, mode="local"))
     assert result.steps == 6
 
 
 def test_offline_runs_are_kept_for_sync(in_folder: Path, model_folder: Path) -> None:
-    recipes.train(tracked_config(in_folder, model_folder, mode="offline"))
+    labeltune.train(tracked_config(in_folder, model_folder, mode="offline"))
     assert any((in_folder / "swanlog").glob("*run*"))
 
 
@@ -216,9 +216,9 @@ def test_a_resumed_training_goes_on_in_its_run_or_says_what_it_continues(
     for name in ("log", "log_charts", "log_predictions"):
         monkeypatch.setattr(tracking.SwanlabTracker, name, lambda *_: None)
     config = tracked_config(in_folder, model_folder, mode=mode)
-    recipes.train(config)
+    labeltune.train(config)
     for epochs in (3, 4):
-        recipes.train(longer(config, epochs), resume=True)
+        labeltune.train(longer(config, epochs), resume=True)
     first, second, third = recorded.calls
     assert first["id"] is None and first["resume"] is None and "resumed_from" not in first["config"]
     assert first["group"].startswith("out-") and first["group"] == second["group"] == third["group"]
@@ -241,13 +241,13 @@ def test_a_resumed_training_goes_on_in_its_run_or_says_what_it_continues(
     other = config.model_copy(
         update={"swanlab": config.swanlab.model_copy(update={"mode": "offline", "group": "mine"})}
     )
-    recipes.train(longer(other, 5), resume=True)
+    labeltune.train(longer(other, 5), resume=True)
     assert recorded.calls[-1]["id"] is None and recorded.calls[-1]["group"] == "mine"
     (in_folder / "out" / "swanlab.json").write_text("[")
-    recipes.train(longer(config, 6), resume=True)
+    labeltune.train(longer(config, 6), resume=True)
     assert recorded.calls[-1]["config"]["resumed_from"] == {"run": None, "checkpoint": "checkpoint-15"}
     assert recorded.calls[-1]["name"] == "out (resumed from step 15)"
-    recipes.train(config, overwrite=True)
+    labeltune.train(config, overwrite=True)
     assert (
         "resumed_from" not in recorded.calls[-1]["config"] and recorded.calls[-1]["group"] != first["group"]
     )
@@ -257,7 +257,7 @@ def test_a_real_local_run_is_linked_to_the_one_before(in_folder: Path, model_fol
     config = tracked_config(in_folder, model_folder, mode="local")
     found = []
     for epochs in (2, 3):
-        recipes.train(longer(config, epochs), resume=epochs == 3)
+        labeltune.train(longer(config, epochs), resume=epochs == 3)
         found.append(json.loads((in_folder / "out" / "swanlab.json").read_text("utf-8")))
     assert found[0]["id"] != found[1]["id"] and found[0]["group"] == found[1]["group"]
     written = [f.read_text("utf-8") for f in (in_folder / "swanlog").rglob("*.yaml")]

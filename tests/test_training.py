@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+import labeltune
 from conftest import MODEL_KINDS, classification_rows, make_model, make_tokenizer, ner_rows, write_jsonl
-from labeltune import recipes
 from labeltune.config import RunConfig, build_config
 from labeltune.errors import DataError, ModelError, OutputError
-from labeltune.run_folder import RunInfo, checkpoints, find_checkpoint
+from labeltune.io.run_folder import RunInfo, checkpoints, find_checkpoint
 
 
 def config_for(folder: Path, model: Path, task: str = "classification", **training: Any) -> RunConfig:
@@ -65,7 +65,7 @@ def test_checkpoints_are_peft_folders_with_everything_prediction_needs(
     in_folder: Path, model_folder: Path
 ) -> None:
     config = config_for(in_folder, model_folder)
-    result = recipes.train(config)
+    result = labeltune.train(config)
     folders = checkpoints(Path(config.output_dir))
     assert folders[-1] == result.last
     assert result.best.resolve() in [folder.resolve() for folder in folders]
@@ -82,14 +82,14 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(in_folder: Path, model
     """Cut off in the middle of the second epoch, at the end of the first, and in its middle."""
     torch.set_num_threads(1)
     config = config_for(in_folder, model_folder, epochs=2, save_total_limit=20)
-    whole = recipes.train(config)
+    whole = labeltune.train(config)
     expected = adapter_weights(whole.last)
     for kept in (4, 3, 1):
         # As if the later checkpoints had never been written.
         for folder in checkpoints(Path(config.output_dir))[kept:]:
             shutil.rmtree(folder)
         (Path(config.output_dir) / "best").unlink()
-        assert recipes.train(config, resume=True).last == whole.last
+        assert labeltune.train(config, resume=True).last == whole.last
         found = adapter_weights(whole.last)
         assert set(found) == set(expected)
         for name, tensor in expected.items():
@@ -129,7 +129,7 @@ def test_the_end_of_turn_is_learnt_when_it_is_also_the_pad_token(in_folder: Path
     make_model(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = config_for(in_folder, folder, epochs=30, learning_rate=5e-3, method="full", save_steps=1000)
-    result = recipes.train(config)
+    result = labeltune.train(config)
     from labeltune import load_predictor
 
     with load_predictor(result.last) as predictor:
@@ -142,9 +142,9 @@ def test_the_end_of_turn_is_learnt_when_it_is_also_the_pad_token(in_folder: Path
 
 def test_ner_trains_and_extracts(in_folder: Path, model_folder: Path) -> None:
     config = config_for(in_folder, model_folder, "ner", epochs=40, learning_rate=1e-2, save_steps=1000)
-    result = recipes.train(config)
+    result = labeltune.train(config)
     test = write_jsonl(in_folder / "test.jsonl", ner_rows(9))
-    metrics = recipes.evaluate(result.best, str(test), output=in_folder / "eval", progress=False)
+    metrics = labeltune.evaluate(result.best, str(test), output=in_folder / "eval", progress=False)
     assert metrics["span_f1"]["value"] == 1.0
     rows = [
         json.loads(line)
@@ -153,7 +153,7 @@ def test_ner_trains_and_extracts(in_folder: Path, model_folder: Path) -> None:
     (entity,) = rows[0]["entities"]
     assert entity.pop("score") < 0
     assert entity == {"start_idx": 2, "end_idx": 4, "entity_text": "南京", "entity_label": "地理实体"}
-    base = recipes.evaluate(result.best, str(test), base=True, progress=False)
+    base = labeltune.evaluate(result.best, str(test), base=True, progress=False)
     assert base["span_f1"]["value"] < 1.0
 
 
@@ -166,27 +166,27 @@ def test_memory_settings_do_not_change_the_result(
     weights = []
     for given in ({}, options):
         config = without_dropout(config_for(in_folder, model_folder, max_steps=3, save_steps=1000, **given))
-        weights.append(adapter_weights(recipes.train(config, overwrite=True).last))
+        weights.append(adapter_weights(labeltune.train(config, overwrite=True).last))
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4)
 
 
 def test_an_earlier_run_is_not_overwritten_by_accident(in_folder: Path, model_folder: Path) -> None:
     config = config_for(in_folder, model_folder, max_steps=1)
-    recipes.train(config)
+    labeltune.train(config)
     with pytest.raises(OutputError, match="--resume"):
-        recipes.train(config)
-    recipes.train(config, overwrite=True)
+        labeltune.train(config)
+    labeltune.train(config, overwrite=True)
 
 
 def test_nothing_to_resume(in_folder: Path, model_folder: Path) -> None:
     with pytest.raises(ModelError, match="nothing to resume"):
-        recipes.train(config_for(in_folder, model_folder), resume=True)
+        labeltune.train(config_for(in_folder, model_folder), resume=True)
 
 
 def test_an_incomplete_checkpoint_is_not_picked(in_folder: Path, model_folder: Path) -> None:
     config = config_for(in_folder, model_folder, max_steps=2)
-    result = recipes.train(config)
+    result = labeltune.train(config)
     (Path(config.output_dir) / "checkpoint-999").mkdir()
     assert find_checkpoint(config.output_dir, prefer_newest=True) == result.last
 
@@ -196,7 +196,7 @@ def test_faulty_rows_stop_before_weights_are_loaded(in_folder: Path, model_folde
     rows = [*classification_rows(6), {"text": "", "category": ["a"], "output": "a"}]
     write_jsonl(in_folder / "classification.jsonl", rows)
     with pytest.raises(DataError, match=r"classification\.jsonl:7.*empty_field"):
-        recipes.train(config)
+        labeltune.train(config)
 
 
 def test_skipped_rows_are_counted(in_folder: Path, model_folder: Path) -> None:
@@ -205,7 +205,7 @@ def test_skipped_rows_are_counted(in_folder: Path, model_folder: Path) -> None:
     write_jsonl(in_folder / "classification.jsonl", rows)
     config = config.model_copy(update={"data": config.data.model_copy(update={"on_error": "skip"})})
     said: list[str] = []
-    recipes.train(config, say=said.append)
+    labeltune.train(config, say=said.append)
     assert any("output_not_in_candidates 1" in line for line in said)
 
 
@@ -213,7 +213,7 @@ def test_skipped_rows_are_counted(in_folder: Path, model_folder: Path) -> None:
 def test_adapter_variants_train(in_folder: Path, model_folder: Path, lora: dict[str, Any]) -> None:
     config = config_for(in_folder, model_folder, max_steps=1)
     config = config.model_copy(update={"lora": config.lora.model_copy(update=lora)})
-    assert (recipes.train(config).last / "adapter_model.safetensors").is_file()
+    assert (labeltune.train(config).last / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("kind", MODEL_KINDS)
@@ -223,7 +223,7 @@ def test_every_kind_of_model_trains_and_predicts(kind: str, in_folder: Path) -> 
     tokenizer = make_tokenizer()
     make_model(len(tokenizer), kind).save_pretrained(in_folder / kind)
     tokenizer.save_pretrained(in_folder / kind)
-    result = recipes.train(
+    result = labeltune.train(
         config_for(in_folder, in_folder / kind, epochs=4, learning_rate=2e-2, save_steps=1000)
     )
     assert result.validation_loss is not None and result.validation_loss < math.log(len(tokenizer)), (
@@ -242,7 +242,7 @@ def test_two_processes_train_like_one(in_folder: Path, model_folder: Path) -> No
         path = in_folder / f"run{processes}.yaml"
         path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
         if processes == 1:
-            recipes.train(config)
+            labeltune.train(config)
         else:
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}

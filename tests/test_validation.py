@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
+import labeltune
 from conftest import LABELS, classification_rows, ner_rows, write_jsonl
-from labeltune import progress, recipes
+from labeltune import progress
+from labeltune.commands import training as training_recipe
+from labeltune.commands.rows import validation_rows, warn_of_rows
 from labeltune.config import RunConfig, load_config
 from labeltune.data.loading import load_splits
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.evaluation.headline import rows_line
-from labeltune.recipes import training as training_recipe
-from labeltune.recipes.rows import validation_rows, warn_of_rows
 from labeltune.training.checkpoints import write_manifest
 from test_training import config_for
 
@@ -48,13 +49,13 @@ def test_the_figure_in_training_is_that_of_evaluate_and_picks_the_best(
     config = with_validation(
         in_folder, model_folder, task, max_steps=6, save_steps=2, save_total_limit=9, learning_rate=0.01
     )
-    result = recipes.train(config)
+    result = labeltune.train(config)
     logged = {entry["step"]: entry[f"eval_{metric}"] for entry in history(result.last)}
     assert sorted(logged) == [2, 4, 6]
     assert config.data.validation is not None
     for step, value in logged.items():
         checkpoint = result.last.parent / f"checkpoint-{step}"
-        found = recipes.evaluate(checkpoint, config.data.validation, progress=False)
+        found = labeltune.evaluate(checkpoint, config.data.validation, progress=False)
         assert found[metric]["value"] == value
     losses = {entry["step"]: entry["eval_loss"] for entry in history(result.last)}
     best = min(
@@ -68,17 +69,17 @@ def test_the_figure_in_training_is_that_of_evaluate_and_picks_the_best(
 def test_what_chose_is_never_called_a_test_figure(in_folder: Path, model_folder: Path) -> None:
     config = with_validation(in_folder, model_folder, max_steps=2, save_steps=1)
     said: list[str] = []
-    result = recipes.train(config, say=said.append)
+    result = labeltune.train(config, say=said.append)
     assert config.data.validation is not None
-    on_validation = recipes.evaluate(result.best, config.data.validation, progress=False)
+    on_validation = labeltune.evaluate(result.best, config.data.validation, progress=False)
     assert (on_validation["rows_are"], on_validation["selection_rows"]) == (SELECTION, 16)
     test = write_jsonl(
         in_folder / "test.jsonl", [{**row, "text": row["text"] + " new"} for row in classification_rows(6)]
     )
-    assert recipes.evaluate(result.best, str(test), progress=False)["rows_are"] == "test"
+    assert labeltune.evaluate(result.best, str(test), progress=False)["rows_are"] == "test"
     mixed = in_folder / "mixed.jsonl"
     mixed.write_text(test.read_text() + Path(config.data.validation).read_text().splitlines()[0] + "\n")
-    assert recipes.evaluate(result.best, str(mixed), progress=False)["selection_rows"] == 1
+    assert labeltune.evaluate(result.best, str(mixed), progress=False)["selection_rows"] == 1
     folder = in_folder / "out" / "validation"
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["rows_are"] == SELECTION and metrics["rows"] == 16
@@ -87,14 +88,14 @@ def test_what_chose_is_never_called_a_test_figure(in_folder: Path, model_folder:
     assert any(SELECTION in line and "report.html" in line for line in said)
     (result.best / "selection.u64").write_bytes(b"12345")
     with pytest.raises(ModelError, match=r"selection\.u64 is damaged"):
-        recipes.evaluate(result.best, str(test), progress=False)
+        labeltune.evaluate(result.best, str(test), progress=False)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     """A run with a validation file of its own, `validation.jsonl` beside `out`; its rows are in `classification.jsonl`."""
     folder = tmp_path_factory.mktemp("trained")
-    recipes.train(with_validation(folder, model_folder, max_steps=2, save_steps=1))
+    labeltune.train(with_validation(folder, model_folder, max_steps=2, save_steps=1))
     return folder / "out"
 
 
@@ -112,7 +113,7 @@ def test_a_run_remembers_the_rows_it_was_trained_on(trained: Path, in_folder: Pa
     }
     for said, rows in kinds.items():
         Path("rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-        metrics = recipes.evaluate(trained, "rows.jsonl", output="figures", progress=False)
+        metrics = labeltune.evaluate(trained, "rows.jsonl", output="figures", progress=False)
         assert rows_line(metrics) == said
         page = Path("figures/report.html").read_text(encoding="utf-8")
         seen = "seen" if said.endswith("training)") else 'seen\' class="bad"'
@@ -121,13 +122,13 @@ def test_a_run_remembers_the_rows_it_was_trained_on(trained: Path, in_folder: Pa
             json.loads(Path("figures/metrics.json").read_text())["training_rows"] == metrics["training_rows"]
         )
     Path("rows.jsonl").write_text("\n".join(kinds["4 (3 of them trained on)"]) + "\n", encoding="utf-8")
-    compared = recipes.compare("base", trained, "rows.jsonl", output="compared", progress=False)
+    compared = labeltune.compare("base", trained, "rows.jsonl", output="compared", progress=False)
     assert rows_line(compared) == "4 (3 of them trained on)"
     assert "rows: 4 (3 of them trained on)" in Path("compared/comparison.html").read_text(encoding="utf-8")
     # A run of labeltune 0.1.0 does not know.
     shutil.copytree(trained / "best", "old")
     Path("old/training.u64").unlink()
-    metrics = recipes.evaluate("old", "rows.jsonl", progress=False)
+    metrics = labeltune.evaluate("old", "rows.jsonl", progress=False)
     assert metrics["training_rows"] is None
     assert rows_line(metrics) == "4, test (whether training saw them is not known)"
 
@@ -140,25 +141,25 @@ def test_labels_that_a_run_cannot_answer_are_faults(trained: Path, in_folder: Pa
     ]
     path = write_jsonl(in_folder / "test.jsonl", rows)
     said = rf"2 errors:\n  {path}:1: error: unknown_label: 'sports' is not among the labels of .*; did you mean 'Sports'\?"
-    for measure in (recipes.evaluate, lambda *a, **k: recipes.compare("base", *a, **k)):
+    for measure in (labeltune.evaluate, lambda *a, **k: labeltune.compare("base", *a, **k)):
         with pytest.raises(DataError, match=said):
             measure(trained, str(path), progress=False)
-    found = recipes.evaluate(trained, str(path), on_error="skip", progress=False)
+    found = labeltune.evaluate(trained, str(path), on_error="skip", progress=False)
     assert (found["rows"], found["skipped"]) == (1, {"unknown_label": 2})
     assert rows_line(found) == "1, test (none seen in training); skipped: unknown_label 2"
-    assert recipes.compare("base", trained, str(path), on_error="skip", progress=False)["rows"] == 1
+    assert labeltune.compare("base", trained, str(path), on_error="skip", progress=False)["rows"] == 1
     own = write_jsonl(in_folder / "own.jsonl", [{"text": "a", "category": ["Zoo", "Sea"], "output": "Zoo"}])
-    assert recipes.evaluate(trained, str(own), progress=False)["rows"] == 1
+    assert labeltune.evaluate(trained, str(own), progress=False)["rows"] == 1
     entities = write_jsonl(in_folder / "ner.jsonl", ner_rows(3))
     with pytest.raises(DataError, match=r"1 error:\n.*wrong_task: these are rows for task=ner"):
-        recipes.evaluate(trained, str(entities), progress=False)
+        labeltune.evaluate(trained, str(entities), progress=False)
 
 
 def test_the_rows_are_looked_at_before_any_weight_is_loaded(
     trained: Path, in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("labeltune.inference.load.load_model", lambda *_, **__: pytest.fail("loaded"))
-    for measure in (recipes.evaluate, lambda *a, **k: recipes.compare(trained, *a, **k)):
+    for measure in (labeltune.evaluate, lambda *a, **k: labeltune.compare(trained, *a, **k)):
         with pytest.raises(DataError, match="does not exist"):
             measure(trained, "missing.jsonl", progress=False)
 
@@ -195,7 +196,7 @@ def test_training_stops_when_it_no_longer_improves(
 ) -> None:
     config = with_validation(in_folder, model_folder, max_steps=6, save_steps=1, save_total_limit=9)
     scripted(monkeypatch, values)
-    result = recipes.train(stopping(config, 2, min_delta))
+    result = labeltune.train(stopping(config, 2, min_delta))
     assert (result.steps, result.best.resolve().name) == (last, f"checkpoint-{best}")
 
 
@@ -205,7 +206,7 @@ def test_a_resumed_run_goes_on_counting(
 ) -> None:
     config = stopping(with_validation(in_folder, model_folder, max_steps=3, save_steps=1), 2)
     scripted(monkeypatch, [0.5, 0.6, 0.4])
-    last = recipes.train(config).last
+    last = labeltune.train(config).last
     if kept_by == "0.1.0":  # transformers' own callback counted
         file = last / "trainer_state.json"
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -218,20 +219,20 @@ def test_a_resumed_run_goes_on_counting(
         write_manifest(last)
     longer = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 8})})
     scripted(monkeypatch, [0.4, 0.9])
-    result = recipes.train(longer, resume=True)
+    result = labeltune.train(longer, resume=True)
     assert (result.steps, result.best.resolve().name, result.metric) == (4, "checkpoint-2", 0.6)
 
 
 def test_a_validation_at_every_epoch(in_folder: Path, model_folder: Path) -> None:
     config = with_validation(in_folder, model_folder, epochs=2, save_steps="epoch", batch_size=8)
-    result = recipes.train(config)
+    result = labeltune.train(config)
     assert [entry["step"] for entry in history(result.last)] == [6, 12]
 
 
 def test_the_loss_can_pick_the_best(in_folder: Path, model_folder: Path) -> None:
     config = with_validation(in_folder, model_folder, max_steps=2, save_steps=1)
     config = config.model_copy(update={"eval": config.eval.model_copy(update={"metric": "loss"})})
-    result = recipes.train(config)
+    result = labeltune.train(config)
     assert (result.metric_name, result.metric) == ("loss", result.validation_loss)
 
 
@@ -308,7 +309,7 @@ def test_no_phase_is_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_training_says_its_phases_and_what_comes_next(in_folder: Path, model_folder: Path) -> None:
     config = with_validation(in_folder, model_folder, max_steps=2, save_steps=2)
     said: list[str] = []
-    recipes.train(config, say=said.append, command="labeltune train c.yaml")
+    labeltune.train(config, say=said.append, command="labeltune train c.yaml")
     phases = ["loading the model", "checking packing on your rows"]
     phases += ["predicting 16 validation rows with the best checkpoint"]
     assert [line for line in said if line in phases] == phases

@@ -100,7 +100,7 @@ def written_by_saving(name: str) -> bool:
 def goes_back_aloud(config: Path, work: Path) -> bool:
     """Whether `--resume` would choose the checkpoint before the damaged one, and say why."""
     from labeltune.config import load_config
-    from labeltune.run_folder import check_output
+    from labeltune.io.run_folder import check_output
 
     said: list[str] = []
     loaded = load_config(config, [f"output_dir={work / 'out'}"])

@@ -158,7 +158,7 @@ class Attempt:
             return
         self._nothing_half(out, what)
         repair()
-        from labeltune.run_folder import checkpoints
+        from labeltune.io.run_folder import checkpoints
 
         more: tuple[str, ...] = ()
         if self.command.name == "train":
@@ -190,7 +190,7 @@ class Attempt:
 
     def _nothing_half(self, out: Path, what: str) -> None:
         """Only whole files have their names; the checkpoints that stand there are good."""
-        from labeltune.run_folder import checkpoints, damage
+        from labeltune.io.run_folder import checkpoints, damage
 
         if self.command.name == "train":
             for checkpoint in checkpoints(out):
@@ -221,7 +221,7 @@ def last(log: Path) -> str:
 
 def same_weights(out: Path, reference: Path) -> bool:
     """Whether the newest checkpoints have equal adapters and optimizers, byte for byte."""
-    from labeltune.run_folder import checkpoints
+    from labeltune.io.run_folder import checkpoints
 
     newest = [checkpoints(run)[-1] for run in (out, reference)]
     names = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")

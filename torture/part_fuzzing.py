@@ -66,7 +66,7 @@ def fuzz(target: str) -> None:
     import atheris
 
     with atheris.instrument_imports(
-        include=["labeltune.data", "labeltune.config", "labeltune.yaml_text", "json", "yaml", "csv"]
+        include=["labeltune.data", "labeltune.config", "labeltune.io.safe_yaml", "json", "yaml", "csv"]
     ):
         from labeltune.config import ColumnsConfig, load_config
         from labeltune.data.schemas import parse_record

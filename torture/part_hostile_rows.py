@@ -146,7 +146,7 @@ def check(
     read: Any = None,
 ) -> None:
     """A real command in this process: its exit code is one of `codes`, and it never ends in a traceback."""
-    from labeltune.cli import main
+    from labeltune.commands import main
 
     out, error = io.StringIO(), io.StringIO()
     begun, argv = time.monotonic(), sys.argv

@@ -83,7 +83,7 @@ class StandIn:
 
     def __init__(self) -> None:
         from labeltune.config import ColumnsConfig, PromptConfig
-        from labeltune.tasks import make_task
+        from labeltune.prompts import make_task
 
         self.columns, self.encoding = ColumnsConfig(), "utf-8"
         self.task = make_task("classification", ("a", "b", "c"), PromptConfig())
@@ -116,7 +116,7 @@ def measure(what: str, path: Path) -> None:
     if what == "check":
         import datasets  # noqa: F401
 
-        from labeltune.cli import main
+        from labeltune.commands import main
 
         begin = psutil.Process().memory_info().rss
         sys.argv = ["labeltune", "data", "check", str(path)]

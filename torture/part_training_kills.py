@@ -204,14 +204,14 @@ def random_kill(generator: random.Random, reference: Reference, out: Path) -> Ki
 
 def arguments(config: Path, out: Path) -> list[str]:
     """The command that starts a training, or goes on with it."""
-    from labeltune.run_folder import checkpoints
+    from labeltune.io.run_folder import checkpoints
 
     return ["train", str(config), *(["--resume"] if checkpoints(out) else [])]
 
 
 def newest_is_whole(out: Path) -> bool:
     """No checkpoint stands there half-written: the newest one is what its manifest says."""
-    from labeltune.run_folder import checkpoints, damage
+    from labeltune.io.run_folder import checkpoints, damage
 
     found = checkpoints(out)
     return not found or damage(found[-1]) is None

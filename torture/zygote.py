@@ -51,8 +51,8 @@ def warm() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for name in (
-        "labeltune.cli.main",
-        "labeltune.recipes",
+        "labeltune.commands.main",
+        "labeltune.commands.training",
         "labeltune.inference.load",
         "labeltune.inference.stream",
     ):
@@ -128,7 +128,7 @@ def start(
 
 
 def _command(arguments: Sequence[str]) -> int:
-    from labeltune.cli import main
+    from labeltune.commands import main
 
     sys.argv = ["labeltune", *arguments]
     try:

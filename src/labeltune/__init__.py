@@ -9,15 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from labeltune.commands.checking import check_data as check_data
+    from labeltune.commands.comparing import compare as compare
+    from labeltune.commands.evaluation import evaluate as evaluate
+    from labeltune.commands.exporting import export as export
+    from labeltune.commands.planning import plan as plan
+    from labeltune.commands.predicting import predict as predict
+    from labeltune.commands.training import train as train
     from labeltune.config import RunConfig as RunConfig
     from labeltune.config import load_config as load_config
     from labeltune.errors import LabeltuneError as LabeltuneError
     from labeltune.inference.load import load_predictor as load_predictor
     from labeltune.inference.predictor import Predictor as Predictor
-    from labeltune.recipes import evaluate as evaluate
-    from labeltune.recipes import plan as plan
-    from labeltune.recipes import predict as predict
-    from labeltune.recipes import train as train
     from labeltune.types import Entity as Entity
     from labeltune.types import Example as Example
     from labeltune.types import Prediction as Prediction
@@ -31,12 +34,15 @@ _HOMES = {
     "Prediction": "types",
     "Predictor": "inference.predictor",
     "RunConfig": "config",
-    "evaluate": "recipes",
+    "check_data": "commands.checking",
+    "compare": "commands.comparing",
+    "evaluate": "commands.evaluation",
+    "export": "commands.exporting",
     "load_config": "config",
     "load_predictor": "inference.load",
-    "plan": "recipes",
-    "predict": "recipes",
-    "train": "recipes",
+    "plan": "commands.planning",
+    "predict": "commands.predicting",
+    "train": "commands.training",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

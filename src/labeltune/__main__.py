@@ -1,6 +1,6 @@
 """`python -m labeltune ...`, also for `accelerate launch -m labeltune train ...`."""
 
-from labeltune.cli.main import run
+from labeltune.commands.main import run
 
 if __name__ == "__main__":
     run()

@@ -29,8 +29,8 @@ from labeltune.config_sections import SwanlabConfig as SwanlabConfig
 from labeltune.config_sections import TaskName as TaskName
 from labeltune.config_sections import TrainingConfig as TrainingConfig
 from labeltune.errors import ConfigError, clipped, near_it
+from labeltune.io.safe_yaml import read_yaml
 from labeltune.other_names import KEYS, our_name, plain
-from labeltune.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

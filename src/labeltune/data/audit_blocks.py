@@ -18,7 +18,7 @@ from labeltune.data.blocks import Block, cut_file, read_block
 from labeltune.data.columns import FileColumns
 from labeltune.data.formats import find_format
 from labeltune.errors import printable
-from labeltune.processes import mapped
+from labeltune.io.processes import mapped
 
 if TYPE_CHECKING:
     import pyarrow

@@ -14,7 +14,7 @@ from labeltune.data.formats import ALIASES, INSTRUCTION
 from labeltune.data.records import Record
 from labeltune.data.schemas import DOCCANO, is_spans
 from labeltune.data.sources import iter_records
-from labeltune.progress import note
+from labeltune.io.progress import note
 
 #: Rows that are looked at.
 LOOKED_AT = 100

@@ -16,7 +16,7 @@ from labeltune.data.records import without_key
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records, resolve_data
 from labeltune.errors import DataError, OutputError, printable
-from labeltune.output_paths import check_file, is_stream, link_target, open_stream
+from labeltune.io.outputs import check_file, is_stream, link_target, open_stream
 from labeltune.types import Example
 
 

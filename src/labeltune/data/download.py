@@ -9,7 +9,7 @@ from pathlib import Path
 from labeltune.config import HubConfig
 from labeltune.data.sources import download_dataset
 from labeltune.errors import DataError, HubError, OutputError
-from labeltune.output_paths import check_folder
+from labeltune.io.outputs import check_folder
 
 #: name -> (hub, repository, {file name in the repository: file name the scripts expect})
 ORIGINALS = {

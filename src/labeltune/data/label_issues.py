@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from labeltune.data.loading import Rows
 from labeltune.data.near_duplicates import excerpt, share_of
-from labeltune.progress import row_progress
+from labeltune.io.progress import row_progress
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix

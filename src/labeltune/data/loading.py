@@ -25,8 +25,8 @@ from labeltune.data.schemas import Fault
 from labeltune.data.scratch import OTHER_TEMPORARY, scratch_folder
 from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError, OutputError, first_line, printable
-from labeltune.processes import worker_count
-from labeltune.run_folder import writing
+from labeltune.io.processes import worker_count
+from labeltune.io.run_folder import writing
 from labeltune.types import Example
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from labeltune.data.loading import Rows
-from labeltune.progress import row_progress
+from labeltune.io.progress import row_progress
 
 if TYPE_CHECKING:
     from datasketch import MinHash

@@ -21,8 +21,8 @@ from labeltune.data.records import (
 )
 from labeltune.data.tables import sheet_records, table_records
 from labeltune.errors import DataError, first_line, near_it, printable
-from labeltune.hubs import asking
-from labeltune.untrusted import check_inside
+from labeltune.io.hubs import asking
+from labeltune.io.trust import check_inside
 
 
 def resolve_data(spec: str, hub: HubConfig | None = None) -> Path:

@@ -15,7 +15,7 @@ from labeltune.data.columns import LOOKED_AT, find_columns
 from labeltune.data.formats import Format, is_whole_json, opened
 from labeltune.data.json_values import value_records
 from labeltune.data.records import MAX_LINE_BYTES, Record, bounded_lines, decoded_lines, json_records
-from labeltune.progress import note
+from labeltune.io.progress import note
 
 NAME = "stdin"
 #: Lines that are looked at for two that are not blank, and characters of rows that are held to find their columns.

@@ -13,10 +13,10 @@ from labeltune.data.label_issues import LabelIssues, find_label_issues
 from labeltune.data.loading import Rows, stratified_split
 from labeltune.data.near_duplicates import NearDuplicates, find_near_duplicates
 from labeltune.errors import MissingExtraError, OutputError, PromptError
-from labeltune.modeling.text_vectors import text_vectors
-from labeltune.output_paths import check_file, is_stream
-from labeltune.tasks import make_task
-from labeltune.tasks.builder import PromptBuilder
+from labeltune.io.outputs import check_file, is_stream
+from labeltune.models.text_vectors import text_vectors
+from labeltune.prompts import make_task
+from labeltune.prompts.builder import PromptBuilder
 
 if TYPE_CHECKING:
     from labeltune.training.token_figures import TokenFigures

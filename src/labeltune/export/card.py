@@ -17,9 +17,9 @@ from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.headline import SELECTION, shown_headline
 from labeltune.export.ollama import model_name
 from labeltune.export.parity import Parity
-from labeltune.modeling.pocket import POCKET_MODELS
-from labeltune.run_folder import RunInfo, public_name
-from labeltune.yaml_text import read_yaml
+from labeltune.io.run_folder import RunInfo, public_name
+from labeltune.io.safe_yaml import read_yaml
+from labeltune.models.pocket import POCKET_MODELS
 
 CARD_FILE = "README.md"
 #: Labels that a card lists with their rows.

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from labeltune.errors import OutputError
-from labeltune.output_paths import check_folder, link_target, obey_umask
-from labeltune.run_files import files_read
-from labeltune.run_folder import writing
+from labeltune.io.outputs import check_folder, link_target, obey_umask
+from labeltune.io.run_files import files_read
+from labeltune.io.run_folder import writing
 
 #: Says how an export was made; a folder that has it may be replaced by `--overwrite`.
 EXPORT_FILE = "export.json"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from labeltune.errors import ModelError
-from labeltune.modeling.hub import load_model
-from labeltune.modeling.lora import load_adapter, merge_adapter
+from labeltune.models.hub import load_model
+from labeltune.models.lora import load_adapter, merge_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

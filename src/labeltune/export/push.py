@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from labeltune.errors import ConfigError, HubError, first_line
-from labeltune.output_paths import is_hub_name
+from labeltune.io.outputs import is_hub_name
 
 
 def check_repo(spec: str) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from labeltune.distributed import rank
 from labeltune.evaluation.confidence import calibration_report
 from labeltune.evaluation.headline import SELECTION
 from labeltune.inference.answers import Calibration
 from labeltune.inference.predictor import Predictor
-from labeltune.ranks import rank
 from labeltune.types import Example
 
 

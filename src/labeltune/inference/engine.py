@@ -15,8 +15,8 @@ from labeltune.errors import ModelError, first_line
 from labeltune.inference.runner import PlainRunner, Runner, SegmentRunner
 from labeltune.inference.scoring import PrefixCache, Question, rows_felt, score_answers, score_one_by_one
 from labeltune.inference.trie import LabelTrie
-from labeltune.modeling.precision import weights_in
-from labeltune.modeling.shared_prefix import changing_shapes
+from labeltune.models.precision import weights_in
+from labeltune.models.shared_prefix import changing_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,7 @@ class Engine:
         with self._lock:
             self._cache.clear()
 
-    def settle(self, questions: Sequence[Question]) -> None:
+    def verify_fast_path(self, questions: Sequence[Question]) -> None:
         """Compare the two ways on some of these questions, if no call has done so yet."""
         with self._lock, predicting(self.model):
             self._is_fast(questions)

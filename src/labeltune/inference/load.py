@@ -10,13 +10,13 @@ from typing import Any
 from labeltune.config import HubConfig, RunConfig
 from labeltune.inference.answers import Calibration
 from labeltune.inference.predictor import Predictor, changed_generation, fingerprint
-from labeltune.modeling.hub import load_model, load_tokenizer, resolve_model, snapshot
-from labeltune.modeling.lora import load_adapter, merge_adapter
-from labeltune.modeling.precision import pick_precision
-from labeltune.output_paths import is_hub_name
+from labeltune.io.outputs import is_hub_name
+from labeltune.io.run_folder import RunInfo, find_checkpoint
+from labeltune.models.hub import load_model, load_tokenizer, resolve_model, snapshot
+from labeltune.models.lora import load_adapter, merge_adapter
+from labeltune.models.precision import pick_precision
+from labeltune.prompts import make_task
 from labeltune.prompts.template import ChatTemplate
-from labeltune.run_folder import RunInfo, find_checkpoint
-from labeltune.tasks import make_task
 
 
 def load_predictor(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from labeltune.config import CalibrateConfig, ColumnsConfig, GenerationConfig
+from labeltune.distributed import is_distributed
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.inference.answers import (
     Calibration,
@@ -30,13 +31,12 @@ from labeltune.inference.runner import Runner
 from labeltune.inference.scoring import Question
 from labeltune.inference.sharing import UNIT, shared_out
 from labeltune.inference.trie import LabelTrie
+from labeltune.io.run_folder import file_hash
+from labeltune.prompts.builder import PromptBuilder
+from labeltune.prompts.classification import ClassificationTask
+from labeltune.prompts.ner import NerTask, locate
+from labeltune.prompts.task import Task
 from labeltune.prompts.template import ChatTemplate
-from labeltune.ranks import connected
-from labeltune.run_folder import file_hash
-from labeltune.tasks.base import Task
-from labeltune.tasks.builder import PromptBuilder
-from labeltune.tasks.classification import ClassificationTask
-from labeltune.tasks.ner import NerTask, locate
 from labeltune.types import Entity, Example, Prediction
 
 #: Label sets whose tries are kept; most files have one.
@@ -130,8 +130,8 @@ class Predictor:
         self.engine.forget()
         if self.share:
             examples = iter(known := list(examples))
-            self.settle(known)
-        if self.calibrate.prior == "batch" or (self.share and connected()):
+            self.verify_fast_path(known)
+        if self.calibrate.prior == "batch" or (self.share and is_distributed()):
             yield from self.predict(examples)
             return
         count = UNIT if self.share else self.engine.call_rows
@@ -187,7 +187,7 @@ class Predictor:
             raise ModelError("this run extracts entities; ask it with .predict or .extract")
         return self._together(examples, partial(self._scored, self.task))
 
-    def settle(self, examples: Sequence[Example]) -> None:
+    def verify_fast_path(self, examples: Sequence[Example]) -> None:
         """Find out with some of these examples, if it is not known yet, whether the fast way is right for the model."""
         if self.generation.decoding == "free" or not examples:
             return
@@ -196,7 +196,7 @@ class Predictor:
         for e in (ordered[0], ordered[len(ordered) // 2], ordered[-1]):
             trie = self._trie(e, task.candidates(e)) if isinstance(task, ClassificationTask) else MADE_UP
             questions.append(Question(self.builder.views(e, self.generation.long_text)[0].ids, trie))
-        self.engine.settle(questions)
+        self.engine.verify_fast_path(questions)
 
     def _together(
         self, examples: Sequence[Example], answer: Callable[[Sequence[Example]], list[Answer]]

@@ -17,8 +17,8 @@ import ray.exceptions
 
 from labeltune.errors import LabeltuneError, ModelError, first_line
 from labeltune.inference.predictor import Predictor
+from labeltune.inference.ray_session import ray_session, shares
 from labeltune.inference.shards import Load, Work
-from labeltune.ray_session import ray_session, shares
 
 #: How often an item may begin; one that kills its actor would be given to others for ever.
 MOST_ATTEMPTS = 5

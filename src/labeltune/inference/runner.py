@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from labeltune.inference.scoring import PrefixCache
-from labeltune.modeling.tree_attention import KeyValues, Segment, run_segments, segment_attention_on
+from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,17 +46,17 @@ class SegmentRunner:
     def session(self, prompts: Sequence[Sequence[int]]) -> Iterator[Session]:
         """Switches the model's attention meanwhile."""
         with torch.inference_mode(), segment_attention_on(self.model):
-            past = self.cache.common(self.model, prompts) if prompts else KeyValues()
+            past = self.cache.common(self.model, prompts) if prompts else KVCache()
             yield _Segments(self.model, past, self.max_tokens)
 
 
 class _Segments:
-    def __init__(self, model: PreTrainedModel, past: KeyValues, max_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, past: KVCache, max_tokens: int) -> None:
         self.model, self.past, self.max_tokens = model, past, max_tokens
 
     def start(self, prompt: Sequence[int], room: int) -> tuple[Any, list[int]]:
         own = list(prompt[self.past.length :])
-        return KeyValues(self.past, room=len(own) + room), own
+        return KVCache(self.past, room=len(own) + room), own
 
     def advance(self, rows: Sequence[tuple[Any, Sequence[int]]]) -> Any:
         parts: list[Any] = []

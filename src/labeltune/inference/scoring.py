@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from labeltune.inference.trie import LabelTrie
-from labeltune.modeling.tree_attention import KeyValues, Segment, run_segments, segment_attention_on
+from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Let go of the memory; needed when the weights have changed."""
         self.ids: tuple[int, ...] = ()
-        self._held = KeyValues()
+        self._held = KVCache()
 
     def _shared(self, prompts: Sequence[Sequence[int]]) -> int:
         """How many tokens of these prompts to take from here; at least one of each prompt is left over."""
@@ -56,16 +56,16 @@ class PrefixCache:
             return held
         return common if len(prompts) > 1 else 0
 
-    def common(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> KeyValues:
+    def common(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> KVCache:
         """What these prompts begin with, computed where it is not known yet; call inside `segment_attention_on`."""
         return self._get(model, prompts[0][: self._shared(prompts)])
 
-    def _get(self, model: PreTrainedModel, ids: Sequence[int]) -> KeyValues:
+    def _get(self, model: PreTrainedModel, ids: Sequence[int]) -> KVCache:
         """Keys and values of exactly these tokens."""
         wanted = tuple(ids)
         if wanted != self.ids:
             self.clear()
-            held = KeyValues()
+            held = KVCache()
             if wanted:
                 run_segments(model, [Segment(wanted, held, keep=True)])
             self.ids, self._held = wanted, held
@@ -97,7 +97,7 @@ def score_answers(
             segments = []
             behind = past
             if shared > begin:
-                behind = KeyValues(past)
+                behind = KVCache(past)
                 segments.append(Segment(questions[rows[0]].prompt[begin:shared], behind, keep=True))
             segments += [_segment(questions[row], shared, behind) for row in rows]
             logits = run_segments(model, segments)
@@ -146,7 +146,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def _segment(question: Question, shared: int, past: KeyValues) -> Segment:
+def _segment(question: Question, shared: int, past: KVCache) -> Segment:
     """The row's own part of the prompt, and behind it the trie, every node of which sees the prompt and its ancestors."""
     own, trie = list(question.prompt[shared:]), question.trie
     count = len(own)
@@ -196,7 +196,7 @@ def rows_felt(model: PreTrainedModel, questions: Sequence[Question]) -> str | No
     """
 
     def logits(asked: Sequence[Question]) -> list[Any]:
-        segments = [_segment(question, 0, KeyValues()) for question in asked]
+        segments = [_segment(question, 0, KVCache()) for question in asked]
         return list(run_segments(model, segments).split([len(question.trie) for question in asked]))
 
     def others(tokens: Sequence[int]) -> list[int]:

@@ -25,7 +25,7 @@ from labeltune.data.uris import Place
 from labeltune.errors import ConfigError, DataError, OutputError, first_line, printable
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.stream import CHUNK_ROWS, PredictOptions, predict_lines, rows_of
-from labeltune.run_folder import remove_leftovers
+from labeltune.io.run_folder import remove_leftovers
 
 MANIFEST = "_manifest.json"
 SUFFIXES = (".jsonl", ".json", ".parquet")

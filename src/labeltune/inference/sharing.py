@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from labeltune.ranks import connected, dealt, gathered, in_step, is_sharded, rank, world
+from labeltune.distributed import (
+    all_gather,
+    assign,
+    is_distributed,
+    is_sharded,
+    join_uneven,
+    rank,
+    world_size,
+)
 from labeltune.types import Example
 
 if TYPE_CHECKING:
@@ -28,20 +36,24 @@ def shared_out(
     if not units:
         return []
     # One verdict, on the same prompts, for all processes.
-    predictor.settle(examples)
+    predictor.verify_fast_path(examples)
     # Generation calls parts of the model, so weights that are shared out are asked by all for everything.
-    together = not connected() or (predictor.generation.decoding == "free" and is_sharded(predictor.model))
+    together = not is_distributed() or (
+        predictor.generation.decoding == "free" and is_sharded(predictor.model)
+    )
     owners = (
-        [rank()] * len(units) if together else dealt([sum(len(e.text) for e in u) for u in units], world())
+        [rank()] * len(units)
+        if together
+        else assign([sum(len(e.text) for e in u) for u in units], world_size())
     )
     mine = [number for number, owner in enumerate(owners) if owner == rank()]
     own: dict[int, list[Answer]] = {}
-    with in_step(predictor.model):
+    with join_uneven(predictor.model):
         for number in mine:
             predictor.engine.forget()
             own[number] = answer(units[number])
     predictor.engine.forget()
     found: dict[int, list[Answer]] = {}
-    for part in [own] if together else gathered(own):
+    for part in [own] if together else all_gather(own):
         found |= part
     return [one for number in range(len(units)) for one in found[number]]

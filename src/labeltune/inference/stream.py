@@ -22,13 +22,13 @@ from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records
 from labeltune.data.standard_input import input_records
 from labeltune.errors import DataError, OutputError, PromptError, printable
-from labeltune.folder_lock import alone_with
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.row_files import csv_of, is_csv, unfinished_names
-from labeltune.output_paths import link_target
-from labeltune.progress import note as say_once
-from labeltune.progress import row_progress
-from labeltune.run_folder import file_hash, remove_leftovers, write_json, writing
+from labeltune.io.lock import alone_with
+from labeltune.io.outputs import link_target
+from labeltune.io.progress import note as say_once
+from labeltune.io.progress import row_progress
+from labeltune.io.run_folder import file_hash, remove_leftovers, write_json, writing
 from labeltune.types import Example, Prediction
 
 #: Rows that are predicted together and committed together; memory does not grow with the file.

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 from labeltune.data.labels import parse_candidates
 from labeltune.errors import DataError
+from labeltune.prompts.classification import label_fault
+from labeltune.prompts.task import build_conversation
 from labeltune.serve.batching import Answer
 from labeltune.serve.faults import ApiError
 from labeltune.serve.models import Served
@@ -23,8 +25,6 @@ from labeltune.serve.schemas import (
     TopLogprob,
     Usage,
 )
-from labeltune.tasks.base import build_conversation
-from labeltune.tasks.classification import label_fault
 from labeltune.types import Prediction
 
 _MARK = "\x00labels\x00"

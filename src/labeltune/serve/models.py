@@ -15,9 +15,9 @@ from labeltune.config import CalibrateConfig, TaskName
 from labeltune.errors import ConfigError, DataError, ModelError, PromptError
 from labeltune.inference.load import load_predictor, predictor_on
 from labeltune.inference.predictor import Predictor
-from labeltune.modeling.hub import resolve_model
-from labeltune.output_paths import is_hub_name
-from labeltune.run_folder import RunInfo, find_checkpoint
+from labeltune.io.outputs import is_hub_name
+from labeltune.io.run_folder import RunInfo, find_checkpoint
+from labeltune.models.hub import resolve_model
 from labeltune.serve.batching import Answer, Row
 from labeltune.types import Example
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from labeltune.config import TaskName
 from labeltune.errors import DataError, LabeltuneError, PromptError
+from labeltune.prompts.classification import label_fault
 from labeltune.serve.batching import Answer, Batcher, Row
 from labeltune.serve.body import ClientGone, Receive
 from labeltune.serve.faults import ApiError
@@ -15,7 +16,6 @@ from labeltune.serve.logs import note
 from labeltune.serve.metrics import Metrics
 from labeltune.serve.models import Models, Served
 from labeltune.serve.settings import Settings
-from labeltune.tasks.classification import label_fault
 from labeltune.types import Example
 
 

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from labeltune.errors import SweepError
 from labeltune.evaluation.headline import SELECTION
+from labeltune.io.run_folder import write_text
 from labeltune.messages import localize
-from labeltune.run_folder import write_text
 from labeltune.sweep.space import Sweep, with_values
 
 State = Literal["finished", "failed", "interrupted", "running", "waiting"]

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from labeltune import recipes
+import labeltune
 from labeltune.config import RunConfig
 from labeltune.data.loading import load_splits
 from labeltune.errors import ConfigError, Interrupted, LabeltuneError, SweepError, first_line
-from labeltune.folder_lock import alone_with
-from labeltune.modeling.hub import resolve_model
-from labeltune.processes import worker_count
-from labeltune.progress import tell
-from labeltune.run_folder import write_text
+from labeltune.io.lock import alone_with
+from labeltune.io.processes import worker_count
+from labeltune.io.progress import tell
+from labeltune.io.run_folder import write_text
+from labeltune.models.hub import resolve_model
 from labeltune.sweep.report import Trial, shown_value, write_results
 from labeltune.sweep.space import Choices, Sweep, with_values
 from labeltune.sweep.study import Say, Study, trial_name
@@ -204,7 +204,7 @@ def run_trial(sweep: Sweep, trial: Trial, say: Say) -> Trial:
     started = time.monotonic()
     try:
         config = trial_config(sweep.config, sweep.folder, trial.number, trial.values)
-        metric, value, score = validation_metric(recipes.train(config, overwrite=True, say=say))
+        metric, value, score = validation_metric(labeltune.train(config, overwrite=True, say=say))
         trial = replace(trial, state="finished", metric=metric, value=value, score=score)
     except Interrupted:
         raise

@@ -14,8 +14,8 @@ from typing import Any
 import numpy
 
 from labeltune.config import RunConfig, apply_override, build_config, config_keys
+from labeltune.distributed import world_size
 from labeltune.errors import ConfigError
-from labeltune.ranks import world
 
 #: Finished trials when nothing else is said.
 DEFAULT_TRIALS = 20
@@ -168,7 +168,7 @@ class Sweep:
                 raise ConfigError(f"{name} must be at least 1, not {number}")
         if seed < 0:
             raise ConfigError(f"--seed must be at least 0, not {seed}")
-        if world() > 1:
+        if world_size() > 1:
             raise ConfigError(
                 "a sweep starts its own processes (--workers); run it without torchrun or accelerate"
             )

@@ -14,11 +14,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from labeltune.distributed import all_reduce, world_size
 from labeltune.errors import DivergedError
+from labeltune.io.progress import SILENCE, bar_shown, begin, silent_for, spoke
+from labeltune.io.run_folder import checkpoints, write_text
 from labeltune.messages import localize
-from labeltune.progress import SILENCE, bar_shown, begin, silent_for, spoke
-from labeltune.ranks import reduced, world
-from labeltune.run_folder import checkpoints, write_text
 
 #: Steps that a loss has to be beyond all reason before a run counts as diverged.
 DIVERGED_STEPS = 10
@@ -56,7 +56,7 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
         """The first signal is noted, a second one raises KeyboardInterrupt."""
         if self.interrupted:
             # Ctrl-C reaches a process twice when torchrun hands on what the terminal has sent already.
-            if world() > 1 and time.monotonic() - self._pressed < SAME_PRESS:
+            if world_size() > 1 and time.monotonic() - self._pressed < SAME_PRESS:
                 return
             self.restore()
             raise KeyboardInterrupt
@@ -68,7 +68,7 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Asks the Trainer for a checkpoint and the end: on all processes after the same step, whoever got the signal."""
-        if reduced([float(self.interrupted)], "max")[0]:
+        if all_reduce([float(self.interrupted)], "max")[0]:
             self.interrupted = self.stopping = True
             # What ends an epoch, or the run, is validated and saved behind it, as without the signal.
             ends = state.epoch.is_integer() or state.global_step >= state.max_steps

@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from labeltune.distributed import all_reduce
 from labeltune.errors import OutputError
-from labeltune.output_paths import obey_umask
-from labeltune.ranks import reduced
-from labeltune.run_files import UNFINISHED_FILE, remove_half_checkpoints, replaced
-from labeltune.run_folder import (
+from labeltune.io.outputs import obey_umask
+from labeltune.io.run_files import UNFINISHED_FILE, remove_half_checkpoints, replaced
+from labeltune.io.run_folder import (
     MANIFEST_FILE,
     RunInfo,
     checkpoints,
@@ -76,13 +76,13 @@ class Checkpoint(TrainerCallback):  # type: ignore[misc]
         if folder is None:
             return
         sharded.save_optimizer(folder, model, optimizer, lr_scheduler)
-        reduced([0.0], "sum")  # all processes have written their files
+        all_reduce([0.0], "sum")  # all processes have written their files
         if args.should_save:
             self.sums.save(folder)
             complete(folder, self.info, self.files)
             best = folder.with_name(f"checkpoint-{state.best_global_step or state.global_step}")
             remove_old(folder.parent, self.limit, {folder, best})
-        reduced([0.0], "sum")
+        all_reduce([0.0], "sum")
         self.folder = None
 
     @contextmanager

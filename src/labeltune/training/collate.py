@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labeltune.modeling.shared_prefix import changing_shapes, make_layout, shared_prefix_attention_on
+from labeltune.models.shared_prefix import changing_shapes, make_layout, shared_prefix_attention_on
 from labeltune.training.planner import Pack, Packing, Row, step_order
 
 

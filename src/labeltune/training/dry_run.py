@@ -17,12 +17,12 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
 from labeltune.config import RunConfig
-from labeltune.modeling.precision import Precision
-from labeltune.progress import begin
-from labeltune.ranks import connect, loss_of_others_named
+from labeltune.distributed import connect, peer_errors
+from labeltune.io.progress import begin
+from labeltune.models.precision import Precision
 from labeltune.training.collate import to_rows
 from labeltune.training.memory import memory_in_use
-from labeltune.training.planner import Packing, plan_step, run_order
+from labeltune.training.planner import Packing, pack_step, run_order
 from labeltune.training.preflight import prepare_steps, training_arguments
 from labeltune.training.run import check_fsdp
 from labeltune.training.sharded import WhenSharded
@@ -130,7 +130,7 @@ def time_steps(
         )
         trainer.remove_callback(PrinterCallback)
         check_fsdp(trainer.accelerator.state)
-        with loss_of_others_named(timeout, lambda: "Nothing was saved"):
+        with peer_errors(timeout, lambda: "Nothing was saved"):
             if trainer.sharded:
                 trainer.callback_handler.callbacks.insert(0, WhenSharded(plan_steps))
             else:
@@ -144,7 +144,7 @@ def time_steps(
         computed=sum(
             pack.tokens(step, plan.packing)
             for step in rows
-            for pack in plan_step(step, plan.max_tokens, plan.packing)[0]
+            for pack in pack_step(step, plan.max_tokens, plan.packing)[0]
         ),
         packing=plan.packing,
         max_tokens=plan.max_tokens,

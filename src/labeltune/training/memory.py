@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labeltune.modeling.precision import free_memory
+from labeltune.models.precision import free_memory
 from labeltune.training.balance import PAIRS_PER_TOKEN
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import CHUNK, answer_loss
-from labeltune.training.planner import Packing, Row, plan_step
+from labeltune.training.planner import Packing, Row, pack_step
 
 #: Share of the free memory that activations may take as they are counted. On the CPU the allocator was seen to take 2.3 times as
 #: much (docs/benchmarks.md: Fudan news at 24 layers), and running out is not an error there but the end.
@@ -25,7 +25,7 @@ KEPT_BY_CHECKPOINTING = 0.15
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryBudget:
     """How much goes through the model at once.
 
     Attributes:
@@ -81,7 +81,7 @@ def activation_bytes(model: Any, rows: Sequence[Row], packing: Packing, pad_id: 
             sizes[storage.data_ptr()] = (storage, storage.nbytes())
         return tensor
 
-    pack = plan_step(rows, sum(len(row.ids) for row in rows), packing)[0][0]
+    pack = pack_step(rows, sum(len(row.ids) for row in rows), packing)[0][0]
     batch = make_batch(rows, pack, packing, pad_id).to(device)
     with (
         attention_for(model, packing),
@@ -92,7 +92,7 @@ def activation_bytes(model: Any, rows: Sequence[Row], packing: Packing, pad_id: 
     return max(1, sum(size for _, size in sizes.values()) // batch.tokens)
 
 
-def plan_memory(
+def budget_memory(
     wanted_tokens: int | None,
     wanted_checkpointing: bool | None,
     steps: Sequence[Sequence[Row]],
@@ -102,7 +102,7 @@ def plan_memory(
     vocabulary: int,
     device: Any,
     agree: Callable[[int], int],
-) -> MemoryPlan:
+) -> MemoryBudget:
     """Tokens a pack and checkpointing, where the config leaves them open (None).
 
     The longest example must fit; beyond that a pack is no larger than what keeps the device busy and shares nearly all
@@ -125,7 +125,7 @@ def plan_memory(
         checkpointing = room < modest * bytes_per_token
     each = int(bytes_per_token * (KEPT_BY_CHECKPOINTING if checkpointing else 1.0)) or 1
     tokens = wanted_tokens or min(useful, max(longest, room // each))
-    return MemoryPlan(tokens, checkpointing, bytes_per_token, free)
+    return MemoryBudget(tokens, checkpointing, bytes_per_token, free)
 
 
 def useful_tokens(steps: Sequence[Sequence[Row]], packing: Packing, processes: int, enough: int) -> int:
@@ -135,7 +135,7 @@ def useful_tokens(steps: Sequence[Sequence[Row]], packing: Packing, processes: i
         return sum(
             pack.tokens(step, packing)
             for step in steps
-            for share in plan_step(step, size, packing, processes)
+            for share in pack_step(step, size, packing, processes)
             for pack in share
             if pack.counted
         )

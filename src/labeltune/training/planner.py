@@ -119,7 +119,7 @@ def run_order(rows: int, training: TrainingConfig) -> Iterator[list[int]]:
     return itertools.islice(order, steps_in_all(rows, training))
 
 
-def plan_step(
+def pack_step(
     rows: Sequence[Row],
     max_tokens: int,
     packing: Packing = "shared_prefix",

@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from labeltune.config import RunConfig
+from labeltune.distributed import all_reduce, world_size
 from labeltune.errors import ConfigError, first_line
-from labeltune.modeling.lora import attach_adapter
-from labeltune.modeling.precision import Precision
-from labeltune.progress import begin
-from labeltune.ranks import reduced, world
+from labeltune.io.progress import begin
+from labeltune.models.lora import attach_adapter
+from labeltune.models.precision import Precision
 from labeltune.training.collate import to_rows
 from labeltune.training.loss import chunkable_head
 from labeltune.training.memory import (
-    MemoryPlan,
+    MemoryBudget,
     activation_bytes,
+    budget_memory,
     enable_checkpointing,
     pairs_per_token,
-    plan_memory,
     random_state_kept,
 )
-from labeltune.training.planner import Row, plan_step, step_order, steps_in_all
+from labeltune.training.planner import Row, pack_step, step_order, steps_in_all
 from labeltune.training.self_check import choose_packing, sample_rows
-from labeltune.training.trainer import StepPlan
+from labeltune.training.trainer import StepSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,7 +73,7 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
             fp16=precision.name == "fp16",
             use_cpu=precision.device == "cpu",
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False if world() > 1 else None,
+            ddp_find_unused_parameters=False if world_size() > 1 else None,
             ddp_timeout=options.collective_timeout,
             seed=options.seed,
             data_seed=options.seed,
@@ -150,7 +150,7 @@ def prepare_steps(
     *,
     device: Any,
     say: Say,
-) -> StepPlan:
+) -> StepSettings:
     """Decide how steps are computed: check the fast way on real rows, measure memory, compile.
 
     Leaves the random state as it was.
@@ -166,18 +166,18 @@ def prepare_steps(
     pad_id = tokenizer.pad_token_id
 
     def smallest(value: int) -> int:
-        return int(reduced([value], "min")[0])
+        return int(all_reduce([value], "min")[0])
 
     begin("checking packing on your rows", say)
     with random_state_kept():
         head = chunkable_head(model, torch_ids(sample[0], device))
         choice = choose_packing(model, sample, options.packing, precision, pad_id, head, say)
-        memory = plan_memory(
+        memory = budget_memory(
             None if options.max_tokens_per_pack == "auto" else options.max_tokens_per_pack,
             None if options.gradient_checkpointing == "auto" else options.gradient_checkpointing,
             steps,
             choice.packing,
-            world(),
+            world_size(),
             smallest(activation_bytes(model, sample, choice.packing, pad_id, head)),
             model.config.get_text_config().vocab_size,
             device,
@@ -189,19 +189,19 @@ def prepare_steps(
             compile_layers(model)
             choice = choose_packing(model, sample, choice.packing, precision, pad_id, head, say)
     tokens = 1 if choice.one_by_one else memory.max_tokens
-    plan = StepPlan(choice.packing, tokens, pad_id, head, pairs_per_token(model))
+    plan = StepSettings(choice.packing, tokens, pad_id, head, pairs_per_token(model))
     say(describe(plan, memory, steps))
     return plan
 
 
-def describe(plan: StepPlan, memory: MemoryPlan, steps: list[list[Row]]) -> str:
+def describe(plan: StepSettings, memory: MemoryBudget, steps: list[list[Row]]) -> str:
     """One line on how steps are computed."""
     examples = sum(map(len, steps))
     given = sum(len(row.ids) for step in steps for row in step)
     computed = sum(
         pack.tokens(step, plan.packing)
         for step in steps
-        for pack in plan_step(step, plan.max_tokens, plan.packing)[0]
+        for pack in pack_step(step, plan.max_tokens, plan.packing)[0]
     )
     return (
         f"steps: packing={plan.packing}, at most {plan.max_tokens:,} tokens at a time; "

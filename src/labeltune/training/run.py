@@ -13,10 +13,10 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 
 from labeltune.config import RunConfig
+from labeltune.distributed import connect, peer_errors
 from labeltune.errors import ConfigError, Interrupted
-from labeltune.modeling.precision import Precision
-from labeltune.ranks import connect, loss_of_others_named
-from labeltune.run_folder import RunInfo, checkpoints, writing
+from labeltune.io.run_folder import RunInfo, checkpoints, writing
+from labeltune.models.precision import Precision
 from labeltune.training.best import TrackBest
 from labeltune.training.callbacks import (
     Progress,
@@ -148,7 +148,7 @@ def run_training(
     try:
         with (
             checkpoint.failures_named(),
-            loss_of_others_named(config.training.collective_timeout, lambda: how_to_go_on(output)),
+            peer_errors(config.training.collective_timeout, lambda: how_to_go_on(output)),
         ):
             if not trainer.sharded and not done:
                 plan_steps(model.to(arguments.device))

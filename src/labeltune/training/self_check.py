@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from labeltune.distributed import all_reduce
 from labeltune.errors import first_line
-from labeltune.modeling.precision import Precision, weights_in
-from labeltune.ranks import reduced
+from labeltune.models.precision import Precision, weights_in
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import answer_loss
-from labeltune.training.planner import Group, Pack, Packing, Row, plan_step
+from labeltune.training.planner import Group, Pack, Packing, Row, pack_step
 from labeltune.training.sharded import whole
 
 #: Relative difference of loss and gradients in fp32 that needs no second look.
@@ -134,7 +134,7 @@ class _Check:
         return reason
 
     def _compared(self, packing: Packing) -> str | None:
-        packs = plan_step(self.rows, sum(len(row.ids) for row in self.rows), packing)[0]
+        packs = pack_step(self.rows, sum(len(row.ids) for row in self.rows), packing)[0]
         try:
             felt = None if packing == "padded" else self._rows_felt(packs, packing)
             return self._gradients_differ(packs, packing) or felt
@@ -255,7 +255,7 @@ def _one_by_one(rows: Sequence[Row]) -> list[Pack]:
 
 def _everywhere(verdict: bool) -> bool:
     """Whether all processes say so; they must take the same way."""
-    return bool(reduced([float(verdict)], "min")[0])
+    return bool(all_reduce([float(verdict)], "min")[0])
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from labeltune.distributed import rank
 from labeltune.errors import ModelError
-from labeltune.ranks import rank
 
 #: The optimizer's and the scheduler's state of sharded weights, whole. It does not have the name of Trainer's own file, as
 #: Trainer would load it on every device as a whole, which large models have no room for.

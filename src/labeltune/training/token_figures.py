@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from labeltune.config import TrainingConfig
-from labeltune.tasks.builder import PromptBuilder
+from labeltune.prompts.builder import PromptBuilder
 from labeltune.training.dataset import token_columns
-from labeltune.training.planner import plan_step, step_order
+from labeltune.training.planner import pack_step, step_order
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -178,7 +178,7 @@ def _plan(tokens: Dataset, training: TrainingConfig) -> tuple[int, int, dict[str
     else:
         max_tokens = training.max_tokens_per_pack
     computed = {
-        way: sum(pack.tokens(step, way) for step in steps for pack in plan_step(step, max_tokens, way)[0])
+        way: sum(pack.tokens(step, way) for step in steps for pack in pack_step(step, max_tokens, way)[0])
         for way in ("shared_prefix", "packed", "padded")
     }
     return sum(map(len, steps)), max_tokens, computed

@@ -17,17 +17,17 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from labeltune.distributed import all_reduce, all_reduce_gradients, join_uneven
 from labeltune.errors import DivergedError, ModelError
-from labeltune.progress import begin
-from labeltune.ranks import add_up_gradients, in_step, reduced
-from labeltune.run_folder import checkpoints
+from labeltune.io.progress import begin
+from labeltune.io.run_folder import checkpoints
 from labeltune.training import sharded
 from labeltune.training.balance import PAIRS_PER_TOKEN
 from labeltune.training.checkpoints import Checkpoint
 from labeltune.training.collate import StepBatches, attention_for, make_batch, to_rows
 from labeltune.training.loss import answer_loss
 from labeltune.training.memory import memory_in_use
-from labeltune.training.planner import Pack, Packing, Row, plan_step, step_order
+from labeltune.training.planner import Pack, Packing, Row, pack_step, step_order
 from labeltune.training.resuming import LogSums
 
 #: Rows of one planning unit in validation; sorted rows are alike, so many share much.
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 
 @dataclass
-class StepPlan:
+class StepSettings:
     """How steps are computed. `max_tokens` shrinks when the device runs out of memory.
 
     Attributes:
@@ -71,14 +71,14 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         sharded: each process holds a part of the weights (FSDP2).
     """
 
-    plan: StepPlan
+    plan: StepSettings
 
     def __init__(
         self,
         *,
         say: Say,
         where: Callable[[int], str],
-        plan: StepPlan | None = None,
+        plan: StepSettings | None = None,
         sums: LogSums | None = None,
         checkpoint: Checkpoint | None = None,
         validate: Callable[[], dict[str, float]] | None = None,
@@ -132,14 +132,14 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
             except torch.OutOfMemoryError:
                 full = True
             # All processes repeat the step, or none does; where weights are shared out the others wait inside a pass.
-            if not (full if self.reduces_by_itself else reduced([float(full)], "max")[0]):
+            if not (full if self.reduces_by_itself else all_reduce([float(full)], "max")[0]):
                 break
             self.shrink(model, max(len(row.ids) for row in inputs))
             torch.set_rng_state(before)
         if not self.reduces_by_itself:
-            add_up_gradients(model)
+            all_reduce_gradients(model)
         # The loss of the whole step, so that all processes stop together; Trainer logs the mean over them.
-        (loss,) = reduced([float(total)], "sum")
+        (loss,) = all_reduce([float(total)], "sum")
         self.stop_unless_finite("loss", loss)
         # A loss scaler leaves out steps whose gradients overflow by itself.
         if getattr(self.accelerator, "scaler", None) is None:
@@ -176,7 +176,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         plan, processes = self.plan, self.accelerator.num_processes
         answers = sum(len(row.answer) for row in rows)
         total = torch.zeros((), device=self.args.device)
-        shares = plan_step(rows, plan.max_tokens, plan.packing, processes, plan.pairs_per_token)
+        shares = pack_step(rows, plan.max_tokens, plan.packing, processes, plan.pairs_per_token)
         packs = shares[self.accelerator.process_index]
         self.sums.given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
         self.sums.computed += sum(pack.tokens(rows, plan.packing) for pack in packs)
@@ -239,15 +239,15 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         model.eval()
         sums: list[float] = []
         answers = count = 0
-        with torch.no_grad(), in_step(model):
+        with torch.no_grad(), join_uneven(model):
             for number, rows in enumerate(dataloader):
                 mine = number % self.accelerator.num_processes == self.accelerator.process_index
                 sums.append(self.evaluated(model, rows) if mine else 0.0)
                 answers += sum(len(row.answer) for row in rows)
                 count += len(rows)
-        total = math.fsum(reduced(sums, "sum"))
+        total = math.fsum(all_reduce(sums, "sum"))
         # Whoever ran out of memory went on with smaller packs.
-        self.plan.max_tokens = int(reduced([self.plan.max_tokens], "min")[0])
+        self.plan.max_tokens = int(all_reduce([self.plan.max_tokens], "min")[0])
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": total / answers}
         for name, value in (self.validate() if self.validate is not None else {}).items():
@@ -260,7 +260,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
             packing = self.plan.packing
             try:
                 with attention_for(self.model, packing):
-                    (packs,) = plan_step(rows, self.plan.max_tokens, packing)
+                    (packs,) = pack_step(rows, self.plan.max_tokens, packing)
                     return math.fsum(float(self.pack_loss(model, rows, pack)) for pack in packs)
             except torch.OutOfMemoryError:
                 self.shrink(model, max(len(row.ids) for row in rows))

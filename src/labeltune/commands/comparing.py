@@ -1,0 +1,135 @@
+"""Two models on the same rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labeltune.commands.evaluation import (
+    RunDescription,
+    describe_run,
+    labelled_rows,
+    opened,
+    right_answer,
+    what_rows_are,
+)
+from labeltune.errors import ConfigError, DataError
+from labeltune.evaluation.compare import compare_predictions
+from labeltune.evaluation.comparison_page import BARE, comparison_page
+from labeltune.evaluation.headline import headline
+from labeltune.io.progress import track
+from labeltune.io.run_folder import write_json, write_text
+from labeltune.types import Example, Prediction
+
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
+
+#: Stands for the second run's model with its adapter switched off.
+BASE = "base"
+
+
+def compare(
+    first: str | os.PathLike[str] | Predictor,
+    second: str | os.PathLike[str] | Predictor,
+    data: str,
+    *,
+    on_error: str = "stop",
+    max_rows: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    predictions: Sequence[Prediction] | None = None,
+) -> dict[str, Any]:
+    """What the second model answers better or worse than the first, paired row by row.
+
+    Args:
+        first: a run folder, a checkpoint, a config file (its untuned model), `base`: the second run without its adapter; or a
+            predictor, which is left open.
+        second: the same, but for `base`.
+        data: labelled file or hub data set, read with the columns of `second`.
+        output: folder for `comparison.json`, `changed.jsonl` and `comparison.html`.
+        predictions: what `second` answered to these rows, in their order; it is not asked again.
+
+    Raises:
+        ConfigError: the two do different tasks, or both are `base`.
+        DataError: as `evaluate`.
+        ModelError: there is no such run, or `base` of a run without an adapter.
+    """
+    if str(second) == BASE:
+        raise ConfigError("the second model cannot be `base`; write: labeltune compare base RUN --data FILE")
+    about = describe_run(second)
+    others = [] if str(first) == BASE else [describe_run(first)]
+    for other in others:
+        _check_comparable(other, about)
+    rows = labelled_rows(about, data, on_error, max_rows, *others)
+    examples = [rows.example(i) for i in range(len(rows.dataset))]
+    with opened(second, labels=about.labels) as predictor:
+        if predictions is None:
+            predictions = list(track(predictor.stream(examples), len(examples), shown=progress))
+        if str(first) == BASE:
+            with predictor.base_model():
+                answers_of_first = list(track(predictor.stream(examples), len(examples), shown=progress))
+    for each in others:
+        with opened(first, labels=each.labels) as predictor:
+            answers_of_first = list(track(predictor.stream(examples), len(examples), shown=progress))
+    found = {
+        "first": others[0].name if others else f"{about.name}{BARE}",
+        "second": about.name,
+        "base": _untuned(first) and not _untuned(second),
+        "data": data,
+        "task": about.task,
+        **what_rows_are([about.folder, *(each.folder for each in others)], examples),
+        "headline": {
+            "first": headline(examples, answers_of_first),
+            "second": headline(examples, predictions),
+        },
+        **compare_predictions(examples, answers_of_first, predictions),
+    }
+    if output is not None:
+        _write(Path(output), found, examples, answers_of_first, predictions)
+    return found
+
+
+def _check_comparable(first: RunDescription, second: RunDescription) -> None:
+    if first.task != second.task:
+        raise ConfigError(
+            f"{first.name} does {first.task}, {second.name} does {second.task}; they cannot be compared"
+        )
+    if first.task == "ner" and set(first.labels) != set(second.labels):
+        raise DataError(
+            f"{first.name} knows the types {', '.join(first.labels)}, {second.name} {', '.join(second.labels)}; they cannot "
+            "be compared on the same rows"
+        )
+
+
+def _untuned(model: str | os.PathLike[str] | Predictor) -> bool:
+    return str(model) == BASE or Path(str(model)).suffix in {".yaml", ".yml"}
+
+
+def _write(
+    folder: Path,
+    found: dict[str, Any],
+    examples: list[Example],
+    first: Sequence[Prediction],
+    second: Sequence[Prediction],
+) -> None:
+    write_json(folder / "comparison.json", found)
+    lines = []
+    for how in ("gained", "lost"):
+        for i in found["changed"][how]:
+            row = {
+                "change": how,
+                "id": examples[i].id,
+                "source": examples[i].source,
+                "text": examples[i].text,
+            }
+            row |= {
+                "right": right_answer(examples[i]),
+                "first": first[i].to_dict(),
+                "second": second[i].to_dict(),
+            }
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(folder / "changed.jsonl", "".join(lines))
+    write_text(folder / "comparison.html", comparison_page(found, examples, first, second))

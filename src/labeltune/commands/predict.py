@@ -1,0 +1,334 @@
+"""`labeltune predict`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from labeltune.commands.streams import Closed
+from labeltune.errors import counted
+
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
+    from labeltune.inference.stream import PredictOptions, Row
+    from labeltune.types import Example
+
+#: What is read when no file is named.
+STANDARD_INPUT = Path("/dev/stdin")
+
+
+Category = Annotated[str | None, typer.Option(help="Candidate labels, as a list or between commas.")]
+Encoding = Annotated[
+    str | None,
+    typer.Option(help="Encoding of a text file, e.g. gb18030; that of the run's data when missing."),
+]
+File = Annotated[
+    str | None,
+    typer.Argument(help="jsonl, json, csv, tsv, parquet or xlsx with a `text` column; - or nothing: stdin."),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="jsonl to write, or csv by its name (ranking and entities as JSON in a cell); standard output when missing.",
+    ),
+]
+WithText = Annotated[bool, typer.Option("--with-text", help="Put the document into its row, as `text`.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an output that was left unfinished.")]
+MinConfidence = Annotated[
+    float | None, typer.Option(help="Below this probability the label is null.", min=0.0, max=1.0)
+]
+TopK = Annotated[int | None, typer.Option(help="Candidates shown a row; all when missing.", min=1)]
+Decoding = Annotated[str | None, typer.Option(help="exact or free; the run's own when missing.")]
+LongText = Annotated[str | None, typer.Option(help="truncate or window; the run's own when missing.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        help="Only this part of FILE, as 3/16, into OUTPUT-00003-of-00016: one process a part, on any machine.",
+    ),
+]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        "--engine", help="local, or ray: shards of FILE on many processes or machines, OUTPUT is a folder."
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Models loaded side by side by ray; one a GPU, or one a machine without GPUs.", min=1),
+]
+Address = Annotated[str | None, typer.Option(help="A Ray cluster, e.g. auto; this machine when missing.")]
+BlockRows = Annotated[int, typer.Option(help="Rows of a part that ray writes; a multiple of 256.", min=256)]
+
+
+def predict(
+    run: Annotated[str, typer.Argument(help="Run folder or checkpoint.")],
+    file: File = None,
+    *,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", "-t", help="A document (may be repeated).")
+    ] = None,
+    category: Category = None,
+    encoding: Encoding = None,
+    output: Output = None,
+    with_text: WithText = False,
+    resume: Resume = False,
+    min_confidence: MinConfidence = None,
+    top_k: TopK = None,
+    decoding: Decoding = None,
+    long_text: LongText = None,
+    shard: ShardOption = None,
+    engine: EngineOption = "local",
+    workers: Workers = None,
+    address: Address = None,
+    block_rows: BlockRows = 4096,
+) -> None:
+    """Answer texts or the rows of a file: one JSON line a row.
+
+    Rows come with their id, in the order of the input. On stdin a JSON object is a row as in a file, every other line is a
+    document. Blank lines are no rows: they take no id (ids count rows from 0).
+
+    A row that cannot be read gets an `error` in its place, and the exit code is 1 at the end. The `score` of an
+    entity is the mean log-probability of the tokens of its answer: 0 is certain, -0.1 is 90 % a token.
+    """
+    from labeltune.commands.quiet import quiet_libraries
+    from labeltune.config import build_config
+    from labeltune.data.labels import named_labels
+    from labeltune.inference.row_files import parse_shard
+
+    labels = named_labels("--category", category) if category is not None else ()
+    check_engine(engine, workers, address)
+    if encoding is not None:
+        build_config({"data": {"encoding": encoding}}, "--encoding")
+    changes = {"decoding": decoding, "long_text": long_text}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    output = None if output == "-" else output
+    if engine == "ray":
+        source, folder = _ray_files(run, file, output, bool(text or shard))
+        quiet_libraries()
+        from labeltune.commands.predicting import predict_on_ray
+        from labeltune.inference.ray_engine import Cluster
+        from labeltune.inference.stream import PredictOptions
+
+        options = PredictOptions(labels, min_confidence, top_k, with_text, encoding)
+        spread = partial(predict_on_ray, run, source, folder, options, Cluster(workers, address))
+        _end(spread(changes=changes, resume=resume, block_rows=block_rows))
+        return
+    part = parse_shard(shard) if shard is not None else None
+    texts = _texts(text or (), file, labels)
+    path = _input_file(file, run, encoding)
+    target = _target(run, STANDARD_INPUT if path is None and not text else path, output, part, resume)
+    quiet_libraries()
+    from labeltune.inference.load import load_predictor
+    from labeltune.inference.stream import PredictOptions, used_encoding
+
+    with load_predictor(run, merge=True) as predictor:
+        predictor.change(**changes)
+        if not text:
+            encoding = used_encoding(encoding, predictor.encoding, str(path or "stdin"))
+        options = PredictOptions(labels, min_confidence, top_k, with_text, encoding)
+        bad = _answer(predictor, texts, path, target, options, part, resume)
+    _end(bad)
+
+
+def _ray_files(run: str, file: str | None, output: str | None, other: bool) -> tuple[str, str]:
+    """What ray reads and writes.
+
+    Args:
+        other: there are texts, or a shard, which ray has no use for.
+
+    Raises:
+        ConfigError: there is no file or no folder.
+        OutputError: what is read lies in the folder, or it cannot be written.
+    """
+    from labeltune.errors import ConfigError
+    from labeltune.io.outputs import check_folder
+    from labeltune.io.run_files import files_read
+
+    if file is None or file == "-" or output is None or other:
+        raise ConfigError(
+            "--engine ray needs an input file or folder, and --output for a folder of parts; it takes no --text and no --shard"
+        )
+    if "://" not in output:
+        check_folder(Path(output).expanduser(), [file, *files_read(run)], replaced=True)
+    return file, output
+
+
+def _texts(given: Sequence[str], file: str | None, labels: tuple[str, ...]) -> list[Example]:
+    """The documents of `--text`."""
+    from labeltune.errors import DataError
+
+    if given and file is not None:
+        raise DataError("give --text or a file, not both")
+    return [_checked(i, {"text": text}, labels, f"--text {i + 1}") for i, text in enumerate(given)]
+
+
+def _input_file(file: str | None, run: str, encoding: str | None) -> Path | None:
+    """The file to read, None for standard input; one of which nothing can be read is refused before a model is loaded."""
+    from labeltune.data.records import without_key
+    from labeltune.data.sources import iter_records, resolve_data
+    from labeltune.errors import DataError
+    from labeltune.io.run_files import encoding_of
+
+    if file is None or file == "-":
+        return None
+    path = resolve_data(file)
+    known = encoding or encoding_of(run)
+    unreadable = next(iter_records(path, known), None) if known is not None else None
+    if unreadable is not None and unreadable.whole:
+        raise DataError(f"{unreadable.where}: {without_key(unreadable.problem, '--encoding')}")
+    return path
+
+
+def _target(
+    run: str, path: Path | None, output: str | None, part: tuple[int, int] | None, resume: bool
+) -> Path | None:
+    """Where lines go, None for standard output.
+
+    Raises:
+        ConfigError: an option needs files, or another kind of file.
+        OutputError: see `_check_target`.
+    """
+    from labeltune.errors import ConfigError
+    from labeltune.inference.row_files import shard_output
+    from labeltune.io.outputs import is_stream
+
+    in_files = path not in (None, STANDARD_INPUT) and output is not None and not is_stream(Path(output))
+    if resume and not in_files:
+        raise ConfigError("--resume needs an input file, and a file for --output")
+    if part is not None:
+        if not in_files or output is None or output.endswith(".csv"):
+            raise ConfigError(
+                "--shard needs an input file, and a jsonl file for --output, to whose name the shard's number is added"
+            )
+        output = str(shard_output(Path(output), *part))
+    _check_target(output, path, run)
+    return Path(output) if output is not None else None
+
+
+def _answer(
+    predictor: Predictor,
+    texts: list[Example],
+    path: Path | None,
+    target: Path | None,
+    options: PredictOptions,
+    part: tuple[int, int] | None,
+    resume: bool,
+) -> int:
+    """Predict what was given and write it; returns how many rows could not be predicted."""
+    from labeltune.inference.row_files import csv_of, is_csv
+    from labeltune.inference.shards import shard_block
+    from labeltune.inference.stream import count_rows, predict_file, predict_lines, read_rows, read_stream
+    from labeltune.io.outputs import is_stream, open_stream
+    from labeltune.io.progress import row_progress
+    from labeltune.io.run_folder import write_text
+
+    encoding = options.encoding or predictor.encoding
+    if path is not None and target is not None and not is_stream(target):
+        block = shard_block(path, *part, encoding) if part is not None else None
+        return predict_file(predictor, path, target, options, block=block, resume=resume, progress=True)
+    rows: Iterable[Row] = texts
+    if path is not None:
+        rows = read_rows(path, predictor, options.labels, encoding)
+    elif not texts:
+        rows = read_stream(sys.stdin.buffer, predictor, options.labels, encoding)
+    total = len(texts) or None if path is None else count_rows(path, encoding)
+    shown = total is None or total > predictor.generation.batch_size
+    bad = 0
+    with row_progress(total, "predict", shown) as advance:
+
+        def answered() -> Iterator[str]:
+            nonlocal bad
+            for line, good in predict_lines(predictor, rows, options):
+                bad += not good
+                advance(1)
+                yield line
+
+        lines = csv_of(answered()) if target is not None and is_csv(target) else answered()
+        if target is None:
+            for line in lines:
+                sys.stdout.write(line)
+                sys.stdout.flush()
+        elif is_stream(target):
+            with open_stream(target) as stream:
+                for line in lines:
+                    stream.write(line.encode())
+                    stream.flush()
+        else:
+            write_text(target, "".join(lines))
+    return bad
+
+
+def _check_target(output: str | None, path: Path | None, run: str) -> None:
+    """Find out before the model is loaded whether rows can go there, and would replace nothing that is read.
+
+    Raises:
+        OutputError: see `check_file`; or standard output is the file that is read.
+    """
+    from labeltune.errors import OutputError
+    from labeltune.inference.row_files import is_csv, unfinished_names
+    from labeltune.io.outputs import check_file, is_file_of
+    from labeltune.io.run_files import files_read
+
+    if path == STANDARD_INPUT and isinstance(sys.stdin, Closed):
+        sys.stdin.read()  # raises
+    inputs = [*([path] if path is not None else []), *files_read(run)]
+    if output is None:
+        sys.stdout.write("")  # raises where it is closed
+        if path is not None and is_file_of(sys.stdout, path):
+            raise OutputError(f"standard output is {path}, which this command reads; choose another output")
+        return
+    if output.endswith(("/", os.sep)):
+        raise OutputError(f"{output} names a folder; name a file")
+    target = Path(output)
+    is_csv(target)
+    check_file(target, inputs, unfinished_names(target.name))
+
+
+def _end(bad: int) -> None:
+    if bad:
+        lines = "its line holds" if bad == 1 else "their lines hold"
+        print(f"{counted(bad, 'row')} could not be predicted; {lines} an error", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def check_engine(engine: str, workers: int | None, address: str | None) -> None:
+    """Raise what is wrong with `--engine`, `--workers` and `--address`."""
+    import importlib.util
+
+    from labeltune.errors import ConfigError, MissingExtraError
+
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"--engine must be local or ray, not {engine!r}")
+    if engine == "local" and (workers is not None or address is not None):
+        raise ConfigError("--workers and --address need --engine ray")
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("--engine ray", "ray")
+
+
+def _checked(number: int, values: dict[str, Any], labels: tuple[str, ...], where: str) -> Example:
+    """The example of these values, which choose from `labels` unless they bring candidates.
+
+    Raises:
+        DataError: the text is empty, or cannot be written.
+    """
+    from labeltune.config import ColumnsConfig
+    from labeltune.data.audit import first_error
+    from labeltune.data.records import Record
+    from labeltune.data.schemas import parse_record
+    from labeltune.errors import DataError
+    from labeltune.inference.stream import with_labels
+
+    record = Record(where, values)
+    example, faults = parse_record(record, number, "classification", ColumnsConfig(), answers_required=False)
+    if example is None:
+        raise DataError(str(first_error(faults)))
+    return with_labels(example, labels)

@@ -1,0 +1,76 @@
+"""Which rows trained a run and which chose its checkpoint: remembered beside the weights, so that figures on them are never
+taken for test figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from labeltune.data.audit import text_hash
+from labeltune.errors import ModelError
+from labeltune.io.run_folder import write_bytes
+
+#: Hashes of texts in a checkpoint: 8 bytes each, little-endian, sorted.
+SELECTION_FILE = "selection.u64"
+TRAINING_FILE = "training.u64"
+
+Hashes = numpy.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How many rows a run knows.
+
+    Attributes:
+        trained: rows it was trained on; None where it does not remember.
+        selected: rows that chose its checkpoint, and that it was not trained on.
+    """
+
+    trained: int | None
+    selected: int
+
+
+def hashes_file(hashes: Hashes) -> bytes:
+    """Content of a file of hashes."""
+    return numpy.unique(hashes).astype("<u8").tobytes()
+
+
+def save_selection(folder: Path, texts: Iterable[str]) -> None:
+    """Write the hashes of these texts into a checkpoint."""
+    write_bytes(folder / SELECTION_FILE, hashes_file(_hashes(texts)))
+
+
+def rows_seen(folders: Sequence[Path], texts: Iterable[str]) -> Seen:
+    """How many of these texts one of the checkpoints was trained on or chosen by.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
+    rows = _hashes(texts)
+    trained, selected = numpy.zeros(len(rows), dtype=bool), numpy.zeros(len(rows), dtype=bool)
+    remembered = True
+    for folder in folders:
+        for name, found in ((TRAINING_FILE, trained), (SELECTION_FILE, selected)):
+            known = _read(folder / name)
+            if known is not None:
+                found |= numpy.isin(rows, known)
+            elif name == TRAINING_FILE:
+                remembered = False
+    return Seen(int(trained.sum()) if remembered else None, int((selected & ~trained).sum()))
+
+
+def _hashes(texts: Iterable[str]) -> Hashes:
+    return numpy.array([text_hash(text) for text in texts], dtype="<u8")
+
+
+def _read(file: Path) -> Hashes | None:
+    if not file.is_file():
+        return None
+    content = file.read_bytes()
+    if len(content) % 8:
+        raise ModelError(f"{file} is damaged: {len(content)} bytes are no whole number of hashes")
+    return numpy.frombuffer(content, dtype="<u8")

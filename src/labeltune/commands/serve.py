@@ -1,0 +1,104 @@
+"""`labeltune serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    *,
+    run: Annotated[str, typer.Argument(help="Run folder or checkpoint.")],
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    name: Annotated[
+        str | None, typer.Option(help="What clients call this run; its folder's name when missing.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="One more run on the same base model (may be repeated).", metavar="NAME=RUN"),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the API key; LABELTUNE_API_KEY when missing.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name in the Host header that a server on localhost without a key answers to (may be repeated)."
+        ),
+    ] = None,
+    max_wait_ms: Annotated[
+        float, typer.Option(help="Milliseconds the first text of a batch waits for others.", min=0)
+    ] = 5.0,
+    batch_rows: Annotated[int, typer.Option(help="Texts of one batch.", min=1)] = 64,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of one batch, about.", min=1)] = 16384,
+    queue_rows: Annotated[int, typer.Option(help="Texts that may wait; more get 429.", min=1)] = 1024,
+    max_rows: Annotated[int, typer.Option(help="Texts of one request; more get 413.", min=1)] = 256,
+    max_chars: Annotated[int, typer.Option(help="Characters of one text; more get 413.", min=1)] = 100_000,
+    max_body_bytes: Annotated[int, typer.Option(help="Bytes of a request; more get 413.", min=1)] = 8 * 2**20,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds until a request is given up with 504.", min=0.001)
+    ] = 60.0,
+    log_texts: Annotated[bool, typer.Option("--log-texts", help="Write documents into the logs.")] = False,
+    playground: Annotated[bool, typer.Option(help="Serve the page at /.")] = True,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu ...; the best there is when missing.")] = None,
+) -> None:
+    """Answer over HTTP, with a page at / and its API at /docs.
+
+    /v1/classify, /v1/extract and /v1/chat/completions.
+
+    SIGTERM and Ctrl-C finish what was accepted. Logs are JSON lines on standard error, the steps of the start plain ones on
+    standard output.
+    """
+    import contextlib
+    import time
+    from importlib.util import find_spec
+
+    from labeltune.errors import MissingExtraError
+
+    started = time.monotonic()
+
+    for module in (
+        "fastapi",
+        "fastapi_offline",
+        "uvicorn",
+        "prometheus_client",
+        *(["gradio"] if playground else []),
+    ):
+        if find_spec(module) is None:
+            raise MissingExtraError("labeltune serve", "serve")
+
+    from labeltune.commands.quiet import quiet_libraries
+
+    quiet_libraries()
+    from labeltune.serve.models import load_models, parse_adapter
+    from labeltune.serve.server import bind
+    from labeltune.serve.server import serve as run_server
+    from labeltune.serve.settings import Settings, read_api_key
+
+    settings = Settings(
+        max_wait_ms=max_wait_ms,
+        batch_rows=batch_rows,
+        batch_tokens=batch_tokens,
+        queue_rows=queue_rows,
+        max_rows=max_rows,
+        max_chars=max_chars,
+        max_body_bytes=max_body_bytes,
+        timeout=timeout,
+        api_key=read_api_key(api_key_file),
+        log_texts=log_texts,
+        playground=playground,
+        allow_hosts=tuple(name.lower() for name in allow_host or ()),
+    )
+    adapters = [parse_adapter(given) for given in adapter or []]
+
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads it; the server goes on
+            print(f"{time.monotonic() - started:5.1f} s  {line}", flush=True)
+
+    with bind(host, port) as bound:
+        run_server(load_models(run, name, adapters, device, say), settings, bound, say)

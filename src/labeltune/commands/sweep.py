@@ -1,0 +1,62 @@
+"""`labeltune sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def sweep(
+    *,
+    config: Annotated[Path, typer.Argument(help="YAML config that all trials have in common.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it: key=value ..., e.g. training.epochs=3", metavar="[KEY=VALUE]..."),
+    ] = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A key and what to try: lora.r=4,8,16 or training.learning_rate=1e-5..1e-3:log; once for each key.",
+            metavar="KEY=VALUES",
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Finished trials in total, earlier calls included (20 when left out).")
+    ] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Run every combination of the choices.")] = False,
+    workers: Annotated[int, typer.Option(help="Trials at the same time, each in a process of its own.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the sweep; output_dir with -sweep behind it when left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampler; trials train with training.seed.")] = 42,
+) -> None:
+    """Try values of config keys and compare the runs.
+
+    They are compared on validation rows. The same command goes on after a stop.
+    """
+    from labeltune.config import load_config
+    from labeltune.sweep.space import Sweep
+
+    asked = Sweep.of(
+        load_config(config, overrides or []),
+        search or [],
+        trials=trials,
+        grid=grid,
+        workers=workers,
+        output=output,
+        seed=seed,
+    )
+
+    from labeltune.commands.quiet import quiet_libraries
+    from labeltune.io.outputs import check_folder
+
+    data = asked.config.data
+    read = [given for given in (config, data.train, data.validation, asked.config.model) if given is not None]
+    check_folder(asked.folder, read, ("trials.csv", "best.yaml", "study.db"))
+    quiet_libraries()
+    from labeltune.sweep.report import conclude
+    from labeltune.sweep.run import run_sweep
+
+    conclude(asked, run_sweep(asked))

@@ -1,0 +1,82 @@
+"""Asking a model hub: said at once, without other libraries' warnings, and with one error that tells what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Literal
+
+from labeltune.errors import HubError, first_line
+from labeltune.io.progress import tell
+
+#: Names of exceptions, of several libraries, that say that a host did not answer.
+_NO_ANSWER = {
+    "ConnectionError",
+    "TimeoutError",
+    "Timeout",
+    "TransportError",
+    "gaierror",
+    "OfflineModeIsEnabled",
+}
+#: A longer reason is a library's own text, e.g. that of a connection pool, and only its kind is told.
+_SHORT = 80
+
+
+@contextlib.contextmanager
+def asking(hub: str, kind: Literal["model", "dataset"], repo: str, instead: str) -> Iterator[None]:
+    """What is done inside asks a hub for a repository.
+
+    Args:
+        hub: `ms` or `hf`.
+        repo: `org/name`.
+        instead: how to go on without the hub; the page of the repository's files stands in front of it.
+
+    Raises:
+        HubError: anything failed inside.
+    """
+    name, address = _hub(hub)
+    host = address.partition("://")[2]
+    tell(f"fetching {repo} from {name} ({host})")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        by_hand = f"download its files by hand from {_page(hub, address, kind, repo)} and {instead}"
+        unanswered = _unanswered(error)
+        if unanswered is not None:
+            reason = first_line(unanswered)
+            reason = reason if len(reason) <= _SHORT else type(unanswered).__name__
+            raise HubError(
+                f"{repo} could not be fetched: {name} ({host}) cannot be reached ({reason}). Check the network, or {by_hand}"
+            ) from error
+        raise HubError(
+            f"{repo} could not be fetched from {name} ({first_line(error)}). Check the name and the revision, or {by_hand}"
+        ) from error
+    finally:
+        logging.disable(disabled)
+
+
+def _hub(hub: str) -> tuple[str, str]:
+    """Name and address, a mirror's where the hub's own variable names one."""
+    if hub == "ms":
+        return "ModelScope", f"https://{os.environ.get('MODELSCOPE_DOMAIN') or 'www.modelscope.cn'}"
+    return "Hugging Face", (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def _page(hub: str, address: str, kind: Literal["model", "dataset"], repo: str) -> str:
+    if hub == "ms":
+        return f"{address}/{kind}s/{repo}/files"
+    return f"{address}/{'datasets/' if kind == 'dataset' else ''}{repo}/tree/main"
+
+
+def _unanswered(error: BaseException | None) -> BaseException | None:
+    """The exception, at whatever depth, that says that a host did not answer."""
+    while error is not None and not any(each.__name__ in _NO_ANSWER for each in type(error).__mro__):
+        error = error.__cause__ or error.__context__
+    return error

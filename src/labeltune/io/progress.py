@@ -1,0 +1,203 @@
+"""A bar over rows with rate and time left; plain lines where there is no terminal; no phase that says nothing for long."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO, TypeVar
+
+from labeltune.distributed import rank
+from labeltune.errors import printable
+from labeltune.messages import localize
+
+_SECONDS_BETWEEN_LINES = 5.0
+#: Nothing is said for longer than this, without a bar.
+SILENCE = 15.0
+_noted: set[str] = set()
+
+Row = TypeVar("Row")
+
+
+class _Now:
+    """What this process is doing, and when it last said something."""
+
+    phase = ""
+    begun = spoke = 0.0
+    bars = 0
+    #: Where lines go while other libraries are silenced.
+    stream: TextIO | None = None
+
+
+def spoke() -> None:
+    """Note that a line was printed just now."""
+    _Now.spoke = time.monotonic()
+
+
+def tell(line: str) -> None:
+    """A finished line on standard error, in the user's language."""
+    print(localize(line), file=_Now.stream or sys.stderr, flush=True)
+    spoke()
+
+
+@contextlib.contextmanager
+def others_silent() -> Iterator[None]:
+    """What other code writes to standard error while the context is open is dropped; `tell` still speaks."""
+    _Now.stream = sys.stderr
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        _Now.stream = None
+
+
+def silent_for() -> float:
+    """Seconds since the last line."""
+    return time.monotonic() - _Now.spoke
+
+
+def begin(phase: str, say: Callable[[str], None] | None = None) -> None:
+    """A phase of the work begins: said at once with `say`, and again by `no_long_silence` while it lasts."""
+    _Now.phase, _Now.begun = phase, time.monotonic()
+    if say is not None:
+        say(phase)
+        spoke()
+
+
+@contextlib.contextmanager
+def bar_shown() -> Iterator[None]:
+    """A bar moves on the terminal while the context is open, so nothing else has to be said."""
+    _Now.bars += 1
+    try:
+        yield
+    finally:
+        _Now.bars -= 1
+        spoke()
+
+
+@contextlib.contextmanager
+def no_long_silence(say: Callable[[str], None]) -> Iterator[None]:
+    """While the context is open, whatever phase takes long is named every `SILENCE` seconds in which nothing else was said."""
+    ended = threading.Event()
+    _Now.phase = ""
+    spoke()
+
+    def watch() -> None:
+        while not ended.wait(min(1.0, SILENCE / 4)):
+            if _Now.phase and not _Now.bars and silent_for() >= SILENCE:
+                say(f"... {_Now.phase} ({time.monotonic() - _Now.begun:.0f} s)")
+                spoke()
+
+    thread = threading.Thread(target=watch, name="labeltune-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        _Now.phase = ""
+
+
+def note(line: str) -> None:
+    """Say something once on standard error, by the first process of a job alone."""
+    if rank() == 0 and line not in _noted:
+        _noted.add(line)
+        tell(f"note: {printable(line)}")
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """What a command does while the context is open, named on standard error whenever nothing else was said for long."""
+    with no_long_silence(tell):
+        begin(name)
+        yield
+
+
+@contextlib.contextmanager
+def row_progress(
+    total: int | None, what: str, shown: bool = True, last_line: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Yields a function that is told how many more rows are done.
+
+    Args:
+        last_line: without a terminal, say when all are done, however quickly that was.
+    """
+    what = localize(what)
+    if not shown or total == 0:
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain_lines(total, what, last_line)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    started, done = time.monotonic(), 0
+    columns = (
+        TextColumn(f"[bold]{what}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn(localize("left")),
+        TimeRemainingColumn(),
+    )
+    with bar_shown(), Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=total, rate="")
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            done += rows
+            bar.update(task, advance=rows, rate=f"{done / max(time.monotonic() - started, 1e-9):.1f} rows/s")
+
+        yield advance
+
+
+def track(
+    rows: Iterable[Row],
+    total: int | None,
+    what: str = "predict",
+    shown: bool = True,
+    last_line: bool = True,
+    done: int = 0,
+) -> Iterator[Row]:
+    """The rows, with a bar around them that counts each as it comes.
+
+    Args:
+        total, what, shown, last_line: as of `row_progress`.
+        done: rows that were finished before.
+    """
+    with row_progress(total, what, shown, last_line) as advance:
+        if done:
+            advance(done)
+        for row in rows:
+            advance(1)
+            yield row
+
+
+def _plain_lines(total: int | None, what: str, last_line: bool) -> Callable[[int], None]:
+    started = last = time.monotonic()
+    done = 0
+
+    def advance(rows: int) -> None:
+        nonlocal done, last
+        done += rows
+        now = time.monotonic()
+        if now - last < _SECONDS_BETWEEN_LINES and not (last_line and done == total):
+            return
+        last = now
+        rate = done / max(now - started, 1e-9)
+        _Now.phase = ""
+        left = f", {(total - done) / rate:.0f} s left" if total else ""
+        print(
+            f"{what}: {done}{f'/{total}' if total else ''} rows, {rate:.2f} rows/s{left}",
+            file=sys.stderr,
+            flush=True,
+        )
+        spoke()
+
+    return advance

@@ -1,0 +1,189 @@
+"""One `model:` string -> a local folder -> tokenizer and model. Only safetensors weights are loaded."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labeltune.config import HubConfig
+from labeltune.errors import MissingExtraError, ModelError
+from labeltune.io.hubs import asking
+from labeltune.io.outputs import is_hub_name
+from labeltune.io.trust import PICKLES, check_inside
+from labeltune.models.pocket import POCKET_MODELS, pocket_folder
+
+if TYPE_CHECKING:
+    import torch
+
+
+#: What a snapshot is fetched with: weights in safetensors, configuration, tokenizer; never pickles.
+IGNORED_FILES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*"]
+
+ALTERNATIVES = "a local folder (model=./qwen/Qwen2-1___5B-Instruct) or the pocket model (model=pocket) work without a hub"
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """Where a model's files are, and how to find them again.
+
+    Attributes:
+        folder: the files.
+        spec: the `model:` string.
+        revision: the revision asked for, None for the hub's default.
+        cache_dir: the download folder asked for, None for the hub's own.
+    """
+
+    folder: Path
+    spec: str
+    revision: str | None = None
+    cache_dir: str | None = None
+
+
+def resolve_model(spec: str, hub: HubConfig | None = None, *, weights: bool = True) -> LocalModel:
+    """Find or fetch the files of a model.
+
+    Args:
+        spec: a folder, `ms:org/name` (ModelScope), `hf:org/name` (Hugging Face), `pocket` or `pocket-zh`.
+        weights: False where configuration and tokenizer will do; a hub's weights are then not fetched.
+
+    Raises:
+        HubError: a hub cannot be reached or has no such model.
+        LicenseError: the model's terms have to be accepted first.
+        ModelError: the folder is missing, or has no safetensors weights.
+    """
+    hub = hub or HubConfig()
+    if spec in POCKET_MODELS:
+        return LocalModel(pocket_folder(spec, hub.accept_license), spec)
+    if is_hub_name(spec):
+        folder = snapshot(spec, hub, weights=weights)
+    else:
+        folder = Path(spec).expanduser()
+        if not folder.is_dir():
+            raise ModelError(
+                f"model folder {spec} does not exist (looked in {Path.cwd()}). For a hub write ms:org/name or hf:org/name; "
+                f"{ALTERNATIVES}"
+            )
+    _check_files(folder, spec, weights)
+    return LocalModel(folder, spec, hub.revision, hub.cache_dir)
+
+
+def snapshot(spec: str, hub: HubConfig, *, weights: bool = True) -> Path:
+    """Fetch a hub's model repository, of which only what `IGNORED_FILES` leaves.
+
+    Args:
+        spec: `ms:org/name` or `hf:org/name`.
+
+    Raises:
+        HubError: the hub cannot be reached or has no such model.
+        ModelError: the name has another form.
+    """
+    repo = spec[3:]
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise ModelError(f"model {spec!r} must look like {spec[:3]}org/name")
+    ignored = IGNORED_FILES if weights else [*IGNORED_FILES, "*.safetensors"]
+    with asking(spec[:2], "model", repo, f"name their folder as model=FOLDER; {ALTERNATIVES}"):
+        folder = _fetch(spec, repo, hub, ignored)
+    check_inside(folder, spec)
+    return folder
+
+
+def _fetch(spec: str, repo: str, hub: HubConfig, ignored: list[str]) -> Path:
+    if spec.startswith("ms:"):
+        from modelscope import snapshot_download as ms_download
+
+        return Path(
+            ms_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=ignored)
+        )
+    from huggingface_hub import snapshot_download as hf_download
+
+    return Path(hf_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=ignored))
+
+
+def _check_files(folder: Path, spec: str, weights: bool) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model {spec}: {folder} holds no config.json; it is no model folder")
+    if weights and not any(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+        found = f"only {', '.join(pickles)}, which are pickles and never loaded" if pickles else "no weights"
+        raise ModelError(f"model {spec}: {folder} holds {found}; labeltune reads safetensors")
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model or checkpoint folder, with a pad token (its eos where it has none).
+
+    Raises:
+        ModelError: the files are missing or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    # Without its vocabulary transformers makes an empty tokenizer, to which all texts are the same.
+    if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):
+        raise ModelError(f"the tokenizer in {folder} has no vocabulary; tokenizer.json is missing or damaged")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    four_bit: bool = False,
+) -> Any:
+    """The causal language model of a folder.
+
+    Args:
+        dtype: torch dtype of the weights.
+        device: where to put it; None leaves it on the CPU.
+        four_bit: quantize to NF4 while loading (bitsandbytes; QLoRA, arXiv:2305.14314).
+
+    Raises:
+        MissingExtraError: `four_bit` without bitsandbytes.
+        ModelError: the files are damaged, or no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if trust_remote_code:
+        print(f"labeltune: trust_remote_code is on; Python code of {folder} will be run", file=sys.stderr)
+    options: dict[str, Any] = {}
+    if four_bit:
+        options["quantization_config"] = _four_bit(dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    except Exception as error:
+        raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
+    return model if device is None or four_bit else model.to(device)
+
+
+def _four_bit(dtype: torch.dtype) -> Any:
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError("training.method=qlora", "qlora")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )

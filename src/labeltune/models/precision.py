@@ -1,0 +1,97 @@
+"""Which number format a machine trains and predicts in, and a wider one to check it with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+import torch
+
+from labeltune.distributed import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The device, and the format of weights and computation.
+
+    Attributes:
+        name: `bf16`, `fp16` (with a loss scaler in training) or `fp32`.
+        weights: torch dtype of the frozen base model.
+        device: `cuda`, `mps` or `cpu`.
+    """
+
+    name: Literal["bf16", "fp16", "fp32"]
+    weights: Any
+    device: str
+
+
+def pick_precision(
+    wanted: Literal["auto", "bf16", "fp16", "fp32"] = "auto", *, full: bool = False
+) -> Precision:
+    """bf16 on GPUs that compute in it, else fp16 on a GPU, fp32 on the CPU; `wanted` overrides.
+
+    Args:
+        full: all weights are trained; they are then kept in fp32 under fp16 computation.
+    """
+    if torch.cuda.is_available():
+        device = "cuda"
+        native = torch.cuda.get_device_capability()[0] >= 8
+        name = ("bf16" if native else "fp16") if wanted == "auto" else wanted
+    else:
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "fp32" if wanted == "auto" else wanted
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    weights = torch.float32 if full and name == "fp16" else dtypes[name]
+    return Precision(name, weights, device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device; on the CPU within the limit of the control group."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue  # no such control group, or no limit ("max")
+    return max(free, 0)
+
+
+@contextlib.contextmanager
+def weights_in(
+    model: PreTrainedModel, dtype: torch.dtype, everywhere: Callable[[bool], bool] = bool
+) -> Iterator[bool]:
+    """Inside the `with` a model's weights and buffers are in a wider number format, if it says True.
+
+    It says False, and changes nothing, where weights are quantized, spread over processes, or would not fit into memory.
+
+    Args:
+        everywhere: makes one verdict of those of several processes.
+    """
+    parameters = list(model.parameters())
+    needed = dtype.itemsize * sum(p.numel() for p in parameters if p.dtype != dtype)
+    quantized = any(not p.is_floating_point() for p in parameters)
+    possible = everywhere(
+        not quantized and not is_sharded(model) and needed < 0.8 * free_memory(parameters[0].device)
+    )
+    tensors = [t for t in [*parameters, *model.buffers()] if t.is_floating_point()] if possible else []
+    kept = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.to(dtype)
+        yield possible
+    finally:
+        for tensor, data in kept:
+            tensor.data = data

@@ -1,0 +1,78 @@
+"""A document and its candidate labels -> one of them."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from dataclasses import dataclass
+
+from labeltune.config import PromptConfig, TaskName
+from labeltune.errors import DataError
+from labeltune.prompts.task import build_conversation
+from labeltune.prompts.template import Conversation
+from labeltune.types import Example, Prediction
+
+_WRAPPERS = " \t\r\n'\"“”‘’「」[]()（）.,。，:：;；*`"
+
+
+@functools.lru_cache(maxsize=1024)
+def label_fault(labels: tuple[str, ...]) -> str | None:
+    """Why these labels cannot be chosen from, or None: one is empty, or two are equal but for spaces around them and Unicode
+    composition (NFC, which tokenizers apply)."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        plain = unicodedata.normalize("NFC", label).strip()
+        if not plain:
+            return f"the label {label!r} is empty"
+        if plain in seen:
+            return f"the labels {seen[plain]!r} and {label!r} cannot be told apart; rename one or remove it"
+        seen[plain] = label
+    return None
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """Single-label classification; rows without candidates choose from the whole label set."""
+
+    labels: tuple[str, ...]
+    prompt: PromptConfig
+    name: TaskName = "classification"
+
+    def candidates(self, example: Example) -> tuple[str, ...]:
+        """The labels this example chooses from.
+
+        Raises:
+            DataError: neither the row nor the task has any; one is empty, or two cannot be told apart.
+        """
+        found = example.candidates or self.labels
+        fault = "no candidate labels, and no label set is known" if not found else label_fault(found)
+        if fault:
+            raise DataError(f"{example.where}: {fault}")
+        return found
+
+    def conversation(self, example: Example) -> Conversation:
+        """The prompt, with the candidates written as Python writes a list of strings."""
+        candidates = self.candidates(example)
+        values = {"category": repr(list(candidates)), "labels": "; ".join(candidates)}
+        return build_conversation(self.prompt, example.text, values)
+
+    def target(self, example: Example) -> str:
+        """The label itself."""
+        if example.label is None:
+            raise DataError(f"{example.where}: no label")
+        return example.label
+
+    def possible_answers(self, example: Example) -> tuple[str, ...]:
+        """The candidates."""
+        return self.candidates(example)
+
+    def parse(self, example: Example, answer: str) -> Prediction:
+        """The candidate that the answer is, letter case, quotes and closing punctuation aside; else None."""
+        candidates = self.candidates(example)
+        if answer in candidates:
+            return Prediction(example.id, answer, label=answer)
+        bare = answer.strip(_WRAPPERS).casefold()
+        found = [label for label in candidates if label.strip(_WRAPPERS).casefold() == bare]
+        if bare and len(found) == 1:
+            return Prediction(example.id, answer, label=found[0])
+        return Prediction(example.id, answer, parsed=False)

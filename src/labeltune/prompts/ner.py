@@ -1,0 +1,130 @@
+"""A document -> its named entities, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from labeltune.config import PromptConfig, TaskName
+from labeltune.errors import DataError
+from labeltune.prompts.task import build_conversation
+from labeltune.prompts.template import Conversation
+from labeltune.types import Entity, Example, Prediction
+
+
+@dataclass(frozen=True)
+class NerTask:
+    """Flat named-entity recognition over a label set."""
+
+    labels: tuple[str, ...]
+    prompt: PromptConfig
+    name: TaskName = "ner"
+
+    def conversation(self, example: Example) -> Conversation:
+        """The prompt, with the label names between semicolons."""
+        listed = "; ".join(self.labels)
+        values = {
+            "labels": listed,
+            "category": repr(list(self.labels)),
+            "no_entities": self.prompt.no_entities,
+        }
+        return build_conversation(self.prompt, example.text, values)
+
+    def target(self, example: Example) -> str:
+        """JSON lines in order of appearance, or the sentence that there is none."""
+        if example.entities is None:
+            raise DataError(f"{example.where}: no entities; write [] for a text without any")
+        if not example.entities:
+            return self.prompt.no_entities
+        ordered = sorted(example.entities, key=lambda e: (e.start or 0, e.end or 0))
+        return "\n".join(
+            json.dumps({"entity_text": e.text, "entity_label": e.label}, ensure_ascii=False) for e in ordered
+        )
+
+    def possible_answers(self, example: Example) -> tuple[str, ...]:
+        """None that could be listed."""
+        return ()
+
+    def parse(self, example: Example, answer: str) -> Prediction:
+        """Entities of all well-formed lines; `parsed` is False when some line is not, or has an unknown label."""
+        if answer.strip() == self.prompt.no_entities:
+            return Prediction(example.id, answer, entities=())
+        found: list[tuple[str, str]] = []
+        lines = [line for line in answer.split("\n") if line.strip()]
+        parsed = bool(lines)
+        for line in lines:
+            pair = self._parse_line(line)
+            if pair is None:
+                parsed = False
+            else:
+                found.append(pair)
+        return Prediction(example.id, answer, entities=locate(example.text, found), parsed=parsed)
+
+    def pairs(self, answer: str) -> list[tuple[str, str]]:
+        """(entity text, label) of an answer that is known to be right in form."""
+        if answer in ("", self.prompt.no_entities):
+            return []
+        found = [self._parse_line(line) for line in answer.split("\n")]
+        return [pair for pair in found if pair is not None]
+
+    def _parse_line(self, line: str) -> tuple[str, str] | None:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(value, dict):
+            return None
+        text, label = value.get("entity_text"), value.get("entity_label")
+        if not isinstance(text, str) or not text or label not in self.labels:
+            return None
+        return text, label
+
+
+def locate(
+    text: str,
+    found: list[tuple[str, str]],
+    parts: Sequence[tuple[int, int]] = (),
+    scores: Sequence[float | None] = (),
+) -> tuple[Entity, ...]:
+    """Give each (entity text, label) its place, by order of occurrence.
+
+    Answers stand in order of appearance, so each text is looked for behind the entity before it; one that is not there
+    takes its first place that no other entity overlaps, else its first place that it has not been given yet (an entity
+    inside another one). An entity that is given more often than it occurs (`str.count`) has no place; its `start` and
+    `end` are None.
+
+    Args:
+        parts: where to look, as (start, end) in characters; the whole text when empty.
+        scores: one for each entity, to be kept with it.
+    """
+    parts = parts or ((0, len(text)),)
+    taken: set[tuple[int, int]] = set()
+    given: Counter[str] = Counter()
+    cursor = 0
+    entities = []
+    for number, (entity_text, label) in enumerate(found):
+        score = scores[number] if number < len(scores) else None
+        size = len(entity_text)
+        places = [at for part in parts for at in _occurrences(text, entity_text, part)]
+        free = [at for at in places if not any(at < end and begin < at + size for begin, end in taken)]
+        left = [at for at in places if (at, at + size) not in taken]
+        choices = [*(at for at in free if at >= cursor), *free, *left]
+        given[entity_text] += 1
+        if given[entity_text] > sum(text.count(entity_text, *part) for part in parts):
+            entities.append(Entity(entity_text, label, score=score))
+            continue
+        start = choices[0]
+        cursor = start + size
+        taken.add((start, cursor))
+        entities.append(Entity(entity_text, label, start, cursor, score))
+    return tuple(entities)
+
+
+def _occurrences(text: str, entity_text: str, part: tuple[int, int]) -> Iterator[int]:
+    """Where it begins inside a part, overlapping ones included."""
+    at = text.find(entity_text, *part)
+    while at >= 0:
+        yield at
+        at = text.find(entity_text, at + 1, part[1])
