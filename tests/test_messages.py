@@ -121,6 +121,9 @@ CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doc
 SILENT = {
     f"labeltune {HOLE}",
     f"  {HOLE}  {HOLE}",
+    f"  labeltune data check {HOLE}.jsonl\n  labeltune train {HOLE}.yaml",
+    f"  labeltune evaluate output/{HOLE} --data {HOLE}_test.jsonl",
+    f"  cd {HOLE}",
     f"  {HOLE}  {HOLE}  {HOLE}",
     f"{HOLE}: {HOLE}",
     f"{HOLE}  {HOLE}",
@@ -365,7 +368,7 @@ def test_the_command_line_speaks_chinese_and_its_json_does_not(
     assert (code, out) == (2, "")
     assert err == "错误：配置文件 nowhere.yaml 不存在；`labeltune init classification` 可生成一个\n"
     assert labeltune("train", "--help")[1] == labeltune("train", "--help", lang="en")[1]
-    assert "下一步：labeltune data check ner.jsonl\n" in labeltune("init", "ner", "new")[1]
+    assert "下一步：\n  cd new\n  labeltune data check ner.jsonl\n" in labeltune("init", "ner", "new")[1]
     assert "一切就绪" in labeltune("doctor", "--offline")[1]
 
 

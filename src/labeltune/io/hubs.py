@@ -47,16 +47,17 @@ def asking(hub: str, kind: Literal["model", "dataset"], repo: str, instead: str)
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        by_hand = f"download its files by hand from {_page(hub, address, kind, repo)} and {instead}"
-        unanswered = _unanswered(error)
+        page, unanswered = _page(hub, address, kind, repo), _unanswered(error)
         if unanswered is not None:
             reason = first_line(unanswered)
             reason = reason if len(reason) <= _SHORT else type(unanswered).__name__
             raise HubError(
-                f"{repo} could not be fetched: {name} ({host}) cannot be reached ({reason}). Check the network, or {by_hand}"
+                f"{repo} could not be fetched: {name} ({host}) cannot be reached ({reason}). Check the network, or download its "
+                f"files by hand from {page} and {instead}"
             ) from error
         raise HubError(
-            f"{repo} could not be fetched from {name} ({first_line(error)}). Check the name and the revision, or {by_hand}"
+            f"{repo} could not be fetched from {name} ({first_line(error)}). Check the name and the revision, or download its "
+            f"files by hand from {page} and {instead}"
         ) from error
     finally:
         logging.disable(disabled)
