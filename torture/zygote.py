@@ -66,8 +66,8 @@ def warm() -> None:
     ):
         importlib.import_module(f"labeltune.{name}")
     for name in (
-        "modeling.lora",
-        "modeling.hub",
+        "models.lora",
+        "models.hub",
         "inference.calibrate",
         "inference.constrained",
         "inference.engine",
