@@ -785,6 +785,6 @@ def test_ctrl_c_outside_the_steps_is_said(
     assert stopped.err.splitlines()[-1] == (
         "stopped outside the training steps; checkpoints saved before are kept"
     )
-    monkeypatch.setattr("labeltune.labeltune.check_data", interrupted)
+    monkeypatch.setattr("labeltune.check_data", interrupted)
     stopped = labeltune("data", "check", "rows.jsonl")
     assert (stopped.code, stopped.err.splitlines()[-1]) == (130, "interrupted")
