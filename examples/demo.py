@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import labeltune
-from labeltune.commands.quiet import quiet_libraries
+from labeltune.commands.main import quiet_libraries
 from labeltune.config import RunConfig, load_config
 from labeltune.errors import ConfigError, LabeltuneError
 

@@ -122,6 +122,11 @@ print(used.ru_utime + used.ru_stime)
     assert min(seconds) < 0.5, seconds
 
 
+def test_the_list_of_verbs_says_what_their_own_help_says() -> None:
+    for verb, (_, _, described) in main.VERBS.items():
+        assert main.load_verb(verb).help.partition("\n")[0] == described
+
+
 def test_descriptions_fit_into_eighty_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     for command in ([], ["data"]):
@@ -605,10 +610,8 @@ def test_keys(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import labeltune
-
     seen: list[Any] = []
-    monkeypatch.setattr("labeltune.train", lambda config, **_: seen.append(config))
+    monkeypatch.setattr("labeltune.commands.train.train", lambda config, **_: seen.append(config))
     (in_folder / "意图").mkdir()
     write_jsonl(in_folder / "意图" / "客服 rows.v2.jsonl", classification_rows(3))
     write_jsonl(in_folder / "people.jsonl", ner_rows(3))
@@ -747,10 +750,8 @@ def test_the_original_settings() -> None:
 def test_the_task_is_guessed_before_other_changes_are_looked_at(
     labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import labeltune
-
     seen: list[Any] = []
-    monkeypatch.setattr("labeltune.train", lambda config, **_: seen.append(config))
+    monkeypatch.setattr("labeltune.commands.train.train", lambda config, **_: seen.append(config))
     write_jsonl(in_folder / "ner.jsonl", ner_rows(3))
     found = labeltune("train", "--data", "ner.jsonl", "eval.metric=span_f1", "data.encoding=gbk")
     assert found.code == 0 and "task=ner (by its columns)" in found.err
@@ -785,6 +786,6 @@ def test_ctrl_c_outside_the_steps_is_said(
     assert stopped.err.splitlines()[-1] == (
         "stopped outside the training steps; checkpoints saved before are kept"
     )
-    monkeypatch.setattr("labeltune.check_data", interrupted)
+    monkeypatch.setattr("labeltune.commands.data.check_data", interrupted)
     stopped = labeltune("data", "check", "rows.jsonl")
     assert (stopped.code, stopped.err.splitlines()[-1]) == (130, "interrupted")

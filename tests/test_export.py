@@ -15,7 +15,7 @@ import torch
 import labeltune
 from conftest import LABELS, classification_rows, make_model, make_tokenizer, ner_rows, write_jsonl
 from labeltune import load_predictor
-from labeltune.commands import exporting
+from labeltune.commands import export as export_page
 from labeltune.config import build_config
 from labeltune.errors import ConfigError, DataError, ModelError, OutputError, ParityError
 from labeltune.export.merge import stored_dtype, whole_model
@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[s
     return found
 
 
-def quiet_export(run: Path, output: Path, **options: Any) -> exporting.Exported:
+def quiet_export(run: Path, output: Path, **options: Any) -> export_page.Exported:
     return labeltune.export(run, output, say=lambda _: None, progress=False, **options)
 
 
@@ -143,19 +143,19 @@ def test_a_damaged_export_fails_the_gate(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    verified = exporting._verified
+    verified = export_page._verified
 
-    def damaged(checkpoint: Path, folder: Path, *rest: Any) -> Any:
+    def damaged(checkpoint: Path, folder: Path, *rest: Any, **more: Any) -> Any:
         (path,) = folder.glob("*model.safetensors")
         weights = load_file(path)
         # One of an adapter's two matrices, every weight of a merged model.
         touched = {n: v * -300 if "lora_B" in n or merged else v for n, v in weights.items()}
         save_file(touched, path, {"format": "pt"})
-        return verified(checkpoint, folder, *rest)
+        return verified(checkpoint, folder, *rest, **more)
 
     rows = str(write_jsonl(tmp_path / "rows.jsonl", classification_rows(12)))
     with monkeypatch.context() as patched:
-        patched.setattr(exporting, "_verified", damaged)
+        patched.setattr(export_page, "_verified", damaged)
         with pytest.raises(ParityError) as raised:
             quiet_export(runs["classification"], tmp_path / "out", merged=merged, verify_data=rows)
     message = str(raised.value)
@@ -338,7 +338,7 @@ def test_a_pushed_folder_is_whole_and_names_no_path(
         seen.append((folder, spec, shown(folder)))
         return "https://hub/org/name"
 
-    monkeypatch.setattr(exporting, "push_folder", fake_push)
+    monkeypatch.setattr("labeltune.export.push.push_folder", fake_push)
     done = quiet_export(
         runs["ner"], tmp_path / "out", merged=True, ollama=True, verify=False, push="hf:org/name"
     )

@@ -333,7 +333,7 @@ def gb_run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path
 
 
 def test_a_run_is_measured_on_files_in_the_encoding_and_with_the_numbers_of_its_own(gb_run: Path) -> None:
-    from labeltune.commands.evaluation import describe_run, labelled_rows
+    from labeltune.commands.evaluate import describe_run, labelled_rows
 
     about = describe_run(gb_run / "out")
     assert about.data.encoding == "gb18030"
@@ -369,7 +369,7 @@ def test_a_runs_encoding_is_saved_and_those_without_one_are_utf8(gb_run: Path) -
 def test_predict_reads_what_the_run_was_trained_on_unless_told_otherwise(
     gb_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from labeltune.commands.predict import predict as command
+    from labeltune.commands.predict import predict_command as command
     from labeltune.io import progress
 
     monkeypatch.chdir(gb_run)

@@ -105,15 +105,14 @@ OTHERS = re.compile(
     r"Invalid \\escape|" + "|".join(re.escape(os.strerror(number)) for number in errno.errorcode)
 )
 #: Everything these print is in the catalogue, and every error they raise.
-CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doctor.py commands/evaluate.py commands/export.py commands/habits.py commands/init.py commands/keys.py
-    commands/main.py commands/plan.py commands/predict.py commands/streams.py commands/sweep.py commands/train.py config.py config_sections.py
+CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doctor.py commands/evaluate.py commands/export.py commands/init.py
+    commands/main.py commands/plan.py commands/options.py commands/predict.py commands/sweep.py commands/train.py config.py config_sections.py
     data/audit.py data/columns.py data/convert.py data/download.py data/formats.py data/json_values.py data/labels.py
     data/loading.py data/meeting.py data/offsets.py data/parquet.py data/records.py data/schemas.py data/sources.py data/standard_input.py
     data/tables.py evaluation/data_report.py evaluation/headline.py export/card.py export/folder.py export/merge.py
     export/push.py export/vllm.py io/lock.py io/hubs.py inference/calibrate.py inference/row_files.py inference/stream.py
-    models/hub.py models/pocket.py io/outputs.py io/progress.py prompts/template.py inference/ray_session.py commands/comparing.py
-    commands/checking.py commands/evaluation.py commands/exporting.py commands/verification.py commands/inputs.py commands/preparing.py commands/rows.py
-    commands/training.py io/run_files.py io/run_folder.py sweep/report.py sweep/run.py sweep/space.py sweep/study.py
+    models/hub.py models/pocket.py io/outputs.py io/progress.py prompts/template.py inference/ray_session.py commands/preparing.py
+    io/run_files.py io/run_folder.py sweep/report.py sweep/run.py sweep/space.py sweep/study.py
     prompts/classification.py prompts/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
     training/dataset.py training/preflight.py training/record.py training/resuming.py training/self_check.py
     training/run.py training/trainer.py io/trust.py""".split()  # noqa: SIM905

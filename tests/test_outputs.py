@@ -431,9 +431,9 @@ def test_json_goes_where_it_is_wanted(
     write_jsonl(in_folder / "rows.jsonl", classification_rows(3))
     figures = {"rows": 3, "rows_are": "test", "task": "classification", "unparsable": 0.0, "labels": {}}
     found = {"rows": 3, "differences": {}, "changed": {"gained": [], "lost": []}}
-    monkeypatch.setattr("labeltune.evaluate", lambda *_, **__: figures)
-    monkeypatch.setattr("labeltune.compare", lambda *_, **__: found)
-    monkeypatch.setattr("labeltune.evaluation.headline.shown_headline", lambda _: [])
+    monkeypatch.setattr("labeltune.commands.evaluate.evaluate", lambda *_, **__: figures)
+    monkeypatch.setattr("labeltune.commands.compare.compare", lambda *_, **__: found)
+    monkeypatch.setattr("labeltune.commands.evaluate.shown_headline", lambda _: [])
     for command, value in ((("evaluate", "run"), figures), (("compare", "base", "run"), found)):
         command = (*command, "-d", "rows.jsonl")
         assert json.loads(labeltune(*command).out) == value

@@ -13,7 +13,7 @@ import pytest
 import labeltune
 from browsing import broken_names, chromium, english_words, faint, overflow, own_words
 from conftest import classification_rows, make_tokenizer, ner_rows, write_jsonl
-from labeltune.commands.evaluation import all_metrics
+from labeltune.commands.evaluate import all_metrics
 from labeltune.config import build_config
 from labeltune.data.schemas import FAULT_KINDS
 from labeltune.evaluation import words

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import labeltune
-from labeltune.commands.plan import plan as plan_command
-from labeltune.commands.train import train as train_command
+from labeltune.commands.plan import plan_command
+from labeltune.commands.train import train_command
 from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, MissingExtraError
 from labeltune.training import dry_run, trainer

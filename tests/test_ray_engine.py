@@ -20,7 +20,7 @@ from ray import cloudpickle
 
 import labeltune
 from conftest import LABELS, classification_rows, write_jsonl
-from labeltune.commands.predict import predict as predict_command
+from labeltune.commands.predict import predict_command
 from labeltune.config import build_config
 from labeltune.data.uris import Place
 from labeltune.errors import DataError, LabeltuneError, ModelError

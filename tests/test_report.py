@@ -14,7 +14,7 @@ import labeltune
 from browsing import chromium
 from conftest import LABELS, classification_rows, ner_rows, write_jsonl
 from labeltune import load_predictor
-from labeltune.commands.evaluation import all_metrics, write_evaluation
+from labeltune.commands.evaluate import all_metrics, write_evaluation
 from labeltune.config import DataConfig
 from labeltune.data.loading import load_rows
 from labeltune.errors import ConfigError, DataError, ModelError

@@ -15,7 +15,7 @@ import torch
 
 import labeltune
 from conftest import classification_rows, write_jsonl
-from labeltune.commands import training as training_recipe
+from labeltune.commands import train as train_page
 from labeltune.config import RunConfig, build_config
 from labeltune.errors import ConfigError, Interrupted, OutputError
 from labeltune.io.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage
@@ -107,7 +107,7 @@ def test_ctrl_c_predicts_and_validates_nothing_more(
 ) -> None:
     """Only the checkpoint is written; the resumed run logs what an uninterrupted one does."""
     torch.set_num_threads(1)
-    monkeypatch.setattr("labeltune.commands.training._start_tracker", lambda *_: None)
+    monkeypatch.setattr("labeltune.commands.train._start_tracker", lambda *_: None)
     config = config_for(in_folder, model_folder, epochs=2, save_steps="epoch")
     config = config.model_copy(update={"tracking": "swanlab"})
     whole: list[str] = []
@@ -261,7 +261,7 @@ def test_the_last_checkpoint_that_is_named_exists(
     """With one checkpoint kept, that is the best one, which need not be the last."""
     config = config_for(in_folder, model_folder, save_steps=2, save_total_limit=1)
     figures = iter([0.9, 0.5, 0.5])
-    monkeypatch.setattr(training_recipe, "headline", lambda *_: {"macro_f1": next(figures), "accuracy": 0.0})
+    monkeypatch.setattr(train_page, "headline", lambda *_: {"macro_f1": next(figures), "accuracy": 0.0})
     result = labeltune.train(config)
     assert result.last.is_dir() and result.last.resolve() == result.best.resolve()
     assert result.last.name == "checkpoint-2" and result.steps == 6

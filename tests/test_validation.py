@@ -12,8 +12,8 @@ import pytest
 
 import labeltune
 from conftest import LABELS, classification_rows, ner_rows, write_jsonl
-from labeltune.commands import training as training_recipe
-from labeltune.commands.rows import validation_rows, warn_of_rows
+from labeltune.commands import train as train_page
+from labeltune.commands.preparing import validation_rows, warn_of_rows
 from labeltune.config import RunConfig, load_config
 from labeltune.data.loading import load_splits
 from labeltune.errors import ConfigError, DataError, ModelError
@@ -167,7 +167,7 @@ def test_the_rows_are_looked_at_before_any_weight_is_loaded(
 def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Validations give these figures, one after the other."""
     left = iter(values)
-    monkeypatch.setattr(training_recipe, "headline", lambda *_: {"macro_f1": next(left), "accuracy": 0.0})
+    monkeypatch.setattr(train_page, "headline", lambda *_: {"macro_f1": next(left), "accuracy": 0.0})
 
 
 def stopping(config: RunConfig, patience: int, min_delta: float = 0.0) -> RunConfig:

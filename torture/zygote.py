@@ -52,7 +52,7 @@ def warm() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for name in (
         "labeltune.commands.main",
-        "labeltune.commands.training",
+        "labeltune.commands.train",
         "labeltune.inference.load",
         "labeltune.inference.stream",
     ):

@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from labeltune.commands.checking import check_data as check_data
-    from labeltune.commands.comparing import compare as compare
-    from labeltune.commands.evaluation import evaluate as evaluate
-    from labeltune.commands.exporting import export as export
-    from labeltune.commands.planning import plan as plan
-    from labeltune.commands.predicting import predict as predict
-    from labeltune.commands.training import train as train
+    from labeltune.commands.compare import compare as compare
+    from labeltune.commands.data import check_data as check_data
+    from labeltune.commands.evaluate import evaluate as evaluate
+    from labeltune.commands.export import export as export
+    from labeltune.commands.plan import plan as plan
+    from labeltune.commands.predict import predict as predict
+    from labeltune.commands.train import train as train
     from labeltune.config import RunConfig as RunConfig
     from labeltune.config import load_config as load_config
     from labeltune.errors import LabeltuneError as LabeltuneError
@@ -34,15 +34,15 @@ _HOMES = {
     "Prediction": "types",
     "Predictor": "inference.predictor",
     "RunConfig": "config",
-    "check_data": "commands.checking",
-    "compare": "commands.comparing",
-    "evaluate": "commands.evaluation",
-    "export": "commands.exporting",
+    "check_data": "commands.data",
+    "compare": "commands.compare",
+    "evaluate": "commands.evaluate",
+    "export": "commands.export",
     "load_config": "config",
     "load_predictor": "inference.load",
-    "plan": "commands.planning",
-    "predict": "commands.predicting",
-    "train": "commands.training",
+    "plan": "commands.plan",
+    "predict": "commands.predict",
+    "train": "commands.train",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from labeltune.errors import LabeltuneError
 
 
 def board(
@@ -20,10 +23,6 @@ def board(
 
     It is `swanlab watch`.
     """
-    import importlib.util
-
-    from labeltune.errors import LabeltuneError
-
     if not folder.is_dir():
         raise LabeltuneError(
             f"no folder {folder}; train first, or name the folder of the runs: labeltune board FOLDER"

@@ -1,16 +1,46 @@
-"""`labeltune compare`."""
+"""`labeltune compare`: two models answer the same rows."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from labeltune.commands.evaluate import (
+    RunDescription,
+    data_to_measure,
+    describe_run,
+    files_of,
+    is_config,
+    labelled_rows,
+    opened,
+    right_answer,
+    wants_json,
+    what_rows_are,
+)
+from labeltune.commands.options import FiguresAsJson, MaxRows, OnError
+from labeltune.errors import ConfigError, DataError
+from labeltune.evaluation.compare import compare_predictions
+from labeltune.evaluation.comparison_page import BARE, comparison_page
+from labeltune.evaluation.headline import headline, rows_line
+from labeltune.io.outputs import check_folder
+from labeltune.io.progress import phase, track
+from labeltune.io.run_folder import write_json, write_text
+from labeltune.types import Example, Prediction
 
-def compare(
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
+
+#: Stands for the second run's model with its adapter switched off.
+BASE = "base"
+
+
+def compare_command(
     *,
     first: Annotated[
         str,
@@ -21,53 +51,143 @@ def compare(
         str | None,
         typer.Option("--data", "-d", help="Labelled rows; the data.test of SECOND when missing."),
     ] = None,
-    on_error: Annotated[str, typer.Option(help="Faulty rows: stop or skip.")] = "stop",
-    max_rows: Annotated[int | None, typer.Option(help="Only the first rows.", min=1)] = None,
+    on_error: OnError = "stop",
+    max_rows: MaxRows = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for comparison.json, changed.jsonl and comparison.html."),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="All figures as JSON, also with --output or on a terminal.")
-    ] = False,
+    as_json: FiguresAsJson = False,
 ) -> None:
     """Compare two models on the same rows.
 
     A summary goes to standard error. All figures go as JSON to comparison.json with --output, else to standard output unless
     that is a terminal.
     """
-    from labeltune.commands.evaluate import wants_json
-    from labeltune.commands.quiet import quiet_libraries
-    from labeltune.errors import ConfigError
-
-    if on_error not in ("stop", "skip"):
-        raise ConfigError(f"--on-error must be stop or skip, not {on_error!r}")
-    if second == "base":
-        raise ConfigError("the second model cannot be `base`; write: labeltune compare base RUN --data FILE")
-    from labeltune.commands.inputs import data_to_measure, files_of
-    from labeltune.io.outputs import check_folder
-
-    read = [*(files_of(first) if first != "base" else []), *files_of(second)]
+    _check_second(second)
+    read = [*(files_of(first) if first != BASE else []), *files_of(second)]
     data = data_to_measure(second, data)
     if output is not None:
         check_folder(output, [*read, data], ("comparison.json", "changed.jsonl", "comparison.html"))
-    quiet_libraries()
-    import labeltune
-    from labeltune.io.progress import phase
-
     with phase("loading the model"):
-        found = labeltune.compare(first, second, data, on_error=on_error, max_rows=max_rows, output=output)
-    print_differences(found)
+        found = compare(first, second, data, on_error=on_error, max_rows=max_rows, output=output)
+    _print_differences(found)
     if output is not None:
         print(f"report: {output / 'comparison.html'}", file=sys.stderr)
     if wants_json(as_json, output):
         print(json.dumps(found, ensure_ascii=False, indent=2))
 
 
-def print_differences(found: dict[str, Any]) -> None:
-    """One line a figure on standard error, for people."""
-    from labeltune.evaluation.headline import rows_line
+def compare(
+    first: str | os.PathLike[str] | Predictor,
+    second: str | os.PathLike[str] | Predictor,
+    data: str,
+    *,
+    on_error: str = "stop",
+    max_rows: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    predictions: Sequence[Prediction] | None = None,
+) -> dict[str, Any]:
+    """What the second model answers better or worse than the first, paired row by row.
 
+    Args:
+        first: a run folder, a checkpoint, a config file (its untuned model), `base`: the second run without its adapter; or a
+            predictor, which is left open.
+        second: the same, but for `base`.
+        data: labelled file or hub data set, read with the columns of `second`.
+        output: folder for `comparison.json`, `changed.jsonl` and `comparison.html`.
+        predictions: what `second` answered to these rows, in their order; it is not asked again.
+
+    Raises:
+        ConfigError: the two do different tasks, or both are `base`.
+        DataError: as `evaluate`.
+        ModelError: there is no such run, or `base` of a run without an adapter.
+    """
+    _check_second(second)
+    about = describe_run(second)
+    others = [] if str(first) == BASE else [describe_run(first)]
+    for other in others:
+        _check_comparable(other, about)
+    rows = labelled_rows(about, data, on_error, max_rows, *others)
+    examples = [rows.example(i) for i in range(len(rows.dataset))]
+    with opened(second, labels=about.labels) as predictor:
+        if predictions is None:
+            predictions = list(track(predictor.stream(examples), len(examples), shown=progress))
+        if str(first) == BASE:
+            with predictor.base_model():
+                answers_of_first = list(track(predictor.stream(examples), len(examples), shown=progress))
+    for each in others:
+        with opened(first, labels=each.labels) as predictor:
+            answers_of_first = list(track(predictor.stream(examples), len(examples), shown=progress))
+    found = {
+        "first": others[0].name if others else f"{about.name}{BARE}",
+        "second": about.name,
+        "base": _untuned(first) and not _untuned(second),
+        "data": data,
+        "task": about.task,
+        **what_rows_are([about.folder, *(each.folder for each in others)], examples),
+        "headline": {
+            "first": headline(examples, answers_of_first),
+            "second": headline(examples, predictions),
+        },
+        **compare_predictions(examples, answers_of_first, predictions),
+    }
+    if output is not None:
+        _write(Path(output), found, examples, answers_of_first, predictions)
+    return found
+
+
+def _check_second(second: str | os.PathLike[str] | Predictor) -> None:
+    if str(second) == BASE:
+        raise ConfigError("the second model cannot be `base`; write: labeltune compare base RUN --data FILE")
+
+
+def _check_comparable(first: RunDescription, second: RunDescription) -> None:
+    if first.task != second.task:
+        raise ConfigError(
+            f"{first.name} does {first.task}, {second.name} does {second.task}; they cannot be compared"
+        )
+    if first.task == "ner" and set(first.labels) != set(second.labels):
+        raise DataError(
+            f"{first.name} knows the types {', '.join(first.labels)}, {second.name} {', '.join(second.labels)}; they cannot "
+            "be compared on the same rows"
+        )
+
+
+def _untuned(model: str | os.PathLike[str] | Predictor) -> bool:
+    return str(model) == BASE or is_config(str(model))
+
+
+def _write(
+    folder: Path,
+    found: dict[str, Any],
+    examples: list[Example],
+    first: Sequence[Prediction],
+    second: Sequence[Prediction],
+) -> None:
+    write_json(folder / "comparison.json", found)
+    lines = []
+    for how in ("gained", "lost"):
+        for i in found["changed"][how]:
+            row = {
+                "change": how,
+                "id": examples[i].id,
+                "source": examples[i].source,
+                "text": examples[i].text,
+            }
+            row |= {
+                "right": right_answer(examples[i]),
+                "first": first[i].to_dict(),
+                "second": second[i].to_dict(),
+            }
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(folder / "changed.jsonl", "".join(lines))
+    write_text(folder / "comparison.html", comparison_page(found, examples, first, second))
+
+
+def _print_differences(found: dict[str, Any]) -> None:
+    """One line a figure on standard error, for people."""
     print(f"rows: {rows_line(found)}", file=sys.stderr)
     for name, d in found["differences"].items():
         change = d["difference"]

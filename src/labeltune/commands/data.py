@@ -6,21 +6,45 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from labeltune.commands.options import AsJson, Labels, OnError
+from labeltune.commands.preparing import too_long
+from labeltune.config import HubConfig, RunConfig, load_config
+from labeltune.data import columns
+from labeltune.data.audit import Audit, add_duplicates, audit_file, stop_on_errors
+from labeltune.data.convert import convert_file
+from labeltune.data.download import download_original
+from labeltune.data.labels import named_labels
+from labeltune.data.loading import Rows, load_rows
+from labeltune.data.meeting import add_meeting_faults, nothing_to_learn
+from labeltune.data.schemas import Fault
+from labeltune.data.sources import iter_records, resolve_data
+from labeltune.errors import counted, printable
+from labeltune.evaluation.data_page import data_page
+from labeltune.evaluation.data_report import check_report, make_report
+from labeltune.io.outputs import check_file
+from labeltune.io.run_folder import write_text
 from labeltune.messages import spoken, verbatim
+from labeltune.prompts import make_task
+from labeltune.prompts.builder import PromptBuilder
+from labeltune.prompts.template import ChatTemplate
+from labeltune.types import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from labeltune.config import RunConfig
-    from labeltune.data.audit import Audit
-    from labeltune.types import Example
-
-app = typer.Typer(help="Check, convert and download data.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check, convert and download data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 @app.command()
@@ -45,11 +69,11 @@ def check(
     task: Annotated[
         str | None, typer.Option(help="classification or ner; guessed from the columns when missing.")
     ] = None,
-    labels: Annotated[str | None, typer.Option(help="The label set, between commas.")] = None,
+    labels: Labels = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Model or folder whose tokens lengths are counted in.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+    as_json: AsJson = False,
     limit: Annotated[int, typer.Option(help="Faults listed of each kind; 0 for all.", min=0)] = 20,
     report: Annotated[
         Path | None,
@@ -60,12 +84,7 @@ def check(
     ] = None,
 ) -> None:
     """List every fault with file:line; exit 1 on errors, 0 otherwise."""
-    import labeltune
-    from labeltune.errors import printable
-
     if report is not None:
-        from labeltune.evaluation.data_report import check_report
-
         check_report(report, [given for given in (file, test) if given is not None])
     config, train_file, test_file = _check_target(file, test, task, labels, overrides or [])
     if report is not None:
@@ -76,12 +95,12 @@ def check(
     model = _model_at_hand(tokenizer, config if Path(file).suffix in (".yaml", ".yml") else None)
     loaded = _load_tokenizer(model) if model is not None else None
     counter = _token_counter(loaded) if loaded is not None else None
-    rows = labeltune.check_data(config, train_file, test_file, counter, loaded)
+    rows = check_data(config, train_file, test_file, counter, loaded)
     audits = [r.audit for r in rows]
     unreadable = next((a.path for a in audits if a.unreadable is not None), None)
     findings = None
     if report is not None and unreadable is None:
-        findings = labeltune.report_data(rows, config, report, loaded, model)
+        findings = report_data(rows, config, report, loaded, model)
     if as_json:
         faults = [
             {"kind": f.kind, "severity": f.severity, "where": f.where, "message": f.message}
@@ -103,12 +122,75 @@ def check(
         raise typer.Exit(1)
 
 
+def check_data(
+    config_or_task: RunConfig,
+    train: str,
+    test: str | None = None,
+    token_counts: Callable[[list[str]], list[int]] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Rows]:
+    """Audit a training file, and against it the config's validation file and a test file; no fault is raised.
+
+    Args:
+        tokenizer: finds rows that cannot fit `prompt.max_length`; they are not looked for when None.
+    """
+    config = config_or_task
+    rows = load_rows(train, config.task, config.data, config.hub, token_counts=token_counts)
+    add_duplicates(rows.audit, rows.where)
+    # Another file, e.g. a single test file, may well hold rows of one label.
+    if train == config.data.train and (nothing := nothing_to_learn(rows.audit)) is not None:
+        rows.audit.add_fault(Fault("one_label", f"{rows.audit.path}:1", nothing))
+    found = [rows]
+    for spec in (config.data.validation, test):
+        if spec is not None:
+            other = load_rows(spec, config.task, config.data, config.hub, token_counts=token_counts)
+            add_duplicates(other.audit, other.where)
+            add_meeting_faults(rows, other, config.data)
+            found.append(other)
+    if tokenizer is not None:
+        _add_too_long(found, config, tokenizer)
+    return found
+
+
+def _add_too_long(files: Sequence[Rows], config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add an error for each row that cannot fit; the labels are those of the training file, as in training."""
+    from labeltune.training.dataset import rows_that_cannot_fit
+
+    labels = config.data.labels or files[0].audit.label_set()
+    builder = PromptBuilder(make_task(config.task, labels, config.prompt), ChatTemplate(tokenizer))
+    needed = [rows_that_cannot_fit(rows.dataset, builder) for rows in files]
+    enough = max((tokens for found in needed for tokens in found.values()), default=0)
+    for rows, found in zip(files, needed, strict=True):
+        for number, tokens in found.items():
+            rows.audit.add_fault(too_long(rows.where(number), tokens, config.prompt.max_length, enough))
+
+
+def report_data(
+    files: Sequence[Rows],
+    config: RunConfig,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    model: Path | None = None,
+) -> dict[str, Any]:
+    """Write the HTML report of audited files, the training file first; returns its findings, JSON-ready.
+
+    `tokenizer` counts tokens, and the input embeddings in its folder `model` help to judge labels; None leaves either out.
+
+    Raises:
+        DataError: a file cannot be used as a whole, so there is nothing to report on.
+        MissingExtraError: datasketch or cleanlab is not installed.
+        OutputError: the report cannot be written.
+    """
+    check_report(path)
+    stop_on_errors([rows.audit for rows in files], skip=True, fix="")
+    report = make_report(files, config, tokenizer, model, progress=True)
+    write_text(path, data_page(report))
+    return report.to_dict()
+
+
 def _check_target(
     file: str, test: str | None, task: str | None, labels: str | None, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, str, str | None]:
-    from labeltune.config import load_config
-    from labeltune.data.labels import named_labels
-
     keys = [*overrides, f"task={task}"] if task else [*overrides]
     if Path(file).suffix in (".yaml", ".yml"):
         config = load_config(file, keys)
@@ -131,18 +213,11 @@ def named_task(changes: Sequence[str]) -> str | None:
 
 def reading_config(changes: Sequence[str]) -> RunConfig:
     """Only the changes that tell how rows are read: the others may be for a task that is not known yet."""
-    from labeltune.config import load_config
-
     return load_config(None, [change for change in changes if re.match(r"\s*(hub|data)\s*[.=]", change)])
 
 
 def guess_task(spec: str, config: RunConfig) -> str:
     """`ner` when the first readable rows have entities, else `classification`."""
-    from itertools import islice
-
-    from labeltune.data import columns
-    from labeltune.data.sources import iter_records, resolve_data
-
     first = islice(iter_records(resolve_data(spec, config.hub), config.data.encoding), columns.LOOKED_AT)
     named = config.data.columns.entities
     rows = (record.values for record in first if record.values is not None)
@@ -151,7 +226,6 @@ def guess_task(spec: str, config: RunConfig) -> str:
 
 def _model_at_hand(tokenizer: str | None, config: RunConfig | None) -> Path | None:
     """The folder of the named tokenizer, else that of the config's model where that needs no download."""
-    from labeltune.config import HubConfig
     from labeltune.models.hub import resolve_model
     from labeltune.models.pocket import POCKET_MODELS, is_cached
 
@@ -166,10 +240,8 @@ def _model_at_hand(tokenizer: str | None, config: RunConfig | None) -> Path | No
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from labeltune.commands.quiet import quiet_libraries
     from labeltune.models.hub import load_tokenizer
 
-    quiet_libraries()
     return load_tokenizer(folder)
 
 
@@ -182,8 +254,6 @@ def _token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], 
 
 
 def _report_line(path: Path | None, findings: dict[str, Any]) -> str:
-    from labeltune.errors import counted, printable
-
     found = [f"{counted(findings['near_duplicates']['pairs'], 'pair')} of near-duplicates"]
     if findings["suspects"] is not None:
         found.append(f"{counted(findings['suspects']['suspects'], 'row')} to look at for their label")
@@ -199,8 +269,6 @@ def _report_line(path: Path | None, findings: dict[str, Any]) -> str:
 
 @spoken("stdout")
 def _print_audit(audit: Audit, limit: int) -> None:
-    from labeltune.errors import counted, printable
-
     shown: dict[str, int] = {}
     for fault in audit.faults:
         shown[fault.kind] = shown.get(fault.kind, 0) + 1
@@ -241,17 +309,10 @@ def convert(
     file: Annotated[str, typer.Argument(help="Rows in the classification or NER schema.")],
     output: Annotated[Path, typer.Argument(help="jsonl to write.")],
     task: Annotated[str | None, typer.Option(help="classification or ner; guessed when missing.")] = None,
-    labels: Annotated[str | None, typer.Option(help="The label set, between commas.")] = None,
-    on_error: Annotated[str, typer.Option(help="Faulty rows: stop or skip.")] = "stop",
+    labels: Labels = None,
+    on_error: OnError = "stop",
 ) -> None:
     """Write the original recipe's instruction/input/output jsonl."""
-    from labeltune.data.convert import convert_file
-    from labeltune.errors import ConfigError, counted, printable
-    from labeltune.io.outputs import check_file
-    from labeltune.prompts import make_task
-
-    if on_error not in ("stop", "skip"):
-        raise ConfigError(f"--on-error must be stop or skip, not {on_error!r}")
     check_file(output, [file])
     config, source, _ = _check_target(file, None, task, labels)
     maker = make_task(config.task, config.data.labels or _labels_of(source, config), config.prompt)
@@ -269,9 +330,6 @@ def convert(
 
 
 def _labels_of(source: str, config: RunConfig) -> tuple[str, ...]:
-    from labeltune.data.audit import audit_file
-    from labeltune.data.sources import resolve_data
-
     return audit_file(resolve_data(source, config.hub), config.task, config.data).label_set()
 
 
@@ -285,7 +343,5 @@ def download(
     ] = Path(),
 ) -> None:
     """Fetch the original recipe's data with the hub's own client."""
-    from labeltune.data.download import download_original
-
     for path in download_original(name, folder):
         print(path)

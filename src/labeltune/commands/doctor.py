@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 
 from labeltune.messages import localize, spoken
+from labeltune.models.pocket import cache_folder
+from labeltune.tracking.swanlab_login import logged_in
 
 Finding = tuple[str, str, str]
 OK, NOTE, LACK = "ok", "note", "LACK"
@@ -121,8 +124,6 @@ def _accelerator() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    import psutil
-
     free = psutil.virtual_memory().available / 2**30
     state, meaning = (
         (OK, "") if free >= 8 else (NOTE, "Qwen2-1.5B needs about 8 GiB to load; the pocket model 2 GiB")
@@ -131,8 +132,6 @@ def _memory() -> Iterator[Finding]:
 
 
 def _disk() -> Iterator[Finding]:
-    from labeltune.models.pocket import cache_folder
-
     for what, folder, wanted in (("here", Path.cwd(), 2), ("the cache", cache_folder(), 5)):
         existing = next(p for p in (folder, *folder.parents) if p.exists())
         free = shutil.disk_usage(existing).free / 2**30
@@ -161,7 +160,5 @@ def _hubs(asked: list[_Asked]) -> Iterator[Finding]:
 
 
 def _swanlab() -> Finding:
-    from labeltune.tracking.swanlab_login import logged_in
-
     answer = logged_in()
     return (OK, "SwanLab: logged in", "") if answer == "yes" else (NOTE, f"SwanLab: {answer}", LOCAL)

@@ -1,18 +1,62 @@
-"""`labeltune evaluate`."""
+"""`labeltune evaluate`: a run is asked about labelled rows, and its answers are measured."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from labeltune.commands.predict import Address, Decoding, Workers, check_engine
+from labeltune.commands.options import Address, Decoding, FiguresAsJson, MaxRows, OnError, Workers
+from labeltune.commands.predict import absolute_run, check_engine
+from labeltune.commands.row_hashes import rows_seen
+from labeltune.config import (
+    ColumnsConfig,
+    DataConfig,
+    GenerationConfig,
+    HubConfig,
+    RunConfig,
+    TaskName,
+    load_config,
+)
+from labeltune.data.audit import stop_on_errors
+from labeltune.data.loading import Rows, load_rows, load_splits
+from labeltune.data.meeting import add_unknown_labels
+from labeltune.data.records import without_key
+from labeltune.data.sources import resolve_data
+from labeltune.errors import ConfigError, DataError
+from labeltune.evaluation.headline import (
+    SELECTION,
+    TRAINING,
+    rows_line,
+    shown_headline,
+    worse_than_constant,
+)
+from labeltune.evaluation.metrics import classification_metrics
+from labeltune.evaluation.report import report_page
+from labeltune.evaluation.slices import slices
+from labeltune.evaluation.spans import entity_dictionary, ner_metrics
+from labeltune.io.outputs import check_folder, is_hub_name
+from labeltune.io.progress import phase, track
+from labeltune.io.run_files import EVALUATION_FILES, files_read
+from labeltune.io.run_folder import RunInfo, find_checkpoint, write_json, write_text
+from labeltune.types import Example, Prediction
+
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
+
+#: Rows that a worker of Ray answers together.
+RAY_ROWS = 1024
 
 
-def evaluate(
+def evaluate_command(
     *,
     run: Annotated[str, typer.Argument(help="Run folder, checkpoint, or config.yaml (its untuned model).")],
     overrides: Annotated[
@@ -25,8 +69,8 @@ def evaluate(
     base: Annotated[
         bool, typer.Option("--base", help="Switch the adapter off: measure the untuned model.")
     ] = False,
-    on_error: Annotated[str, typer.Option(help="Faulty rows: stop or skip.")] = "stop",
-    max_rows: Annotated[int | None, typer.Option(help="Only the first rows.", min=1)] = None,
+    on_error: OnError = "stop",
+    max_rows: MaxRows = None,
     train_data: Annotated[
         str | None, typer.Option(help="Training rows, for the dictionary baseline (NER).")
     ] = None,
@@ -35,9 +79,7 @@ def evaluate(
         Path | None,
         typer.Option("--output", "-o", help="Folder for metrics.json, predictions.jsonl and report.html."),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="All figures as JSON, also with --output or on a terminal.")
-    ] = False,
+    as_json: FiguresAsJson = False,
     engine: Annotated[str, typer.Option(help="local, or ray: on many processes or machines.")] = "local",
     workers: Workers = None,
     address: Address = None,
@@ -47,27 +89,14 @@ def evaluate(
     A summary goes to standard error. All figures go as JSON to metrics.json with --output, else to standard output unless
     that is a terminal.
     """
-    from labeltune.commands.quiet import quiet_libraries
-    from labeltune.errors import ConfigError
-
-    if on_error not in ("stop", "skip"):
-        raise ConfigError(f"--on-error must be stop or skip, not {on_error!r}")
     check_engine(engine, workers, address)
-    from labeltune.commands.inputs import data_to_measure, files_of
-    from labeltune.io.outputs import check_folder
-    from labeltune.io.run_files import EVALUATION_FILES
-
     read = [*files_of(run, overrides or [])]
     data = data_to_measure(run, data, overrides or [])
     if output is not None:
         read += [data, *([train_data] if train_data is not None else [])]
         check_folder(output, read, EVALUATION_FILES)
-    quiet_libraries()
-    import labeltune
-    from labeltune.io.progress import phase
-
     with phase("loading the model"):
-        metrics = labeltune.evaluate(
+        metrics = evaluate(
             run,
             data,
             base=base,
@@ -88,6 +117,369 @@ def evaluate(
         print(json.dumps(metrics, ensure_ascii=False, indent=2))
 
 
+def evaluate(
+    run: str | os.PathLike[str] | Predictor,
+    data: str,
+    *,
+    base: bool = False,
+    on_error: str = "stop",
+    max_rows: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    train_data: str | None = None,
+    progress: bool = True,
+    decoding: str | None = None,
+    engine: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    predictions: Sequence[Prediction] | None = None,
+) -> dict[str, Any]:
+    """Measure a run on labelled rows.
+
+    Args:
+        run: a run folder, a checkpoint, a config file (`.yaml`): the untuned model with that prompt; or a predictor, which is
+            left open and is for the local engine.
+        data: labelled file or hub data set.
+        base: switch the run's adapter off and measure the untuned model.
+        on_error: `stop` or `skip` faulty rows.
+        output: folder for `metrics.json`, `predictions.jsonl` and `report.html`.
+        overrides: `key=value` changes when `run` is a config file.
+        train_data: training rows for the dictionary baseline of NER.
+        decoding: `exact` or `free`; the run's own when None.
+        engine: `ray` predicts on Ray Data; figures are those of `local` up to rounding of probabilities.
+        workers: models that `ray` loads; one a GPU, or one a machine without GPUs, when None.
+        address: a Ray cluster; this machine when None.
+        predictions: what `run` answered to these rows, in their order; it is not asked again.
+
+    Raises:
+        ConfigError: `calibrate.prior=batch` on Ray: it needs all rows at once.
+        DataError: the rows have faults (with `on_error="stop"`), or none is usable.
+        ModelError: there is no such run.
+    """
+    changes = {} if decoding is None else {"decoding": decoding}
+    about_run = describe_run(run, overrides, changes)
+    if engine == "ray" and about_run.prior == "batch":
+        raise ConfigError(
+            "calibrate.prior=batch looks at all rows at once; measure this run with the local engine"
+        )
+    task, labels = about_run.task, about_run.labels
+    rows = labelled_rows(about_run, data, on_error, max_rows)
+    examples = [rows.example(i) for i in range(len(rows.dataset))]
+    with contextlib.ExitStack() as stack:
+        if predictions is None and engine == "local":
+            predictor = stack.enter_context(opened(run, overrides, labels))
+            predictor.change(**changes)
+            stack.enter_context(predictor.base_model() if base else contextlib.nullcontext())
+            answers = predictor.stream(examples)
+        elif predictions is None:
+            answers = _on_ray(
+                about_run.name,
+                tuple(overrides),
+                base,
+                changes,
+                examples,
+                workers=workers,
+                address=address,
+            )
+        if predictions is None:
+            predictions = list(track(answers, len(examples), shown=progress))
+    used = {"decoding": about_run.generation.decoding}
+    dictionary = None
+    if train_data is not None and task == "ner":
+        known = load_rows(train_data, task, about_run.data, about_run.hub)
+        dictionary = entity_dictionary([known.example(i) for i in range(len(known.dataset))])
+    about = {
+        "run": about_run.name,
+        "base": base,
+        **used,
+        "data": data,
+        **what_rows_are([about_run.folder], examples),
+    }
+    metrics = all_metrics(about, examples, predictions, labels, dictionary)
+    if rows.audit.errors:
+        metrics["skipped"] = rows.audit.error_counts
+    if output is not None:
+        write_evaluation(Path(output), metrics, examples, predictions)
+    return metrics
+
+
+def all_metrics(
+    about: dict[str, Any],
+    examples: Sequence[Example],
+    predictions: Sequence[Prediction],
+    labels: Sequence[str],
+    dictionary: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """What is reported of labelled rows and their predictions, behind `about`."""
+    if examples[0].entities is None:
+        found = {"task": "classification", **classification_metrics(examples, predictions, labels)}
+    else:
+        found = {"task": "ner", **ner_metrics(examples, predictions, dictionary)}
+    return {**about, **found, "slices": slices(examples, predictions)}
+
+
+def write_evaluation(
+    folder: Path, metrics: dict[str, Any], examples: Sequence[Example], predictions: Sequence[Prediction]
+) -> None:
+    """Write `metrics.json`, `predictions.jsonl` and `report.html`."""
+    write_json(folder / "metrics.json", metrics)
+    lines = [
+        json.dumps(_evaluated_row(e, p), ensure_ascii=False)
+        for e, p in zip(examples, predictions, strict=True)
+    ]
+    write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    write_text(folder / "report.html", report_page(metrics, examples, predictions))
+
+
+def what_rows_are(runs: Sequence[Path | None], examples: Sequence[Example]) -> dict[str, Any]:
+    """What the runs in these checkpoint folders have seen of the rows; None stands for an untuned model.
+
+    Returns:
+        `training_rows`: how many of the rows a run was trained on, None where a run does not remember. `selection_rows`:
+        how many of the others its checkpoint and temperature were chosen on, left out when none. `rows_are`: `test`, or what the rows were used for as soon as one was.
+    """
+    seen = rows_seen([folder for folder in runs if folder is not None], [e.text for e in examples])
+    found: dict[str, Any] = {"rows_are": "test", "training_rows": seen.trained}
+    if seen.selected:
+        found |= {"rows_are": SELECTION, "selection_rows": seen.selected}
+    if seen.trained:
+        found["rows_are"] = TRAINING
+    return found
+
+
+def labelled_rows(
+    run: RunDescription, data: str, on_error: str, max_rows: int | None, *others: RunDescription
+) -> Rows:
+    """Load rows to measure a run on, and `others` beside it.
+
+    Raises:
+        DataError: the rows have faults, or labels that a run cannot answer (with `on_error="stop"`), or none is usable.
+    """
+    rows = load_rows(data, run.task, run.data, run.hub, max_rows=max_rows, numbered=run.labels)
+    unknown: set[int] = set()
+    for each in (run, *others):
+        whose = f"the labels of {each.name}"
+        unknown |= set(add_unknown_labels(rows.audit, rows.answers(), each.labels, whose))
+    try:
+        stop_on_errors([rows.audit], on_error == "skip", "Repair them, or evaluate with --on-error skip")
+    except DataError as error:
+        raise error if run.configured else DataError(without_key(str(error))) from None
+    rows = rows.without(sorted(unknown))
+    if not len(rows.dataset):
+        raise DataError(f"{rows.audit.path} holds no usable row")
+    return rows
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What measuring has to know of a run, beside its answers.
+
+    Attributes:
+        data: how its rows are read.
+        folder: its checkpoint; None for an untuned model.
+        configured: it is a config file, whose keys can be changed.
+    """
+
+    name: str
+    task: TaskName
+    labels: tuple[str, ...]
+    data: DataConfig
+    hub: HubConfig | None
+    generation: GenerationConfig
+    prior: str
+    folder: Path | None
+    configured: bool = False
+
+
+def describe_run(
+    run: str | os.PathLike[str] | Predictor,
+    overrides: Sequence[str] = (),
+    changes: Mapping[str, Any] | None = None,
+) -> RunDescription:
+    """Of a run, of the untuned model of a config file, or of a predictor; no weights are loaded.
+
+    Raises:
+        ConfigError: a change is not possible.
+        ModelError: there is no such run.
+    """
+    from labeltune.inference.load import checkpoint_of
+    from labeltune.inference.predictor import changed_generation
+
+    folder: Path | None = None
+    hub: HubConfig | None = None
+    configured = False
+    if not isinstance(run, str | os.PathLike):
+        task, labels, generation, calibrate = run.task.name, run.task.labels, run.generation, run.calibrate
+        data = _reading(task, labels, run.columns, run.encoding)
+        folder = run.weights.parent if run.weights is not None else None
+    elif is_config(run):
+        config = load_config(run, overrides)
+        task, labels, data, hub = config.task, _labels_of(config), config.data, config.hub
+        generation, calibrate, configured = config.generation, config.calibrate, True
+    else:
+        folder = checkpoint_of(run)
+        info = RunInfo.load(folder)
+        task, labels, generation, calibrate = info.task, info.labels, info.generation, info.calibrate
+        data, hub = _reading(task, labels, info.columns, info.encoding), info.hub
+    generation = changed_generation(generation, changes or {})
+    name = str(run) if isinstance(run, str | os.PathLike) else str(folder or run.source)
+    return RunDescription(name, task, labels, data, hub, generation, calibrate.prior, folder, configured)
+
+
+def _reading(task: TaskName, labels: tuple[str, ...], columns: ColumnsConfig, encoding: str) -> DataConfig:
+    """How the rows of a run are read: entity types by their configured names."""
+    return DataConfig(labels=labels if task == "ner" else None, columns=columns, encoding=encoding)
+
+
+def _labels_of(config: RunConfig) -> tuple[str, ...]:
+    if config.data.labels is not None:
+        return config.data.labels
+    return load_splits(config.task, config.data, config.hub, config.training.seed).labels
+
+
+@contextlib.contextmanager
+def opened(
+    run: str | os.PathLike[str] | Predictor,
+    overrides: Sequence[str] = (),
+    labels: Sequence[str] | None = None,
+) -> Iterator[Predictor]:
+    """The predictor of a run for as long as the context lasts; one that is given is left open, and as it was."""
+    if isinstance(run, str | os.PathLike):
+        with predictor_of(run, overrides, labels) as predictor:
+            yield predictor
+        return
+    generation = run.generation
+    try:
+        yield run
+    finally:
+        run.generation = generation
+
+
+def predictor_of(
+    run: str | os.PathLike[str], overrides: Sequence[str] = (), labels: Sequence[str] | None = None
+) -> Predictor:
+    """The predictor of a run, or of the untuned model of a config file, whose `labels` are looked for in its data when None."""
+    from labeltune.inference.load import base_predictor, load_predictor
+
+    if is_config(run):
+        config = load_config(run, overrides)
+        return base_predictor(config, labels if labels is not None else _labels_of(config))
+    return load_predictor(run)
+
+
+def _evaluated_row(example: Example, prediction: Prediction) -> dict[str, Any]:
+    right = right_answer(example)
+    return {**prediction.to_dict(), "text": example.text, "right": right, "source": example.source}
+
+
+def right_answer(example: Example) -> Any:
+    """The right label, or the right entities, JSON-ready."""
+    if example.entities is None:
+        return example.label
+    return [entity.to_dict() for entity in example.entities]
+
+
+def _on_ray(
+    run: str,
+    overrides: tuple[str, ...],
+    base: bool,
+    changes: dict[str, Any],
+    examples: Sequence[Example],
+    *,
+    workers: int | None,
+    address: str | None,
+) -> Iterator[Prediction]:
+    """Predictions of checked examples, in order; equal to those of this process up to rounding."""
+    from labeltune.inference.ray_engine import Cluster, ray_workers
+
+    load = partial(_changed, absolute_run(run), overrides, changes)
+    found: dict[int, list[Prediction]] = {}
+    at = 0
+    blocks = [_Rows(first, examples[first : first + RAY_ROWS]) for first in range(0, len(examples), RAY_ROWS)]
+    with ray_workers(load, Cluster(workers, address)) as work:
+        for rows, answers in work(partial(_answers, base), blocks):
+            found[rows.first] = answers
+            while at in found:
+                yield from found[at]
+                at += len(found.pop(at))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Neighbouring examples."""
+
+    first: int
+    examples: Sequence[Example]
+
+    def __str__(self) -> str:
+        return f"rows {self.first} to {self.first + len(self.examples) - 1}"
+
+
+def _changed(run: str, overrides: tuple[str, ...], changes: dict[str, Any]) -> Predictor:
+    """What a worker of Ray asks."""
+    predictor = predictor_of(run, overrides)
+    predictor.change(**changes)
+    return predictor
+
+
+def _answers(base: bool, load: Callable[[], Predictor], rows: _Rows) -> list[Prediction]:
+    predictor = load()
+    with predictor.base_model() if base else contextlib.nullcontext():
+        return list(predictor.stream(rows.examples))
+
+
+def is_config(run: str | os.PathLike[str]) -> bool:
+    """Whether this names a config file, which stands for its untuned model."""
+    return Path(run).suffix in {".yaml", ".yml"}
+
+
+def files_of(run: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[str | os.PathLike[str]]:
+    """The files and folders that stand for a run, or for the untuned model of a config file.
+
+    Raises:
+        ConfigError: the config cannot be used.
+        ModelError: there is no such run.
+    """
+    if is_config(run):
+        config = load_config(run, overrides)
+        used = (run, config.model, config.data.train, config.data.validation)
+        return [given for given in used if given is not None]
+    return list(files_read(run))
+
+
+def data_to_measure(run: str | os.PathLike[str], data: str | None, overrides: Sequence[str] = ()) -> str:
+    """The labelled rows to measure on: `data`, else the run's own `data.test`; a file of this machine is there.
+
+    Raises:
+        ConfigError: the config cannot be used.
+        DataError: neither is given, or there is no such file.
+        ModelError: there is no such run.
+    """
+    spec, why = data, ""
+    if spec is None:
+        spec, why = (
+            _test_data_of(run, overrides),
+            f" ({run} names it in data.test; --data FILE takes another)",
+        )
+    if spec is None:
+        raise DataError(f"name the labelled rows with --data FILE; {run} was trained without data.test")
+    if not is_hub_name(spec):
+        try:
+            resolve_data(spec)
+        except DataError as error:
+            raise DataError(f"{error}{why}") from None
+    return spec
+
+
+def _test_data_of(run: str | os.PathLike[str], overrides: Sequence[str]) -> str | None:
+    if is_config(run):
+        return load_config(run, overrides).data.test
+    if is_hub_name(str(run)):
+        return None
+    found = RunInfo.load(find_checkpoint(run)).data.get("test")
+    return found if isinstance(found, str) else None
+
+
 def wants_json(asked: bool, output: Path | None) -> bool:
     """Whether figures go to standard output: on demand, else for programs that have no file to read them from."""
     return asked or (output is None and not is_terminal())
@@ -100,8 +492,6 @@ def is_terminal() -> bool:
 
 def print_summary(metrics: dict[str, Any]) -> None:
     """Headline figures on standard error, for people."""
-    from labeltune.evaluation.headline import rows_line, shown_headline, worse_than_constant
-
     print(f"rows: {rows_line(metrics)}", file=sys.stderr)
     for key, value in shown_headline(metrics):
         print(f"{key}: {value}", file=sys.stderr)

@@ -1,14 +1,38 @@
-"""`labeltune export`."""
+"""`labeltune export`: from a run to a folder that others load, whose answers are compared with the run's."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from labeltune import __version__
+from labeltune.commands.evaluate import describe_run, labelled_rows
+from labeltune.commands.row_hashes import SELECTION_FILE, TRAINING_FILE
+from labeltune.errors import ConfigError, DataError
+from labeltune.io.outputs import is_hub_name
+from labeltune.io.progress import tell, track
+from labeltune.io.run_folder import RunInfo, public_name, write_json, write_text
+from labeltune.prompts import make_task
+from labeltune.prompts.template import ChatTemplate
+from labeltune.types import Example, Prediction
 
-def export(
+if TYPE_CHECKING:
+    from labeltune.export.merge import Dtype
+    from labeltune.export.parity import Parity
+    from labeltune.export.vllm import Adapter
+
+Say = Callable[[str], None]
+
+
+def export_command(
     *,
     run: Annotated[str, typer.Argument(help="Run folder or checkpoint, also on a hub.")],
     output: Annotated[Path, typer.Argument(help="Folder to make.")],
@@ -47,12 +71,7 @@ def export(
 
     The commands to run next go to standard output.
     """
-    from labeltune.commands.quiet import quiet_libraries
-
-    quiet_libraries()
-    import labeltune
-
-    done = labeltune.export(
+    done = export(
         run,
         output,
         merged=merged,
@@ -70,3 +89,360 @@ def export(
     )
     for purpose, command in done.commands.items():
         print(f"# {purpose}\n{command}")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export came to.
+
+    Attributes:
+        folder: where it is.
+        kind: `merged model` or `adapter`.
+        dtype: number format of the weights; of the base's, for an adapter.
+        parity: how its answers compare with the run's; None when that was not checked.
+        commands: what to run next, by what it is for.
+        address: where it was pushed, None when it was not.
+    """
+
+    folder: Path
+    kind: str
+    dtype: Dtype
+    parity: Parity | None
+    commands: dict[str, str]
+    address: str | None = None
+
+
+def export(
+    run: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    merged: bool = False,
+    dtype: str | None = None,
+    ollama: bool = False,
+    onnx: bool = False,
+    verify: bool = True,
+    verify_data: str | None = None,
+    max_rows: int | None = None,
+    tolerance: float = 0.0,
+    metrics: str | os.PathLike[str] | None = None,
+    push: str | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    say: Say = tell,
+    progress: bool = True,
+) -> Exported:
+    """Write a run in a form that transformers, vLLM, Ollama or ONNX Runtime load, and check that it answers alike.
+
+    Args:
+        run: a run folder, a checkpoint, or one on a hub.
+        output: folder to make; it appears whole or not at all.
+        merged: a whole model; otherwise the adapter by itself. Implied by `ollama` and `onnx`.
+        dtype: `bf16`, `fp16` or `fp32` for a merged model; the format of the base's weights when None.
+        verify: predict rows with run and export, and fail where they differ.
+        verify_data: labelled rows for that; the run's validation rows when None.
+        max_rows: only the first rows of `verify_data`.
+        tolerance: share of rows that may differ.
+        metrics: a `metrics.json` of `evaluate`, for the card.
+        push: `hf:org/name` or `ms:org/name`.
+        name: what servers call it; the folder's name when None.
+        overwrite: replace an earlier export.
+
+    Raises:
+        ConfigError: options that do not go together, or optimum is missing.
+        DataError: the rows to verify with, or the metrics file, cannot be used.
+        HubError: the hub cannot be reached or refuses; the folder is complete.
+        ModelError: the run or its base cannot be loaded, or not be exported this way.
+        OutputError: the folder is not empty or cannot be written.
+        ParityError: the export answers otherwise; nothing was exported.
+        PromptError: the chat template cannot be written as a Modelfile.
+    """
+    merged = merged or ollama or onnx
+    if not verify and verify_data is not None:
+        raise ConfigError("--verify and --no-verify contradict each other")
+    _check_options(merged, dtype, tolerance, push)
+    from labeltune.export import card
+    from labeltune.export import onnx as onnx_form
+    from labeltune.export import push as hub
+    from labeltune.export.folder import check_target, whole_folder
+    from labeltune.export.parity import check_parity
+    from labeltune.inference.load import checkpoint_of
+
+    exporter = onnx_form.exporter() if onnx else None
+    checkpoint = checkpoint_of(run)
+    info = RunInfo.load(checkpoint)
+    target = Path(output).expanduser()
+    read = [given for given in (verify_data, metrics) if given is not None]
+    check_target(target, checkpoint, overwrite, read)
+    test_metrics = card.read_metrics(Path(metrics), info.task) if metrics is not None else None
+    job = _prepare(checkpoint, info, target, merged=merged, dtype=dtype, ollama=ollama, push=push, name=name)
+    rows = rows_to_verify(checkpoint, info, verify_data, max_rows, say) if verify else []
+    with whole_folder(target) as folder:
+        commands = job.write_model(folder, say)
+        base = job.base if info.adapter else None
+        parity = _verified(checkpoint, folder, base, job.dtype, rows, say=say, progress=progress)
+        if parity is not None:
+            say(f"parity in {job.dtype}: {parity}")
+            check_parity(parity, tolerance, f"the exported {job.kind} ({job.dtype})")
+        if ollama:
+            commands |= job.write_for_ollama(folder, say)
+        if exporter is not None:
+            say("writing onnx/ (the parity gate has not seen it)")
+            onnx_form.write_onnx(exporter, folder)
+        job.describe(folder, test_metrics, parity)
+    say(f"exported the {job.kind} to {target}")
+    address = hub.push_folder(target, push) if push is not None else None
+    if address is not None:
+        say(f"pushed to {address}")
+    return Exported(target, job.kind, job.dtype, parity, commands, address)
+
+
+def _check_options(merged: bool, dtype: str | None, tolerance: float, push: str | None) -> None:
+    from labeltune.export.merge import DTYPES
+    from labeltune.export.push import check_repo
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    if not 0 <= tolerance < 1:
+        raise ConfigError(f"--tolerance is a share of rows, from 0 to below 1, not {tolerance:g}")
+    if dtype is not None and not merged:
+        raise ConfigError("--dtype is for --merged; an adapter is exported as it was trained")
+    if push is not None:
+        check_repo(push)
+
+
+def _prepare(
+    checkpoint: Path,
+    info: RunInfo,
+    target: Path,
+    *,
+    merged: bool,
+    dtype: str | None,
+    ollama: bool,
+    push: str | None,
+    name: str | None,
+) -> _Job:
+    """Look at the run and its base, and refuse what cannot be exported before anything is written."""
+    from labeltune.export.merge import stored_dtype
+    from labeltune.export.ollama import modelfile
+    from labeltune.export.vllm import read_adapter
+    from labeltune.models.hub import load_tokenizer, resolve_model
+
+    if not info.adapter and not merged:
+        raise ConfigError("this run trained all weights and has no adapter; export it with --merged")
+    base = resolve_model(info.model, info.hub).folder if info.adapter else checkpoint
+    adapter = None if merged else read_adapter(checkpoint)
+    if adapter is not None and push is not None and not _found_by_others(info.model):
+        raise ConfigError(
+            f"the adapter's base is {info.model}, a folder of this machine that nobody else has; push the whole model "
+            "(--merged), or train on a hub's model (ms: or hf:)"
+        )
+    tokenizer = load_tokenizer(checkpoint, info.runs_code())
+    tokenizer.chat_template = info.chat_template
+    template = ChatTemplate(tokenizer)
+    return _Job(
+        checkpoint,
+        info,
+        target,
+        base=base,
+        adapter=adapter,
+        template=template,
+        dtype=dtype or stored_dtype(base),  # type: ignore[arg-type]
+        name=name or target.resolve().name,
+        push=push,
+        modelfile=modelfile(template, info.prompt.system or "", info.prompt.max_length) if ollama else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run that is exported to `target`, and how.
+
+    Attributes:
+        base: folder of the base's weights; the checkpoint where it has all weights.
+        adapter: what is exported; None for a whole model.
+        name: what servers call it.
+        modelfile: for Ollama; None when it is not asked for.
+    """
+
+    checkpoint: Path
+    info: RunInfo
+    target: Path
+    base: Path
+    adapter: Adapter | None
+    template: ChatTemplate
+    dtype: Dtype
+    name: str
+    push: str | None
+    modelfile: str | None
+
+    @property
+    def kind(self) -> str:
+        """What the folder holds."""
+        return "merged model" if self.adapter is None else "adapter"
+
+    @cached_property
+    def request(self) -> dict[str, Any]:
+        """The body of a request to vLLM, with a sample text."""
+        from labeltune.export import vllm
+
+        task = make_task(self.info.task, self.info.labels, self.info.prompt)
+        return vllm.request(task, self.template.tokenizer, self.name, self.info.generation.max_new_tokens)
+
+    def write_model(self, folder: Path, say: Say) -> dict[str, str]:
+        """Weights, and what labeltune needs to load them; returns the commands to run next."""
+        from labeltune.export import merge, vllm
+
+        info = self.info
+        if self.adapter is None:
+            say(f"writing the whole model in {self.dtype}")
+            adapter = self.checkpoint if info.adapter else None
+            model = merge.whole_model(self.base, adapter, self.dtype, info.runs_code())
+            merge.save_whole_model(model, self.template, folder)
+            command = vllm.merged_command(self.target, self.name, info.runs_code())
+        else:
+            name = vllm.base_name(info.model)
+            vllm.save_adapter(self.checkpoint, self.template.tokenizer, name, info.hub.revision, folder)
+            command = vllm.adapter_command(
+                info.model, info.hub, self.base, self.target, self.name, self.adapter
+            )
+        for file in ("calibration.json", SELECTION_FILE, TRAINING_FILE):
+            if (self.checkpoint / file).is_file():
+                shutil.copyfile(self.checkpoint / file, folder / file)
+        write_json(folder / vllm.REQUEST_FILE, self.request)
+        _public(info, self.adapter is None, self.push is not None).save(folder)
+        return {"Serve with vLLM": command, "Ask it": vllm.request_command(self.target)}
+
+    def write_for_ollama(self, folder: Path, say: Say) -> dict[str, str]:
+        """A Modelfile, and GGUF where a converter is installed; returns the commands that are left."""
+        from labeltune.export import ollama
+
+        assert self.modelfile is not None
+        write_text(folder / ollama.MODELFILE, self.modelfile)
+        commands = {}
+        converter = ollama.find_converter()
+        if converter is None:
+            say(
+                f"no {ollama.CONVERTER} on PATH or in the folder LLAMA_CPP; convert the weights yourself before `ollama create`"
+            )
+            commands["Convert with llama.cpp"] = ollama.convert_command(self.target, self.dtype)
+        else:
+            say(f"writing {ollama.GGUF_FILE} with {converter} (the parity gate has not seen it)")
+            ollama.convert(converter, folder, self.dtype)
+        commands["Add to Ollama"] = ollama.create_command(self.target, self.name)
+        commands["Ask Ollama"] = ollama.ask_command(self.name, self.request["messages"][-1]["content"])
+        return commands
+
+    def describe(self, folder: Path, test_metrics: dict[str, Any] | None, parity: Parity | None) -> None:
+        """The model card, and `export.json`."""
+        from labeltune.export import card
+        from labeltune.export.folder import EXPORT_FILE
+
+        merged, ollama = self.adapter is None, self.modelfile is not None
+        facts = card.Facts(
+            self.name,
+            self.kind,
+            self.dtype,
+            card.base_license(self.info.model, self.base),
+            validation_metrics(self.checkpoint),
+            test_metrics,
+            parity,
+            self.request["messages"],
+            card.usage(self.info, merged, ollama, self.push, self.name),
+        )
+        write_text(folder / card.CARD_FILE, card.card(self.info, facts))
+        base = public_name(self.info.model)
+        made = {"labeltune": __version__, "kind": self.kind, "dtype": self.dtype, "base": base}
+        write_json(folder / EXPORT_FILE, {**made, "parity": None if parity is None else parity.to_dict()})
+
+
+def _found_by_others(model: str) -> bool:
+    from labeltune.models.pocket import POCKET_MODELS
+
+    return is_hub_name(model) or model in POCKET_MODELS
+
+
+def _public(info: RunInfo, merged: bool, pushed: bool) -> RunInfo:
+    """`labeltune.json` of the export; one that others read, or that needs no base, names no folder of this machine."""
+    if not merged and not pushed:
+        return info
+    hub = info.hub.model_copy(update={"cache_dir": None})
+    test = info.data.get("test")
+    data = {**info.data, "test": public_name(test)} if isinstance(test, str) else info.data
+    model = public_name(info.model) if merged else info.model
+    return replace(info, hub=hub, model=model, adapter=not merged, data=data)
+
+
+def _verified(
+    checkpoint: Path,
+    folder: Path,
+    base: Path | None,
+    form: Dtype,
+    rows: list[Example],
+    *,
+    say: Say,
+    progress: bool,
+) -> Parity | None:
+    """Run and export on the same rows, one after the other, in the precision of the export."""
+    if not rows:
+        return None
+    from labeltune.export.parity import compare_answers
+
+    say(f"verifying {len(rows)} rows with the run and with the export, in {form}")
+    before = _answers(checkpoint, base, form, rows, progress)
+    after = _answers(folder, base, form, rows, progress)
+    return compare_answers(rows, before, after)
+
+
+def _answers(
+    folder: Path, base: Path | None, form: Dtype, rows: list[Example], progress: bool
+) -> list[Prediction]:
+    from labeltune.inference.load import load_predictor
+
+    with load_predictor(folder, precision=form, base_folder=base) as predictor:
+        return list(track(predictor.stream(rows), len(rows), shown=progress))
+
+
+def _validation(checkpoint: Path) -> Path:
+    return checkpoint.parent / "validation"
+
+
+def rows_to_verify(
+    checkpoint: Path, info: RunInfo, data: str | None, max_rows: int | None, say: Callable[[str], None]
+) -> list[Example]:
+    """Rows of a file, else the run's validation rows, else none, which is said."""
+    if data is not None:
+        found = labelled_rows(describe_run(checkpoint), data, "stop", max_rows)
+        return [found.example(i) for i in range(len(found.dataset))]
+    file = _validation(checkpoint) / "predictions.jsonl"
+    if not file.is_file():
+        say(
+            "warning: nothing is verified: a run keeps its validation rows when it ends, and this one has none; name some with --verify FILE"
+        )
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+        return [_example(json.loads(line), info) for line in lines if line]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} is damaged ({type(error).__name__}: {error}); verify with --verify FILE"
+        ) from error
+
+
+def _example(row: dict[str, Any], info: RunInfo) -> Example:
+    """A row of `predictions.jsonl`. Its candidates stand there by probability: they come back in the run's order."""
+    found = [entry["label"] for entry in row.get("ranking", ())]
+    order = {label: number for number, label in enumerate(info.labels)}
+    candidates = sorted(found, key=lambda label: (order.get(label, len(order)), label))
+    return Example(str(row["id"]), row["text"], tuple(candidates), source=str(row.get("source", "")))
+
+
+def validation_metrics(checkpoint: Path) -> dict[str, Any] | None:
+    """The run's figures on its validation rows, if this is the checkpoint they were measured with."""
+    best = checkpoint.parent / "best"
+    file = _validation(checkpoint) / "metrics.json"
+    if not file.is_file() or best.resolve() != checkpoint.resolve():
+        return None
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} is damaged: {error}") from error

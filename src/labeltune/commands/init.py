@@ -1,15 +1,22 @@
-"""`labeltune init`."""
+"""`labeltune init` and `labeltune keys`: a config to start from, and the keys that it can have."""
 
 from __future__ import annotations
 
 import shlex
+import shutil
+import textwrap
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from labeltune.messages import spoken
+from labeltune.config_table import key_rows
+from labeltune.errors import ConfigError, OutputError
+from labeltune.io.outputs import check_folder
+from labeltune.io.run_folder import write_text
+from labeltune.messages import language, localize, spoken
+from labeltune.other_names import KEYS, our_name, plain
 
 
 @spoken("stdout")
@@ -19,10 +26,6 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
     """Write a config and sample rows, to train and to test on."""
-    from labeltune.errors import ConfigError, OutputError
-    from labeltune.io.outputs import check_folder
-    from labeltune.io.run_folder import write_text
-
     if task not in ("classification", "ner"):
         raise ConfigError(f"unknown task {task!r}; it is classification or ner")
     check_folder(folder, [])
@@ -39,3 +42,31 @@ def init(
         print(f"  cd {shlex.quote(str(folder))}")
     print(f"  labeltune data check {task}.jsonl\n  labeltune train {task}.yaml")
     print(f"  labeltune evaluate output/{task} --data {task}_test.jsonl")
+
+
+def keys(
+    word: Annotated[
+        str | None,
+        typer.Argument(help="Only keys with this in their name or meaning; another tool's name too."),
+    ] = None,
+) -> None:
+    """List the config keys: key, default, meaning."""
+    chinese = language() == "zh"
+    rows = list(key_rows("zh" if chinese else "en"))
+    if word is not None:
+        elsewhere = our_name(word)
+        if elsewhere is not None:
+            print(f"{localize(elsewhere)}\n")
+        wanted, named = word.lower(), KEYS.get(plain(word), ("", "", ""))[1]
+        rows = [row for row in rows if wanted in row[0] or wanted in row[2].lower() or row[0] == named]
+        if not rows and elsewhere is None:
+            raise ConfigError(
+                f"no key has {word!r} in its name or meaning; `labeltune keys` lists all of them"
+            )
+    width = max(40, shutil.get_terminal_size().columns)
+    for key, default, meaning in rows:
+        print(f"{key}" + (f"  (default: {default})" if default else ""))
+        # Chinese has no blanks to wrap at; the terminal does it.
+        indent = "    "
+        wrapped = textwrap.fill(meaning, width, initial_indent=indent, subsequent_indent=indent)
+        print(f"{indent}{meaning}" if chinese else wrapped)

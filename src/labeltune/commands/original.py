@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from labeltune.config import NER_LABELS, TaskName
+import labeltune
+from labeltune.commands.main import run_app, single
+from labeltune.commands.options import Overrides, OverwriteRun, ResumeTraining
+from labeltune.config import NER_LABELS, RunConfig, TaskName, load_config
+from labeltune.data.labels import named_labels
+from labeltune.io.run_folder import find_checkpoint
 from labeltune.types import Prediction
 
 TRAIN_FILES = {"classification": "train.jsonl", "ner": "ccfbdci.jsonl"}
@@ -21,10 +25,8 @@ DOCUMENT = (
 )
 
 
-def original_config(task: TaskName, overrides: list[str]) -> Any:
+def original_config(task: TaskName, overrides: list[str]) -> RunConfig:
     """The original's settings; faulty rows are skipped and counted, because its published files hold some."""
-    from labeltune.config import load_config
-
     defaults = [
         f"task={task}",
         f"data.train={TRAIN_FILES[task]}",
@@ -41,29 +43,20 @@ def train_main(task: TaskName) -> None:
     """`train_qwen2.py` and `train_qwen2_ner.py`."""
 
     def command(
-        overrides: Annotated[
-            list[str] | None, typer.Argument(help="key=value ...", metavar="[KEY=VALUE]...")
-        ] = None,
+        overrides: Overrides = None,
         model: Annotated[str, typer.Option(help="Base model.")] = "ms:qwen/Qwen2-1.5B-Instruct",
-        resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-        overwrite: Annotated[
-            bool, typer.Option("--overwrite", help="Delete an earlier run's checkpoints first.")
-        ] = False,
+        resume: ResumeTraining = False,
+        overwrite: OverwriteRun = False,
         accept_license: Annotated[str | None, typer.Option(help="Accept a model's terms by name.")] = None,
     ) -> None:
         changes = [f"model={model}", *(overrides or [])]
         if accept_license is not None:
             changes.append(f"hub.accept_license={accept_license}")
         config = original_config(task, changes)
-        from labeltune.commands.quiet import quiet_libraries
-
-        quiet_libraries()
-        import labeltune
-
         labeltune.train(config, resume=resume, overwrite=overwrite)
 
     command.__doc__ = f"Fine-tune Qwen2 on {TRAIN_FILES[task]}, as the original script did."
-    _run(command)
+    run_app(single(command))
 
 
 def predict_main() -> None:
@@ -79,13 +72,8 @@ def predict_main() -> None:
         ] = None,
     ) -> None:
         """Load a checkpoint and predict one document."""
-        from labeltune.commands.quiet import quiet_libraries
-        from labeltune.data.labels import named_labels
-        from labeltune.io.run_folder import find_checkpoint
-
         folder = find_checkpoint(checkpoint or "./output/Qwen2", prefer_newest=True)
         labels = named_labels("--category", category) if category else None
-        quiet_libraries()
         from labeltune.inference.load import load_predictor
 
         with load_predictor(folder, merge=True) as predictor:
@@ -96,18 +84,10 @@ def predict_main() -> None:
             else _shown(prediction)
         )
 
-    _run(command)
+    run_app(single(command))
 
 
 def _shown(prediction: Prediction) -> str:
     if prediction.entities is None:
         return str(prediction.label)
     return "\n".join(json.dumps(e.to_dict(), ensure_ascii=False) for e in prediction.entities)
-
-
-def _run(command: Callable[..., None]) -> None:
-    from labeltune.commands.main import run_app
-
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(command)
-    run_app(app)

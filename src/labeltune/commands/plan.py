@@ -1,46 +1,179 @@
-"""`labeltune plan`, which is `labeltune train --dry-run`."""
+"""`labeltune plan`, which is `labeltune train --dry-run`: what a run costs, by its first steps; nothing is saved."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from labeltune.commands.options import AsJson, Overrides
+from labeltune.commands.preparing import (
+    check_tracker,
+    count_parameters,
+    load_for_training,
+    load_prompts,
+    read_rows,
+    tell_on_main,
+    tokenize_splits,
+    validation_rows,
+    warn_of_rows,
+    without_too_long,
+)
+from labeltune.config import RunConfig, load_config
+from labeltune.distributed import rank
+from labeltune.io.progress import begin, no_long_silence
+from labeltune.messages import localize
+
 if TYPE_CHECKING:
-    from labeltune.commands.planning import CostEstimate
-    from labeltune.config import RunConfig
+    from labeltune.training.token_figures import TokenFigures
+
+Say = Callable[[str], None]
 
 
-def plan(
+def plan_command(
     config: Annotated[Path, typer.Argument(help="YAML config of the run.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Changes to it: key=value ..., e.g. training.epochs=3", metavar="[KEY=VALUE]..."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what training will cost: tokens, memory, hours.
 
     The same as `labeltune train CONFIG --dry-run`: everything up to the first step is done, three real steps are timed, and
     nothing is saved.
     """
-    from labeltune.config import load_config
-
     print_costs(load_config(config, overrides or []), as_json)
+
+
+def plan(config: RunConfig, *, say: Say = tell_on_main) -> CostEstimate:
+    """Find out what a run costs, on the machine where it will run.
+
+    Data are checked, rows tokenized and the self-check made as in training; then the first steps are trained and timed. The
+    run folder is neither made nor touched, no tracker is started, and nothing is kept but the tokens in the cache, which
+    training finds there.
+
+    Raises:
+        LabeltuneError: config, data or model are refused, as training would.
+    """
+    with no_long_silence(say):
+        return _plan(config, say)
+
+
+def _plan(config: RunConfig, say: Say) -> CostEstimate:
+    check_tracker(config)
+    loaded = read_rows(config, say)
+    base, builder = load_prompts(config, loaded.labels)
+    import torch
+
+    from labeltune.models.precision import free_memory, pick_precision
+    from labeltune.training.dry_run import peak_memory, time_steps
+    from labeltune.training.planner import steps_in_all
+    from labeltune.training.preflight import check_feasible
+    from labeltune.training.token_figures import token_figures
+
+    options = config.training
+    splits = without_too_long(loaded, builder, config, say)
+    warn_of_rows(config, splits, validation_rows(splits, config.eval.max_rows), say)
+    tokens, _ = tokenize_splits(config, splits, builder, say)
+    precision = pick_precision(options.precision, full=options.method == "full")
+    check_feasible(config, precision, base, len(tokens), splits.validation is not None)
+
+    device = torch.device(precision.device)
+    free = free_memory(device)
+    tokenizer = builder.template.tokenizer
+    with peak_memory(device) as memory:
+        model = load_for_training(config, base, precision, say)
+        trained, parameters = count_parameters(model)
+        timed = time_steps(
+            model,
+            tokenizer,
+            config,
+            precision,
+            tokens,
+            say=say,
+            where=lambda number: str(splits.train[number]["source"]),
+        )
+    begin("counting tokens")
+    as_timed = options.model_copy(update={"max_tokens_per_pack": timed.max_tokens})
+    figures = token_figures(splits.train, builder, as_timed)
+    computed_per_row = figures.computed[timed.packing] / figures.planned_rows
+    steps, steps_an_epoch = steps_in_all(len(tokens), options), -(-len(tokens) // options.batch_size)
+    computed = round(computed_per_row * len(tokens) * steps / steps_an_epoch)
+    return CostEstimate(
+        model=config.model,
+        parameters=parameters,
+        trained=trained,
+        rows=len(tokens),
+        validation_rows=0 if splits.validation is None else len(splits.validation),
+        steps=steps,
+        tokens=figures,
+        computed_per_row=round(computed_per_row, 2),
+        computed_tokens=computed,
+        packing=timed.packing,
+        max_tokens_per_pack=timed.max_tokens,
+        checkpointing=timed.checkpointing,
+        device=precision.device,
+        memory=memory[0],
+        free_memory=free,
+        step_seconds=timed.seconds,
+        seconds=sum(timed.seconds) * computed / timed.computed,
+    )
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """The costs of a run with a config on this machine.
+
+    Attributes:
+        parameters: weights; `trained` of them are trained.
+        rows: training rows; an epoch reads each once.
+        validation_rows: rows held out.
+        steps: optimizer steps of the run.
+        tokens: where the tokens go, what the budget cuts and what sharing saves.
+        computed_per_row: tokens that the model computes for a row, as rows share what they have in common.
+        computed_tokens: of the whole run, by the first steps of its first epoch; exact where these are all steps.
+        packing: how examples go through the model here.
+        max_tokens_per_pack: what the config says, else what training chooses with this memory.
+        checkpointing: whether activations are recomputed.
+        memory: most bytes that model, self-check and steps took of `device` (on the CPU: of main memory).
+        free_memory: bytes that were free there before.
+        step_seconds: of each step that was timed.
+        seconds: of all steps; validation and saving come on top.
+    """
+
+    model: str
+    parameters: int
+    trained: int
+    rows: int
+    validation_rows: int
+    steps: int
+    tokens: TokenFigures
+    computed_per_row: float
+    computed_tokens: int
+    packing: str
+    max_tokens_per_pack: int
+    checkpointing: bool
+    device: str
+    memory: int
+    free_memory: int
+    step_seconds: tuple[float, ...]
+    seconds: float
+
+    @property
+    def hours(self) -> float:
+        """The same as `seconds`."""
+        return self.seconds / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "tokens": self.tokens.to_dict(), "hours": self.hours}
 
 
 def print_costs(config: RunConfig, as_json: bool) -> None:
     """Do a dry run, and print what it found."""
-    from labeltune.commands.quiet import quiet_libraries
-
-    quiet_libraries()
-    import labeltune
-    from labeltune.distributed import rank
-    from labeltune.messages import localize
-
-    found = labeltune.plan(config)
+    found = plan(config)
     if rank() != 0:
         return
     if as_json:

@@ -1,23 +1,41 @@
-"""`labeltune predict`."""
+"""`labeltune predict`: a run answers texts, the rows of a file, or files shared out over processes and machines."""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from labeltune.commands.streams import Closed
-from labeltune.errors import counted
+from labeltune.commands.main import Closed
+from labeltune.commands.options import Address, Decoding, Workers
+from labeltune.config import ColumnsConfig, DataConfig, build_config
+from labeltune.data.audit import first_error
+from labeltune.data.labels import named_labels
+from labeltune.data.records import Record, without_key
+from labeltune.data.schemas import parse_record
+from labeltune.data.sources import iter_records, resolve_data
+from labeltune.data.uris import Place
+from labeltune.errors import ConfigError, DataError, MissingExtraError, OutputError, counted
+from labeltune.inference.row_files import csv_of, is_csv, parse_shard, shard_output, unfinished_names
+from labeltune.io.outputs import check_file, check_folder, is_file_of, is_hub_name, is_stream, open_stream
+from labeltune.io.progress import row_progress, track
+from labeltune.io.run_files import encoding_of, files_read
+from labeltune.io.run_folder import RunInfo, write_text
+from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
     from labeltune.inference.predictor import Predictor
+    from labeltune.inference.ray_engine import Cluster
     from labeltune.inference.stream import PredictOptions, Row
-    from labeltune.types import Example
 
 #: What is read when no file is named.
 STANDARD_INPUT = Path("/dev/stdin")
@@ -46,7 +64,6 @@ MinConfidence = Annotated[
     float | None, typer.Option(help="Below this probability the label is null.", min=0.0, max=1.0)
 ]
 TopK = Annotated[int | None, typer.Option(help="Candidates shown a row; all when missing.", min=1)]
-Decoding = Annotated[str | None, typer.Option(help="exact or free; the run's own when missing.")]
 LongText = Annotated[str | None, typer.Option(help="truncate or window; the run's own when missing.")]
 ShardOption = Annotated[
     str | None,
@@ -61,15 +78,10 @@ EngineOption = Annotated[
         "--engine", help="local, or ray: shards of FILE on many processes or machines, OUTPUT is a folder."
     ),
 ]
-Workers = Annotated[
-    int | None,
-    typer.Option(help="Models loaded side by side by ray; one a GPU, or one a machine without GPUs.", min=1),
-]
-Address = Annotated[str | None, typer.Option(help="A Ray cluster, e.g. auto; this machine when missing.")]
 BlockRows = Annotated[int, typer.Option(help="Rows of a part that ray writes; a multiple of 256.", min=256)]
 
 
-def predict(
+def predict_command(
     run: Annotated[str, typer.Argument(help="Run folder or checkpoint.")],
     file: File = None,
     *,
@@ -99,11 +111,6 @@ def predict(
     A row that cannot be read gets an `error` in its place, and the exit code is 1 at the end. The `score` of an
     entity is the mean log-probability of the tokens of its answer: 0 is certain, -0.1 is 90 % a token.
     """
-    from labeltune.commands.quiet import quiet_libraries
-    from labeltune.config import build_config
-    from labeltune.data.labels import named_labels
-    from labeltune.inference.row_files import parse_shard
-
     labels = named_labels("--category", category) if category is not None else ()
     check_engine(engine, workers, address)
     if encoding is not None:
@@ -113,8 +120,6 @@ def predict(
     output = None if output == "-" else output
     if engine == "ray":
         source, folder = _ray_files(run, file, output, bool(text or shard))
-        quiet_libraries()
-        from labeltune.commands.predicting import predict_on_ray
         from labeltune.inference.ray_engine import Cluster
         from labeltune.inference.stream import PredictOptions
 
@@ -123,20 +128,94 @@ def predict(
         _end(spread(changes=changes, resume=resume, block_rows=block_rows))
         return
     part = parse_shard(shard) if shard is not None else None
-    texts = _texts(text or (), file, labels)
+    texts = _texts(text or (), file)
     path = _input_file(file, run, encoding)
     target = _target(run, STANDARD_INPUT if path is None and not text else path, output, part, resume)
-    quiet_libraries()
     from labeltune.inference.load import load_predictor
-    from labeltune.inference.stream import PredictOptions, used_encoding
+    from labeltune.inference.stream import PredictOptions, used_encoding, with_labels
 
+    texts = [with_labels(example, labels) for example in texts]
     with load_predictor(run, merge=True) as predictor:
         predictor.change(**changes)
         if not text:
             encoding = used_encoding(encoding, predictor.encoding, str(path or "stdin"))
         options = PredictOptions(labels, min_confidence, top_k, with_text, encoding)
-        bad = _answer(predictor, texts, path, target, options, part, resume)
+        bad = _answer(predictor, texts, path, target, options, part=part, resume=resume)
     _end(bad)
+
+
+def predict(
+    run: str | os.PathLike[str],
+    texts: Iterable[str | Example],
+    labels: Sequence[str] | None = None,
+    progress: bool = False,
+) -> list[Prediction]:
+    """Load a run, answer some texts in order, and let go of the model. For more than one call use `load_predictor`."""
+    from labeltune.inference.load import load_predictor
+
+    rows = list(texts)
+    with load_predictor(run) as predictor:
+        return list(track(predictor.stream(rows, labels), len(rows), shown=progress))
+
+
+def predict_on_ray(
+    run: str,
+    source: str,
+    output: str,
+    options: PredictOptions,
+    cluster: Cluster,
+    *,
+    changes: dict[str, Any] | None = None,
+    resume: bool = False,
+    block_rows: int = 4096,
+) -> int:
+    """Predict a file, or the files of a folder, into a folder of parts, one a shard.
+
+    `part-000000.jsonl`, `part-000001.jsonl` ... hold a line for each row, in the order of the rows: one behind the other they are
+    what the local engine writes, byte for byte. `resume` keeps the parts that are there and makes the others.
+
+    Args:
+        run: run folder or checkpoint, where every machine finds it; or on a hub.
+        source: jsonl or parquet file, or a folder of them: a path or an address that pyarrow or fsspec knows.
+        output: a folder, likewise.
+        changes: other values for keys of `generation`.
+        block_rows: rows of a part.
+
+    Returns:
+        The number of rows that could not be predicted.
+
+    Raises:
+        ConfigError, DataError, OutputError: see `begin_folder`, `list_sources` and `predict_shard`.
+        ModelError: a worker could not load the model, or shards kept ending theirs.
+    """
+    from labeltune.inference.load import checkpoint_of, load_changed, run_fingerprint
+    from labeltune.inference.ray_engine import ray_workers
+    from labeltune.inference.shards import begin_folder, cut_sources, list_sources, predict_shard
+    from labeltune.inference.stream import alone_with_output, used_encoding
+
+    target, changes = Place.of(output), changes or {}
+    known, about = run_fingerprint(run, changes), RunInfo.load(checkpoint_of(run))
+    encoding = codecs.lookup(used_encoding(options.encoding, about.encoding, source)).name
+    options = replace(options, encoding=encoding)
+    data = DataConfig(columns=about.columns, encoding=encoding)
+    load = partial(load_changed, absolute_run(run), changes)
+    bad = 0
+    with contextlib.nullcontext() if target.remote else alone_with_output(Path(target.where), target.name):
+        sources = list_sources(Place.of(source), about.task, data)
+        begin_folder(target, sources, options, known, block_rows, resume)
+        with ray_workers(load, cluster) as work:
+            shards = cut_sources(sources, block_rows, encoding, work)
+            total = sum(shard.block.rows for shard in shards)
+            with row_progress(total, "predict") as advance:
+                for _, (rows, faults) in work(partial(predict_shard, target, options), shards):
+                    bad += faults
+                    advance(rows)
+    return bad
+
+
+def absolute_run(run: str) -> str:
+    """A run's name that means the same in other working folders."""
+    return run if is_hub_name(run) else str(Path(run).expanduser().absolute())
 
 
 def _ray_files(run: str, file: str | None, output: str | None, other: bool) -> tuple[str, str]:
@@ -149,10 +228,6 @@ def _ray_files(run: str, file: str | None, output: str | None, other: bool) -> t
         ConfigError: there is no file or no folder.
         OutputError: what is read lies in the folder, or it cannot be written.
     """
-    from labeltune.errors import ConfigError
-    from labeltune.io.outputs import check_folder
-    from labeltune.io.run_files import files_read
-
     if file is None or file == "-" or output is None or other:
         raise ConfigError(
             "--engine ray needs an input file or folder, and --output for a folder of parts; it takes no --text and no --shard"
@@ -162,22 +237,15 @@ def _ray_files(run: str, file: str | None, output: str | None, other: bool) -> t
     return file, output
 
 
-def _texts(given: Sequence[str], file: str | None, labels: tuple[str, ...]) -> list[Example]:
+def _texts(given: Sequence[str], file: str | None) -> list[Example]:
     """The documents of `--text`."""
-    from labeltune.errors import DataError
-
     if given and file is not None:
         raise DataError("give --text or a file, not both")
-    return [_checked(i, {"text": text}, labels, f"--text {i + 1}") for i, text in enumerate(given)]
+    return [_checked(i, text) for i, text in enumerate(given)]
 
 
 def _input_file(file: str | None, run: str, encoding: str | None) -> Path | None:
     """The file to read, None for standard input; one of which nothing can be read is refused before a model is loaded."""
-    from labeltune.data.records import without_key
-    from labeltune.data.sources import iter_records, resolve_data
-    from labeltune.errors import DataError
-    from labeltune.io.run_files import encoding_of
-
     if file is None or file == "-":
         return None
     path = resolve_data(file)
@@ -197,10 +265,6 @@ def _target(
         ConfigError: an option needs files, or another kind of file.
         OutputError: see `_check_target`.
     """
-    from labeltune.errors import ConfigError
-    from labeltune.inference.row_files import shard_output
-    from labeltune.io.outputs import is_stream
-
     in_files = path not in (None, STANDARD_INPUT) and output is not None and not is_stream(Path(output))
     if resume and not in_files:
         raise ConfigError("--resume needs an input file, and a file for --output")
@@ -220,16 +284,13 @@ def _answer(
     path: Path | None,
     target: Path | None,
     options: PredictOptions,
+    *,
     part: tuple[int, int] | None,
     resume: bool,
 ) -> int:
     """Predict what was given and write it; returns how many rows could not be predicted."""
-    from labeltune.inference.row_files import csv_of, is_csv
     from labeltune.inference.shards import shard_block
     from labeltune.inference.stream import count_rows, predict_file, predict_lines, read_rows, read_stream
-    from labeltune.io.outputs import is_stream, open_stream
-    from labeltune.io.progress import row_progress
-    from labeltune.io.run_folder import write_text
 
     encoding = options.encoding or predictor.encoding
     if path is not None and target is not None and not is_stream(target):
@@ -273,11 +334,6 @@ def _check_target(output: str | None, path: Path | None, run: str) -> None:
     Raises:
         OutputError: see `check_file`; or standard output is the file that is read.
     """
-    from labeltune.errors import OutputError
-    from labeltune.inference.row_files import is_csv, unfinished_names
-    from labeltune.io.outputs import check_file, is_file_of
-    from labeltune.io.run_files import files_read
-
     if path == STANDARD_INPUT and isinstance(sys.stdin, Closed):
         sys.stdin.read()  # raises
     inputs = [*([path] if path is not None else []), *files_read(run)]
@@ -302,10 +358,6 @@ def _end(bad: int) -> None:
 
 def check_engine(engine: str, workers: int | None, address: str | None) -> None:
     """Raise what is wrong with `--engine`, `--workers` and `--address`."""
-    import importlib.util
-
-    from labeltune.errors import ConfigError, MissingExtraError
-
     if engine not in ("local", "ray"):
         raise ConfigError(f"--engine must be local or ray, not {engine!r}")
     if engine == "local" and (workers is not None or address is not None):
@@ -314,21 +366,14 @@ def check_engine(engine: str, workers: int | None, address: str | None) -> None:
         raise MissingExtraError("--engine ray", "ray")
 
 
-def _checked(number: int, values: dict[str, Any], labels: tuple[str, ...], where: str) -> Example:
-    """The example of these values, which choose from `labels` unless they bring candidates.
+def _checked(number: int, text: str) -> Example:
+    """The row of a `--text`.
 
     Raises:
         DataError: the text is empty, or cannot be written.
     """
-    from labeltune.config import ColumnsConfig
-    from labeltune.data.audit import first_error
-    from labeltune.data.records import Record
-    from labeltune.data.schemas import parse_record
-    from labeltune.errors import DataError
-    from labeltune.inference.stream import with_labels
-
-    record = Record(where, values)
+    record = Record(f"--text {number + 1}", {"text": text})
     example, faults = parse_record(record, number, "classification", ColumnsConfig(), answers_required=False)
     if example is None:
         raise DataError(str(first_error(faults)))
-    return with_labels(example, labels)
+    return example

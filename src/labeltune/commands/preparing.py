@@ -1,26 +1,45 @@
-"""What comes before the first training step: rows, prompts, tokens, and the model that will be trained."""
+"""What `train` and `plan` do before the first step: rows are read, checked and tokenized, and the model is loaded."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labeltune.commands.rows import report_splits
 from labeltune.config import RunConfig
-from labeltune.data.loading import Splits, load_splits
-from labeltune.errors import MissingExtraError
-from labeltune.io.progress import begin
+from labeltune.data.loading import Splits, load_splits, stratum
+from labeltune.data.schemas import Fault
+from labeltune.distributed import rank
+from labeltune.errors import MissingExtraError, PromptError, counted
+from labeltune.io.progress import begin, tell
+from labeltune.io.run_folder import public_name
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder
+from labeltune.prompts.template import ChatTemplate
+from labeltune.types import Example
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
     from labeltune.models.precision import Precision
 
 Say = Callable[[str], None]
+
+#: Training rows that are looked at to tell what script they are written in.
+SCRIPT_ROWS = 200
+#: Rows that an error lists.
+_SHOWN = 10
+
+
+def tell_on_main(line: str) -> None:
+    """Tell the user, once in a job of several processes."""
+    if rank() == 0:
+        tell(line)
 
 
 def check_tracker(config: RunConfig) -> None:
@@ -45,7 +64,6 @@ def load_prompts(config: RunConfig, labels: tuple[str, ...]) -> tuple[Path, Prom
     """The base model's folder, and the builder of prompts with its tokenizer."""
     begin("loading libraries and the tokenizer")
     from labeltune.models.hub import load_tokenizer, resolve_model
-    from labeltune.prompts.template import ChatTemplate
 
     folder = resolve_model(config.model, config.hub).folder
     template = ChatTemplate(load_tokenizer(folder, config.hub.trust_remote_code))
@@ -75,21 +93,20 @@ def tokenize_splits(
     return train, validation
 
 
-def load_for_training(config: RunConfig, folder: Path, precision: Precision, say: Say) -> Any:
+def load_for_training(config: RunConfig, folder: Path, precision: Precision, say: Say) -> PreTrainedModel:
     """The model in `folder` with the weights that will be trained, and with the run's random state."""
     from transformers import set_seed
 
-    from labeltune.models.hub import load_model
-    from labeltune.models.lora import attach_adapter
+    from labeltune.models import hub, lora
 
     set_seed(config.training.seed)
     begin("loading the model", say)
     quantized = config.training.method == "qlora"
-    model = load_model(
+    model = hub.load_model(
         folder, precision.weights, trust_remote_code=config.hub.trust_remote_code, four_bit=quantized
     )
     if config.training.method != "full":
-        model = attach_adapter(model, config.lora, quantized=quantized)
+        model = lora.attach_adapter(model, config.lora, quantized=quantized)
     trained, total = count_parameters(model)
     say(
         f"model: {config.model}, {total:,} weights, {trained:,} trained ({precision.name} on {precision.device})"
@@ -97,7 +114,144 @@ def load_for_training(config: RunConfig, folder: Path, precision: Precision, say
     return model
 
 
-def count_parameters(model: Any) -> tuple[int, int]:
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(weights that are trained, weights in all)."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def summarize(config: RunConfig, splits: Splits) -> dict[str, Any]:
+    """What a run is trained on, for its model card: names without folders, rows, and training rows (entities) by label.
+
+    `test` is the path as it was given: `labeltune evaluate` reads it when no other is named.
+    """
+    counts: Counter[str] = Counter()
+    if config.task == "classification":
+        counts.update(splits.train["label"])
+    else:
+        counts.update(e["label"] for row in splits.train["entities"] for e in row)
+    validation = config.data.validation
+    return {
+        "train": public_name(config.data.train),
+        "validation": None if validation is None else public_name(validation),
+        "test": config.data.test,
+        "train_rows": len(splits.train),
+        "validation_rows": 0 if splits.validation is None else len(splits.validation),
+        "labels": dict(counts.most_common()),
+    }
+
+
+def report_splits(splits: Splits, say: Say) -> None:
+    """Say how many rows there are, and how many were left out."""
+    held_out = 0 if splits.validation is None else len(splits.validation)
+    say(f"data: {len(splits.train)} training rows, {held_out} validation rows, {len(splits.labels)} labels")
+    if held_out > len(splits.train):
+        say("warning: there are more validation rows than training rows; are the two files swapped?")
+    if splits.skipped:
+        reasons = ", ".join(f"{kind} {count}" for kind, count in sorted(splits.skipped.items()))
+        say(f"data: {splits.skipped_rows} faulty rows were skipped (data.on_error=skip): {reasons}")
+
+
+def warn_of_rows(config: RunConfig, splits: Splits, measured: Sequence[Example], say: Say) -> None:
+    """Say what is allowed and will disappoint."""
+    if config.metric == "span_f1" and measured and not any(example.entities for example in measured):
+        say(
+            f"warning: none of the {len(measured)} validation rows holds an entity, and span_f1 on them picks `best`; "
+            "name rows with entities as data.validation, or set eval.metric=loss"
+        )
+    if config.model != "pocket":
+        return
+    texts = splits.train.select(range(min(SCRIPT_ROWS, len(splits.train))))["text"]
+    foreign, total = sum(not c.isascii() for text in texts for c in text), sum(map(len, texts))
+    if 2 * foreign > total:
+        say(
+            "warning: pocket reads Chinese, and most other scripts, byte by byte, and learns little of them; use pocket-zh or a "
+            "Qwen model"
+        )
+
+
+def fixed_handful(splits: Splits, count: int) -> list[Example]:
+    """Rows spread evenly over the validation rows (the training rows when there are none); the same in every run."""
+    source = splits.validation if splits.validation is not None else splits.train
+    count = min(count, len(source))
+    return [Example.from_row(source[i * len(source) // count]) for i in range(count)]
+
+
+def validation_rows(splits: Splits, count: int) -> list[Example]:
+    """At most `count` validation rows, the same in every run of a config: every stratum in proportion (a label, or a set of
+    entity types), spread evenly over the file. All of them in file order when they are no more."""
+    source = splits.validation
+    if source is None:
+        return []
+    if len(source) <= count:
+        return [Example.from_row(row) for row in source]
+
+    names = [stratum(row) for row in source.select_columns(["label", "entities"])]
+    order = sorted(range(len(source)), key=lambda i: (names[i], i))
+    chosen = sorted(order[i * len(order) // count] for i in range(count))
+    return [Example.from_row(source[i]) for i in chosen]
+
+
+def too_long(where: str, tokens: int, max_length: int, enough: int) -> Fault:
+    """The fault of a row that cannot fit; `enough` is the length that fits every row."""
+    return Fault(
+        "too_long",
+        where,
+        f"instruction, candidates and answer alone need {tokens} tokens, {tokens - max_length} more than "
+        f"prompt.max_length={max_length}; prompt.max_length={enough} fits every row",
+    )
+
+
+def without_too_long(
+    splits: Splits, builder: PromptBuilder, config: RunConfig, say: Callable[[str], None] | None = None
+) -> Splits:
+    """The rows that fit `prompt.max_length`; those that cannot are left out with `data.on_error: skip`.
+
+    Args:
+        say: told how many were left out.
+
+    Raises:
+        PromptError: some cannot, and `data.on_error` is `stop`; the message lists them and the length that would do.
+    """
+    from labeltune.training.dataset import rows_that_cannot_fit
+
+    parts = [splits.train, splits.validation]
+    needed = [{} if part is None else rows_that_cannot_fit(part, builder) for part in parts]
+    count = sum(map(len, needed))
+    if not count:
+        return splits
+    limit, enough = config.prompt.max_length, max(tokens for found in needed for tokens in found.values())
+    if config.data.on_error == "stop":
+        faults = [
+            too_long(str(part[number]["source"]), tokens, limit, enough)
+            for part, found in zip(parts, needed, strict=True)
+            if part is not None
+            for number, tokens in found.items()
+        ]
+        shown = "\n  ".join(f"{fault.where}: {fault.message}" for fault in faults[:_SHOWN])
+        more = f"\n  ... and {count - _SHOWN} more" if count > _SHOWN else ""
+        raise PromptError(
+            f"{counted(count, 'row')} cannot fit:\n  {shown}{more}\n"
+            f"Set prompt.max_length={enough}, shorten prompt and labels, or leave them out with data.on_error=skip"
+        )
+    fitting = [
+        [n for n in range(len(part)) if n not in found] if part is not None else []
+        for part, found in zip(parts, needed, strict=True)
+    ]
+    kept = [None if part is None else part.select(rows) for part, rows in zip(parts, fitting, strict=True)]
+    if not kept[0]:
+        raise PromptError(f"no row fits prompt.max_length={limit}; prompt.max_length={enough} fits every row")
+    if say is not None:
+        say(
+            f"data: {counted(count, 'row')} skipped that cannot fit prompt.max_length={limit} (data.on_error=skip); "
+            f"prompt.max_length={enough} fits every row"
+        )
+    skipped = {**splits.skipped, "too_long": splits.skipped.get("too_long", 0) + count}
+    return replace(
+        splits,
+        train=kept[0],
+        validation=kept[1] or None,
+        train_texts=splits.train_texts[fitting[0]],
+        skipped_rows=splits.skipped_rows + count,
+        skipped=skipped,
+    )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from labeltune.errors import MissingExtraError
 
 
 def serve(
@@ -54,12 +59,6 @@ def serve(
     SIGTERM and Ctrl-C finish what was accepted. Logs are JSON lines on standard error, the steps of the start plain ones on
     standard output.
     """
-    import contextlib
-    import time
-    from importlib.util import find_spec
-
-    from labeltune.errors import MissingExtraError
-
     started = time.monotonic()
 
     for module in (
@@ -72,9 +71,6 @@ def serve(
         if find_spec(module) is None:
             raise MissingExtraError("labeltune serve", "serve")
 
-    from labeltune.commands.quiet import quiet_libraries
-
-    quiet_libraries()
     from labeltune.serve.models import load_models, parse_adapter
     from labeltune.serve.server import bind
     from labeltune.serve.server import serve as run_server

@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
+from labeltune.commands.options import Overrides
+from labeltune.config import load_config
+from labeltune.io.outputs import check_folder
+from labeltune.sweep.space import Sweep
+
 
 def sweep(
     *,
     config: Annotated[Path, typer.Argument(help="YAML config that all trials have in common.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Changes to it: key=value ..., e.g. training.epochs=3", metavar="[KEY=VALUE]..."),
-    ] = None,
+    overrides: Overrides = None,
     search: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,9 +38,6 @@ def sweep(
 
     They are compared on validation rows. The same command goes on after a stop.
     """
-    from labeltune.config import load_config
-    from labeltune.sweep.space import Sweep
-
     asked = Sweep.of(
         load_config(config, overrides or []),
         search or [],
@@ -49,13 +48,9 @@ def sweep(
         seed=seed,
     )
 
-    from labeltune.commands.quiet import quiet_libraries
-    from labeltune.io.outputs import check_folder
-
     data = asked.config.data
     read = [given for given in (config, data.train, data.validation, asked.config.model) if given is not None]
     check_folder(asked.folder, read, ("trials.csv", "best.yaml", "study.db"))
-    quiet_libraries()
     from labeltune.sweep.report import conclude
     from labeltune.sweep.run import run_sweep
 

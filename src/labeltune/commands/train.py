@@ -1,17 +1,61 @@
-"""`labeltune train`."""
+"""`labeltune train`: from a config to checkpoints, the best of them measured and shown."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from labeltune.commands.data import guess_task, named_task, reading_config
+from labeltune.commands.evaluate import all_metrics, write_evaluation
+from labeltune.commands.options import Overrides, OverwriteRun, ResumeTraining
+from labeltune.commands.plan import print_costs
+from labeltune.commands.preparing import (
+    check_tracker,
+    fixed_handful,
+    load_for_training,
+    load_prompts,
+    read_rows,
+    summarize,
+    tell_on_main,
+    tokenize_splits,
+    validation_rows,
+    warn_of_rows,
+    without_too_long,
+)
+from labeltune.commands.row_hashes import TRAINING_FILE, hashes_file, save_selection
+from labeltune.config import RunConfig, load_config
+from labeltune.data.loading import Splits
+from labeltune.distributed import is_sharded, rank
+from labeltune.errors import ConfigError, Interrupted
+from labeltune.evaluation.headline import SELECTION, headline
+from labeltune.io.lock import alone_with
+from labeltune.io.outputs import is_hub_name
+from labeltune.io.progress import begin, no_long_silence, track
+from labeltune.io.run_files import check_inputs_kept, remove_half_checkpoints
+from labeltune.io.run_folder import RunInfo, check_output, remove_checkpoints, remove_leftovers
+from labeltune.types import Example
 
-def train(
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
+    from labeltune.tracking.swanlab import SwanlabTracker
+    from labeltune.training.record import Finished
+    from labeltune.training.run import TrainResult
+
+Say = Callable[[str], None]
+
+#: Validation rows that a temperature is fitted on, at most.
+CALIBRATION_ROWS = 2000
+
+
+def train_command(
     *,
     config: Annotated[
         str | None,
@@ -19,14 +63,9 @@ def train(
             help="YAML config; `labeltune init classification` writes one. None is needed with --data."
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Changes to it: key=value ..., e.g. training.epochs=3", metavar="[KEY=VALUE]..."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete an earlier run's checkpoints first.")
-    ] = False,
+    overrides: Overrides = None,
+    resume: ResumeTraining = False,
+    overwrite: OverwriteRun = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -47,11 +86,6 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a model; checkpoints go to the config's output_dir."""
-    from labeltune.commands.data import named_task
-    from labeltune.config import load_config
-    from labeltune.distributed import rank
-    from labeltune.errors import ConfigError
-
     changes = list(overrides or [])
     if config is not None and "=" in config and not Path(config).exists():
         changes.insert(0, config)
@@ -78,30 +112,19 @@ def train(
             file=sys.stderr,
         )
     if dry_run:
-        from labeltune.commands.plan import print_costs
-
         if resume:
             raise ConfigError("--dry-run is about a whole run; leave out --resume")
         print_costs(loaded, as_json=False)
         return
-    from labeltune.commands.quiet import quiet_libraries
-    from labeltune.io.run_files import check_inputs_kept
-
     check_inputs_kept(loaded, config, overwrite and not resume)
-
-    quiet_libraries()
-    import labeltune
 
     begins = ["--data", str(data)] if config is None else [config]
     command = shlex.join(["labeltune", "train", *begins, *changes])
-    labeltune.train(loaded, resume=resume, overwrite=overwrite, command=command)
+    train(loaded, resume=resume, overwrite=overwrite, command=command)
 
 
 def _defaults(data: str, task: str | None, changes: list[str]) -> list[str]:
     """What stands in for a config: the task, the rows, and places named after the file."""
-    from labeltune.commands.data import guess_task, named_task, reading_config
-    from labeltune.io.outputs import is_hub_name
-
     name = Path(data.partition(":")[2] if is_hub_name(data) else data).name.partition(".")[0] or "run"
     guessed = task or named_task(changes) or guess_task(data, reading_config(changes))
     return [
@@ -115,3 +138,294 @@ def _defaults(data: str, task: str | None, changes: list[str]) -> list[str]:
 def _change(key: str, text: str) -> str:
     """An override whose value stays this text, whatever YAML would make of it."""
     return f"{key}={json.dumps(text)}"
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = tell_on_main,
+    command: str | None = None,
+) -> TrainResult:
+    """Fine-tune a model as the config says; checkpoints appear under `config.output_dir`.
+
+    Args:
+        resume: go on from the last complete checkpoint, with the same rows and, but for how long to train and what to show,
+            the same config. A finished run is left as it is.
+        overwrite: delete the checkpoints of an earlier run, once data and model are known to be usable.
+        command: the command line that trains, for messages on how to go on; nothing is said about commands when None.
+
+    Raises:
+        LabeltuneError: any of its kinds; config, data and output folder are checked before weights are loaded.
+        Interrupted: Ctrl-C; the message names the checkpoint that was saved.
+    """
+    if rank() != 0:
+        return _train(config, resume, overwrite, say, command)
+    writing = f"another training writes into {config.output_dir}"
+    with (
+        alone_with(Path(config.output_dir) / ".lock", writing, "wait for it, or choose another output_dir"),
+        no_long_silence(say),
+    ):
+        try:
+            return _train(config, resume, overwrite, say, command)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "stopped outside the training steps; checkpoints saved before are kept"
+            ) from None
+
+
+def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None) -> TrainResult:
+    started, folder = time.monotonic(), Path(config.output_dir)
+    check_tracker(config)
+    resume_from = _checked_folder(config, resume, overwrite, say)
+    loaded = read_rows(config, say)
+    from labeltune.training import record
+
+    if resume_from is not None:
+        record.check_unchanged(resume_from, config, loaded, summarize(config, loaded))
+
+    base, builder = load_prompts(config, loaded.labels)
+    from labeltune.inference.predictor import Predictor
+    from labeltune.models.precision import pick_precision
+    from labeltune.training.preflight import check_feasible
+    from labeltune.training.run import run_training
+
+    splits = without_too_long(loaded, builder, config, say)
+    measured = validation_rows(splits, config.eval.max_rows)
+    warn_of_rows(config, splits, measured, say)
+    if resume_from is not None:
+        rows = len(splits.train)
+        ended = record.finished_run(resume_from, config, rows, splits.validation is not None)
+        if ended is not None:
+            say(record.nothing_left(ended, config, rows))
+            return _result_of(ended, folder)
+    train_tokens, validation_tokens = tokenize_splits(config, splits, builder, say)
+
+    tokenizer = builder.template.tokenizer
+    precision = pick_precision(config.training.precision, full=config.training.method == "full")
+    check_feasible(config, precision, base, len(train_tokens), validation_tokens is not None)
+    model = load_for_training(config, base, precision, say)
+    predictor = Predictor(
+        model,
+        builder.task,
+        builder.template,
+        config.generation,
+        calibrate=config.calibrate,
+        source=config.model,
+    )
+    predictor.share = True
+
+    tracker = _start_tracker(config, splits, resume_from, say)
+    shown = fixed_handful(splits, config.swanlab.prediction_rows) if config.tracking == "swanlab" else []
+    if rank() == 0:
+        if overwrite and not resume:
+            remove_checkpoints(config.output_dir)
+        (folder / record.FINISHED_FILE).unlink(missing_ok=True)
+    try:
+        result = run_training(
+            model,
+            tokenizer,
+            config,
+            precision,
+            RunInfo.of(config, splits.labels, tokenizer.chat_template, summarize(config, splits)),
+            train=train_tokens,
+            validation=validation_tokens,
+            callbacks=[tracker.callback()] if tracker is not None else [],
+            resume_from=resume_from,
+            say=say,
+            where=lambda number: str(splits.train[number]["source"]),
+            validate=Validate(predictor, measured) if measured else None,
+            files={
+                record.RECORD_FILE: record.run_record(config, loaded),
+                TRAINING_FILE: hashes_file(splits.train_texts),
+            },
+            go_on=f"{command} --resume" if command is not None else None,
+            show=ShowOnBoard(predictor, shown, tracker, say) if shown else None,
+        )
+        if measured:
+            _finish(predictor, result, config, splits, measured, tracker=tracker, say=say)
+    except BaseException as error:
+        if tracker is not None:
+            tracker.finish(error)
+        raise
+    if rank() == 0:
+        _remember(result, folder)
+    if tracker is not None:
+        tracker.finish()
+    say(
+        f"done in {time.monotonic() - started:.0f} s, {result.seconds:.0f} s of them training: "
+        f"{result.best} -> {result.best.resolve().name}"
+    )
+    if command is not None:
+        for line in _next_steps(config):
+            say(line)
+    return result
+
+
+def _checked_folder(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> Path | None:
+    """Clear the run folder of what a killed run left; returns the checkpoint to resume from."""
+    if rank() == 0:
+        remove_half_checkpoints(Path(config.output_dir))
+    resume_from = check_output(config, resume, overwrite, say)
+    if rank() == 0:
+        remove_leftovers(Path(config.output_dir))
+    return resume_from
+
+
+@dataclass(frozen=True)
+class Validate:
+    """The figures of a validation: the rows are predicted as they are when the model is served."""
+
+    predictor: Predictor
+    rows: Sequence[Example]
+
+    def __call__(self) -> dict[str, float]:
+        """Figures by name, the same on all processes; all have to ask."""
+        # A terminal shows the bar over steps already, and cannot show two.
+        alone = rank() == 0 and not sys.stderr.isatty()
+        begin(f"predicting {len(self.rows)} validation rows")
+        answers = track(
+            self.predictor.stream(self.rows), len(self.rows), "validation", alone, last_line=False
+        )
+        return headline(self.rows, list(answers))
+
+
+@dataclass(frozen=True)
+class ShowOnBoard:
+    """The same few rows, predicted again as training goes on; on the board their table shows the beginning of a text."""
+
+    predictor: Predictor
+    rows: Sequence[Example]
+    tracker: SwanlabTracker | None
+    say: Say
+
+    def __call__(self, step: int, when: str) -> None:
+        """Predict them on all processes, and log them where there is a tracker."""
+        begin(f"predicting {len(self.rows)} rows for the board: {when}", self.say)
+        predictions = self.predictor.predict(self.rows)
+        if self.tracker is None:
+            return
+        target = self.predictor.task.target
+        texts = [
+            f"Prediction:\n{p.answer}\n\nGround truth:\n{target(e)}\n\nDocument:\n{e.text}"
+            for e, p in zip(self.rows, predictions, strict=True)
+        ]
+        rows = [f"{when}, row {example.id}" for example in self.rows]
+        self.tracker.log_predictions(step, list(zip(texts, rows, strict=True)))
+
+
+def _remember(result: TrainResult, output_dir: Path) -> None:
+    """Note that the run is finished, and with what."""
+    from labeltune.training.record import Finished
+
+    Finished(
+        result.steps,
+        result.last.name,
+        result.train_loss,
+        result.metric_name,
+        result.metric,
+        result.validation_loss,
+        result.unimproved,
+    ).save(output_dir)
+
+
+def _result_of(ended: Finished, output_dir: Path) -> TrainResult:
+    """The result of a run that was finished before."""
+    from labeltune.training.run import TrainResult
+
+    return TrainResult(
+        output_dir / ended.last,
+        output_dir / "best",
+        ended.steps,
+        ended.train_loss,
+        ended.metric_name,
+        ended.metric,
+        ended.validation_loss,
+        0.0,
+        ended.unimproved,
+    )
+
+
+def _next_steps(config: RunConfig) -> list[str]:
+    """Commands for the run that was just trained."""
+    run = shlex.quote(config.output_dir)
+    rows = shlex.quote(config.data.test) if config.data.test is not None else "FILE"
+    return [
+        "go on with:",
+        f"  labeltune evaluate {run} --data {rows}",
+        f'  labeltune predict {run} --text "..."',
+        f"  labeltune serve {run}",
+    ]
+
+
+def _finish(
+    predictor: Predictor,
+    result: TrainResult,
+    config: RunConfig,
+    splits: Splits,
+    measured: Sequence[Example],
+    *,
+    tracker: SwanlabTracker | None,
+    say: Say,
+) -> None:
+    """With the best checkpoint's weights: fit a temperature, remember the rows that chose, and report on them."""
+    from labeltune.inference.calibrate import calibrate, calibration_figures
+    from labeltune.inference.load import load_predictor
+    from labeltune.models.lora import restore_adapter
+    from labeltune.training.sharded import load_weights
+
+    begin("loading the best checkpoint")
+    best = result.best.resolve()
+    if is_sharded(predictor.model):
+        load_weights(predictor.model, best)
+    elif config.training.method == "full":
+        predictor = load_predictor(best, trust_remote_code=config.hub.trust_remote_code)
+        predictor.share = True
+    else:
+        restore_adapter(predictor.model, best)
+    if config.calibrate.temperature and config.task == "classification":
+        begin("measuring confidence on the validation rows")
+        calibration, report = calibrate(predictor, fixed_handful(splits, CALIBRATION_ROWS), best, say)
+        predictor.calibration = calibration
+        if tracker is not None:
+            tracker.log(calibration_figures(report), result.steps)
+    assert splits.validation is not None
+    begin(f"predicting {len(measured)} validation rows with the best checkpoint", say)
+    predictions = predictor.predict(measured)
+    if rank() != 0:
+        return
+    save_selection(best, splits.validation["text"])
+    where = "validation rows of the training run"
+    about = {"run": str(result.best), "base": False, "decoding": predictor.generation.decoding, "data": where}
+    about |= {"rows_are": SELECTION, "training_rows": 0, "selection_rows": len(measured)}
+    metrics = all_metrics(about, measured, predictions, predictor.task.labels)
+    folder = Path(config.output_dir) / "validation"
+    write_evaluation(folder, metrics, measured, predictions)
+    say(f"report on {SELECTION} rows: {folder / 'report.html'}")
+    if tracker is not None:
+        tracker.log_charts(metrics, measured, predictions, result.steps)
+
+
+def _start_tracker(
+    config: RunConfig, splits: Splits, resumed: Path | None, say: Say
+) -> SwanlabTracker | None:
+    if config.tracking != "swanlab" or rank() != 0:
+        return None
+    from labeltune.tracking.swanlab import SwanlabTracker
+
+    run_config = {
+        "labeltune": config.model_dump(mode="json"),
+        "labels": list(splits.labels),
+        "train_rows": len(splits.train),
+        "validation_rows": 0 if splits.validation is None else len(splits.validation),
+    }
+    tracker = SwanlabTracker(config.swanlab, run_config, Path(config.output_dir), resumed)
+    tracker.start()
+    if tracker.started and tracker.mode == "local":
+        say(
+            f"SwanLab: local run in {config.swanlab.log_dir}; watch it with: labeltune board {config.swanlab.log_dir}"
+        )
+    elif tracker.started:
+        say(f"SwanLab: {tracker.mode} run in project {config.swanlab.project}")
+    return tracker

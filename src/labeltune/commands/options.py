@@ -1,0 +1,36 @@
+"""Options that several commands have in common, each declared once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from labeltune.errors import ConfigError
+
+
+def _stop_or_skip(given: str) -> str:
+    if given not in ("stop", "skip"):
+        raise ConfigError(f"--on-error must be stop or skip, not {given!r}")
+    return given
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to it: key=value ..., e.g. training.epochs=3", metavar="[KEY=VALUE]..."),
+]
+ResumeTraining = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+OverwriteRun = Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run's checkpoints first.")]
+OnError = Annotated[str, typer.Option(help="Faulty rows: stop or skip.", callback=_stop_or_skip)]
+MaxRows = Annotated[int | None, typer.Option(help="Only the first rows.", min=1)]
+Labels = Annotated[str | None, typer.Option(help="The label set, between commas.")]
+FiguresAsJson = Annotated[
+    bool, typer.Option("--json", help="All figures as JSON, also with --output or on a terminal.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+Decoding = Annotated[str | None, typer.Option(help="exact or free; the run's own when missing.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Models loaded side by side by ray; one a GPU, or one a machine without GPUs.", min=1),
+]
+Address = Annotated[str | None, typer.Option(help="A Ray cluster, e.g. auto; this machine when missing.")]
