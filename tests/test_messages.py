@@ -107,8 +107,8 @@ OTHERS = re.compile(
 #: Everything these print is in the catalogue, and every error they raise.
 CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doctor.py commands/evaluate.py commands/export.py commands/habits.py commands/init.py commands/keys.py
     commands/main.py commands/plan.py commands/predict.py commands/streams.py commands/sweep.py commands/train.py config.py config_sections.py
-    data/audit.py data/columns.py data/convert.py data/download.py data/formats.py data/json_values.py data/labels.py
-    data/loading.py data/meeting.py data/offsets.py data/parquet.py data/records.py data/schemas.py data/sources.py data/standard_input.py
+    data/audit.py data/columns.py data/convert.py data/download.py data/formats.py data/labels.py
+    data/loading.py data/meeting.py data/offsets.py data/records.py data/schemas.py data/sources.py data/standard_input.py
     data/tables.py evaluation/data_report.py evaluation/headline.py export/card.py export/folder.py export/merge.py
     export/push.py export/vllm.py io/lock.py io/hubs.py inference/calibrate.py inference/row_files.py inference/stream.py
     models/hub.py models/pocket.py io/outputs.py io/progress.py prompts/template.py inference/ray_session.py commands/comparing.py

@@ -8,20 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import pyarrow
+
 from labeltune.config import HubConfig
-from labeltune.data import records
 from labeltune.data.formats import DAMAGED, SUFFIXES, Format, find_format, is_data_file, opened
-from labeltune.data.json_values import value_records
 from labeltune.data.records import (
     Record,
     bounded_lines,
     decoded_lines,
     json_records,
-    parquet_records,
+    value_records,
 )
-from labeltune.data.tables import sheet_records, table_records
+from labeltune.data.tables import parquet_records, sheet_records, table_records
 from labeltune.errors import DataError, first_line, near_it, printable
 from labeltune.io.hubs import asking
+from labeltune.io.outputs import is_hub_name
 from labeltune.io.trust import check_inside
 
 
@@ -35,7 +36,7 @@ def resolve_data(spec: str, hub: HubConfig | None = None) -> Path:
         DataError: the file does not exist, has an unknown suffix, or the data set holds several candidates.
         HubError: the hub cannot be reached.
     """
-    if spec.startswith(("ms:", "hf:")):
+    if is_hub_name(spec):
         path = _download(spec, hub or HubConfig())
     else:
         path = Path(spec).expanduser()
@@ -191,6 +192,9 @@ def records_of(name: str, file: BinaryIO, form: Format) -> Iterator[Record]:
 
 
 def _iter_parquet(path: Path, name: str) -> Iterator[Record]:
-    from labeltune.data.parquet import iter_rows
-
-    return parquet_records(name, iter_rows(path, records.MAX_LINE_BYTES))
+    row = 0
+    try:
+        for row, record in enumerate(parquet_records(name, path), start=1):  # noqa: B007
+            yield record
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield Record(f"{name}:row {row + 1}", None, "unparsable_line", f"not readable parquet: {error}")
