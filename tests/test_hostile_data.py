@@ -21,15 +21,15 @@ from conftest import classification_rows, write_jsonl
 from labeltune.commands import main
 from labeltune.config import ColumnsConfig, DataConfig, load_config
 from labeltune.data import records
-from labeltune.data.audit import audit_file
+from labeltune.data.check import audit_file
 from labeltune.data.loading import load_rows
 from labeltune.data.records import Record, bounded_lines
 from labeltune.data.schemas import Fault, parse_candidates, parse_record
-from labeltune.data.scratch import scratch_folder
 from labeltune.data.sources import iter_records
 from labeltune.errors import DataError
 from labeltune.inference.stream import count_rows, read_stream
 from labeltune.io import progress
+from labeltune.io.lock import scratch_folder
 from labeltune.types import Example
 
 

@@ -23,7 +23,6 @@ from conftest import LABELS, classification_rows, write_jsonl
 from labeltune import run_files
 from labeltune.commands.predict import predict as predict_command
 from labeltune.config import build_config
-from labeltune.data.uris import Place
 from labeltune.errors import DataError, LabeltuneError, ModelError
 from labeltune.inference import load as loading
 from labeltune.inference.load import load_predictor
@@ -31,6 +30,7 @@ from labeltune.inference.ray_engine import MOST_ATTEMPTS, Cluster, ray_workers
 from labeltune.inference.ray_session import ray_session
 from labeltune.inference.stream import PredictOptions, predict_file
 from labeltune.io.run_folder import RunInfo
+from labeltune.io.uris import Place
 from test_shards import joined, parts
 from test_training import config_for
 

@@ -11,7 +11,7 @@ from labeltune.config import RunConfig
 from labeltune.data.loading import Rows, Splits, load_rows
 from labeltune.data.schemas import Fault
 from labeltune.errors import PromptError, counted
-from labeltune.io.run_folder import write_text
+from labeltune.io.outputs import write_text
 
 if TYPE_CHECKING:
     from labeltune.prompts.builder import PromptBuilder
@@ -32,8 +32,7 @@ def check_data(
     Args:
         tokenizer: finds rows that cannot fit `prompt.max_length`; they are not looked for when None.
     """
-    from labeltune.data.audit import add_duplicates
-    from labeltune.data.meeting import add_meeting_faults, nothing_to_learn
+    from labeltune.data.check import add_duplicates, add_meeting_faults, nothing_to_learn
     from labeltune.data.schemas import Fault
 
     config = config_or_task
@@ -151,7 +150,7 @@ def report_data(
         MissingExtraError: datasketch or cleanlab is not installed.
         OutputError: the report cannot be written.
     """
-    from labeltune.data.audit import stop_on_errors
+    from labeltune.data.check import stop_on_errors
     from labeltune.evaluation.data_page import data_page
     from labeltune.evaluation.data_report import check_report, make_report
 

@@ -20,8 +20,8 @@ from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.evaluation.comparison_page import BARE, comparison_page
 from labeltune.evaluation.headline import headline
+from labeltune.io.outputs import write_json, write_text
 from labeltune.io.progress import track
-from labeltune.io.run_folder import write_json, write_text
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from labeltune.config import RunConfig
-    from labeltune.data.audit import Audit
+    from labeltune.data.check import Audit
     from labeltune.types import Example
 
 app = typer.Typer(help="Check, convert and download data.", no_args_is_help=True)
@@ -269,7 +269,7 @@ def convert(
 
 
 def _labels_of(source: str, config: RunConfig) -> tuple[str, ...]:
-    from labeltune.data.audit import audit_file
+    from labeltune.data.check import audit_file
     from labeltune.data.sources import resolve_data
 
     return audit_file(resolve_data(source, config.hub), config.task, config.data).label_set()
@@ -285,7 +285,7 @@ def download(
     ] = Path(),
 ) -> None:
     """Fetch the original recipe's data with the hub's own client."""
-    from labeltune.data.download import download_original
+    from labeltune.data.sources import download_original
 
     for path in download_original(name, folder):
         print(path)

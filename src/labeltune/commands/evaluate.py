@@ -55,7 +55,7 @@ def evaluate(
     check_engine(engine, workers, address)
     from labeltune.commands.inputs import data_to_measure, files_of
     from labeltune.io.outputs import check_folder
-    from labeltune.io.run_files import EVALUATION_FILES
+    from labeltune.io.run_folder import EVALUATION_FILES
 
     read = [*files_of(run, overrides or [])]
     data = data_to_measure(run, data, overrides or [])

@@ -22,9 +22,8 @@ from labeltune.config import (
     TaskName,
     load_config,
 )
-from labeltune.data.audit import stop_on_errors
+from labeltune.data.check import add_unknown_labels, stop_on_errors
 from labeltune.data.loading import Rows, load_rows, load_splits
-from labeltune.data.meeting import add_unknown_labels
 from labeltune.data.records import without_key
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.headline import SELECTION, TRAINING
@@ -32,8 +31,9 @@ from labeltune.evaluation.metrics import classification_metrics
 from labeltune.evaluation.report import report_page
 from labeltune.evaluation.slices import slices
 from labeltune.evaluation.spans import entity_dictionary, ner_metrics
+from labeltune.io.outputs import write_json, write_text
 from labeltune.io.progress import track
-from labeltune.io.run_folder import RunInfo, write_json, write_text
+from labeltune.io.run_folder import RunInfo
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:

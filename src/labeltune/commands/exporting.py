@@ -17,8 +17,9 @@ from labeltune.export.folder import EXPORT_FILE, check_target, whole_folder
 from labeltune.export.merge import DTYPES, Dtype
 from labeltune.export.parity import Parity, check_parity, compare_answers
 from labeltune.export.push import check_repo, push_folder
+from labeltune.io.outputs import write_json, write_text
 from labeltune.io.progress import tell, track
-from labeltune.io.run_folder import RunInfo, public_name, write_json, write_text
+from labeltune.io.run_folder import RunInfo, public_name
 from labeltune.models.pocket import POCKET_MODELS
 from labeltune.types import Example, Prediction
 

@@ -20,8 +20,7 @@ def init(
 ) -> None:
     """Write a config and sample rows, to train and to test on."""
     from labeltune.errors import ConfigError, OutputError
-    from labeltune.io.outputs import check_folder
-    from labeltune.io.run_folder import write_text
+    from labeltune.io.outputs import check_folder, write_text
 
     if task not in ("classification", "ner"):
         raise ConfigError(f"unknown task {task!r}; it is classification or ner")

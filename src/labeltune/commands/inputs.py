@@ -10,8 +10,7 @@ from labeltune.config import load_config
 from labeltune.data.sources import resolve_data
 from labeltune.errors import DataError
 from labeltune.io.outputs import is_hub_name
-from labeltune.io.run_files import files_read
-from labeltune.io.run_folder import RunInfo, find_checkpoint
+from labeltune.io.run_folder import RunInfo, files_read, find_checkpoint
 
 
 def files_of(run: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[str | os.PathLike[str]]:

@@ -151,7 +151,7 @@ def _ray_files(run: str, file: str | None, output: str | None, other: bool) -> t
     """
     from labeltune.errors import ConfigError
     from labeltune.io.outputs import check_folder
-    from labeltune.io.run_files import files_read
+    from labeltune.io.run_folder import files_read
 
     if file is None or file == "-" or output is None or other:
         raise ConfigError(
@@ -176,7 +176,7 @@ def _input_file(file: str | None, run: str, encoding: str | None) -> Path | None
     from labeltune.data.records import without_key
     from labeltune.data.sources import iter_records, resolve_data
     from labeltune.errors import DataError
-    from labeltune.io.run_files import encoding_of
+    from labeltune.io.run_folder import encoding_of
 
     if file is None or file == "-":
         return None
@@ -227,9 +227,8 @@ def _answer(
     from labeltune.inference.row_files import csv_of, is_csv
     from labeltune.inference.shards import shard_block
     from labeltune.inference.stream import count_rows, predict_file, predict_lines, read_rows, read_stream
-    from labeltune.io.outputs import is_stream, open_stream
+    from labeltune.io.outputs import is_stream, open_stream, write_text
     from labeltune.io.progress import row_progress
-    from labeltune.io.run_folder import write_text
 
     encoding = options.encoding or predictor.encoding
     if path is not None and target is not None and not is_stream(target):
@@ -276,7 +275,7 @@ def _check_target(output: str | None, path: Path | None, run: str) -> None:
     from labeltune.errors import OutputError
     from labeltune.inference.row_files import is_csv, unfinished_names
     from labeltune.io.outputs import check_file, is_file_of
-    from labeltune.io.run_files import files_read
+    from labeltune.io.run_folder import files_read
 
     if path == STANDARD_INPUT and isinstance(sys.stdin, Closed):
         sys.stdin.read()  # raises
@@ -321,7 +320,7 @@ def _checked(number: int, values: dict[str, Any], labels: tuple[str, ...], where
         DataError: the text is empty, or cannot be written.
     """
     from labeltune.config import ColumnsConfig
-    from labeltune.data.audit import first_error
+    from labeltune.data.check import first_error
     from labeltune.data.records import Record
     from labeltune.data.schemas import parse_record
     from labeltune.errors import DataError

@@ -65,11 +65,11 @@ def predict_on_ray(
         ConfigError, DataError, OutputError: see `begin_folder`, `list_sources` and `predict_shard`.
         ModelError: a worker could not load the model, or shards kept ending theirs.
     """
-    from labeltune.data.uris import Place
     from labeltune.inference.load import checkpoint_of, load_changed, run_fingerprint
     from labeltune.inference.ray_engine import ray_workers
     from labeltune.inference.shards import begin_folder, cut_sources, list_sources, predict_shard
     from labeltune.inference.stream import alone_with_output, used_encoding
+    from labeltune.io.uris import Place
 
     target, changes = Place.of(output), changes or {}
     known, about = run_fingerprint(run, changes), RunInfo.load(checkpoint_of(run))

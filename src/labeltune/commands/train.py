@@ -85,7 +85,7 @@ def train(
         print_costs(loaded, as_json=False)
         return
     from labeltune.commands.quiet import quiet_libraries
-    from labeltune.io.run_files import check_inputs_kept
+    from labeltune.io.run_folder import check_inputs_kept
 
     check_inputs_kept(loaded, config, overwrite and not resume)
 

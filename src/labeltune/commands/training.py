@@ -33,9 +33,9 @@ from labeltune.distributed import is_sharded, rank
 from labeltune.errors import Interrupted
 from labeltune.evaluation.headline import SELECTION, headline
 from labeltune.io.lock import alone_with
+from labeltune.io.outputs import remove_leftovers
 from labeltune.io.progress import begin, no_long_silence, tell, track
-from labeltune.io.run_files import remove_half_checkpoints
-from labeltune.io.run_folder import check_output, remove_checkpoints, remove_leftovers
+from labeltune.io.run_folder import check_output, remove_checkpoints, remove_half_checkpoints
 from labeltune.training.record import (
     FINISHED_FILE,
     RECORD_FILE,

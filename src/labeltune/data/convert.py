@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from labeltune.config import RunConfig
-from labeltune.data.audit import first_error
+from labeltune.data.check import first_error
 from labeltune.data.columns import columns_of_file
 from labeltune.data.records import without_key
 from labeltune.data.schemas import parse_record

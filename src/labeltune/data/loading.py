@@ -17,16 +17,26 @@ import numpy
 from numpy.typing import NDArray
 
 from labeltune.config import DataConfig, HubConfig, TaskName
-from labeltune.data.audit import Audit, add_duplicates, audit_file, none_usable, stop_on_errors
-from labeltune.data.audit_blocks import ENOUGH_BYTES, audit_blocks, can_be_cut
+from labeltune.data.check import (
+    ENOUGH_BYTES,
+    Audit,
+    add_duplicates,
+    add_meeting_faults,
+    audit_blocks,
+    audit_file,
+    can_be_cut,
+    none_usable,
+    nothing_to_learn,
+    other_task,
+    stop_on_errors,
+)
 from labeltune.data.columns import columns_of_file
-from labeltune.data.meeting import add_meeting_faults, nothing_to_learn, other_task
 from labeltune.data.schemas import Fault
-from labeltune.data.scratch import OTHER_TEMPORARY, scratch_folder
 from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError, OutputError, first_line, printable
+from labeltune.io.lock import OTHER_TEMPORARY, scratch_folder
+from labeltune.io.outputs import writing
 from labeltune.io.processes import worker_count
-from labeltune.io.run_folder import writing
 from labeltune.types import Example
 
 if TYPE_CHECKING:

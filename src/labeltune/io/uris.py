@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, cast
 from uuid import uuid4
 
 from labeltune.errors import DataError, OutputError, first_line
-from labeltune.io.run_folder import write_bytes
+from labeltune.io.outputs import write_bytes
 
 
 @dataclass(frozen=True)
