@@ -11,9 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
 from labeltune.config import DataConfig, HubConfig, TaskName
@@ -38,10 +41,6 @@ from labeltune.io.lock import OTHER_TEMPORARY, scratch_folder
 from labeltune.io.outputs import writing
 from labeltune.io.processes import worker_count
 from labeltune.types import Example
-
-if TYPE_CHECKING:
-    import pyarrow
-    from datasets import Dataset
 
 #: Characters of texts that wait to be written, at most (and one text more).
 _WAITING_CHARACTERS = 8_000_000
@@ -95,10 +94,8 @@ class Splits:
     fingerprints: dict[str, str]
 
 
-def features() -> Any:
+def features() -> Features:
     """Arrow types of the columns of `Example.to_row`."""
-    from datasets import Features, List, Value
-
     entity = {
         "text": Value("string"),
         "label": Value("string"),
@@ -138,8 +135,6 @@ def load_rows(
         DataError: the file does not exist or cannot be opened. Faults of rows are in the audit, not raised.
         OutputError: there is no room for the Arrow file.
     """
-    from datasets import Dataset
-
     path = resolve_data(spec, hub)
     kept = folder is not None
     folder = folder or scratch_folder()
@@ -182,9 +177,6 @@ def _audit_into(
     numbered: tuple[str, ...] | None,
 ) -> Audit:
     """Check a file, in several processes where that pays and gives the same; usable rows go to the Arrow file `target`."""
-    import pyarrow as pa
-    from datasets.arrow_writer import ArrowWriter
-
     schema = features()
     data = data or DataConfig()
     columns = replace(columns_of_file(path, task, data), numbered=numbered)
@@ -226,7 +218,7 @@ def _audit_into(
 class _Writing:
     """Hands examples to an Arrow writer, which keeps a thousand of them: fewer where texts are long."""
 
-    def __init__(self, writer: pyarrow.RecordBatchStreamWriter) -> None:
+    def __init__(self, writer: ArrowWriter) -> None:
         self.writer, self.waiting = writer, 0
 
     def __call__(self, example: Example) -> None:

@@ -1,4 +1,4 @@
-"""Files and hub data sets -> raw records, one at a time."""
+"""Files and data sets of hubs, the original recipe's among them -> raw records, one at a time."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from labeltune.data.records import (
     value_records,
 )
 from labeltune.data.tables import parquet_records, sheet_records, table_records
-from labeltune.errors import DataError, HubError, OutputError, first_line, near_it, printable
+from labeltune.errors import DataError, HubError, first_line, near_it, printable
 from labeltune.io.hubs import asking, check_inside
-from labeltune.io.outputs import check_folder, is_hub_name
+from labeltune.io.outputs import check_folder, is_hub_name, open_whole
 
 
 def resolve_data(spec: str, hub: HubConfig | None = None) -> Path:
@@ -240,11 +240,6 @@ def download_original(name: str, folder: Path, hub: HubConfig | None = None) -> 
                 raise HubError(
                     f"{repo} holds no {source_name} any more; look at the repository and fetch the file by hand"
                 )
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                partial = folder / f".{target_name}.part"
-                shutil.copyfile(found[0], partial)
-                partial.replace(folder / target_name)
-            except OSError as error:
-                raise OutputError(f"{folder / target_name} cannot be written: {error}") from error
+            with found[0].open("rb") as source, open_whole(folder / target_name) as target:
+                shutil.copyfileobj(source, target)
     return targets

@@ -308,7 +308,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: a reader sees the old one or the new one, never a part.
+    """Write a file as `open_whole` does; raises what that raises."""
+    with open_whole(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def open_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that is written atomically: a reader sees the old one or, when the context ends well, the new one, never a part.
 
     A link stays, and what it leads to is replaced; a device or a FIFO is written to.
 
@@ -317,7 +324,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     if is_stream(path):
         with open_stream(path) as stream:
-            stream.write(content)
+            yield stream
         return
     path = link_target(path)
     try:
@@ -325,7 +332,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             Path(name).chmod(0o666 & ~umask())
