@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from labeltune.config import DataConfig, TaskName
 from labeltune.data.blocks import Block, cut_file, read_block
-from labeltune.data.columns import FileColumns, columns_of_file
+from labeltune.data.columns import LOOKED_AT, FileColumns, columns_of_file
 from labeltune.data.formats import find_format
 from labeltune.data.labels import not_among, twins
 from labeltune.data.records import Record
@@ -39,6 +39,11 @@ _SHOWN = 10
 _BATCH = 1000
 #: Characters of texts that wait to be counted, at most (and one text more).
 _BATCH_CHARACTERS = 8_000_000
+#: Rows, and bytes, of a block that is checked by another process.
+_BLOCK_ROWS = 8192
+_BLOCK_BYTES = 4 << 20
+#: Smaller files are checked before other processes would have started.
+ENOUGH_BYTES = 8 << 20
 
 
 @dataclass
@@ -303,7 +308,7 @@ def _count_mentions(audit: Audit, pairs: list[tuple[str, str]] | None) -> None:
     audit.repeated_mentions += len(set(pairs)) < len(pairs)
 
 
-def add_duplicates(audit: Audit, where: Callable[[int], str]) -> numpy.ndarray[Any, Any]:
+def add_duplicates(audit: Audit, where: Callable[[int], str]) -> NDArray[numpy.int64]:
     """Add the warnings about rows that stand again.
 
     Args:
@@ -387,12 +392,6 @@ def none_usable(audit: Audit) -> str:
     return f"{name} holds no usable row; see: labeltune data check {name} --task {audit.task}"
 
 
-_ROWS = 8192
-_BYTES = 4 << 20
-#: Smaller files are checked before other processes would have started.
-ENOUGH_BYTES = 8 << 20
-
-
 @dataclass(frozen=True)
 class _Check:
     """What a process does with a block: (what it found, usable rows as an Arrow stream)."""
@@ -463,16 +462,12 @@ def audit_blocks(
 
 def _blocks(path: Path, max_rows: int | None) -> Iterator[Block]:
     with path.open("rb") as file:
-        for block in cut_file(printable(str(path)), file, _ROWS, most_bytes=_BYTES):
+        for block in cut_file(printable(str(path)), file, _BLOCK_ROWS, most_bytes=_BLOCK_BYTES):
             if max_rows is not None and block.first + block.rows >= max_rows:
                 if block.first < max_rows:
                     yield replace(block, rows=max_rows - block.first)
                 return
             yield block
-
-
-#: Records that tell which task a file without a usable row is for.
-_LOOKED_AT = 100
 
 
 def add_meeting_faults(train: Rows, other: Rows, data: DataConfig) -> list[int]:
@@ -504,7 +499,7 @@ def other_task(path: Path, task: TaskName, data: DataConfig) -> str | None:
     other = "ner"
     if task == "ner":
         mine, theirs, other = theirs, mine, "classification"
-    first = islice(iter_records(path, data.encoding), _LOOKED_AT)
+    first = islice(iter_records(path, data.encoding), LOOKED_AT)
     records = [record.values for record in first if record.values is not None]
     if not records or any(mine in values for values in records) or not all(theirs in v for v in records):
         return None

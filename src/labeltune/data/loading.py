@@ -90,7 +90,7 @@ class Splits:
     labels: tuple[str, ...]
     skipped_rows: int
     skipped: dict[str, int]
-    train_texts: numpy.ndarray[Any, Any]
+    train_texts: NDArray[numpy.uint64]
     fingerprints: dict[str, str]
 
 
@@ -309,17 +309,15 @@ class _Part:
     """Some rows of a file; `mask` tells which, shape [usable rows]."""
 
     rows: Rows
-    mask: numpy.ndarray[Any, Any]
+    mask: NDArray[numpy.bool_]
 
     def dataset(self) -> Dataset:
         if self.mask.all():
             return self.rows.dataset
         return self.rows.dataset.select(numpy.flatnonzero(self.mask))
 
-    def texts(self) -> numpy.ndarray[Any, Any]:
-        hashes: numpy.ndarray[Any, Any] = numpy.array(self.rows.audit.text_hashes, dtype=numpy.uint64)
-        kept: numpy.ndarray[Any, Any] = hashes[self.mask]
-        return kept
+    def texts(self) -> NDArray[numpy.uint64]:
+        return numpy.array(self.rows.audit.text_hashes, dtype=numpy.uint64)[self.mask]
 
     def fingerprint(self) -> str:
         answers = numpy.array(self.rows.audit.answer_hashes, dtype=numpy.uint64)[self.mask]
@@ -344,7 +342,7 @@ def stratum(row: Mapping[str, Any]) -> str:
     return "+".join(sorted({entity["label"] for entity in entities}))
 
 
-def stratified_split(rows: Rows, fraction: float, seed: int) -> numpy.ndarray[Any, Any]:
+def stratified_split(rows: Rows, fraction: float, seed: int) -> NDArray[numpy.intp]:
     """Numbers of the rows to hold out, sorted: about `fraction` of every stratum, equal texts on one side.
 
     A stratum is a label (classification) or the set of a row's entity types (NER). A stratum of one text stays in
@@ -369,11 +367,11 @@ def stratified_split(rows: Rows, fraction: float, seed: int) -> numpy.ndarray[An
         chosen = generator.permutation(len(texts))[:count]
         taken.append(texts[numpy.argsort(firsts)[chosen]])
     if not taken:
-        return numpy.zeros(0, dtype=numpy.int64)
+        return numpy.zeros(0, dtype=numpy.intp)
     return _places(hashes, numpy.sort(numpy.concatenate(taken)))
 
 
-def _places(values: numpy.ndarray[Any, Any], wanted: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+def _places(values: NDArray[numpy.uint64], wanted: NDArray[numpy.uint64]) -> NDArray[numpy.intp]:
     """Where `values` are among `wanted`, which is sorted; `numpy.isin` would sort them all, in 50 bytes each."""
     found = numpy.zeros(len(values), dtype=bool)
     for at in range(0, len(values) if len(wanted) else 0, _AT_ONCE):
@@ -383,7 +381,7 @@ def _places(values: numpy.ndarray[Any, Any], wanted: numpy.ndarray[Any, Any]) ->
     return numpy.flatnonzero(found)
 
 
-def _strata(rows: Rows) -> tuple[numpy.ndarray[Any, Any], dict[str, int]]:
+def _strata(rows: Rows) -> tuple[NDArray[numpy.int32], dict[str, int]]:
     """The stratum of every row as a number, shape [rows], int32; and the numbers by name."""
     names: dict[str, int] = {}
     codes = numpy.zeros(len(rows.dataset), dtype=numpy.int32)

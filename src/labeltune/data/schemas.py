@@ -1,4 +1,4 @@
-"""Raw record -> Example, or every reason why not."""
+"""Raw record -> Example, or every reason why not, offsets that were counted in another way among them."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ _MESSAGE_LENGTH = 400
 _Value = TypeVar("_Value")
 #: Faults of a row's entities that are explained.
 _EXPLAINED = 20
+#: Texts beyond it are not searched for reasons that need the whole text once more.
+_LONGEST = 200_000
 
 
 @dataclass(frozen=True)
@@ -342,14 +344,14 @@ def _entity(
         entity = Entity(entity_text, _entity_label(raw, code, name, labels), start, end)
         faults = []
         if entity_text != entity_text.strip():
-            a, b = start + len(entity_text) - len(entity_text.lstrip()), start + len(entity_text.rstrip())
+            a, b = _stripped(text, start, end)
             message = f"{name}: {entity_text!r} begins or ends with a blank; without it, it stands at {a}:{b}"
             faults.append(("entity_blanks", message))
         if code != code.strip():
             message = f"{name}: blanks around the type {code!r} are left out"
             faults.append(("entity_blanks", message))
         return entity, (start, end), faults
-    reason, place = explain(text, start, end, entity_text) if explained else ("", None)
+    reason, place = _why_elsewhere(text, start, end, entity_text) if explained else ("", None)
     found = f"is {text[max(start, 0) : max(end, 0)]!r}, not {entity_text!r}"
     if not 0 <= start <= end <= len(text):
         found = f"is not in the text, which has {len(text)} characters: {entity_text!r} is expected"
@@ -398,11 +400,7 @@ def _entity_label(raw: dict[str, Any], code: str, name: str, labels: Sequence[st
     )
 
 
-#: Texts beyond it are not searched for reasons that need the whole text once more.
-_LONGEST = 200_000
-
-
-def explain(text: str, start: int, end: int, entity: str) -> tuple[str, tuple[int, int] | None]:
+def _why_elsewhere(text: str, start: int, end: int, entity: str) -> tuple[str, tuple[int, int] | None]:
     """Why `text[start:end]` is not `entity`.
 
     Returns:
