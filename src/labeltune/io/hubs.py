@@ -48,16 +48,18 @@ def asking(hub: str, kind: Literal["model", "dataset"], repo: str, instead: str)
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        by_hand = f"download its files by hand from {_page(hub, address, kind, repo)} and {instead}"
+        page = _page(hub, address, kind, repo)
         unanswered = _unanswered(error)
         if unanswered is not None:
             reason = first_line(unanswered)
             reason = reason if len(reason) <= _SHORT else type(unanswered).__name__
             raise HubError(
-                f"{repo} could not be fetched: {name} ({host}) cannot be reached ({reason}). Check the network, or {by_hand}"
+                f"{repo} could not be fetched: {name} ({host}) cannot be reached ({reason}). Check the network, "
+                f"or download its files by hand from {page} and {instead}"
             ) from error
         raise HubError(
-            f"{repo} could not be fetched from {name} ({first_line(error)}). Check the name and the revision, or {by_hand}"
+            f"{repo} could not be fetched from {name} ({first_line(error)}). Check the name and the revision, "
+            f"or download its files by hand from {page} and {instead}"
         ) from error
     finally:
         logging.disable(disabled)
