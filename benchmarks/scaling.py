@@ -74,7 +74,7 @@ class Memory:
 def stages(rows_file: Path, tokenizer_folder: Path, workers: int, until: str) -> dict[str, Any]:
     """In a process of its own: the stages of preparing a run, as training and `data check` do them."""
     from labeltune.config import build_config
-    from labeltune.data.audit import add_duplicates
+    from labeltune.data.check import add_duplicates
     from labeltune.data.loading import load_rows, stratified_split
     from labeltune.models.hub import load_tokenizer
     from labeltune.prompts import make_task

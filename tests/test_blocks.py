@@ -23,15 +23,14 @@ import pytest
 
 from conftest import LABELS, classification_rows, make_tokenizer, ner_rows, write_jsonl
 from labeltune.config import DataConfig, build_config
-from labeltune.data import audit_blocks
-from labeltune.data.audit import Audit
 from labeltune.data.blocks import Block, cut_file, cut_lines, cut_parquet, read_block
+from labeltune.data.check import Audit, audit_blocks
 from labeltune.data.loading import Rows, load_rows, stratified_split, stratum
 from labeltune.data.records import Record, bounded_lines
 from labeltune.data.sources import iter_records
-from labeltune.data.uris import Place
 from labeltune.errors import DataError
 from labeltune.io.processes import mapped, worker_count
+from labeltune.io.uris import Place
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate

@@ -19,8 +19,15 @@ import labeltune
 from conftest import make_tokenizer
 from labeltune.errors import DivergedError, ModelError, OutputError
 from labeltune.io.lock import alone_with
-from labeltune.io.run_files import remove_half_checkpoints
-from labeltune.io.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage, file_hash, find_checkpoint
+from labeltune.io.outputs import file_hash
+from labeltune.io.run_folder import (
+    MANIFEST_FILE,
+    RUN_FILE,
+    checkpoints,
+    damage,
+    find_checkpoint,
+    remove_half_checkpoints,
+)
 from labeltune.training.checkpoints import Checkpoint, remove_old, write_manifest
 from labeltune.training.resuming import LogSums
 from labeltune.training.trainer import LabelTrainer

@@ -315,12 +315,12 @@ def test_a_killed_process_leaves_no_copy_of_its_rows(tmp_path: Path) -> None:
     (left,) = scratch.iterdir()
     assert [path.name for path in left.iterdir()] == ["owner"]
     # A process that dies while it writes: the next one takes it away, but not what belongs to a living one.
-    assert run(f"from labeltune.data.scratch import *; (scratch_folder() / 'x').touch(); {kill}") < 0
+    assert run(f"from labeltune.io.lock import *; (scratch_folder() / 'x').touch(); {kill}") < 0
     assert not left.exists() and len(list(scratch.iterdir())) == 1
     other = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {loads!r}], check=True)"
     alive = "f = scratch_folder(); (f / 'x').touch()"
     checked = "assert (f / 'x').exists(); assert len(list(f.parent.iterdir())) == 1"
-    assert run(f"from labeltune.data.scratch import *; {alive}; {other}; {checked}") == 0
+    assert run(f"from labeltune.io.lock import *; {alive}; {other}; {checked}") == 0
     assert list(scratch.iterdir()) == []
 
 

@@ -115,7 +115,7 @@ CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doc
     io/run_files.py io/run_folder.py sweep/report.py sweep/run.py sweep/space.py sweep/study.py
     prompts/classification.py prompts/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
     training/dataset.py training/preflight.py training/record.py training/resuming.py training/self_check.py
-    training/run.py training/trainer.py io/trust.py""".split()  # noqa: SIM905
+    training/run.py training/trainer.py""".split()  # noqa: SIM905
 #: What they say that has no words of its own, or is for a programmer.
 SILENT = {
     f"labeltune {HOLE}",

@@ -17,7 +17,7 @@ from labeltune.data.loading import load_rows
 from labeltune.errors import DataError, OutputError
 from labeltune.export.folder import whole_folder
 from labeltune.inference.stream import predict_file
-from labeltune.io.run_folder import why_not_written
+from labeltune.io.outputs import why_not_written
 from test_predictor import predictor_for
 from test_training import config_for
 
@@ -104,7 +104,7 @@ def test_a_full_temporary_folder_is_not_blamed_on_the_data(
         with pytest.raises(OutputError, match=r"checked rows cannot be kept in .*No space left.*TMPDIR"):
             load_rows(str(path), "classification")
     with monkeypatch.context() as patched:
-        patched.setattr("labeltune.data.scratch._folders", {})
+        patched.setattr("labeltune.io.lock._folders", {})
         patched.setattr(tempfile, "mkdtemp", refuse)
         with pytest.raises(OutputError, match=r"there is no temporary folder: No space left.*TMPDIR"):
             load_rows(str(path), "classification")

@@ -16,9 +16,8 @@ from conftest import CHATML, make_tokenizer
 from labeltune.config import NER_LABELS, PromptConfig, build_config
 from labeltune.errors import PromptError
 from labeltune.prompts import make_task
-from labeltune.prompts.builder import PromptBuilder
+from labeltune.prompts.builder import PromptBuilder, encode_to_fit
 from labeltune.prompts.template import PLAIN_TEMPLATE, ChatTemplate, Conversation
-from labeltune.prompts.truncation import encode_to_fit
 from labeltune.types import Entity, Example
 
 LABELS = ("Sports", "Space", "Art")

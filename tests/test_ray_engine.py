@@ -22,15 +22,15 @@ import labeltune
 from conftest import LABELS, classification_rows, write_jsonl
 from labeltune.commands.predict import predict_command
 from labeltune.config import build_config
-from labeltune.data.uris import Place
 from labeltune.errors import DataError, LabeltuneError, ModelError
 from labeltune.inference import load as loading
 from labeltune.inference.load import load_predictor
 from labeltune.inference.ray_engine import MOST_ATTEMPTS, Cluster, ray_workers
 from labeltune.inference.ray_session import ray_session
 from labeltune.inference.stream import PredictOptions, predict_file
-from labeltune.io import run_files
+from labeltune.io import run_folder
 from labeltune.io.run_folder import RunInfo
+from labeltune.io.uris import Place
 from test_shards import joined, parts
 from test_training import config_for
 
@@ -190,7 +190,7 @@ def test_what_cannot_be_done_is_said_before_ray_starts(
 ) -> None:
     monkeypatch.setattr(loading, "run_fingerprint", lambda run, changes: "fingerprint")
     monkeypatch.setattr(loading, "checkpoint_of", lambda run: run)
-    monkeypatch.setattr(run_files, "files_read", lambda run: [])
+    monkeypatch.setattr(run_folder, "files_read", lambda run: [])
     info = RunInfo.of(build_config({}), ("a",), "")
     monkeypatch.setattr(RunInfo, "load", lambda folder: info)
     (in_folder / "rows.csv").write_text("text\na\n")

@@ -16,7 +16,7 @@ import labeltune
 from conftest import write_jsonl
 from labeltune.commands.data import guess_task
 from labeltune.config import ColumnsConfig, DataConfig, load_config
-from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file, text_hash
+from labeltune.data.check import Audit, add_duplicates, add_shared, audit_file, text_hash
 from labeltune.data.labels import parse_candidates
 from labeltune.data.loading import load_rows
 from labeltune.data.records import Record

@@ -15,7 +15,6 @@ import pytest
 from conftest import write_jsonl
 from labeltune.config import DataConfig
 from labeltune.data.blocks import block_records
-from labeltune.data.uris import Place
 from labeltune.errors import ConfigError, DataError, OutputError
 from labeltune.inference import shards, stream
 from labeltune.inference.predictor import Predictor
@@ -31,6 +30,7 @@ from labeltune.inference.shards import (
     shard_block,
 )
 from labeltune.inference.stream import PredictOptions, predict_file
+from labeltune.io.uris import Place
 from test_cli import labeltune  # noqa: F401
 from test_outputs import loaded, make_run, refused  # noqa: F401
 from test_predictor import predictor_for

@@ -18,12 +18,11 @@ import pytest
 
 from conftest import write_jsonl
 from labeltune.config import DataConfig, HubConfig, build_config
-from labeltune.data.download import ORIGINALS, download_original
 from labeltune.data.loading import load_rows
 from labeltune.data.records import Record, without_key
-from labeltune.data.sources import iter_records, resolve_data
+from labeltune.data.sources import ORIGINALS, download_original, iter_records, resolve_data
 from labeltune.errors import ConfigError, DataError, HubError, MissingExtraError, OutputError
-from labeltune.io.run_folder import write_json
+from labeltune.io.outputs import write_json
 
 HUBS = {"ms": "modelscope", "hf": "huggingface_hub"}
 

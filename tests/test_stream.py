@@ -20,7 +20,7 @@ from labeltune.inference import stream
 from labeltune.inference.load import load_predictor
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.stream import PredictOptions, count_rows, predict_file
-from labeltune.io.run_folder import file_hash
+from labeltune.io.outputs import file_hash
 from test_predictor import predictor_for
 from test_training import config_for
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from importlib import resources
 from typing import Literal
 
+import yaml
+
 from labeltune.config import (
     CLASSIFICATION_SYSTEM,
     CLASSIFICATION_USER,
@@ -42,8 +44,6 @@ def key_rows(language: Language = "en") -> Iterator[tuple[str, str, str]]:
 
 def chinese_meanings() -> dict[str, str]:
     """Key -> its meaning in Chinese."""
-    import yaml
-
     text = resources.files("labeltune").joinpath("config_keys.zh.yaml").read_text(encoding="utf-8")
     loaded: dict[str, str] = yaml.safe_load(text)
     return loaded

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
+
+import yaml
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 #: Places of a template that take one kind of text: `{n}`, `{n2}` ... a number, `{word}` ... no blanks. All others take any.
@@ -69,7 +71,7 @@ def spoken(name: Literal["stdout", "stderr"]) -> Iterator[None]:
         setattr(sys, name, kept)
 
 
-def verbatim(stream: Any) -> Any:
+def verbatim(stream: TextIO) -> TextIO:
     """A stream that is spoken to, without the translation: for lines that hold somebody's words."""
     return stream._stream if isinstance(stream, _Spoken) else stream
 
@@ -77,7 +79,7 @@ def verbatim(stream: Any) -> Any:
 class _Spoken:
     """A text stream that translates what is written to it, message by message, and is the stream beneath otherwise."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -135,8 +137,6 @@ def _translated(message: str, depth: int) -> str | None:
 
 def templates() -> dict[str, str]:
     """English template -> Chinese template; `{name}` stands for what is formatted in, see `_KINDS` for some names."""
-    import yaml
-
     text = resources.files("labeltune").joinpath("messages.zh.yaml").read_text(encoding="utf-8")
     loaded: dict[str, str] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return loaded

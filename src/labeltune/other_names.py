@@ -145,53 +145,44 @@ def _method(value: object) -> str:
     return "lora" if str(value).lower() in ("false", "0", "none", "") else "qlora"
 
 
-#: Where the value is another one here; a text, or None to show the key without one.
-_VALUES: dict[str, Callable[[object], str | None]] = {
-    "bf16": lambda value: _on(value, "bf16"),
-    "fp16": lambda value: _on(value, "fp16"),
-    "pure_bf16": lambda value: _on(value, "bf16"),
-    "torch_dtype": lambda value: {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(
-        str(value), "auto"
-    ),
-    "compute_dtype": lambda value: {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(
-        str(value), "auto"
-    ),
-    "quantization_bit": _method,
-    "quant_bits": _method,
-    "load_in_4bit": _method,
-    "finetuning_type": lambda value: str(value) if str(value) in ("lora", "qlora", "full") else None,
-    "train_type": lambda value: str(value) if str(value) in ("lora", "qlora", "full") else None,
-    "tuner_type": lambda value: str(value) if str(value) in ("lora", "qlora", "full") else None,
-    "sft_type": lambda value: str(value) if str(value) in ("lora", "qlora", "full") else None,
-    "lora_target": lambda value: "all-linear" if str(value) in ("all", "all-linear") else _list(value),
-    "target_modules": lambda value: "all-linear" if str(value) in ("all", "all-linear") else _list(value),
-    "lora_target_modules": lambda value: (
-        "all-linear" if str(value) in ("all", "all-linear") else _list(value)
-    ),
-    "eval_strategy": lambda value: "epoch" if str(value) == "epoch" else "100",
-    "evaluation_strategy": lambda value: "epoch" if str(value) == "epoch" else "100",
-    "save_strategy": lambda value: "epoch" if str(value) == "epoch" else "100",
-    "warmup_ratio": lambda value: None,
-    "truncation_strategy": lambda value: None,
-    "group_by_length": lambda value: None,
-    "use_swanlab": lambda value: "swanlab" if _on(value, "on") == "on" else "none",
-    "report_to": lambda value: (
-        str(value) if str(value) in ("none", "swanlab", "tensorboard", "wandb") else None
-    ),
-    "swanlab_mode": lambda value: "online" if str(value) == "cloud" else str(value),
-    "metric_for_best_model": lambda value: {
-        "eval_loss": "loss",
-        "loss": "loss",
-        "accuracy": "accuracy",
-        "eval_accuracy": "accuracy",
-        "macro_f1": "macro_f1",
-    }.get(str(value), "auto"),
-}
+def _dtype(value: object) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(str(value), "auto")
 
 
-def _list(value: object) -> str:
+def _one_of(*ours: str) -> Callable[[object], str | None]:
+    return lambda value: str(value) if str(value) in ours else None
+
+
+def _targets(value: object) -> str:
+    if str(value) in ("all", "all-linear"):
+        return "all-linear"
     names = value if isinstance(value, list | tuple) else str(value).split(",")
     return f"[{', '.join(str(name).strip() for name in names)}]"
+
+
+def _metric(value: object) -> str:
+    name = str(value).removeprefix("eval_")
+    return name if name in ("loss", "accuracy", "macro_f1") else "auto"
+
+
+#: Names -> their value here, where it is another one; None to show the key without one.
+_SAME_VALUES: dict[tuple[str, ...], Callable[[object], str | None]] = {
+    ("bf16", "pure_bf16"): lambda value: _on(value, "bf16"),
+    ("fp16",): lambda value: _on(value, "fp16"),
+    ("torch_dtype", "compute_dtype"): _dtype,
+    ("quantization_bit", "quant_bits", "load_in_4bit"): _method,
+    ("finetuning_type", "train_type", "tuner_type", "sft_type"): _one_of("lora", "qlora", "full"),
+    ("lora_target", "target_modules", "lora_target_modules"): _targets,
+    ("eval_strategy", "evaluation_strategy", "save_strategy"): lambda value: (
+        "epoch" if str(value) == "epoch" else "100"
+    ),
+    ("warmup_ratio", "truncation_strategy", "group_by_length"): lambda value: None,
+    ("use_swanlab",): lambda value: "swanlab" if _on(value, "on") == "on" else "none",
+    ("report_to",): _one_of("none", "swanlab", "tensorboard", "wandb"),
+    ("swanlab_mode",): lambda value: "online" if str(value) == "cloud" else str(value),
+    ("metric_for_best_model",): _metric,
+}
+_VALUES = {name: value for names, value in _SAME_VALUES.items() for name in names}
 
 
 def plain(name: str) -> str:

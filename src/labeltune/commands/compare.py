@@ -28,9 +28,8 @@ from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.evaluation.comparison_page import BARE, comparison_page
 from labeltune.evaluation.headline import headline, rows_line
-from labeltune.io.outputs import check_folder
+from labeltune.io.outputs import check_folder, write_json, write_text
 from labeltune.io.progress import phase, track
-from labeltune.io.run_folder import write_json, write_text
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:

@@ -16,19 +16,23 @@ from labeltune.commands.options import AsJson, Labels, OnError
 from labeltune.commands.preparing import too_long
 from labeltune.config import HubConfig, RunConfig, load_config
 from labeltune.data import columns
-from labeltune.data.audit import Audit, add_duplicates, audit_file, stop_on_errors
+from labeltune.data.check import (
+    Audit,
+    add_duplicates,
+    add_meeting_faults,
+    audit_file,
+    nothing_to_learn,
+    stop_on_errors,
+)
 from labeltune.data.convert import convert_file
-from labeltune.data.download import download_original
 from labeltune.data.labels import named_labels
 from labeltune.data.loading import Rows, load_rows
-from labeltune.data.meeting import add_meeting_faults, nothing_to_learn
 from labeltune.data.schemas import Fault
-from labeltune.data.sources import iter_records, resolve_data
+from labeltune.data.sources import download_original, iter_records, resolve_data
 from labeltune.errors import counted, printable
 from labeltune.evaluation.data_page import data_page
 from labeltune.evaluation.data_report import check_report, make_report
-from labeltune.io.outputs import check_file
-from labeltune.io.run_folder import write_text
+from labeltune.io.outputs import check_file, write_text
 from labeltune.messages import spoken, verbatim
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder

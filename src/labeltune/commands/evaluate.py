@@ -26,9 +26,8 @@ from labeltune.config import (
     TaskName,
     load_config,
 )
-from labeltune.data.audit import stop_on_errors
+from labeltune.data.check import add_unknown_labels, stop_on_errors
 from labeltune.data.loading import Rows, load_rows, load_splits
-from labeltune.data.meeting import add_unknown_labels
 from labeltune.data.records import without_key
 from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError
@@ -43,10 +42,9 @@ from labeltune.evaluation.metrics import classification_metrics
 from labeltune.evaluation.report import report_page
 from labeltune.evaluation.slices import slices
 from labeltune.evaluation.spans import entity_dictionary, ner_metrics
-from labeltune.io.outputs import check_folder, is_hub_name
+from labeltune.io.outputs import check_folder, is_hub_name, write_json, write_text
 from labeltune.io.progress import phase, track
-from labeltune.io.run_files import EVALUATION_FILES, files_read
-from labeltune.io.run_folder import RunInfo, find_checkpoint, write_json, write_text
+from labeltune.io.run_folder import EVALUATION_FILES, RunInfo, files_read, find_checkpoint
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:

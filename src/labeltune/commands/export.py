@@ -17,9 +17,9 @@ from labeltune import __version__
 from labeltune.commands.evaluate import describe_run, labelled_rows
 from labeltune.commands.row_hashes import SELECTION_FILE, TRAINING_FILE
 from labeltune.errors import ConfigError, DataError
-from labeltune.io.outputs import is_hub_name
+from labeltune.io.outputs import is_hub_name, write_json, write_text
 from labeltune.io.progress import tell, track
-from labeltune.io.run_folder import RunInfo, public_name, write_json, write_text
+from labeltune.io.run_folder import RunInfo, public_name
 from labeltune.prompts import make_task
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example, Prediction

@@ -13,8 +13,7 @@ import typer
 
 from labeltune.config_table import key_rows
 from labeltune.errors import ConfigError, OutputError
-from labeltune.io.outputs import check_folder
-from labeltune.io.run_folder import write_text
+from labeltune.io.outputs import check_folder, write_text
 from labeltune.messages import language, localize, spoken
 from labeltune.other_names import KEYS, our_name, plain
 

@@ -154,7 +154,7 @@ def _run_app(command: typer.Typer, name: str | None) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        from labeltune.io.run_folder import why_not_written
+        from labeltune.io.outputs import why_not_written
 
         closed = "it is not open for writing" if error.errno == errno.EBADF else None
         reason = why_not_written(error) or closed

@@ -18,18 +18,25 @@ import typer
 from labeltune.commands.main import Closed
 from labeltune.commands.options import Address, Decoding, Workers
 from labeltune.config import ColumnsConfig, DataConfig, build_config
-from labeltune.data.audit import first_error
+from labeltune.data.check import first_error
 from labeltune.data.labels import named_labels
 from labeltune.data.records import Record, without_key
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records, resolve_data
-from labeltune.data.uris import Place
 from labeltune.errors import ConfigError, DataError, MissingExtraError, OutputError, counted
 from labeltune.inference.row_files import csv_of, is_csv, parse_shard, shard_output, unfinished_names
-from labeltune.io.outputs import check_file, check_folder, is_file_of, is_hub_name, is_stream, open_stream
+from labeltune.io.outputs import (
+    check_file,
+    check_folder,
+    is_file_of,
+    is_hub_name,
+    is_stream,
+    open_stream,
+    write_text,
+)
 from labeltune.io.progress import row_progress, track
-from labeltune.io.run_files import encoding_of, files_read
-from labeltune.io.run_folder import RunInfo, write_text
+from labeltune.io.run_folder import RunInfo, encoding_of, files_read
+from labeltune.io.uris import Place
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy
 
-from labeltune.data.audit import text_hash
+from labeltune.data.check import text_hash
 from labeltune.errors import ModelError
-from labeltune.io.run_folder import write_bytes
+from labeltune.io.outputs import write_bytes
 
 #: Hashes of texts in a checkpoint: 8 bytes each, little-endian, sorted.
 SELECTION_FILE = "selection.u64"

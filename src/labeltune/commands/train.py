@@ -37,10 +37,15 @@ from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.evaluation.headline import SELECTION, headline
 from labeltune.io.lock import alone_with
-from labeltune.io.outputs import is_hub_name
+from labeltune.io.outputs import is_hub_name, remove_leftovers
 from labeltune.io.progress import begin, no_long_silence, track
-from labeltune.io.run_files import check_inputs_kept, remove_half_checkpoints
-from labeltune.io.run_folder import RunInfo, check_output, remove_checkpoints, remove_leftovers
+from labeltune.io.run_folder import (
+    RunInfo,
+    check_inputs_kept,
+    check_output,
+    remove_checkpoints,
+    remove_half_checkpoints,
+)
 from labeltune.types import Example
 
 if TYPE_CHECKING:

@@ -8,24 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
+
+import pyarrow
+import pyarrow.parquet
 
 from labeltune.data.formats import find_format
-from labeltune.data.parquet import read_rows, repeated_column
 from labeltune.data.records import (
-    MAX_LINE_BYTES,
     LongLine,
     Record,
     bounded_lines,
     decoded_lines,
     json_records,
-    parquet_records,
 )
 from labeltune.data.sources import records_of
+from labeltune.data.tables import parquet_records, repeated_column
 from labeltune.errors import DataError, first_line
-
-if TYPE_CHECKING:
-    import pyarrow.parquet
 
 #: A block that has as many bytes ends, also before it has all its rows.
 MOST_BYTES = 32 << 20
@@ -134,10 +132,8 @@ def cut_lines(
         yield Block(name, number, first, count, begin, start, counted.bytes)
 
 
-def cut_parquet(name: str, file: pyarrow.parquet.ParquetFile, rows: int) -> Iterator[Block]:
+def cut_parquet(name: str, file: BinaryIO, rows: int) -> Iterator[Block]:
     """Blocks of a parquet file by its metadata."""
-    import pyarrow.parquet
-
     total = int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
     if repeated_column(file) is not None:
         total = 1  # a row that says so
@@ -153,7 +149,7 @@ def file_records(name: str, file: BinaryIO, encoding: str = "utf-8") -> Iterator
     """
     form = find_format(name, file, encoding)
     if form.kind == "parquet" and not form.problem:
-        return parquet_records(name, read_rows(file, MAX_LINE_BYTES))
+        return parquet_records(name, file)
     return records_of(name, file, form)
 
 
@@ -184,8 +180,6 @@ def block_records(block: Block, file: BinaryIO, encoding: str = "utf-8") -> Iter
     Raises:
         DataError: the file is damaged, or cannot be read there.
     """
-    import pyarrow
-
     try:
         yield from read_block(block, file, encoding)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -202,10 +196,8 @@ def _until(lines: _Counted, size: int) -> Iterator[bytes]:
             return
 
 
-def _parquet_rows(block: Block, file: pyarrow.parquet.ParquetFile) -> Iterator[Record]:
+def _parquet_rows(block: Block, file: BinaryIO) -> Iterator[Record]:
     """Only the row groups that hold the block are read; what stands before it in its first one is passed over."""
-    import pyarrow.parquet
-
     metadata = pyarrow.parquet.ParquetFile(file).metadata
     groups: list[int] = []
     before = at = 0
@@ -216,5 +208,5 @@ def _parquet_rows(block: Block, file: pyarrow.parquet.ParquetFile) -> Iterator[R
                 before = block.first - at
             groups.append(group)
         at += size
-    rows = read_rows(file, MAX_LINE_BYTES, groups, before)
-    return islice(parquet_records(block.file, rows, block.first), block.rows)
+    rows = parquet_records(block.file, file, groups, skip=before, first=block.first)
+    return islice(rows, block.rows)

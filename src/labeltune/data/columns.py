@@ -48,30 +48,23 @@ class _Seen:
     """What the columns of some rows hold.
 
     Attributes:
-        rows: rows that could be read.
+        first: place of the first row that could be read, empty when there is none.
         names: column -> whether a value of it is not empty.
-        first: place of the first row.
+        spans: columns with a list of [start, end, type].
     """
 
-    def __init__(self, output: str) -> None:
-        self.rows, self.first = 0, ""
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.first = ""
         self.names: dict[str, bool] = {}
-        self.labels: set[type] = set()
         self.spans: set[str] = set()
-        self._output = output
-
-    def add(self, record: Record) -> None:
-        if record.values is None:
-            return
-        self.rows += 1
-        self.first = self.first or record.where
-        for name, value in record.values.items():
-            self.names[name] = self.names.get(name, False) or value not in (None, "")
-            if is_spans(value):
-                self.spans.add(name)
-        label = record.values.get(self._output)
-        if label is not None:
-            self.labels.add(type(label))
+        for record in records:
+            if record.values is None:
+                continue
+            self.first = self.first or record.where
+            for name, value in record.values.items():
+                self.names[name] = self.names.get(name, False) or value not in (None, "")
+                if is_spans(value):
+                    self.spans.add(name)
 
 
 def columns_of_file(
@@ -128,10 +121,8 @@ def find_columns(
     if answers_required:
         wanted.append("output" if task == "classification" else "entities")
     records = list(records)
-    seen = _Seen(columns.output)
-    for record in records:
-        seen.add(record)
-    if not seen.rows:
+    seen = _Seen(records)
+    if not seen.first:
         return FileColumns(columns)
     notes: list[str] = []
     changes: dict[str, str] = {}
@@ -153,11 +144,9 @@ def find_columns(
         )
         return FileColumns(columns, problem=problem)
     columns = columns.model_copy(update=changes)
-    if "output" in changes:
-        seen = _Seen(columns.output)
-        for record in records:
-            seen.add(record)
-    return FileColumns(columns, seen.labels == {int}, tuple(notes))
+    labels = (record.values.get(columns.output) for record in records if record.values is not None)
+    types = {type(label) for label in labels if label is not None}
+    return FileColumns(columns, types == {int}, tuple(notes))
 
 
 def _candidates(role: str, seen: _Seen, taken: set[str]) -> list[str]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 from labeltune.config import RunConfig
-from labeltune.data.audit import first_error
+from labeltune.data.check import first_error
 from labeltune.data.columns import columns_of_file
 from labeltune.data.records import without_key
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records, resolve_data
-from labeltune.errors import DataError, OutputError, printable
-from labeltune.io.outputs import check_file, is_stream, link_target, open_stream
+from labeltune.errors import DataError, printable
+from labeltune.io.outputs import check_file, open_whole
 from labeltune.types import Example
 
 
@@ -44,7 +41,7 @@ def convert_file(
     check_file(output, [path])
     columns = columns_of_file(path, config.task, config.data)
     written = skipped = 0
-    with _lines_to(output) as file:
+    with open_whole(output) as file:
         for number, record in enumerate(columns.records(iter_records(path, config.data.encoding))):
             example, faults = parse_record(
                 record,
@@ -68,24 +65,3 @@ def convert_file(
         if not written:
             raise DataError(f"{printable(str(path))} holds no {'usable row' if skipped else 'rows'}")
     return written, skipped
-
-
-@contextlib.contextmanager
-def _lines_to(output: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name when the block ends well, or the stream that `output` is."""
-    if is_stream(output):
-        with open_stream(output) as stream:
-            yield stream
-        return
-    output = link_target(output)
-    partial = output.parent / f".{output.name}-{os.getpid()}.part"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(output)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

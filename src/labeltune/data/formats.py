@@ -172,7 +172,7 @@ class _Recoded(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         while not self._left and not self._ended:
             raw = self._read(1 << 16)
             self._ended = not raw

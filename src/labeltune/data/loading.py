@@ -11,27 +11,36 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
 from labeltune.config import DataConfig, HubConfig, TaskName
-from labeltune.data.audit import Audit, add_duplicates, audit_file, none_usable, stop_on_errors
-from labeltune.data.audit_blocks import ENOUGH_BYTES, audit_blocks, can_be_cut
+from labeltune.data.check import (
+    ENOUGH_BYTES,
+    Audit,
+    add_duplicates,
+    add_meeting_faults,
+    audit_blocks,
+    audit_file,
+    can_be_cut,
+    none_usable,
+    nothing_to_learn,
+    other_task,
+    stop_on_errors,
+)
 from labeltune.data.columns import columns_of_file
-from labeltune.data.meeting import add_meeting_faults, nothing_to_learn, other_task
 from labeltune.data.schemas import Fault
-from labeltune.data.scratch import OTHER_TEMPORARY, scratch_folder
 from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError, OutputError, first_line, printable
+from labeltune.io.lock import OTHER_TEMPORARY, scratch_folder
+from labeltune.io.outputs import writing
 from labeltune.io.processes import worker_count
-from labeltune.io.run_folder import writing
 from labeltune.types import Example
-
-if TYPE_CHECKING:
-    import pyarrow
-    from datasets import Dataset
 
 #: Characters of texts that wait to be written, at most (and one text more).
 _WAITING_CHARACTERS = 8_000_000
@@ -81,14 +90,12 @@ class Splits:
     labels: tuple[str, ...]
     skipped_rows: int
     skipped: dict[str, int]
-    train_texts: numpy.ndarray[Any, Any]
+    train_texts: NDArray[numpy.uint64]
     fingerprints: dict[str, str]
 
 
-def features() -> Any:
+def features() -> Features:
     """Arrow types of the columns of `Example.to_row`."""
-    from datasets import Features, List, Value
-
     entity = {
         "text": Value("string"),
         "label": Value("string"),
@@ -128,8 +135,6 @@ def load_rows(
         DataError: the file does not exist or cannot be opened. Faults of rows are in the audit, not raised.
         OutputError: there is no room for the Arrow file.
     """
-    from datasets import Dataset
-
     path = resolve_data(spec, hub)
     kept = folder is not None
     folder = folder or scratch_folder()
@@ -172,9 +177,6 @@ def _audit_into(
     numbered: tuple[str, ...] | None,
 ) -> Audit:
     """Check a file, in several processes where that pays and gives the same; usable rows go to the Arrow file `target`."""
-    import pyarrow as pa
-    from datasets.arrow_writer import ArrowWriter
-
     schema = features()
     data = data or DataConfig()
     columns = replace(columns_of_file(path, task, data), numbered=numbered)
@@ -216,7 +218,7 @@ def _audit_into(
 class _Writing:
     """Hands examples to an Arrow writer, which keeps a thousand of them: fewer where texts are long."""
 
-    def __init__(self, writer: pyarrow.RecordBatchStreamWriter) -> None:
+    def __init__(self, writer: ArrowWriter) -> None:
         self.writer, self.waiting = writer, 0
 
     def __call__(self, example: Example) -> None:
@@ -307,17 +309,15 @@ class _Part:
     """Some rows of a file; `mask` tells which, shape [usable rows]."""
 
     rows: Rows
-    mask: numpy.ndarray[Any, Any]
+    mask: NDArray[numpy.bool_]
 
     def dataset(self) -> Dataset:
         if self.mask.all():
             return self.rows.dataset
         return self.rows.dataset.select(numpy.flatnonzero(self.mask))
 
-    def texts(self) -> numpy.ndarray[Any, Any]:
-        hashes: numpy.ndarray[Any, Any] = numpy.array(self.rows.audit.text_hashes, dtype=numpy.uint64)
-        kept: numpy.ndarray[Any, Any] = hashes[self.mask]
-        return kept
+    def texts(self) -> NDArray[numpy.uint64]:
+        return numpy.array(self.rows.audit.text_hashes, dtype=numpy.uint64)[self.mask]
 
     def fingerprint(self) -> str:
         answers = numpy.array(self.rows.audit.answer_hashes, dtype=numpy.uint64)[self.mask]
@@ -342,7 +342,7 @@ def stratum(row: Mapping[str, Any]) -> str:
     return "+".join(sorted({entity["label"] for entity in entities}))
 
 
-def stratified_split(rows: Rows, fraction: float, seed: int) -> numpy.ndarray[Any, Any]:
+def stratified_split(rows: Rows, fraction: float, seed: int) -> NDArray[numpy.intp]:
     """Numbers of the rows to hold out, sorted: about `fraction` of every stratum, equal texts on one side.
 
     A stratum is a label (classification) or the set of a row's entity types (NER). A stratum of one text stays in
@@ -367,11 +367,11 @@ def stratified_split(rows: Rows, fraction: float, seed: int) -> numpy.ndarray[An
         chosen = generator.permutation(len(texts))[:count]
         taken.append(texts[numpy.argsort(firsts)[chosen]])
     if not taken:
-        return numpy.zeros(0, dtype=numpy.int64)
+        return numpy.zeros(0, dtype=numpy.intp)
     return _places(hashes, numpy.sort(numpy.concatenate(taken)))
 
 
-def _places(values: numpy.ndarray[Any, Any], wanted: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+def _places(values: NDArray[numpy.uint64], wanted: NDArray[numpy.uint64]) -> NDArray[numpy.intp]:
     """Where `values` are among `wanted`, which is sorted; `numpy.isin` would sort them all, in 50 bytes each."""
     found = numpy.zeros(len(values), dtype=bool)
     for at in range(0, len(values) if len(wanted) else 0, _AT_ONCE):
@@ -381,7 +381,7 @@ def _places(values: numpy.ndarray[Any, Any], wanted: numpy.ndarray[Any, Any]) ->
     return numpy.flatnonzero(found)
 
 
-def _strata(rows: Rows) -> tuple[numpy.ndarray[Any, Any], dict[str, int]]:
+def _strata(rows: Rows) -> tuple[NDArray[numpy.int32], dict[str, int]]:
     """The stratum of every row as a number, shape [rows], int32; and the numbers by name."""
     names: dict[str, int] = {}
     codes = numpy.zeros(len(rows.dataset), dtype=numpy.int32)

@@ -1,28 +1,30 @@
-"""Files and hub data sets -> raw records, one at a time."""
+"""Files and data sets of hubs, the original recipe's among them -> raw records, one at a time."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import pyarrow
+
 from labeltune.config import HubConfig
-from labeltune.data import records
 from labeltune.data.formats import DAMAGED, SUFFIXES, Format, find_format, is_data_file, opened
-from labeltune.data.json_values import value_records
 from labeltune.data.records import (
     Record,
     bounded_lines,
     decoded_lines,
     json_records,
-    parquet_records,
+    value_records,
 )
-from labeltune.data.tables import sheet_records, table_records
-from labeltune.errors import DataError, first_line, near_it, printable
-from labeltune.io.hubs import asking
-from labeltune.io.trust import check_inside
+from labeltune.data.tables import parquet_records, sheet_records, table_records
+from labeltune.errors import DataError, HubError, first_line, near_it, printable
+from labeltune.io.hubs import asking, check_inside
+from labeltune.io.outputs import check_folder, is_hub_name, open_whole
 
 
 def resolve_data(spec: str, hub: HubConfig | None = None) -> Path:
@@ -35,7 +37,7 @@ def resolve_data(spec: str, hub: HubConfig | None = None) -> Path:
         DataError: the file does not exist, has an unknown suffix, or the data set holds several candidates.
         HubError: the hub cannot be reached.
     """
-    if spec.startswith(("ms:", "hf:")):
+    if is_hub_name(spec):
         path = _download(spec, hub or HubConfig())
     else:
         path = Path(spec).expanduser()
@@ -191,6 +193,53 @@ def records_of(name: str, file: BinaryIO, form: Format) -> Iterator[Record]:
 
 
 def _iter_parquet(path: Path, name: str) -> Iterator[Record]:
-    from labeltune.data.parquet import iter_rows
+    row = 0
+    try:
+        for row, record in enumerate(parquet_records(name, path), start=1):  # noqa: B007
+            yield record
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield Record(f"{name}:row {row + 1}", None, "unparsable_line", f"not readable parquet: {error}")
 
-    return parquet_records(name, iter_rows(path, records.MAX_LINE_BYTES))
+
+#: name -> (hub, repository, {file name in the repository: file name the scripts expect})
+ORIGINALS = {
+    "fudan": ("ms", "swift/zh_cls_fudan-news", {"train.jsonl": "train.jsonl", "test.jsonl": "test.jsonl"}),
+    "ccfbdci": ("hf", "qgyd2021/chinese_ner_sft", {"ccfbdci.jsonl": "ccfbdci.jsonl"}),
+}
+
+
+def download_original(name: str, folder: Path, hub: HubConfig | None = None) -> list[Path]:
+    """Fetch one of `ORIGINALS` into a folder; existing files are left alone.
+
+    Raises:
+        DataError: the name is unknown.
+        HubError: the hub cannot be reached, or the repository has changed.
+        OutputError: the folder cannot be written.
+    """
+    if name not in ORIGINALS:
+        raise DataError(f"unknown data set {name!r}; there are: {', '.join(ORIGINALS)}")
+    hub_name, repo, files = ORIGINALS[name]
+    targets = [folder / target for target in files.values()]
+    check_folder(folder, [], files.values())
+    if all(target.exists() for target in targets):
+        return targets
+    with tempfile.TemporaryDirectory() as temporary:
+        fetched = download_dataset(
+            hub_name,
+            repo,
+            hub or HubConfig(),
+            local_dir=temporary,
+            files=[f"*{f}" for f in files],
+            instead=f"put them here: {', '.join(map(str, targets))}",
+        )
+        for source_name, target_name in files.items():
+            if (folder / target_name).exists():
+                continue
+            found = sorted(fetched.rglob(source_name), key=lambda path: len(path.parts))
+            if not found:
+                raise HubError(
+                    f"{repo} holds no {source_name} any more; look at the repository and fetch the file by hand"
+                )
+            with found[0].open("rb") as source, open_whole(folder / target_name) as target:
+                shutil.copyfileobj(source, target)
+    return targets

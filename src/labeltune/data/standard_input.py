@@ -13,8 +13,14 @@ from typing import IO, BinaryIO, cast
 from labeltune.config import ColumnsConfig, TaskName
 from labeltune.data.columns import LOOKED_AT, find_columns
 from labeltune.data.formats import Format, is_whole_json, opened
-from labeltune.data.json_values import value_records
-from labeltune.data.records import MAX_LINE_BYTES, Record, bounded_lines, decoded_lines, json_records
+from labeltune.data.records import (
+    MAX_LINE_BYTES,
+    Record,
+    bounded_lines,
+    decoded_lines,
+    json_records,
+    value_records,
+)
 from labeltune.io.progress import note
 
 NAME = "stdin"

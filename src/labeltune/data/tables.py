@@ -1,4 +1,4 @@
-"""Tables -> records: lines of separated cells, and the sheet of an Excel file. Every cell is a string."""
+"""Tables -> records: lines of separated cells and the sheet of an Excel file, where every cell is a string, and parquet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import csv
 import importlib.util
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, BinaryIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+from pyarrow import compute
 
 from labeltune.data import records
 from labeltune.data.records import Record
@@ -79,7 +84,7 @@ def table_records(name: str, decoded: Iterable[tuple[int, str | Record]], delimi
                 yield Record(where, None, "unparsable_line", problem, whole=True)
                 return
         else:
-            yield _row(where, header, row)
+            yield _table_row(where, header, row)
     if lines.fault is not None:
         yield lines.fault
 
@@ -106,7 +111,7 @@ def _header_problem(header: Sequence[str]) -> str:
     return ""
 
 
-def _row(where: str, header: Sequence[str], row: Sequence[str]) -> Record:
+def _table_row(where: str, header: Sequence[str], row: Sequence[str]) -> Record:
     if len(row) > len(header) and not any(row[len(header) :]):
         row = row[: len(header)]  # separators at the end of the line, with nothing between them
     if len(row) == len(header):
@@ -159,7 +164,7 @@ def sheet_records(name: str, file: BinaryIO) -> Iterator[Record]:
                         return
                 else:
                     row += [""] * (len(header) - len(row))
-                    yield _row(f"{name}:{last}", header, row)
+                    yield _table_row(f"{name}:{last}", header, row)
     except Exception as error:  # whatever a damaged workbook makes openpyxl, zipfile and the XML parser say
         problem = f"not a readable Excel file ({first_line(error)}); save it again, or as .csv"
         yield Record(f"{name}:{last + 1}", None, "unparsable_line", problem, whole=not last)
@@ -188,3 +193,113 @@ def _cell(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
+
+
+_BATCH_ROWS = 1024
+#: Bytes of values that are turned into Python objects at once.
+_BATCH_BYTES = 32 * 2**20
+
+
+def parquet_records(
+    name: str, source: Path | BinaryIO, groups: list[int] | None = None, *, skip: int = 0, first: int = 0
+) -> Iterator[Record]:
+    """Rows of a parquet file -> records, a few at a time, however far their values unfold.
+
+    Args:
+        name: the file's name for messages.
+        groups: numbers of row groups; all when None.
+        skip: rows of these groups that are passed over.
+        first: number of the first row behind them, from 0.
+
+    Raises:
+        pyarrow.ArrowException: the file is damaged.
+    """
+    for row, values in enumerate(_parquet_rows(source, groups, skip), start=first + 1):
+        if isinstance(values, dict):
+            yield Record(f"{name}:row {row}", values)
+        else:
+            yield Record(f"{name}:row {row}", None, "unparsable_line", values)
+
+
+def _parquet_rows(
+    source: Path | BinaryIO, groups: list[int] | None, skip: int
+) -> Iterator[dict[str, Any] | str]:
+    """Every row in order, or in its place why it cannot be read."""
+    twice = repeated_column(source)
+    if twice is not None:
+        yield f"two columns are called {twice!r}; rename one; the rest was not read"
+        return
+    # As dictionaries, so that a value that stands in a million rows is read once.
+    strings = [
+        f.name
+        for f in pyarrow.parquet.read_schema(source)
+        if pyarrow.types.is_string(f.type) or pyarrow.types.is_large_string(f.type)
+    ]
+    with pyarrow.parquet.ParquetFile(
+        source, read_dictionary=strings, page_checksum_verification=True
+    ) as file:
+        for batch in file.iter_batches(batch_size=_batch_rows(file), row_groups=groups):
+            wanted = batch.slice(min(skip, len(batch)))
+            skip -= len(batch) - len(wanted)
+            yield from _batch_values(wanted)
+
+
+def repeated_column(source: Path | BinaryIO) -> str | None:
+    """The name that two columns of a parquet file have, if any.
+
+    Raises:
+        pyarrow.ArrowException: the file is damaged.
+    """
+    names = pyarrow.parquet.read_schema(source).names
+    return next((str(name) for i, name in enumerate(names) if name in names[:i]), None)
+
+
+def _batch_rows(file: pyarrow.parquet.ParquetFile) -> int:
+    """Rows to read at once, by the size that the file gives for its row groups."""
+    rows = _BATCH_ROWS
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        a_row = max(1, group.total_byte_size // max(1, group.num_rows))
+        rows = min(rows, max(1, _BATCH_BYTES // a_row))
+    return rows
+
+
+def _batch_values(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | str]:
+    """The rows of a batch, a few at a time where values are long; of a row that Python cannot hold, the reason."""
+    longest = 1
+    for column in batch.columns:
+        if pyarrow.types.is_dictionary(column.type) and len(column.dictionary):
+            longest = max(longest, compute.max(compute.binary_length(column.dictionary)).as_py() or 1)
+    at_once = max(1, _BATCH_BYTES // longest)
+    for begin in range(0, len(batch), at_once):
+        # Plain values are turned into Python's several times faster than those of a dictionary.
+        part = _plain(batch.slice(begin, at_once))
+        try:
+            found: list[dict[str, Any] | str] = list(part.to_pylist())
+        except (
+            Exception
+        ):  # a date beyond Python's, an unknown time zone, bytes that are not UTF-8: the row is found below
+            found = [_row_values(part, number) for number in range(len(part))]
+        for values in found:
+            yield _too_long(values) or values if longest > records.MAX_LINE_BYTES else values
+
+
+def _plain(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    columns = [c.dictionary_decode() if pyarrow.types.is_dictionary(c.type) else c for c in batch.columns]
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _row_values(batch: pyarrow.RecordBatch, number: int) -> dict[str, Any] | str:
+    try:
+        row: dict[str, Any] = batch.slice(number, 1).to_pylist()[0]
+        return row
+    except Exception as error:
+        return f"not readable parquet: {first_line(error)}"
+
+
+def _too_long(values: dict[str, Any] | str) -> str | None:
+    if isinstance(values, dict):
+        for name, value in values.items():
+            if isinstance(value, str) and len(value) > records.MAX_LINE_BYTES:
+                return f"{name} has {len(value)} characters, and a row may have {records.MAX_LINE_BYTES}; split the document"
+    return None

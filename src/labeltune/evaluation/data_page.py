@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy
 
 from labeltune.data import label_issues, near_duplicates
-from labeltune.data.audit import Audit
+from labeltune.data.check import Audit
 from labeltune.data.schemas import FAULT_KINDS, Fault
 from labeltune.evaluation.data_report import DataReport
 from labeltune.evaluation.pages import render

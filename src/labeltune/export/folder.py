@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from labeltune.errors import OutputError
-from labeltune.io.outputs import check_folder, link_target, obey_umask
-from labeltune.io.run_files import files_read
-from labeltune.io.run_folder import writing
+from labeltune.io.outputs import check_folder, link_target, obey_umask, writing
+from labeltune.io.run_folder import files_read
 
 #: Says how an export was made; a folder that has it may be replaced by `--overwrite`.
 EXPORT_FILE = "export.json"

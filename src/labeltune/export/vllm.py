@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from labeltune.config import HubConfig
 from labeltune.errors import ModelError
-from labeltune.io.outputs import is_hub_name
-from labeltune.io.run_folder import write_json
+from labeltune.io.outputs import is_hub_name, write_json
 from labeltune.models.lora import ADAPTER_FILE
 from labeltune.models.pocket import POCKET_MODELS
-from labeltune.prompts.task import Task
+from labeltune.prompts import Task
 from labeltune.types import Example
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 from labeltune.errors import ModelError
 from labeltune.evaluation.confidence import softmax
-from labeltune.io.run_folder import write_json
+from labeltune.io.outputs import write_json
 from labeltune.types import Entity, Prediction
 
 CALIBRATION_FILE = "calibration.json"

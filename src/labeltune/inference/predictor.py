@@ -31,11 +31,11 @@ from labeltune.inference.runner import Runner
 from labeltune.inference.scoring import Question
 from labeltune.inference.sharing import UNIT, shared_out
 from labeltune.inference.trie import LabelTrie
-from labeltune.io.run_folder import file_hash
+from labeltune.io.outputs import file_hash
+from labeltune.prompts import Task
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.classification import ClassificationTask
 from labeltune.prompts.ner import NerTask, locate
-from labeltune.prompts.task import Task
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Entity, Example, Prediction
 

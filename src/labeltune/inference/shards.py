@@ -21,11 +21,11 @@ from labeltune.config import ColumnsConfig, DataConfig, TaskName
 from labeltune.data.blocks import Block, block_records, cut_file, file_records, joined
 from labeltune.data.columns import columns_of_records
 from labeltune.data.records import without_key
-from labeltune.data.uris import Place
 from labeltune.errors import ConfigError, DataError, OutputError, first_line, printable
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.stream import CHUNK_ROWS, PredictOptions, predict_lines, rows_of
-from labeltune.io.run_folder import remove_leftovers
+from labeltune.io.outputs import remove_leftovers
+from labeltune.io.uris import Place
 
 MANIFEST = "_manifest.json"
 SUFFIXES = (".jsonl", ".json", ".parquet")

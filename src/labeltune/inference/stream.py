@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from labeltune.config import ColumnsConfig, DataConfig
-from labeltune.data.audit import first_error
 from labeltune.data.blocks import Block, block_records
+from labeltune.data.check import first_error
 from labeltune.data.columns import columns_of_file
 from labeltune.data.formats import find_format
 from labeltune.data.records import Record, bounded_lines, without_key
@@ -25,10 +25,9 @@ from labeltune.errors import DataError, OutputError, PromptError, printable
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.row_files import csv_of, is_csv, unfinished_names
 from labeltune.io.lock import alone_with
-from labeltune.io.outputs import link_target
+from labeltune.io.outputs import file_hash, link_target, remove_leftovers, write_json, writing
 from labeltune.io.progress import note as say_once
 from labeltune.io.progress import row_progress
-from labeltune.io.run_folder import file_hash, remove_leftovers, write_json, writing
 from labeltune.types import Example, Prediction
 
 #: Rows that are predicted together and committed together; memory does not grow with the file.

@@ -7,9 +7,10 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
-from labeltune.errors import HubError, first_line
+from labeltune.errors import HubError, ModelError, first_line
 from labeltune.io.progress import tell
 
 #: Names of exceptions, of several libraries, that say that a host did not answer.
@@ -47,17 +48,18 @@ def asking(hub: str, kind: Literal["model", "dataset"], repo: str, instead: str)
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        page, unanswered = _page(hub, address, kind, repo), _unanswered(error)
+        page = _page(hub, address, kind, repo)
+        unanswered = _unanswered(error)
         if unanswered is not None:
             reason = first_line(unanswered)
             reason = reason if len(reason) <= _SHORT else type(unanswered).__name__
             raise HubError(
-                f"{repo} could not be fetched: {name} ({host}) cannot be reached ({reason}). Check the network, or download its "
-                f"files by hand from {page} and {instead}"
+                f"{repo} could not be fetched: {name} ({host}) cannot be reached ({reason}). Check the network, "
+                f"or download its files by hand from {page} and {instead}"
             ) from error
         raise HubError(
-            f"{repo} could not be fetched from {name} ({first_line(error)}). Check the name and the revision, or download its "
-            f"files by hand from {page} and {instead}"
+            f"{repo} could not be fetched from {name} ({first_line(error)}). Check the name and the revision, "
+            f"or download its files by hand from {page} and {instead}"
         ) from error
     finally:
         logging.disable(disabled)
@@ -81,3 +83,47 @@ def _unanswered(error: BaseException | None) -> BaseException | None:
     while error is not None and not any(each.__name__ in _NO_ANSWER for each in type(error).__mro__):
         error = error.__cause__ or error.__context__
     return error
+
+
+#: Set to 1 by a user who trusts the code of the models whose checkpoints are loaded.
+TRUST_VARIABLE = "LABELTUNE_TRUST_REMOTE_CODE"
+
+#: Endings of files that may hold Python objects, and with them code.
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+
+
+def check_inside(snapshot: Path, spec: str) -> None:
+    """Refuse a hub's snapshot with a link to somewhere else on this machine.
+
+    Links into the repository's own folder are how Hugging Face's cache is made (`snapshots/REVISION` -> `blobs`).
+
+    Raises:
+        HubError: a file of it lies outside.
+    """
+    folder = snapshot.resolve()
+    root = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    for path in folder.rglob("*"):
+        if not path.resolve().is_relative_to(root):
+            raise HubError(
+                f"{spec}: {path.relative_to(folder)} is a link out of the downloaded folder, to {path.resolve()}; it is not used. "
+                f"Remove {folder}, and report the repository to its hub"
+            )
+
+
+def may_run_code(model: str, agreed: bool) -> bool:
+    """True where the user agreed to run the Python code of a model whose checkpoint asks for it.
+
+    A checkpoint may come from anybody, so what it says of itself is not enough.
+
+    Args:
+        agreed: the user's own config says so, as in the training that made this checkpoint.
+
+    Raises:
+        ModelError: neither `agreed` nor `LABELTUNE_TRUST_REMOTE_CODE=1` in the environment.
+    """
+    if not agreed and os.environ.get(TRUST_VARIABLE) != "1":
+        raise ModelError(
+            f"this checkpoint asks to run Python code that comes with {model} (hub.trust_remote_code in its labeltune.json). "
+            f"If you trust it, set {TRUST_VARIABLE}=1 in the environment"
+        )
+    return True

@@ -1,16 +1,22 @@
-"""Where a command may write: never over what it reads, never over a folder or a device, and known before the work begins."""
+"""Where a command may write, known before the work begins (never over what it reads), and writing it whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
+import hashlib
+import json
 import os
 import re
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from labeltune.errors import OutputError
+from labeltune.errors import OutputError, first_line
 
 #: Names of descriptors that are open already.
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
@@ -238,3 +244,131 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+#: What a system says that does not let a file be written. (A library's OSError without a number means something else.)
+_REFUSED = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+}
+#: torch.save has no error of its own for a full disk: parts of what its writer says.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_TORCH_REFUSED = ("StreamWriter", "inline_container", "iostream error")
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """Why a system or a library refused to write, in few words; None when it is another kind of error."""
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        place = f" ({error.filename2 or error.filename})" if error.filename else ""
+        return f"{error.strerror or errno.errorcode[error.errno]}{place}"
+    if isinstance(error, RuntimeError) and any(part in str(error) for part in _TORCH_REFUSED):
+        return f"the disk is full, or files may not grow larger ({first_line(error)})"
+    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
+        return str(error).rpartition("I/O error: ")[2]
+    found = _OS_ERROR.search(str(error))  # tokenizers raises plain exceptions
+    if found is not None and int(found.group(1)) in _REFUSED:
+        return first_line(error)
+    return None
+
+
+@contextlib.contextmanager
+def writing(place: Path, way_out: str = "") -> Iterator[None]:
+    """What cannot be written inside is one clear error.
+
+    Args:
+        place: the file or folder that is written.
+        way_out: what to do, behind a semicolon.
+
+    Raises:
+        OutputError: no space, no right, a quota, a read-only disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = why_not_written(error)
+        if reason is None:
+            raise
+        raise OutputError(f"{place} cannot be written: {reason}{'; ' if way_out else ''}{way_out}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    r"""Write a file atomically, UTF-8: a reader sees the old one or the new one, never a part.
+
+    File names that are not UTF-8 are written with escapes (`\udcd1`), which JSON reads back.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `open_whole` does; raises what that raises."""
+    with open_whole(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def open_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that is written atomically: a reader sees the old one or, when the context ends well, the new one, never a part.
+
+    A link stays, and what it leads to is replaced; a device or a FIFO is written to.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    if is_stream(path):
+        with open_stream(path) as stream:
+            yield stream
+        return
+    path = link_target(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o666 & ~umask())
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}") from error
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete what processes that were killed left of files they were writing.
+
+    Only for who holds the lock on these files, so that nobody is writing them now.
+
+    Args:
+        name: of a file in the folder; all files, at any depth, when None.
+    """
+    found = folder.rglob(".*-*.tmp") if name is None else folder.glob(f".{glob.escape(name)}-*.tmp")
+    for path in list(found):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically, UTF-8, indented."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

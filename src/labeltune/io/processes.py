@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Literal, TypeVar
 
 Item = TypeVar("Item")
@@ -15,7 +18,7 @@ Result = TypeVar("Result")
 
 #: Items for each worker that are handed out before the oldest is done.
 _AHEAD = 2
-_work: Any = None
+_work: Callable[[Any], Any] | None = None
 
 
 def worker_count(wanted: int | Literal["auto"], enough: bool = True) -> int:
@@ -45,12 +48,13 @@ def mapped(
     if workers <= 1 or not sys.platform.startswith("linux"):
         yield from map(work, items)
         return
-    from concurrent.futures import Future, ProcessPoolExecutor
-    from multiprocessing import get_context
-
     waiting: deque[Future[Any]] = deque()
-    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=_begin, initargs=(work,))
-    _tidy()
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), initializer=_begin, initargs=(work,)
+    )
+    # A collection in a child would mark, and so copy, every object that was there at its birth; frozen ones are not marked.
+    gc.collect()
+    gc.freeze()
     try:
         for item in items:
             waiting.append(pool.submit(_do, item))
@@ -63,31 +67,21 @@ def mapped(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _tidy() -> None:
-    """Before children are born: what is free goes back to the system, and what is not stays shared.
-
-    A collection in a child writes a mark into every object that was there at its birth, and so copies the parent's memory;
-    frozen objects are not marked.
-    """
-    import ctypes
-
-    gc.collect()
-    gc.freeze()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc has it, musl does not
-        trim(0)
-
-
-def _begin(work: Any) -> None:
+def _begin(work: Callable[[Any], Any]) -> None:
     """In a new process: Ctrl-C is the parent's to handle, and a parent that dies takes it along."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import ctypes
-
-    set_death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _do(item: Any) -> Any:
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _do(item: object) -> Any:
+    assert _work is not None
     return _work(item)

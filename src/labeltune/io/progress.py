@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO, TypeVar
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from labeltune.distributed import rank
 from labeltune.errors import printable
 from labeltune.messages import localize
@@ -129,14 +132,10 @@ def row_progress(
     if not shown or total == 0:
         yield lambda _: None
         return
-    from rich.console import Console
-
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _plain_lines(total, what, last_line)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     started, done = time.monotonic(), 0
     columns = (
         TextColumn(f"[bold]{what}"),

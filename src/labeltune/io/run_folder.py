@@ -1,17 +1,12 @@
-"""Run and checkpoint folders: what `labeltune.json` says, and which checkpoint is meant."""
+"""Run and checkpoint folders: what `labeltune.json` says, which checkpoint is meant, and which files a run is read from."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import glob
-import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +23,9 @@ from labeltune.config import (
     RunConfig,
     TaskName,
 )
-from labeltune.errors import ModelError, OutputError, first_line, near_it
-from labeltune.io.outputs import check_folder, is_hub_name, is_stream, link_target, open_stream, umask
-from labeltune.io.trust import PICKLES, may_run_code
+from labeltune.errors import ModelError, OutputError, near_it
+from labeltune.io.hubs import PICKLES, may_run_code
+from labeltune.io.outputs import check_folder, file_hash, is_hub_name, local_path, write_json
 
 RUN_FILE = "labeltune.json"
 #: SHA-256 of every file of a checkpoint as it was saved.
@@ -277,123 +272,91 @@ def remove_checkpoints(output_dir: str) -> None:
             shutil.rmtree(path)
 
 
-#: What a system says that does not let a file be written. (A library's OSError without a number means something else.)
-_REFUSED = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-}
-#: torch.save has no error of its own for a full disk: parts of what its writer says.
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_TORCH_REFUSED = ("StreamWriter", "inline_container", "iostream error")
+#: Stands in a checkpoint's folder from its first file until its manifest is there.
+UNFINISHED_FILE = ".unfinished"
 
 
-def why_not_written(error: BaseException) -> str | None:
-    """Why a system or a library refused to write, in few words; None when it is another kind of error."""
-    if isinstance(error, OSError) and error.errno in _REFUSED:
-        place = f" ({error.filename2 or error.filename})" if error.filename else ""
-        return f"{error.strerror or errno.errorcode[error.errno]}{place}"
-    if isinstance(error, RuntimeError) and any(part in str(error) for part in _TORCH_REFUSED):
-        return f"the disk is full, or files may not grow larger ({first_line(error)})"
-    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
-        return str(error).rpartition("I/O error: ")[2]
-    found = _OS_ERROR.search(str(error))  # tokenizers raises plain exceptions
-    if found is not None and int(found.group(1)) in _REFUSED:
-        return first_line(error)
-    return None
+#: What an evaluation writes into its folder.
+EVALUATION_FILES = ("metrics.json", "predictions.jsonl", "report.html")
 
 
-@contextlib.contextmanager
-def writing(place: Path, way_out: str = "") -> Iterator[None]:
-    """What cannot be written inside is one clear error.
+def files_read(run: str | os.PathLike[str]) -> list[Path]:
+    """What a command reads that loads this run: the files of its checkpoint, and the folder of its base model.
+
+    Empty for a run on a hub.
+
+    Raises:
+        ModelError: there is no complete checkpoint.
+    """
+    if is_hub_name(str(run)):
+        return []
+    folder = find_checkpoint(run)
+    try:
+        names = list(json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        names = [path.name for path in folder.iterdir() if path.is_file()]  # an export has no manifest
+    base = local_path(RunInfo.load(folder).model)
+    return [
+        *(folder / name for name in (*names, RUN_FILE, MANIFEST_FILE)),
+        *([base] if base is not None else []),
+    ]
+
+
+def encoding_of(run: str | os.PathLike[str]) -> str | None:
+    """The encoding of a run's data; None for a run on a hub, which is not fetched for it.
+
+    Raises:
+        ModelError: there is no complete checkpoint.
+    """
+    if is_hub_name(str(run)):
+        return None
+    return RunInfo.load(find_checkpoint(run)).encoding
+
+
+def check_inputs_kept(config: RunConfig, path: str | None, overwrite: bool) -> None:
+    """Whether training leaves its model, its rows and its config file, at `path`, as they are.
 
     Args:
-        place: the file or folder that is written.
-        way_out: what to do, behind a semicolon.
+        overwrite: an earlier run's checkpoints will be deleted.
 
     Raises:
-        OutputError: no space, no right, a quota, a read-only disk.
+        OutputError: it would delete one of them, or write its report over one.
     """
-    try:
-        yield
-    except Exception as error:
-        reason = why_not_written(error)
-        if reason is None:
-            raise
-        raise OutputError(f"{place} cannot be written: {reason}{'; ' if way_out else ''}{way_out}") from error
+    data, folder = config.data, Path(config.output_dir)
+    read = [
+        given for given in (path, config.model, data.train, data.validation, data.test) if given is not None
+    ]
+    if overwrite:
+        for removed in (folder / "best", *checkpoints(folder)):
+            if removed.exists():
+                check_folder(removed, read, replaced=True)
+    check_folder(folder / "validation", read, EVALUATION_FILES)
 
 
-def write_text(path: Path, text: str) -> None:
-    r"""Write a file atomically, UTF-8: a reader sees the old one or the new one, never a part.
+def replaced(checkpoint: Path) -> Path:
+    """Where an earlier checkpoint of the same name is kept until the new one is whole."""
+    return checkpoint.with_name(f".{checkpoint.name}.replaced")
 
-    File names that are not UTF-8 are written with escapes (`\udcd1`), which JSON reads back.
 
-    Raises:
-        OutputError: the folder cannot be written.
+def _half_written(checkpoint: Path) -> bool:
+    return (checkpoint / UNFINISHED_FILE).exists() and not (checkpoint / MANIFEST_FILE).exists()
+
+
+def remove_half_checkpoints(output_dir: Path) -> None:
+    """Delete the checkpoint that a killed run was writing, and bring back what it was to replace.
+
+    Only for who holds the run's lock.
     """
-    # A file name that is not UTF-8 is written with escapes, which JSON reads back as they were.
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: a reader sees the old one or the new one, never a part.
-
-    A link stays, and what it leads to is replaced; a device or a FIFO is written to.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    if is_stream(path):
-        with open_stream(path) as stream:
-            stream.write(content)
-        return
-    path = link_target(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o666 & ~umask())
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}") from error
-
-
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Delete what processes that were killed left of files they were writing.
-
-    Only for who holds the lock on these files, so that nobody is writing them now.
-
-    Args:
-        name: of a file in the folder; all files, at any depth, when None.
-    """
-    found = folder.rglob(".*-*.tmp") if name is None else folder.glob(f".{glob.escape(name)}-*.tmp")
-    for path in list(found):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+    for folder in checkpoint_folders(output_dir):
+        if _half_written(folder):
+            shutil.rmtree(folder)
         else:
-            path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, UTF-8, indented."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+    for kept in output_dir.glob(".checkpoint-*.replaced"):
+        folder = kept.with_name(kept.name.removeprefix(".").removesuffix(".replaced"))
+        if folder.exists():
+            shutil.rmtree(kept)
+        else:
+            kept.rename(folder)
+    # labeltune 0.1.0 wrote its checkpoints there.
+    shutil.rmtree(output_dir / ".saving", ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -34,7 +33,7 @@ def read_yaml(text: str, where: str) -> Any:
             root = loader.get_single_node()
             if root is None:
                 return None
-            _check(root, where)
+            _check(root, where, {})
             return loader.construct_document(root)
         finally:
             loader.dispose()
@@ -45,43 +44,34 @@ def read_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML: {error}") from None
 
 
-def _check(root: yaml.Node, where: str) -> None:
-    """Refuse repeated keys, cycles, and aliases that multiply; nothing has been built from the nodes yet."""
-    sizes: dict[int, int] = {}
-    open_nodes: set[int] = set()
-    stack: list[tuple[yaml.Node, bool]] = [(root, False)]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            open_nodes.discard(id(node))
-            sizes[id(node)] = 1 + sum(sizes[id(child)] for child in _children(node))
-            if sizes[id(node)] > MAX_VALUES:
-                raise ConfigError(
-                    f"{where} holds more than {MAX_VALUES} values once its aliases are written out"
-                )
-            continue
-        if id(node) in sizes:
-            continue
-        if id(node) in open_nodes:
+def _check(node: yaml.Node, where: str, sizes: dict[yaml.Node, int | None]) -> int:
+    """Number of values of a node with its aliases written out, from which nothing has been built yet.
+
+    Args:
+        sizes: of the nodes that have been looked at; None for those that hold this one.
+
+    Raises:
+        ConfigError: a key twice, a cycle, or too many values.
+    """
+    if node in sizes:
+        known = sizes[node]
+        if known is None:
             raise ConfigError(f"{where}:{node.start_mark.line + 1}: a value contains itself")
-        open_nodes.add(id(node))
-        _check_keys(node, where)
-        stack.append((node, True))
-        stack.extend((child, False) for child in _children(node))
-
-
-def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+        return known
+    sizes[node] = None
+    size = 1
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield key
-            yield value
+        _check_keys(node, where)
+        size += sum(_check(part, where, sizes) for pair in node.value for part in pair)
     elif isinstance(node, yaml.SequenceNode):
-        yield from node.value
+        size += sum(_check(part, where, sizes) for part in node.value)
+    if size > MAX_VALUES:
+        raise ConfigError(f"{where} holds more than {MAX_VALUES} values once its aliases are written out")
+    sizes[node] = size
+    return size
 
 
-def _check_keys(node: yaml.Node, where: str) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
+def _check_keys(node: yaml.MappingNode, where: str) -> None:
     seen: dict[str, int] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.value == "<<":

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from labeltune.config import HubConfig
 from labeltune.errors import MissingExtraError, ModelError
-from labeltune.io.hubs import asking
+from labeltune.io.hubs import PICKLES, asking, check_inside
 from labeltune.io.outputs import is_hub_name
-from labeltune.io.trust import PICKLES, check_inside
 from labeltune.models.pocket import POCKET_MODELS, pocket_folder
 
 if TYPE_CHECKING:

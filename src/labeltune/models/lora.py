@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from labeltune.config import LoraConfig
 from labeltune.errors import ModelError
-from labeltune.io.trust import PICKLES
+from labeltune.io.hubs import PICKLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

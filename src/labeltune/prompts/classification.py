@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
 from labeltune.errors import DataError
-from labeltune.prompts.task import build_conversation
-from labeltune.prompts.template import Conversation
+from labeltune.prompts.template import Conversation, build_conversation
 from labeltune.types import Example, Prediction
 
 _WRAPPERS = " \t\r\n'\"“”‘’「」[]()（）.,。，:：;；*`"

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
 from labeltune.errors import DataError
-from labeltune.prompts.task import build_conversation
-from labeltune.prompts.template import Conversation
+from labeltune.prompts.template import Conversation, build_conversation
 from labeltune.types import Entity, Example, Prediction
 
 

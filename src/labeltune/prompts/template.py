@@ -1,4 +1,4 @@
-"""A conversation -> token ids, exactly as the chat template and the tokenizer would have them.
+"""A prompt -> a conversation -> token ids, exactly as the chat template and the tokenizer would have them.
 
 The template itself is never parsed. It is rendered once with marker words in place of the messages, which shows the
 strings it puts around them; a real conversation is then those strings with the messages between. The result is the
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from labeltune.config import PromptConfig
 from labeltune.errors import PromptError
 
 if TYPE_CHECKING:
@@ -56,6 +58,24 @@ class Conversation:
         """As `apply_chat_template` takes it, without the answer."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.user}]
+
+
+#: Between the text and what follows it in a prompt; dropped where that moves to the front.
+_SEPARATORS = " \t\r\n,，;；、"
+_PLACEHOLDER = re.compile(r"\{(text|category|labels|no_entities)\}")
+
+
+def fill(pattern: str, values: Mapping[str, str]) -> str:
+    """Replace `{name}` for the names in `values`; other braces are left alone, values are not looked into."""
+    return _PLACEHOLDER.sub(lambda match: values.get(match.group(1), match.group()), pattern)
+
+
+def build_conversation(prompt: PromptConfig, text: str, values: Mapping[str, str]) -> Conversation:
+    """Fill a prompt; `text` is kept apart from what stands around it."""
+    before, _, after = prompt.user.partition("{text}")
+    if prompt.layout == "labels_first" and after.strip(_SEPARATORS):
+        before, after = f"{after.strip(_SEPARATORS)}\n{before}", ""
+    return Conversation(fill(prompt.system, values), fill(before, values), text, fill(after, values))
 
 
 @dataclass(frozen=True)

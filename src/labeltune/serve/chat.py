@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from labeltune.data.labels import parse_candidates
 from labeltune.errors import DataError
 from labeltune.prompts.classification import label_fault
-from labeltune.prompts.task import build_conversation
+from labeltune.prompts.template import build_conversation
 from labeltune.serve.batching import Answer
 from labeltune.serve.faults import ApiError
 from labeltune.serve.models import Served

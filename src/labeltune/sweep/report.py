@@ -17,7 +17,7 @@ from rich.text import Text
 
 from labeltune.errors import SweepError
 from labeltune.evaluation.headline import SELECTION
-from labeltune.io.run_folder import write_text
+from labeltune.io.outputs import write_text
 from labeltune.messages import localize
 from labeltune.sweep.space import Sweep, with_values
 

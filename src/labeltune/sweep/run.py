@@ -25,9 +25,9 @@ from labeltune.config import RunConfig
 from labeltune.data.loading import load_splits
 from labeltune.errors import ConfigError, Interrupted, LabeltuneError, SweepError, first_line
 from labeltune.io.lock import alone_with
+from labeltune.io.outputs import write_text
 from labeltune.io.processes import worker_count
 from labeltune.io.progress import tell
-from labeltune.io.run_folder import write_text
 from labeltune.models.hub import resolve_model
 from labeltune.sweep.report import Trial, shown_value, write_results
 from labeltune.sweep.space import Choices, Sweep, with_values

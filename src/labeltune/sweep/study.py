@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from labeltune.config import config_keys
 from labeltune.errors import MissingExtraError, OutputError, first_line
-from labeltune.io.run_folder import file_hash
+from labeltune.io.outputs import file_hash
 from labeltune.sweep.report import State, Trial, best_trial, figure, write_results
 from labeltune.sweep.space import STARTUP_TRIALS, Choices, Dimension, Sweep, Value
 

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 from labeltune.distributed import all_reduce, world_size
 from labeltune.errors import DivergedError
+from labeltune.io.outputs import write_text
 from labeltune.io.progress import SILENCE, bar_shown, begin, silent_for, spoke
-from labeltune.io.run_folder import checkpoints, write_text
+from labeltune.io.run_folder import checkpoints
 from labeltune.messages import localize
 
 #: Steps that a loss has to be beyond all reason before a run counts as diverged.

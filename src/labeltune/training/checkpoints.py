@@ -13,16 +13,14 @@ from transformers import TrainerCallback
 
 from labeltune.distributed import all_reduce
 from labeltune.errors import OutputError
-from labeltune.io.outputs import obey_umask
-from labeltune.io.run_files import UNFINISHED_FILE, remove_half_checkpoints, replaced
+from labeltune.io.outputs import file_hash, obey_umask, why_not_written, write_bytes, write_json
 from labeltune.io.run_folder import (
     MANIFEST_FILE,
+    UNFINISHED_FILE,
     RunInfo,
     checkpoints,
-    file_hash,
-    why_not_written,
-    write_bytes,
-    write_json,
+    remove_half_checkpoints,
+    replaced,
 )
 from labeltune.training import sharded
 from labeltune.training.resuming import LogSums

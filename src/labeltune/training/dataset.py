@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from labeltune.errors import OutputError
+from labeltune.io.outputs import writing
 from labeltune.io.processes import mapped, worker_count
 from labeltune.io.progress import row_progress
-from labeltune.io.run_folder import writing
 from labeltune.models.pocket import cache_folder
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.types import Example

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, ModelError, clipped
-from labeltune.io.run_folder import RunInfo, write_json
+from labeltune.io.outputs import write_json
+from labeltune.io.run_folder import RunInfo
 from labeltune.training.planner import steps_in_all
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from labeltune.io.run_folder import write_json
+from labeltune.io.outputs import write_json
 from labeltune.training import sharded
 
 SUMS_FILE = "log_sums.json"

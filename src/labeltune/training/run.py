@@ -15,7 +15,8 @@ from transformers.trainer_callback import PrinterCallback
 from labeltune.config import RunConfig
 from labeltune.distributed import connect, peer_errors
 from labeltune.errors import ConfigError, Interrupted
-from labeltune.io.run_folder import RunInfo, checkpoints, writing
+from labeltune.io.outputs import writing
+from labeltune.io.run_folder import RunInfo, checkpoints
 from labeltune.models.precision import Precision
 from labeltune.training.best import TrackBest
 from labeltune.training.callbacks import (

@@ -1,4 +1,4 @@
-"""Every fault of the data, gathered in one streaming pass and reported once with its place."""
+"""The check of a file: every fault of its rows, with its place, and those that only show where two files meet."""
 
 from __future__ import annotations
 
@@ -6,23 +6,31 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from labeltune.config import DataConfig, TaskName
-from labeltune.data.columns import FileColumns, columns_of_file
-from labeltune.data.labels import twins
+from labeltune.data.blocks import Block, cut_file, read_block
+from labeltune.data.columns import LOOKED_AT, FileColumns, columns_of_file
+from labeltune.data.formats import find_format
+from labeltune.data.labels import not_among, twins
 from labeltune.data.records import Record
 from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record, readable_mentions
 from labeltune.data.sources import iter_records
 from labeltune.errors import DataError, counted, printable
+from labeltune.io.processes import mapped
 from labeltune.types import Example
+
+if TYPE_CHECKING:
+    from labeltune.data.loading import Rows
 
 #: Fault messages kept; beyond it they are counted only.
 MAX_LISTED = 100_000
@@ -31,6 +39,11 @@ _SHOWN = 10
 _BATCH = 1000
 #: Characters of texts that wait to be counted, at most (and one text more).
 _BATCH_CHARACTERS = 8_000_000
+#: Rows, and bytes, of a block that is checked by another process.
+_BLOCK_ROWS = 8192
+_BLOCK_BYTES = 4 << 20
+#: Smaller files are checked before other processes would have started.
+ENOUGH_BYTES = 8 << 20
 
 
 @dataclass
@@ -295,7 +308,7 @@ def _count_mentions(audit: Audit, pairs: list[tuple[str, str]] | None) -> None:
     audit.repeated_mentions += len(set(pairs)) < len(pairs)
 
 
-def add_duplicates(audit: Audit, where: Callable[[int], str]) -> numpy.ndarray[Any, Any]:
+def add_duplicates(audit: Audit, where: Callable[[int], str]) -> NDArray[numpy.int64]:
     """Add the warnings about rows that stand again.
 
     Args:
@@ -377,3 +390,145 @@ def none_usable(audit: Audit) -> str:
     """Why a file cannot be used where nothing is left of it."""
     name = printable(str(audit.path))
     return f"{name} holds no usable row; see: labeltune data check {name} --task {audit.task}"
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What a process does with a block: (what it found, usable rows as an Arrow stream)."""
+
+    path: Path
+    task: TaskName
+    data: DataConfig
+    columns: FileColumns
+    token_counts: Callable[[list[str]], list[int]] | None
+    schema: pa.Schema
+
+    def __call__(self, block: Block) -> tuple[Audit, bytes]:
+        audit = Audit(self.path, self.task, length_unit="tokens" if self.token_counts else "characters")
+        rows: list[dict[str, Any]] = []
+        with self.path.open("rb") as file:
+            records = islice(read_block(block, file), block.rows)
+            add_records(
+                audit,
+                records,
+                block.first,
+                self.data,
+                self.columns,
+                token_counts=self.token_counts,
+                write=lambda e: rows.append(e.to_row()),
+            )
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.schema) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, schema=self.schema))
+        return audit, sink.getvalue().to_pybytes()
+
+
+def can_be_cut(path: Path, encoding: str) -> bool:
+    """Whether blocks of this file can be read by themselves; a csv field may hold line breaks, so those cannot."""
+    with path.open("rb") as file:
+        form = find_format(path.name, file, encoding)
+    return form.plain or (form.kind == "parquet" and not form.problem)
+
+
+def audit_blocks(
+    path: Path,
+    task: TaskName,
+    data: DataConfig,
+    columns: FileColumns,
+    *,
+    schema: pa.Schema,
+    write_table: Callable[[pa.Table], None],
+    workers: int,
+    token_counts: Callable[[list[str]], list[int]] | None = None,
+    max_rows: int | None = None,
+) -> Audit:
+    """`audit_file` by several processes.
+
+    Args:
+        schema: Arrow schema of the columns of `Example.to_row`.
+        write_table: called with tables of the usable rows, in order.
+
+    Raises:
+        pyarrow.ArrowException: a parquet file is damaged; `audit_file` says where.
+    """
+    audit = Audit(path, task, length_unit="tokens" if token_counts else "characters")
+    check = _Check(path, task, data, columns, token_counts, schema)
+    with closing(mapped(check, _blocks(path, max_rows), workers)) as found:
+        for part, rows in found:
+            audit.extend(part)
+            write_table(pa.ipc.open_stream(rows).read_all())
+    return finished(audit, data, columns)
+
+
+def _blocks(path: Path, max_rows: int | None) -> Iterator[Block]:
+    with path.open("rb") as file:
+        for block in cut_file(printable(str(path)), file, _BLOCK_ROWS, most_bytes=_BLOCK_BYTES):
+            if max_rows is not None and block.first + block.rows >= max_rows:
+                if block.first < max_rows:
+                    yield replace(block, rows=max_rows - block.first)
+                return
+            yield block
+
+
+def add_meeting_faults(train: Rows, other: Rows, data: DataConfig) -> list[int]:
+    """Add to the audit of validation or test rows the faults that only show beside the training rows: texts that stand there
+    too, and labels that do not. Returns the numbers of the rows that have one, sorted."""
+    found = set(add_shared(train.audit, other.audit, other.where))
+    known = data.labels or train.audit.label_set()
+    whose = "data.labels" if data.labels is not None else "the labels of the training rows"
+    if train.audit.usable:
+        found |= set(add_unknown_labels(other.audit, other.answers(), known, whose))
+    return sorted(found)
+
+
+def nothing_to_learn(audit: Audit) -> str | None:
+    """Why training rows teach nothing: all have the same label, or none has an entity. None when they do, or there are none."""
+    if not audit.usable:
+        return None
+    if audit.task == "classification" and len(audit.labels) == 1:
+        (label,) = audit.labels
+        return f"the training rows hold 1 label, {label!r}: there is nothing to tell apart; add rows of other labels"
+    if audit.task == "ner" and not audit.labels:
+        return "the training rows hold no entity: there is nothing to find; add rows with entities"
+    return None
+
+
+def other_task(path: Path, task: TaskName, data: DataConfig) -> str | None:
+    """Whether the rows of a file that has no usable one are those of the other task, by their columns; in words, or None."""
+    mine, theirs = data.columns.output, data.columns.entities
+    other = "ner"
+    if task == "ner":
+        mine, theirs, other = theirs, mine, "classification"
+    first = islice(iter_records(path, data.encoding), LOOKED_AT)
+    records = [record.values for record in first if record.values is not None]
+    if not records or any(mine in values for values in records) or not all(theirs in v for v in records):
+        return None
+    return f"these are rows for task={other} (column {theirs!r}); task={task} reads a column {mine!r}"
+
+
+def add_unknown_labels(
+    audit: Audit, rows: Iterable[Mapping[str, Any]], known: Sequence[str], whose: str
+) -> list[int]:
+    """Add an error for each answer that is not in the label set; returns the numbers of the rows that have one.
+
+    A classification row that brings its own candidates is answered with one of these, so its label may be any of them.
+
+    Args:
+        rows: the usable rows in order, with the columns `candidates`, `label`, `entities` and `source` of `Example.to_row`.
+        known: the label set.
+        whose: where it comes from, for the message: "the labels of the training rows".
+    """
+    names = set(known)
+    if names.issuperset(audit.labels):
+        return []
+    found = []
+    for number, row in enumerate(rows):
+        if row["entities"] is not None:
+            unknown = {entity["label"]: None for entity in row["entities"] if entity["label"] not in names}
+        else:
+            unknown = {} if row["candidates"] or row["label"] in names else {row["label"]: None}
+        for label in unknown:
+            audit.add_fault(Fault("unknown_label", row["source"], not_among(label, known, whose)))
+        if unknown:
+            found.append(number)
+    return found

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from uuid import uuid4
 
+from pyarrow import fs
+
 from labeltune.errors import DataError, OutputError, first_line
-from labeltune.io.run_folder import write_bytes
+from labeltune.io.outputs import write_bytes
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,6 @@ class Place:
         Raises:
             DataError: neither pyarrow nor fsspec knows such addresses, or a package for them is missing.
         """
-        from pyarrow import fs
-
         if not self.remote:
             return fs.LocalFileSystem(), self.where
         try:
@@ -91,8 +91,6 @@ class Place:
         What begins with a point or an underscore is left out, as Spark, Hive and Ray do, unless `hidden`. A folder that is not
         there is empty.
         """
-        from pyarrow import fs
-
         system, path = self.system()
         try:
             found = system.get_file_info(path)
@@ -110,8 +108,6 @@ class Place:
 
     def is_file(self) -> bool:
         """Whether it is a file that is there."""
-        from pyarrow import fs
-
         system, path = self.system()
         return bool(system.get_file_info(path).type == fs.FileType.File)
 
