@@ -28,7 +28,7 @@ from labeltune.data.schemas import Fault, parse_candidates, parse_record
 from labeltune.data.scratch import scratch_folder
 from labeltune.data.sources import iter_records
 from labeltune.errors import DataError
-from labeltune.inference.stream import count_rows, read_stream
+from labeltune.inference.files import count_rows, read_stream
 from labeltune.io import progress
 from labeltune.types import Example
 

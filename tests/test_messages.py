@@ -109,9 +109,9 @@ CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doc
     commands/main.py commands/plan.py commands/predict.py commands/streams.py commands/sweep.py commands/train.py config.py config_sections.py
     data/audit.py data/columns.py data/convert.py data/download.py data/formats.py data/json_values.py data/labels.py
     data/loading.py data/meeting.py data/offsets.py data/parquet.py data/records.py data/schemas.py data/sources.py data/standard_input.py
-    data/tables.py evaluation/data_report.py evaluation/headline.py export/card.py export/folder.py export/merge.py
-    export/push.py export/vllm.py io/lock.py io/hubs.py inference/calibrate.py inference/row_files.py inference/stream.py
-    models/hub.py models/pocket.py io/outputs.py io/progress.py prompts/template.py inference/ray_session.py commands/comparing.py
+    data/tables.py evaluation/data_report.py evaluation/summary.py export/card.py export/folder.py export/merge.py
+    export/vllm.py io/lock.py io/hubs.py inference/calibration.py inference/files.py
+    models/hub.py models/pocket.py io/outputs.py io/progress.py prompts/template.py inference/ray.py commands/comparing.py
     commands/checking.py commands/evaluation.py commands/exporting.py commands/verification.py commands/inputs.py commands/preparing.py commands/rows.py
     commands/training.py io/run_files.py io/run_folder.py sweep/report.py sweep/run.py sweep/space.py sweep/study.py
     prompts/classification.py prompts/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py

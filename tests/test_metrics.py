@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labeltune.config import load_config
-from labeltune.evaluation.headline import headline, worse_than_constant
 from labeltune.evaluation.intervals import bootstrap, wilson
 from labeltune.evaluation.metrics import (
     classification_metrics,
@@ -28,6 +27,7 @@ from labeltune.evaluation.spans import (
     spans,
     strict_span_f1,
 )
+from labeltune.evaluation.summary import headline, worse_than_constant
 from labeltune.prompts import make_task
 from labeltune.prompts.ner import locate
 from labeltune.types import Entity, Example, Prediction

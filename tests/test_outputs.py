@@ -17,7 +17,7 @@ import pytest
 from conftest import LABELS, classification_rows, write_jsonl
 from labeltune.config import build_config
 from labeltune.errors import OutputError
-from labeltune.inference.row_files import csv_of
+from labeltune.inference.files import csv_of
 from labeltune.io.outputs import check_file, check_folder, descriptor, is_stream
 from labeltune.io.run_files import check_inputs_kept
 from labeltune.io.run_folder import RunInfo, write_json, write_text
@@ -433,7 +433,7 @@ def test_json_goes_where_it_is_wanted(
     found = {"rows": 3, "differences": {}, "changed": {"gained": [], "lost": []}}
     monkeypatch.setattr("labeltune.evaluate", lambda *_, **__: figures)
     monkeypatch.setattr("labeltune.compare", lambda *_, **__: found)
-    monkeypatch.setattr("labeltune.evaluation.headline.shown_headline", lambda _: [])
+    monkeypatch.setattr("labeltune.evaluation.summary.shown_headline", lambda _: [])
     for command, value in ((("evaluate", "run"), figures), (("compare", "base", "run"), found)):
         command = (*command, "-d", "rows.jsonl")
         assert json.loads(labeltune(*command).out) == value

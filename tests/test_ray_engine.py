@@ -26,10 +26,9 @@ from labeltune.config import build_config
 from labeltune.data.uris import Place
 from labeltune.errors import DataError, LabeltuneError, ModelError
 from labeltune.inference import load as loading
+from labeltune.inference.files import PredictOptions, predict_file
 from labeltune.inference.load import load_predictor
-from labeltune.inference.ray_engine import MOST_ATTEMPTS, Cluster, ray_workers
-from labeltune.inference.ray_session import ray_session
-from labeltune.inference.stream import PredictOptions, predict_file
+from labeltune.inference.ray import MOST_ATTEMPTS, Cluster, ray_session, ray_workers
 from labeltune.io.run_folder import RunInfo
 from test_shards import joined, parts
 from test_training import config_for

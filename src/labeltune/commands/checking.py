@@ -152,8 +152,7 @@ def report_data(
         OutputError: the report cannot be written.
     """
     from labeltune.data.audit import stop_on_errors
-    from labeltune.evaluation.data_page import data_page
-    from labeltune.evaluation.data_report import check_report, make_report
+    from labeltune.evaluation.data_report import check_report, data_page, make_report
 
     check_report(path)
     stop_on_errors([rows.audit for rows in files], skip=True, fix="")

@@ -66,7 +66,7 @@ def compare(
 
 def print_differences(found: dict[str, Any]) -> None:
     """One line a figure on standard error, for people."""
-    from labeltune.evaluation.headline import rows_line
+    from labeltune.evaluation.summary import rows_line
 
     print(f"rows: {rows_line(found)}", file=sys.stderr)
     for name, d in found["differences"].items():

@@ -17,9 +17,8 @@ from labeltune.commands.evaluation import (
     what_rows_are,
 )
 from labeltune.errors import ConfigError, DataError
-from labeltune.evaluation.compare import compare_predictions
-from labeltune.evaluation.comparison_page import BARE, comparison_page
-from labeltune.evaluation.headline import headline
+from labeltune.evaluation.compare import BARE, compare_predictions, comparison_page
+from labeltune.evaluation.summary import headline
 from labeltune.io.progress import track
 from labeltune.io.run_folder import write_json, write_text
 from labeltune.types import Example, Prediction

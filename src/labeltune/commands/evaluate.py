@@ -100,7 +100,7 @@ def is_terminal() -> bool:
 
 def print_summary(metrics: dict[str, Any]) -> None:
     """Headline figures on standard error, for people."""
-    from labeltune.evaluation.headline import rows_line, shown_headline, worse_than_constant
+    from labeltune.evaluation.summary import rows_line, shown_headline, worse_than_constant
 
     print(f"rows: {rows_line(metrics)}", file=sys.stderr)
     for key, value in shown_headline(metrics):

@@ -27,11 +27,10 @@ from labeltune.data.loading import Rows, load_rows, load_splits
 from labeltune.data.meeting import add_unknown_labels
 from labeltune.data.records import without_key
 from labeltune.errors import ConfigError, DataError
-from labeltune.evaluation.headline import SELECTION, TRAINING
 from labeltune.evaluation.metrics import classification_metrics
 from labeltune.evaluation.report import report_page
-from labeltune.evaluation.slices import slices
 from labeltune.evaluation.spans import entity_dictionary, ner_metrics
+from labeltune.evaluation.summary import SELECTION, TRAINING, slices
 from labeltune.io.progress import track
 from labeltune.io.run_folder import RunInfo, write_json, write_text
 from labeltune.types import Example, Prediction
@@ -309,7 +308,7 @@ def _on_ray(
     address: str | None,
 ) -> Iterator[Prediction]:
     """Predictions of checked examples, in order; equal to those of this process up to rounding."""
-    from labeltune.inference.ray_engine import Cluster, ray_workers
+    from labeltune.inference.ray import Cluster, ray_workers
 
     load = partial(_changed, everywhere(run), overrides, changes)
     found: dict[int, list[Prediction]] = {}

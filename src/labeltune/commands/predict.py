@@ -15,8 +15,8 @@ from labeltune.commands.streams import Closed
 from labeltune.errors import counted
 
 if TYPE_CHECKING:
+    from labeltune.inference.files import PredictOptions, Row
     from labeltune.inference.predictor import Predictor
-    from labeltune.inference.stream import PredictOptions, Row
     from labeltune.types import Example
 
 #: What is read when no file is named.
@@ -102,7 +102,7 @@ def predict(
     from labeltune.commands.quiet import quiet_libraries
     from labeltune.config import build_config
     from labeltune.data.labels import named_labels
-    from labeltune.inference.row_files import parse_shard
+    from labeltune.inference.files import parse_shard
 
     labels = named_labels("--category", category) if category is not None else ()
     check_engine(engine, workers, address)
@@ -115,8 +115,8 @@ def predict(
         source, folder = _ray_files(run, file, output, bool(text or shard))
         quiet_libraries()
         from labeltune.commands.predicting import predict_on_ray
-        from labeltune.inference.ray_engine import Cluster
-        from labeltune.inference.stream import PredictOptions
+        from labeltune.inference.files import PredictOptions
+        from labeltune.inference.ray import Cluster
 
         options = PredictOptions(labels, min_confidence, top_k, with_text, encoding)
         spread = partial(predict_on_ray, run, source, folder, options, Cluster(workers, address))
@@ -127,8 +127,8 @@ def predict(
     path = _input_file(file, run, encoding)
     target = _target(run, STANDARD_INPUT if path is None and not text else path, output, part, resume)
     quiet_libraries()
+    from labeltune.inference.files import PredictOptions, used_encoding
     from labeltune.inference.load import load_predictor
-    from labeltune.inference.stream import PredictOptions, used_encoding
 
     with load_predictor(run, merge=True) as predictor:
         predictor.change(**changes)
@@ -198,7 +198,7 @@ def _target(
         OutputError: see `_check_target`.
     """
     from labeltune.errors import ConfigError
-    from labeltune.inference.row_files import shard_output
+    from labeltune.inference.files import shard_output
     from labeltune.io.outputs import is_stream
 
     in_files = path not in (None, STANDARD_INPUT) and output is not None and not is_stream(Path(output))
@@ -224,9 +224,16 @@ def _answer(
     resume: bool,
 ) -> int:
     """Predict what was given and write it; returns how many rows could not be predicted."""
-    from labeltune.inference.row_files import csv_of, is_csv
+    from labeltune.inference.files import (
+        count_rows,
+        csv_of,
+        is_csv,
+        predict_file,
+        predict_lines,
+        read_rows,
+        read_stream,
+    )
     from labeltune.inference.shards import shard_block
-    from labeltune.inference.stream import count_rows, predict_file, predict_lines, read_rows, read_stream
     from labeltune.io.outputs import is_stream, open_stream
     from labeltune.io.progress import row_progress
     from labeltune.io.run_folder import write_text
@@ -274,7 +281,7 @@ def _check_target(output: str | None, path: Path | None, run: str) -> None:
         OutputError: see `check_file`; or standard output is the file that is read.
     """
     from labeltune.errors import OutputError
-    from labeltune.inference.row_files import is_csv, unfinished_names
+    from labeltune.inference.files import is_csv, unfinished_names
     from labeltune.io.outputs import check_file, is_file_of
     from labeltune.io.run_files import files_read
 
@@ -325,7 +332,7 @@ def _checked(number: int, values: dict[str, Any], labels: tuple[str, ...], where
     from labeltune.data.records import Record
     from labeltune.data.schemas import parse_record
     from labeltune.errors import DataError
-    from labeltune.inference.stream import with_labels
+    from labeltune.inference.files import with_labels
 
     record = Record(where, values)
     example, faults = parse_record(record, number, "classification", ColumnsConfig(), answers_required=False)

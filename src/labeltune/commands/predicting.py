@@ -17,8 +17,8 @@ from labeltune.io.run_folder import RunInfo
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
-    from labeltune.inference.ray_engine import Cluster
-    from labeltune.inference.stream import PredictOptions
+    from labeltune.inference.files import PredictOptions
+    from labeltune.inference.ray import Cluster
 
 
 def predict(
@@ -66,10 +66,10 @@ def predict_on_ray(
         ModelError: a worker could not load the model, or shards kept ending theirs.
     """
     from labeltune.data.uris import Place
+    from labeltune.inference.files import alone_with_output, used_encoding
     from labeltune.inference.load import checkpoint_of, load_changed, run_fingerprint
-    from labeltune.inference.ray_engine import ray_workers
+    from labeltune.inference.ray import ray_workers
     from labeltune.inference.shards import begin_folder, cut_sources, list_sources, predict_shard
-    from labeltune.inference.stream import alone_with_output, used_encoding
 
     target, changes = Place.of(output), changes or {}
     known, about = run_fingerprint(run, changes), RunInfo.load(checkpoint_of(run))

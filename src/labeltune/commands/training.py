@@ -31,7 +31,7 @@ from labeltune.config import RunConfig
 from labeltune.data.loading import Splits
 from labeltune.distributed import is_sharded, rank
 from labeltune.errors import Interrupted
-from labeltune.evaluation.headline import SELECTION, headline
+from labeltune.evaluation.summary import SELECTION, headline
 from labeltune.io.lock import alone_with
 from labeltune.io.progress import begin, no_long_silence, tell, track
 from labeltune.io.run_files import remove_half_checkpoints
@@ -139,7 +139,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     predictor = Predictor(
         model, task, builder.template, config.generation, calibrate=config.calibrate, source=config.model
     )
-    predictor.share = True
+    predictor.distributed = True
 
     shown = fixed_handful(splits, config.swanlab.prediction_rows)
 
@@ -264,7 +264,7 @@ def _finish(
     say: Say,
 ) -> None:
     """With the best checkpoint's weights: fit a temperature, remember the rows that chose, and report on them."""
-    from labeltune.inference.calibrate import calibrate, calibration_figures
+    from labeltune.inference.calibration import calibrate, calibration_figures
     from labeltune.inference.load import load_predictor
     from labeltune.models.lora import restore_adapter
     from labeltune.training.sharded import load_weights
@@ -275,7 +275,7 @@ def _finish(
         load_weights(predictor.model, best)
     elif config.training.method == "full":
         predictor = load_predictor(best, trust_remote_code=config.hub.trust_remote_code)
-        predictor.share = True
+        predictor.distributed = True
     else:
         restore_adapter(predictor.model, best)
     if config.calibrate.temperature and config.task == "classification":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from labeltune.errors import ModelError
+from labeltune.inference.generation import stop_ids
 from labeltune.models.hub import load_model
 from labeltune.models.lora import load_adapter, merge_adapter
 
@@ -86,9 +87,7 @@ def save_whole_model(model: PreTrainedModel, template: ChatTemplate, folder: Pat
     from transformers import GenerationConfig
 
     tokenizer = template.tokenizer
-    configured = model.generation_config.eos_token_id
-    known = configured if isinstance(configured, list) else [] if configured is None else [configured]
-    stop = list(dict.fromkeys([*template.stop_ids, *known]))
+    stop = stop_ids(model, template)
     model.generation_config = GenerationConfig(
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,

@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from labeltune.errors import ModelError, first_line
-from labeltune.inference.runner import PlainRunner, Runner, SegmentRunner
-from labeltune.inference.scoring import PrefixCache, Question, rows_felt, score_answers, score_one_by_one
-from labeltune.inference.trie import LabelTrie
+from labeltune.inference.extraction import PlainRunner, Runner, SegmentRunner
+from labeltune.inference.scoring import (
+    LabelTrie,
+    PrefixCache,
+    Question,
+    rows_felt,
+    score_answers,
+    score_one_by_one,
+)
 from labeltune.models.precision import weights_in
 from labeltune.models.shared_prefix import changing_shapes
 
@@ -93,8 +99,8 @@ class Engine:
     def _device(self) -> str:
         return str(next(self.model.parameters()).device.type)
 
-    def forget(self) -> None:
-        """Drop what was kept of earlier prompts; needed when the model's weights have changed."""
+    def reset_cache(self) -> None:
+        """Drop the keys and values of earlier prompts; needed when the model's weights have changed."""
         with self._lock:
             self._cache.clear()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 
@@ -23,15 +23,17 @@ from labeltune.data.columns import columns_of_records
 from labeltune.data.records import without_key
 from labeltune.data.uris import Place
 from labeltune.errors import ConfigError, DataError, OutputError, first_line, printable
-from labeltune.inference.predictor import Predictor
-from labeltune.inference.stream import CHUNK_ROWS, PredictOptions, predict_lines, rows_of
+from labeltune.inference.files import CHUNK_ROWS, PredictOptions, predict_lines, rows_of
 from labeltune.io.run_folder import remove_leftovers
+
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
 
 MANIFEST = "_manifest.json"
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _FORMAT = 1
 
-Load = Callable[[], Predictor]
+Load = Callable[[], "Predictor"]
 #: Calls a function with what loads the predictor and with each item, here or elsewhere; yields items with results as they come.
 Work = Callable[[Callable[[Load, Any], Any], Iterable[Any]], Iterator[tuple[Any, Any]]]
 

@@ -1,16 +1,19 @@
-"""Prediction of files of any size: rows in, lines out, a chunk at a time; a killed run goes on where it stopped."""
+"""Prediction of files of any size: rows in, lines out (jsonl, csv), a chunk at a time; a killed run goes on where it stopped."""
 
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from labeltune.config import ColumnsConfig, DataConfig
 from labeltune.data.audit import first_error
@@ -21,15 +24,16 @@ from labeltune.data.records import Record, bounded_lines, without_key
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records
 from labeltune.data.standard_input import input_records
-from labeltune.errors import DataError, OutputError, PromptError, printable
-from labeltune.inference.predictor import Predictor
-from labeltune.inference.row_files import csv_of, is_csv, unfinished_names
+from labeltune.errors import ConfigError, DataError, OutputError, PromptError, printable
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import link_target
 from labeltune.io.progress import note as say_once
 from labeltune.io.progress import row_progress
 from labeltune.io.run_folder import file_hash, remove_leftovers, write_json, writing
 from labeltune.types import Example, Prediction
+
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
 
 #: Rows that are predicted together and committed together; memory does not grow with the file.
 CHUNK_ROWS = 256
@@ -381,3 +385,79 @@ def count_rows(path: Path, encoding: str = "utf-8") -> int | None:
         if not form.plain:
             return None
         return sum(1 for line in bounded_lines(file) if line.strip())
+
+
+_LABEL = ("id", "label", "confidence", "ranking", "answer", "parsed")
+_ENTITIES = ("id", "entities", "answer", "parsed", "truncated")
+#: What people call tables that are not written.
+_OTHERS = (".tsv", ".xlsx", ".xls", ".parquet", ".arrow")
+
+
+def unfinished_names(name: str) -> tuple[str, str]:
+    """Files beside an output of this name, until it is whole: its rows, and the note of what they belong to."""
+    return f".{name}.part", f".{name}.part.json"
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`3/16` -> (3, 16).
+
+    Raises:
+        ConfigError: it is not of this form, or there is no such shard.
+    """
+    found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"--shard={text} must be NUMBER/COUNT, from 1/COUNT to COUNT/COUNT, as in 3/16")
+    return int(found[1]), int(found[2])
+
+
+def shard_output(output: Path, number: int, count: int) -> Path:
+    """Where a shard of a file goes: `out.jsonl` -> `out-00003-of-00016.jsonl`; names sort in the order of the rows."""
+    return output.with_name(f"{output.stem}-{number:05d}-of-{count:05d}{output.suffix}")
+
+
+def is_csv(output: Path) -> bool:
+    """Whether predictions go there as csv.
+
+    Raises:
+        ConfigError: the name promises another kind of table.
+    """
+    suffix = output.suffix.lower()
+    if suffix in _OTHERS:
+        raise ConfigError(f"predictions are written as jsonl or csv, not {suffix}; name the output so")
+    return suffix == ".csv"
+
+
+def csv_of(lines: Iterable[str]) -> Iterator[str]:
+    """Lines of predicted rows (JSON) as lines of csv, with a header and the byte order mark that spreadsheets look for.
+
+    The columns are those of `Prediction.to_dict`, then `error` and `source` of rows that could not be predicted, then `text`
+    where the first row that was predicted has it. `ranking` and `entities` are JSON, true and false are written so.
+    """
+    source = iter(lines)
+    first: list[str] = []
+    rows_are_entities = with_text = False
+    for line in source:
+        first.append(line)
+        row = json.loads(line)
+        if "error" not in row:
+            rows_are_entities, with_text = "entities" in row, "text" in row
+            break
+    columns = [*(_ENTITIES if rows_are_entities else _LABEL), "error", "source"]
+    columns += ["text"] if with_text else []
+    held = io.StringIO()
+    writer = csv.writer(held, lineterminator="\n")
+    yield "\ufeff"
+    writer.writerow(columns)
+    for line in chain(first, source):
+        row = json.loads(line)
+        writer.writerow([_cell(row.get(column)) for column in columns])
+        yield held.getvalue()
+        held.seek(0)
+        held.truncate()
+    yield held.getvalue()
+
+
+def _cell(value: object) -> object:
+    if value is None:
+        return ""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | bool) else value
