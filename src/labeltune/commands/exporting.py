@@ -13,8 +13,15 @@ from labeltune.commands.row_hashes import SELECTION_FILE, TRAINING_FILE
 from labeltune.commands.verification import rows_to_verify, validation_metrics
 from labeltune.errors import ConfigError
 from labeltune.export.card import CARD_FILE, Facts, base_license, card, read_metrics, usage
-from labeltune.export.folder import EXPORT_FILE, check_repo, check_target, push_folder, whole_folder
-from labeltune.export.merge import DTYPES, Dtype
+from labeltune.export.folder import (
+    DTYPES,
+    EXPORT_FILE,
+    Dtype,
+    check_repo,
+    check_target,
+    push_folder,
+    whole_folder,
+)
 from labeltune.export.parity import Parity, check_parity, compare_answers
 from labeltune.io.progress import tell, track
 from labeltune.io.run_folder import RunInfo, public_name, write_json, write_text

@@ -24,9 +24,11 @@ from labeltune.io.outputs import check_file, is_stream
 from labeltune.models.text_vectors import text_vectors
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder
+from labeltune.prompts.template import ChatTemplate
+from labeltune.training.token_figures import TokenFigures, token_figures
 
 if TYPE_CHECKING:
-    from labeltune.training.token_figures import TokenFigures
+    from transformers import PreTrainedTokenizerBase
 
 #: Pairs and rows listed in JSON; all of them are counted.
 MAX_LISTED = 10_000
@@ -88,7 +90,7 @@ def check_report(path: Path, inputs: Sequence[str] = ()) -> None:
 def make_report(
     files: Sequence[Rows],
     config: RunConfig,
-    tokenizer: Any | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     model: Path | None = None,
     progress: bool = False,
 ) -> DataReport:
@@ -111,15 +113,14 @@ def make_report(
     return DataReport(tuple(files), near, _split_pairs(files[0], config, near), issues, tokens, no_tokens)
 
 
-def _tokens(rows: Rows, config: RunConfig, tokenizer: Any | None) -> tuple[TokenFigures | None, str]:
+def _tokens(
+    rows: Rows, config: RunConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[TokenFigures | None, str]:
     """The figures, or why there are none."""
     if tokenizer is None:
         return None, NO_TOKENIZER
     if not rows.audit.usable:
         return None, f"{rows.audit.path} holds no usable row."
-    from labeltune.prompts.template import ChatTemplate
-    from labeltune.training.token_figures import token_figures
-
     labels = config.data.labels or rows.audit.label_set()
     try:
         builder = PromptBuilder(make_task(config.task, labels, config.prompt), ChatTemplate(tokenizer))

@@ -8,12 +8,18 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal, get_args
+
+from huggingface_hub import HfApi
 
 from labeltune.errors import ConfigError, HubError, OutputError, first_line
 from labeltune.io.outputs import check_folder, is_hub_name, link_target, obey_umask
 from labeltune.io.run_files import files_read
 from labeltune.io.run_folder import writing
 
+#: Number formats that whole models are exported in.
+Dtype = Literal["bf16", "fp16", "fp32"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 #: Says how an export was made; a folder that has it may be replaced by `--overwrite`.
 EXPORT_FILE = "export.json"
 
@@ -106,8 +112,6 @@ def push_folder(folder: Path, spec: str) -> str:
     name = "Hugging Face" if spec.startswith("hf:") else "ModelScope"
     try:
         if spec.startswith("hf:"):
-            from huggingface_hub import HfApi
-
             hf = HfApi()
             hf.create_repo(repo, private=True, repo_type="model", exist_ok=True)
             hf.upload_folder(repo_id=repo, folder_path=folder, repo_type="model", commit_message=message)
