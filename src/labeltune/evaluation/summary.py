@@ -103,11 +103,11 @@ def _by_length(examples: Sequence[Example], predictions: Sequence[Prediction]) -
         rows = numpy.flatnonzero(part == each)
         least, most = lengths[rows].min(), lengths[rows].max()
         name = f"{least} to {most} characters" if least < most else counted(least, "character")
-        found.append({"slice": name, "rows": len(rows), **_headline(examples, predictions, rows)})
+        found.append({"slice": name, "rows": len(rows), **_part_figures(examples, predictions, rows)})
     return found
 
 
-def _headline(
+def _part_figures(
     examples: Sequence[Example], predictions: Sequence[Prediction], rows: Iterable[int]
 ) -> dict[str, Any]:
     mine = [examples[i] for i in rows]
@@ -146,7 +146,7 @@ def _of_labels(
     """Accuracy of the rows with one of these labels; for entities the strict span F1 of these types alone."""
     if examples and examples[0].entities is None:
         chosen = [i for i, example in enumerate(examples) if (example.label or "") in labels]
-        return _headline(examples, predictions, chosen)
+        return _part_figures(examples, predictions, chosen)
     truth = [spans([e for e in example.entities or () if e.label in labels]) for example in examples]
     given = [spans([e for e in p.entities or () if e.label in labels]) for p in predictions]
     counts = span_counts(truth, given)

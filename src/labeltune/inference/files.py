@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -82,6 +82,7 @@ def read_rows(
     predictor: Predictor,
     labels: Sequence[str] = (),
     encoding: str | None = None,
+    *,
     option: str | None = "--encoding",
     block: Block | None = None,
 ) -> Iterator[Row]:
@@ -103,7 +104,7 @@ def read_rows(
         raise DataError(f"{columns.problem.where}: {without_key(columns.problem.problem, option)}")
     records = iter_records(path, encoding) if block is None else _records_of_block(path, block, encoding)
     first = block.first if block is not None else 0
-    return rows_of(records, predictor, labels, first, columns.columns, option)
+    return rows_of(records, predictor, labels, first=first, columns=columns.columns, option=option)
 
 
 def _records_of_block(path: Path, block: Block, encoding: str) -> Iterator[Record]:
@@ -127,6 +128,7 @@ def rows_of(
     records: Iterable[Record],
     predictor: Predictor,
     labels: Sequence[str] = (),
+    *,
     first: int = 0,
     columns: ColumnsConfig | None = None,
     option: str | None = "--encoding",
@@ -242,43 +244,42 @@ def predict_file(
             "labels": list(options.labels),
             "encoding": encoding,
         }
-        done = bad = 0
-        if resume:
-            done, bad = _resumable(part, note, mine, target)
-        else:
-            with writing(target):
-                part.unlink(missing_ok=True)
-            write_json(note, mine)
+        done, bad = _resumable(part, note, mine, target) if resume else _begin(part, note, mine, target)
         total = block.rows if block is not None else count_rows(path, encoding) if progress else None
         shown = progress and (total is None or total > predictor.generation.batch_size)
-        lines = predict_lines(predictor, islice(rows, done, None), options)
-        with (
-            writing(target, "what is done is kept, go on with --resume"),
-            row_progress(total, "predict", shown) as advance,
-            part.open("ab") as file,
-        ):
-            if done:
-                advance(done)
-            chunk: list[str] = []
-            for line, answered in lines:
-                chunk.append(line)
-                bad += not answered
-                advance(1)
-                if len(chunk) == CHUNK_ROWS:
-                    _commit(file, chunk)
-            _commit(file, chunk)
         with writing(target, "what is done is kept, go on with --resume"):
+            with row_progress(total, "predict", shown) as advance, part.open("ab") as file:
+                if done:
+                    advance(done)
+                lines = predict_lines(predictor, islice(rows, done, None), options)
+                while chunk := list(_counting(islice(lines, CHUNK_ROWS), advance)):
+                    bad += sum(not answered for _, answered in chunk)
+                    file.write("".join(line for line, _ in chunk).encode())
+                    _to_disk(file)
             _put_in_place(part, target)
         note.unlink(missing_ok=True)
     return bad
 
 
-def _commit(file: IO[bytes], chunk: list[str]) -> None:
-    """Write the lines, and bring them to the disk."""
-    file.write("".join(chunk).encode())
+def _begin(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tuple[int, int]:
+    """Start an output from nothing: no row of it is done."""
+    with writing(output):
+        part.unlink(missing_ok=True)
+    write_json(note, mine)
+    return 0, 0
+
+
+def _counting(
+    lines: Iterable[tuple[str, bool]], advance: Callable[[int], None]
+) -> Iterator[tuple[str, bool]]:
+    for line in lines:
+        advance(1)
+        yield line
+
+
+def _to_disk(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-    chunk.clear()
 
 
 def _put_in_place(part: Path, output: Path) -> None:
@@ -289,8 +290,7 @@ def _put_in_place(part: Path, output: Path) -> None:
     table = output.with_name(f".{output.name}.part.csv")
     with part.open(encoding="utf-8") as lines, table.open("w", encoding="utf-8") as file:
         file.writelines(csv_of(lines))
-        file.flush()
-        os.fsync(file.fileno())
+        _to_disk(file)
     table.replace(output)
     part.unlink()
 
@@ -329,12 +329,7 @@ def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tu
         theirs = dict(json.loads(note.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(f"{note} cannot be read: {error}; start without --resume to begin again") from error
-    theirs = {"with_text": False, "encoding": "utf-8", "shard": None, **theirs}  # of older versions
-    if theirs != mine:
-        differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
-        raise OutputError(
-            f"the unfinished {output} was made with another {differing}; start without --resume to begin again"
-        )
+    check_same(theirs, mine, str(output))
     if not part.exists():
         return 0, 0
     lines = bad = keep = kept_bad = at = end = 0
@@ -350,6 +345,20 @@ def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tu
                 keep, kept_bad, end = lines, bad, at
         file.truncate(end)
     return keep, kept_bad
+
+
+def check_same(theirs: Mapping[str, Any], mine: Mapping[str, Any], output: str) -> None:
+    """Raise OutputError where an unfinished output belongs to another input, run or setting than this one.
+
+    Args:
+        theirs: what stands beside the output; older versions wrote fewer keys.
+    """
+    theirs = {"with_text": False, "encoding": "utf-8", "shard": None, "columns": {}, **theirs}
+    differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
+    if differing:
+        raise OutputError(
+            f"the unfinished {output} was made with another {differing}; start without --resume to begin again"
+        )
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
