@@ -15,6 +15,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import pyarrow
+import pyarrow.parquet
+
 from labeltune.config import ColumnsConfig, DataConfig
 from labeltune.data.audit import first_error
 from labeltune.data.blocks import Block, block_records
@@ -384,12 +387,9 @@ def count_rows(path: Path, encoding: str = "utf-8") -> int | None:
     with path.open("rb") as file:
         form = find_format(path.name, file, encoding)
         if form.kind == "parquet" and not form.problem:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
             try:
-                return int(pq.read_metadata(path).num_rows)
-            except (pa.ArrowException, OSError):
+                return int(pyarrow.parquet.read_metadata(path).num_rows)
+            except (pyarrow.ArrowException, OSError):
                 return None  # reading the rows says what is wrong
         if not form.plain:
             return None

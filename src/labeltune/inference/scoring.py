@@ -252,9 +252,9 @@ def score_one_by_one(model: PreTrainedModel, question: Question) -> list[float]:
     return scores
 
 
-def rows_felt(model: PreTrainedModel, questions: Sequence[Question]) -> str | None:
-    """Whether other tokens in one row, or in one of its answers, change the logits of another, by more than computing the same
-    again changes them. None where rows leave each other alone; else what was seen, in words.
+def leak_between_rows(model: PreTrainedModel, questions: Sequence[Question]) -> str | None:
+    """Whether changing the tokens of one row, or of one of its answers, changes the logits of another by more than repeating
+    the computation does. None where rows do not influence each other; else what was seen, in words.
 
     Shapes and places stay the same, so that rounding does too: it is compared without a tolerance.
     """
