@@ -16,6 +16,12 @@ from labeltune.evaluation.spans import f1_of_counts, span_counts, spans
 from labeltune.evaluation.summary import rows_line
 from labeltune.types import Example, Prediction
 
+#: Changed rows shown of each kind; changed.jsonl holds all.
+SHOWN = 500
+LONGEST = 1000
+#: How the model of a run is named when its adapter is switched off.
+BARE = " without its adapter"
+
 
 def compare_predictions(
     examples: Sequence[Example], first: Sequence[Prediction], second: Sequence[Prediction]
@@ -101,13 +107,6 @@ def _span_f1s(
         return f1_of_counts(counts[0][rows]), f1_of_counts(counts[1][rows])
 
     return statistic
-
-
-#: Changed rows shown of each kind; changed.jsonl holds all.
-SHOWN = 500
-LONGEST = 1000
-#: How the model of a run is named when its adapter is switched off.
-BARE = " without its adapter"
 
 
 def comparison_page(

@@ -36,6 +36,10 @@ NO_TOKENIZER = (
     "No tokenizer was at hand, so tokens were not counted. Name one: --tokenizer FOLDER, or a model such as "
     "--tokenizer ms:qwen/Qwen2-1.5B-Instruct, which is fetched."
 )
+#: Pairs, label issues and faults of a kind that the page lists; the counts are always whole.
+MAX_SHOWN = 200
+_FAULTS_SHOWN = 20
+_BINS = 12
 
 
 @dataclass(frozen=True)
@@ -138,12 +142,6 @@ def _split_pairs(rows: Rows, config: RunConfig, near: NearDuplicates) -> int | N
     held_out = {int(row) for row in stratified_split(rows, data.validation_fraction, config.training.seed)}
     inside = (pair.rows for pair in near.pairs if pair.files == (0, 0))
     return sum((row in held_out) != (like in held_out) for row, like in inside)
-
-
-#: Pairs, label issues and faults of a kind that the page lists; the counts are always whole.
-MAX_SHOWN = 200
-_FAULTS_SHOWN = 20
-_BINS = 12
 
 
 def data_page(report: DataReport) -> str:

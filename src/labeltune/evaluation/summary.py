@@ -18,6 +18,9 @@ from labeltune.types import Example, Prediction
 SELECTION = "validation (used for selection)"
 #: What figures are called as soon as one of their rows was trained on.
 TRAINING = "training (seen by the model)"
+#: Parts that rows are cut into by length.
+LENGTH_SLICES = 4
+FREQUENCIES = ("rare", "middle", "frequent")
 
 
 def headline(examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, float]:
@@ -71,11 +74,6 @@ def shown_headline(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         m = metrics[name]
         found.append((name, f"{m['value']:.3f}  (95 % interval {m['low']:.3f} to {m['high']:.3f})"))
     return found
-
-
-#: Parts that rows are cut into by length.
-LENGTH_SLICES = 4
-FREQUENCIES = ("rare", "middle", "frequent")
 
 
 def slices(examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, list[dict[str, Any]]]:

@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 
 #: Rows that are predicted together and committed together; memory does not grow with the file.
 CHUNK_ROWS = 256
+#: Columns of csv.
+_LABEL = ("id", "label", "confidence", "ranking", "answer", "parsed")
+_ENTITIES = ("id", "entities", "answer", "parsed", "truncated")
+#: What people call tables that are not written.
+_OTHERS = (".tsv", ".xlsx", ".xls", ".parquet", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -394,12 +399,6 @@ def count_rows(path: Path, encoding: str = "utf-8") -> int | None:
         if not form.plain:
             return None
         return sum(1 for line in bounded_lines(file) if line.strip())
-
-
-_LABEL = ("id", "label", "confidence", "ranking", "answer", "parsed")
-_ENTITIES = ("id", "entities", "answer", "parsed", "truncated")
-#: What people call tables that are not written.
-_OTHERS = (".tsv", ".xlsx", ".xls", ".parquet", ".arrow")
 
 
 def unfinished_names(name: str) -> tuple[str, str]:

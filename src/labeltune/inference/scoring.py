@@ -13,6 +13,10 @@ from labeltune.models.tree_attention import KVCache, Segment, run_segments, segm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+#: Memory that the logits of one pass may take.
+LOGITS_BYTES = 256 * 2**20
+#: Common tokens beyond what is kept already for which computing the beginning again is worth it.
+WORTH_KEEPING = 32
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,6 @@ class LabelTrie:
         for node in range(1, len(self)):
             seen.append([*seen[self.parents[node]], node])
         return seen[1:]
-
-
-#: Memory that the logits of one pass may take.
-LOGITS_BYTES = 256 * 2**20
-#: Common tokens beyond what is kept already for which computing the beginning again is worth it.
-WORTH_KEEPING = 32
 
 
 @dataclass(frozen=True)
