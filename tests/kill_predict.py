@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 
 from labeltune import load_predictor
-from labeltune.inference import stream
+from labeltune.inference import files
 
 run, source, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 torch.set_num_threads(1)
-stream.CHUNK_ROWS = 8
+files.CHUNK_ROWS = 8
 part = output.with_name(f".{output.name}.part")
 predictor = load_predictor(run)
 generator = random.Random(0)
 begun = time.monotonic()
-stream.predict_file(predictor, source, output.with_suffix(".whole"))
+files.predict_file(predictor, source, output.with_suffix(".whole"))
 seconds = time.monotonic() - begun
 whole = output.with_suffix(".whole").read_bytes()
 killed, wanted = 0, int(sys.argv[4])
@@ -34,7 +34,7 @@ while killed < wanted:
     while not output.exists():
         child = os.fork()
         if child == 0:
-            stream.predict_file(predictor, source, output, resume=part.with_suffix(".part.json").exists())
+            files.predict_file(predictor, source, output, resume=part.with_suffix(".part.json").exists())
             os._exit(0)
         if killed < wanted:
             time.sleep(generator.uniform(0.0, seconds / 8))

@@ -22,8 +22,7 @@ from labeltune.data import label_issues, near_duplicates
 from labeltune.data.label_issues import find_label_issues
 from labeltune.data.loading import Rows, load_rows
 from labeltune.data.near_duplicates import THRESHOLD, find_near_duplicates, jaccard, ngrams, share_of
-from labeltune.evaluation.data_page import data_page
-from labeltune.evaluation.data_report import make_report
+from labeltune.evaluation.data_report import data_page, make_report
 from labeltune.models.text_vectors import text_vectors
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.evaluation.confidence import expected_calibration_error
-from labeltune.evaluation.headline import headline
 from labeltune.evaluation.intervals import BOOTSTRAP_RESAMPLES, mcnemar, paired_bootstrap
 from labeltune.evaluation.metrics import (
     classification_metrics,
@@ -22,8 +21,8 @@ from labeltune.evaluation.metrics import (
     matthews,
     reliability_bins,
 )
-from labeltune.evaluation.slices import slices
 from labeltune.evaluation.spans import ERRORS, match_entities, ner_metrics, partial_span_f1
+from labeltune.evaluation.summary import headline, slices
 from labeltune.types import Entity, Example, Prediction
 
 LABELS = "ABCD"

@@ -17,7 +17,7 @@ from labeltune.config import HubConfig, PromptConfig
 from labeltune.errors import ConfigError, HubError, ModelError, PromptError
 from labeltune.export import ollama, onnx, vllm
 from labeltune.export.card import base_license
-from labeltune.export.push import check_repo, push_folder
+from labeltune.export.folder import check_repo, push_folder
 from labeltune.prompts import make_task
 from labeltune.prompts.template import PLAIN_TEMPLATE, ChatTemplate
 from labeltune.types import Entity, Example

@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_model, make_tokenizer
-from labeltune.inference.constrained import Grammars, escape_units, extract, nothing_left, occurrences
-from labeltune.inference.runner import PlainRunner, SegmentRunner
+from labeltune.inference.extraction import (
+    Grammars,
+    PlainRunner,
+    SegmentRunner,
+    escape_units,
+    extract,
+    nothing_left,
+    occurrences,
+)
 from labeltune.inference.scoring import PrefixCache
 
 LABELS = ["地点", 'a "quoted" label', "组织"]

@@ -28,7 +28,7 @@ from labeltune.data.records import Record, bounded_lines
 from labeltune.data.schemas import Fault, parse_record
 from labeltune.data.sources import iter_records
 from labeltune.errors import DataError
-from labeltune.inference.stream import count_rows, read_stream
+from labeltune.inference.files import count_rows, read_stream
 from labeltune.io import progress
 from labeltune.io.lock import scratch_folder
 from labeltune.types import Example

@@ -100,7 +100,7 @@ def test_attacked_rows_train_score_and_extract(in_folder: Path, model_folder: Pa
             assert prediction.label in row["category"] and prediction.parsed
             assert {label for label, _ in prediction.ranking} == set(row["category"])
             assert abs(sum(p for _, p in prediction.ranking) - 1) < 1e-4
-        from labeltune.inference.stream import predict_file
+        from labeltune.inference.files import predict_file
 
         assert predict_file(predictor, Path(config.data.train), out) == 0
     assert len(out.read_text("utf-8").splitlines()) == len(rows)

@@ -110,9 +110,9 @@ def test_one_module_knows_gradio(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_ray_stays_behind_one_session_and_its_user(path: Path) -> None:
+def test_one_module_knows_ray(path: Path) -> None:
     found = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"), "labeltune")}
-    assert ("ray" in found) == (module_name(path) in ("inference.ray_session", "inference.ray_engine"))
+    assert ("ray" in found) == (module_name(path) == "inference.ray")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)

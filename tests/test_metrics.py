@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labeltune.config import load_config
-from labeltune.evaluation.headline import headline, worse_than_constant
 from labeltune.evaluation.intervals import bootstrap, wilson
 from labeltune.evaluation.metrics import (
     classification_metrics,
-    macro_f1,
+    label_numbers,
+    macro_f1_of,
     majority_baseline,
     uniform_baseline,
 )
@@ -28,6 +28,7 @@ from labeltune.evaluation.spans import (
     spans,
     strict_span_f1,
 )
+from labeltune.evaluation.summary import headline, worse_than_constant
 from labeltune.prompts import make_task
 from labeltune.prompts.ner import locate
 from labeltune.types import Entity, Example, Prediction
@@ -56,7 +57,7 @@ def test_macro_f1_is_scikit_learns(pairs: list[tuple[str, str | None]]) -> None:
     predicted = [answer for _, answer in pairs]
     names = sorted({*truth, *(p for p in predicted if p is not None)})
     expected = f1_score(truth, [p or "-" for p in predicted], labels=names, average="macro", zero_division=0)
-    assert macro_f1(truth, predicted) == pytest.approx(expected)
+    assert macro_f1_of(*label_numbers(truth, predicted)) == pytest.approx(expected)
 
 
 @settings(max_examples=10, deadline=None)
@@ -68,7 +69,9 @@ def test_classification_metrics_are_scikit_learns(pairs: list[tuple[str, str | N
     found = classification_metrics(examples, predictions)
     truth, filled = [right for right, _ in pairs], [answer or "-" for _, answer in pairs]
     assert found["accuracy"]["value"] == pytest.approx(accuracy_score(truth, filled), abs=1e-6)
-    assert found["macro_f1"]["value"] == pytest.approx(macro_f1(truth, [p for _, p in pairs]), abs=1e-6)
+    assert found["macro_f1"]["value"] == pytest.approx(
+        macro_f1_of(*label_numbers(truth, [p for _, p in pairs])), abs=1e-6
+    )
     report = classification_report(truth, filled, output_dict=True, zero_division=0)
     for name, figures in found["labels"].items():
         assert figures["support"] == report[name]["support"]

@@ -16,7 +16,7 @@ from conftest import classification_rows, write_jsonl
 from labeltune.data.loading import load_rows
 from labeltune.errors import DataError, OutputError
 from labeltune.export.folder import whole_folder
-from labeltune.inference.stream import predict_file
+from labeltune.inference.files import predict_file
 from labeltune.io.outputs import why_not_written
 from test_predictor import predictor_for
 from test_training import config_for

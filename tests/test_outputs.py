@@ -17,7 +17,7 @@ import pytest
 from conftest import LABELS, classification_rows, write_jsonl
 from labeltune.config import build_config
 from labeltune.errors import OutputError
-from labeltune.inference.row_files import csv_of
+from labeltune.inference.files import csv_of
 from labeltune.io.outputs import check_file, check_folder, descriptor, is_stream, write_json, write_text
 from labeltune.io.run_folder import RunInfo, check_inputs_kept
 from test_cli import Result, labeltune  # noqa: F401

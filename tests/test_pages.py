@@ -16,11 +16,9 @@ from conftest import classification_rows, make_tokenizer, ner_rows, write_jsonl
 from labeltune.commands.evaluate import all_metrics
 from labeltune.config import build_config
 from labeltune.data.schemas import FAULT_KINDS
-from labeltune.evaluation import words
-from labeltune.evaluation.compare import compare_predictions
-from labeltune.evaluation.comparison_page import comparison_page, p_value
-from labeltune.evaluation.data_page import data_page
-from labeltune.evaluation.data_report import make_report
+from labeltune.evaluation import pages as page_module
+from labeltune.evaluation.compare import compare_predictions, comparison_page, p_value
+from labeltune.evaluation.data_report import data_page, make_report
 from labeltune.evaluation.pages import both, environment, name
 from labeltune.evaluation.report import report_page
 from labeltune.messages import chinese
@@ -255,7 +253,13 @@ def test_names_break_behind_a_slash_only() -> None:
 
 
 def test_the_pages_tables_hold_both_languages() -> None:
-    tables = (words.FIGURES, words.BASELINES, words.ERROR_KINDS, words.FREQUENCY_SLICES, words.REPORT)
+    tables = (
+        page_module.FIGURES,
+        page_module.BASELINES,
+        page_module.ERROR_KINDS,
+        page_module.FREQUENCY_SLICES,
+        page_module.REPORT,
+    )
     for table in tables:
         for english, translated in table.values():
             assert english and not CHINESE.search(english)

@@ -17,7 +17,8 @@ from conftest import LABELS, classification_rows, make_model, make_tokenizer, ne
 from labeltune import load_predictor
 from labeltune.config import CalibrateConfig, GenerationConfig, build_config
 from labeltune.errors import ConfigError, DataError, ModelError
-from labeltune.inference.answers import Calibration, LabelScores, merge_entities, ranked, remove_prior
+from labeltune.inference.calibration import Calibration, LabelScores, ranked, remove_prior
+from labeltune.inference.extraction import merge_entities
 from labeltune.inference.predictor import Predictor
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import kept_parts

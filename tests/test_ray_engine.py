@@ -24,10 +24,9 @@ from labeltune.commands.predict import predict_command
 from labeltune.config import build_config
 from labeltune.errors import DataError, LabeltuneError, ModelError
 from labeltune.inference import load as loading
+from labeltune.inference.files import PredictOptions, predict_file
 from labeltune.inference.load import load_predictor
-from labeltune.inference.ray_engine import MOST_ATTEMPTS, Cluster, ray_workers
-from labeltune.inference.ray_session import ray_session
-from labeltune.inference.stream import PredictOptions, predict_file
+from labeltune.inference.ray import MOST_ATTEMPTS, Cluster, ray_session, ray_workers
 from labeltune.io import run_folder
 from labeltune.io.run_folder import RunInfo
 from labeltune.io.uris import Place

@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 
 from conftest import HYBRID_KINDS, make_model
 from labeltune.inference.engine import Engine, predicting, questions_to_check
-from labeltune.inference.scoring import PrefixCache, Question, plan_passes, score_answers, score_one_by_one
-from labeltune.inference.trie import LabelTrie
+from labeltune.inference.scoring import (
+    LabelTrie,
+    PrefixCache,
+    Question,
+    plan_passes,
+    score_answers,
+    score_one_by_one,
+)
 from labeltune.models import precision, tree_attention
 
 VOCABULARY = 300

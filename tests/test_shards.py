@@ -16,9 +16,9 @@ from conftest import write_jsonl
 from labeltune.config import DataConfig
 from labeltune.data.blocks import block_records
 from labeltune.errors import ConfigError, DataError, OutputError
-from labeltune.inference import shards, stream
+from labeltune.inference import files, shards
+from labeltune.inference.files import PredictOptions, parse_shard, predict_file, shard_output
 from labeltune.inference.predictor import Predictor
-from labeltune.inference.row_files import parse_shard, shard_output
 from labeltune.inference.shards import (
     MANIFEST,
     Source,
@@ -29,7 +29,6 @@ from labeltune.inference.shards import (
     predict_shard,
     shard_block,
 )
-from labeltune.inference.stream import PredictOptions, predict_file
 from labeltune.io.uris import Place
 from test_cli import labeltune  # noqa: F401
 from test_outputs import loaded, make_run, refused  # noqa: F401
@@ -41,7 +40,7 @@ ROWS: list[Any] = [{"id": f"r{i}", "text": f"{i % 97} rocket" if i != 11 else ""
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of four rows."""
-    monkeypatch.setattr(stream, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 4)
     monkeypatch.setattr(shards, "CHUNK_ROWS", 4)
 
 

@@ -16,10 +16,10 @@ import pytest
 import labeltune
 from conftest import LABELS, classification_rows, write_jsonl
 from labeltune.errors import DataError, OutputError
-from labeltune.inference import stream
+from labeltune.inference import files
+from labeltune.inference.files import PredictOptions, count_rows, predict_file
 from labeltune.inference.load import load_predictor
 from labeltune.inference.predictor import Predictor
-from labeltune.inference.stream import PredictOptions, count_rows, predict_file
 from labeltune.io.outputs import file_hash
 from test_predictor import predictor_for
 from test_training import config_for
@@ -32,7 +32,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_rows_come_out_in_order_with_faults_in_their_places(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 4)
     rows: list[Any] = [{"text": f"row {i}"} for i in range(11)]
     rows[2] = {"id": "mine", "text": ""}
     rows[5] = {"id": 77, "text": "x", "category": ["same", "same "]}
@@ -134,7 +134,7 @@ def test_two_predicts_onto_one_file_are_told_apart(in_folder: Path) -> None:
     other = in_folder / "tmp"
     other.mkdir()
     predicts = (
-        "from pathlib import Path; from labeltune.inference.stream import alone_with_output\n"
+        "from pathlib import Path; from labeltune.inference.files import alone_with_output\n"
         f"with alone_with_output(Path({str(in_folder / 'out.jsonl')!r}), 'it'): pass"
     )
 
@@ -162,7 +162,7 @@ def test_damage_behind_a_whole_chunk_is_written_anew(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a crash of the machine a file may end in zeros, and its note may be empty."""
-    monkeypatch.setattr(stream, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 4)
     path = write_jsonl(in_folder / "rows.jsonl", classification_rows(11))
     predictor, output = predictor_for(), in_folder / "out.jsonl"
     predict_file(predictor, path, output)

@@ -17,7 +17,7 @@ from labeltune.commands.preparing import validation_rows, warn_of_rows
 from labeltune.config import RunConfig, load_config
 from labeltune.data.loading import load_splits
 from labeltune.errors import ConfigError, DataError, ModelError
-from labeltune.evaluation.headline import rows_line
+from labeltune.evaluation.summary import rows_line
 from labeltune.io import progress
 from labeltune.training.checkpoints import write_manifest
 from test_training import config_for

@@ -123,7 +123,7 @@ def measure(what: str, path: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
             main.run()
     else:
-        from labeltune.inference.stream import predict_file
+        from labeltune.inference.files import predict_file
 
         begin = psutil.Process().memory_info().rss
         output = path.with_name("predictions.jsonl")

@@ -17,7 +17,7 @@ from torture.zygote import Kill
 #: Kills at full size.
 KILLS = 60
 IN_A_ROW = 6
-#: Rows of a file: some chunks of `stream.CHUNK_ROWS`.
+#: Rows of a file: some chunks of `files.CHUNK_ROWS`.
 ROWS = 900
 
 

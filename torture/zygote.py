@@ -54,7 +54,7 @@ def warm() -> None:
         "labeltune.commands.main",
         "labeltune.commands.train",
         "labeltune.inference.load",
-        "labeltune.inference.stream",
+        "labeltune.inference.files",
     ):
         importlib.import_module(name)
     for name in (
@@ -68,8 +68,8 @@ def warm() -> None:
     for name in (
         "models.lora",
         "models.hub",
-        "inference.calibrate",
-        "inference.constrained",
+        "inference.calibration",
+        "inference.extraction",
         "inference.engine",
     ):
         importlib.import_module(f"labeltune.{name}")

@@ -25,9 +25,8 @@ from labeltune.commands.evaluate import (
 )
 from labeltune.commands.options import FiguresAsJson, MaxRows, OnError
 from labeltune.errors import ConfigError, DataError
-from labeltune.evaluation.compare import compare_predictions
-from labeltune.evaluation.comparison_page import BARE, comparison_page
-from labeltune.evaluation.headline import headline, rows_line
+from labeltune.evaluation.compare import BARE, compare_predictions, comparison_page
+from labeltune.evaluation.summary import headline, rows_line
 from labeltune.io.outputs import check_folder, write_json, write_text
 from labeltune.io.progress import phase, track
 from labeltune.types import Example, Prediction

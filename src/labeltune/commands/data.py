@@ -30,8 +30,7 @@ from labeltune.data.loading import Rows, load_rows
 from labeltune.data.schemas import Fault
 from labeltune.data.sources import download_original, iter_records, resolve_data
 from labeltune.errors import counted, printable
-from labeltune.evaluation.data_page import data_page
-from labeltune.evaluation.data_report import check_report, make_report
+from labeltune.evaluation.data_report import check_report, data_page, make_report
 from labeltune.io.outputs import check_file, write_text
 from labeltune.messages import spoken, verbatim
 from labeltune.prompts import make_task

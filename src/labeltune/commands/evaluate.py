@@ -31,17 +31,17 @@ from labeltune.data.loading import Rows, load_rows, load_splits
 from labeltune.data.records import without_key
 from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError
-from labeltune.evaluation.headline import (
+from labeltune.evaluation.metrics import classification_metrics
+from labeltune.evaluation.report import report_page
+from labeltune.evaluation.spans import entity_dictionary, ner_metrics
+from labeltune.evaluation.summary import (
     SELECTION,
     TRAINING,
     rows_line,
     shown_headline,
+    slices,
     worse_than_constant,
 )
-from labeltune.evaluation.metrics import classification_metrics
-from labeltune.evaluation.report import report_page
-from labeltune.evaluation.slices import slices
-from labeltune.evaluation.spans import entity_dictionary, ner_metrics
 from labeltune.io.outputs import check_folder, is_hub_name, write_json, write_text
 from labeltune.io.progress import phase, track
 from labeltune.io.run_folder import EVALUATION_FILES, RunInfo, files_read, find_checkpoint
@@ -388,7 +388,7 @@ def _on_ray(
     address: str | None,
 ) -> Iterator[Prediction]:
     """Predictions of checked examples, in order; equal to those of this process up to rounding."""
-    from labeltune.inference.ray_engine import Cluster, ray_workers
+    from labeltune.inference.ray import Cluster, ray_workers
 
     load = partial(_changed, absolute_run(run), overrides, changes)
     found: dict[int, list[Prediction]] = {}

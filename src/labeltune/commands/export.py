@@ -25,7 +25,7 @@ from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
-    from labeltune.export.merge import Dtype
+    from labeltune.export.folder import Dtype
     from labeltune.export.parity import Parity
     from labeltune.export.vllm import Adapter
 
@@ -162,8 +162,7 @@ def export(
     _check_options(merged, dtype, tolerance, push)
     from labeltune.export import card
     from labeltune.export import onnx as onnx_form
-    from labeltune.export import push as hub
-    from labeltune.export.folder import check_target, whole_folder
+    from labeltune.export.folder import check_target, push_folder, whole_folder
     from labeltune.export.parity import check_parity
     from labeltune.inference.load import checkpoint_of
 
@@ -190,15 +189,14 @@ def export(
             onnx_form.write_onnx(exporter, folder)
         job.describe(folder, test_metrics, parity)
     say(f"exported the {job.kind} to {target}")
-    address = hub.push_folder(target, push) if push is not None else None
+    address = push_folder(target, push) if push is not None else None
     if address is not None:
         say(f"pushed to {address}")
     return Exported(target, job.kind, job.dtype, parity, commands, address)
 
 
 def _check_options(merged: bool, dtype: str | None, tolerance: float, push: str | None) -> None:
-    from labeltune.export.merge import DTYPES
-    from labeltune.export.push import check_repo
+    from labeltune.export.folder import DTYPES, check_repo
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")

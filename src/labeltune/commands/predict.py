@@ -24,7 +24,7 @@ from labeltune.data.records import Record, without_key
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records, resolve_data
 from labeltune.errors import ConfigError, DataError, MissingExtraError, OutputError, counted
-from labeltune.inference.row_files import csv_of, is_csv, parse_shard, shard_output, unfinished_names
+from labeltune.inference.files import csv_of, is_csv, parse_shard, shard_output, unfinished_names
 from labeltune.io.outputs import (
     check_file,
     check_folder,
@@ -40,9 +40,9 @@ from labeltune.io.uris import Place
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
+    from labeltune.inference.files import PredictOptions, Row
     from labeltune.inference.predictor import Predictor
-    from labeltune.inference.ray_engine import Cluster
-    from labeltune.inference.stream import PredictOptions, Row
+    from labeltune.inference.ray import Cluster
 
 #: What is read when no file is named.
 STANDARD_INPUT = Path("/dev/stdin")
@@ -127,8 +127,8 @@ def predict_command(
     output = None if output == "-" else output
     if engine == "ray":
         source, folder = _ray_files(run, file, output, bool(text or shard))
-        from labeltune.inference.ray_engine import Cluster
-        from labeltune.inference.stream import PredictOptions
+        from labeltune.inference.files import PredictOptions
+        from labeltune.inference.ray import Cluster
 
         options = PredictOptions(labels, min_confidence, top_k, with_text, encoding)
         spread = partial(predict_on_ray, run, source, folder, options, Cluster(workers, address))
@@ -138,8 +138,8 @@ def predict_command(
     texts = _texts(text or (), file)
     path = _input_file(file, run, encoding)
     target = _target(run, STANDARD_INPUT if path is None and not text else path, output, part, resume)
+    from labeltune.inference.files import PredictOptions, used_encoding, with_labels
     from labeltune.inference.load import load_predictor
-    from labeltune.inference.stream import PredictOptions, used_encoding, with_labels
 
     texts = [with_labels(example, labels) for example in texts]
     with load_predictor(run, merge=True) as predictor:
@@ -195,10 +195,10 @@ def predict_on_ray(
         ConfigError, DataError, OutputError: see `begin_folder`, `list_sources` and `predict_shard`.
         ModelError: a worker could not load the model, or shards kept ending theirs.
     """
+    from labeltune.inference.files import alone_with_output, used_encoding
     from labeltune.inference.load import checkpoint_of, load_changed, run_fingerprint
-    from labeltune.inference.ray_engine import ray_workers
+    from labeltune.inference.ray import ray_workers
     from labeltune.inference.shards import begin_folder, cut_sources, list_sources, predict_shard
-    from labeltune.inference.stream import alone_with_output, used_encoding
 
     target, changes = Place.of(output), changes or {}
     known, about = run_fingerprint(run, changes), RunInfo.load(checkpoint_of(run))
@@ -296,8 +296,8 @@ def _answer(
     resume: bool,
 ) -> int:
     """Predict what was given and write it; returns how many rows could not be predicted."""
+    from labeltune.inference.files import count_rows, predict_file, predict_lines, read_rows, read_stream
     from labeltune.inference.shards import shard_block
-    from labeltune.inference.stream import count_rows, predict_file, predict_lines, read_rows, read_stream
 
     encoding = options.encoding or predictor.encoding
     if path is not None and target is not None and not is_stream(target):

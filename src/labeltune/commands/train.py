@@ -35,7 +35,7 @@ from labeltune.config import RunConfig, load_config
 from labeltune.data.loading import Splits
 from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
-from labeltune.evaluation.headline import SELECTION, headline
+from labeltune.evaluation.summary import SELECTION, headline
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import is_hub_name, remove_leftovers
 from labeltune.io.progress import begin, no_long_silence, track
@@ -219,7 +219,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         calibrate=config.calibrate,
         source=config.model,
     )
-    predictor.share = True
+    predictor.distributed = True
 
     tracker = _start_tracker(config, splits, resume_from, say)
     shown = fixed_handful(splits, config.swanlab.prediction_rows) if config.tracking == "swanlab" else []
@@ -375,7 +375,7 @@ def _finish(
     say: Say,
 ) -> None:
     """With the best checkpoint's weights: fit a temperature, remember the rows that chose, and report on them."""
-    from labeltune.inference.calibrate import calibrate, calibration_figures
+    from labeltune.inference.calibration import calibrate, calibration_figures
     from labeltune.inference.load import load_predictor
     from labeltune.models.lora import restore_adapter
     from labeltune.training.sharded import load_weights
@@ -386,7 +386,7 @@ def _finish(
         load_weights(predictor.model, best)
     elif config.training.method == "full":
         predictor = load_predictor(best, trust_remote_code=config.hub.trust_remote_code)
-        predictor.share = True
+        predictor.distributed = True
     else:
         restore_adapter(predictor.model, best)
     if config.calibrate.temperature and config.task == "classification":

@@ -18,8 +18,6 @@ LOWEST, HIGHEST = 0.05, 20.0
 #: On fewer validation rows than these no temperature is fitted: it would follow chance.
 ENOUGH_ROWS = 50
 FOLDS = 5
-#: Stands for a candidate that a row does not have; minus infinity would make gradients NaN.
-ABSENT = -1e30
 
 
 def softmax(scores: np.ndarray[Any, Any], temperature: float = 1.0) -> np.ndarray[Any, Any]:
@@ -70,26 +68,23 @@ def expected_calibration_error(
 
 
 def fit_temperature(rows: Rows, right: Sequence[int]) -> float:
-    """The temperature with the least negative log-likelihood, by LBFGS on its logarithm (Guo et al. 2017), within bounds."""
-    import torch
+    """The temperature with the least negative log-likelihood (Guo et al. 2017), within bounds; its logarithm is searched."""
+    from scipy.optimize import minimize_scalar
+    from scipy.special import logsumexp
 
-    widest = max(len(scores) for scores in rows)
-    padded = torch.full((len(rows), widest), ABSENT, dtype=torch.float64)
+    padded = np.full(
+        (len(rows), max(map(len, rows))), -np.inf
+    )  # minus infinity: a candidate that a row does not have
     for i, scores in enumerate(rows):
-        padded[i, : len(scores)] = torch.as_tensor(np.asarray(scores, dtype=np.float64))
-    answers = torch.as_tensor(list(right))
-    logarithm = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logarithm], lr=0.5, max_iter=200, line_search_fn="strong_wolfe")
+        padded[i, : len(scores)] = scores
+    chosen = padded[np.arange(len(rows)), right]
 
-    def loss() -> Any:
-        optimizer.zero_grad()
-        bounded = logarithm.clamp(np.log(LOWEST), np.log(HIGHEST))
-        value = torch.nn.functional.cross_entropy(padded / bounded.exp(), answers)
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
+    def loss(logarithm: float) -> float:
+        inverse = np.exp(-logarithm)
+        return float(np.mean(logsumexp(padded * inverse, axis=1) - chosen * inverse))
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
-    return float(np.clip(np.exp(float(logarithm.detach())), LOWEST, HIGHEST))
+    found = minimize_scalar(loss, bounds=np.log((LOWEST, HIGHEST)), method="bounded", options={"xatol": 1e-8})
+    return float(np.exp(found.x))
 
 
 def calibration_report(rows: Rows, right: Sequence[int]) -> tuple[float, dict[str, Any]]:

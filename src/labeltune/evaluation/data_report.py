@@ -1,25 +1,34 @@
-"""What `labeltune data check --report` adds to the audit: near-duplicates, labels that look wrong, tokens."""
+"""What `labeltune data check --report` adds to the audit (near-duplicates, labels that look wrong, tokens), and its page."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
 from labeltune.config import RunConfig
+from labeltune.data import label_issues, near_duplicates
+from labeltune.data.check import Audit
 from labeltune.data.label_issues import LabelIssues, find_label_issues
 from labeltune.data.loading import Rows, stratified_split
 from labeltune.data.near_duplicates import NearDuplicates, find_near_duplicates
+from labeltune.data.schemas import FAULT_KINDS, Fault
 from labeltune.errors import MissingExtraError, OutputError, PromptError
+from labeltune.evaluation.pages import render
 from labeltune.io.outputs import check_file, is_stream
 from labeltune.models.text_vectors import text_vectors
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder
+from labeltune.prompts.template import ChatTemplate
+from labeltune.training.token_figures import TokenFigures, token_figures
 
 if TYPE_CHECKING:
-    from labeltune.training.token_figures import TokenFigures
+    from transformers import PreTrainedTokenizerBase
 
 #: Pairs and rows listed in JSON; all of them are counted.
 MAX_LISTED = 10_000
@@ -27,6 +36,10 @@ NO_TOKENIZER = (
     "No tokenizer was at hand, so tokens were not counted. Name one: --tokenizer FOLDER, or a model such as "
     "--tokenizer ms:qwen/Qwen2-1.5B-Instruct, which is fetched."
 )
+#: Pairs, label issues and faults of a kind that the page lists; the counts are always whole.
+MAX_SHOWN = 200
+_FAULTS_SHOWN = 20
+_BINS = 12
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def check_report(path: Path, inputs: Sequence[str] = ()) -> None:
 def make_report(
     files: Sequence[Rows],
     config: RunConfig,
-    tokenizer: Any | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     model: Path | None = None,
     progress: bool = False,
 ) -> DataReport:
@@ -104,15 +117,14 @@ def make_report(
     return DataReport(tuple(files), near, _split_pairs(files[0], config, near), issues, tokens, no_tokens)
 
 
-def _tokens(rows: Rows, config: RunConfig, tokenizer: Any | None) -> tuple[TokenFigures | None, str]:
+def _tokens(
+    rows: Rows, config: RunConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[TokenFigures | None, str]:
     """The figures, or why there are none."""
     if tokenizer is None:
         return None, NO_TOKENIZER
     if not rows.audit.usable:
         return None, f"{rows.audit.path} holds no usable row."
-    from labeltune.prompts.template import ChatTemplate
-    from labeltune.training.token_figures import token_figures
-
     labels = config.data.labels or rows.audit.label_set()
     try:
         builder = PromptBuilder(make_task(config.task, labels, config.prompt), ChatTemplate(tokenizer))
@@ -130,3 +142,54 @@ def _split_pairs(rows: Rows, config: RunConfig, near: NearDuplicates) -> int | N
     held_out = {int(row) for row in stratified_split(rows, data.validation_fraction, config.training.seed)}
     inside = (pair.rows for pair in near.pairs if pair.files == (0, 0))
     return sum((row in held_out) != (like in held_out) for row, like in inside)
+
+
+def data_page(report: DataReport) -> str:
+    """The whole page. It is valid UTF-8 whatever stands in paths and messages."""
+    shares = report.tokens.cut_shares if report.tokens else ()
+    html = render(
+        "data.html.j2",
+        report=report,
+        fault_kinds=FAULT_KINDS,
+        listed_faults=_listed_faults,
+        length_bins=_length_bins,
+        percentiles=_percentiles,
+        cut_bins=[(f"≤ {10 * (at + 1)}%", count) for at, count in enumerate(shares)],
+        most_shown=MAX_SHOWN,
+        limits={
+            "ngram": near_duplicates.NGRAM,
+            "threshold": near_duplicates.THRESHOLD,
+            "compared_characters": near_duplicates.MAX_CHARACTERS,
+            "judged_characters": label_issues.MAX_CHARACTERS,
+            "judged_texts": label_issues.MIN_TEXTS,
+        },
+    )
+    return html.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _percentiles(values: Mapping[str, int]) -> str:
+    return ", ".join(f"{value:,} ({key})" for key, value in values.items())
+
+
+def _listed_faults(audit: Audit) -> list[Fault]:
+    """The first faults of each kind, in the file's order."""
+    shown: dict[str, int] = {}
+    listed = []
+    for fault in audit.faults:
+        shown[fault.kind] = shown.get(fault.kind, 0) + 1
+        if shown[fault.kind] <= _FAULTS_SHOWN:
+            listed.append(fault)
+    return listed
+
+
+def _length_bins(audit: Audit) -> list[tuple[str, int]]:
+    """Equal bins up to the 99th percentile, and one for what is longer."""
+    lengths = numpy.frombuffer(audit.lengths, dtype=numpy.uint32)
+    top = max(1, int(numpy.percentile(lengths, 99)))
+    step = -(-(top + 1) // _BINS)
+    edges = [*range(0, top + 1, step)]
+    edges.append(edges[-1] + step)
+    counts, _ = numpy.histogram(lengths, bins=[*edges, max(edges[-1], int(lengths.max())) + 1])
+    names = [f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in pairwise(edges)]
+    bins = list(zip([*names, f"≥ {edges[-1]}"], map(int, counts), strict=True))
+    return bins if bins[-1][1] else bins[:-1]

@@ -21,11 +21,6 @@ TOP = (2, 3, 5)
 SMALLEST = 1e-300
 
 
-def macro_f1(truth: Sequence[str], predicted: Sequence[str | None]) -> float:
-    """Mean F1 over the labels that occur in `truth` or `predicted`; an answer off the list (None) is a miss, no label."""
-    return macro_f1_of(*label_numbers(truth, predicted))
-
-
 def label_numbers(truth: Sequence[str], predicted: Sequence[str | None]) -> tuple[Any, Any, int]:
     """Labels as numbers: (right ones, predicted ones, how many labels there are); off the list is that last number."""
     names = sorted(set(truth) | {p for p in predicted if p is not None})
@@ -47,7 +42,7 @@ def _f1_by_label(
 
 
 def macro_f1_of(right: NDArray[numpy.int64], given: NDArray[numpy.int64], labels: int) -> float:
-    """Macro-F1 of labels as `label_numbers` gives them."""
+    """Mean F1 over the labels that occur, as `label_numbers` gives them; an answer off the list is a miss, no label."""
     f1, _ = _f1_by_label(right, given, labels)
     return float(numpy.nanmean(f1)) if len(right) else 0.0
 

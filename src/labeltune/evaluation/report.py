@@ -6,11 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from labeltune.evaluation import words
 from labeltune.evaluation.compare import right_row
-from labeltune.evaluation.headline import rows_line, worse_than_constant
-from labeltune.evaluation.pages import render
+from labeltune.evaluation.pages import ERROR_KINDS, FREQUENCY_SLICES, REPORT, render
 from labeltune.evaluation.spans import ERRORS, match_entities
+from labeltune.evaluation.summary import rows_line, worse_than_constant
 from labeltune.types import Entity, Example, Prediction
 
 _Words = tuple[str, str]
@@ -45,7 +44,7 @@ def report_page(
         "rows": [_row(e, p, limit) for e, p in zip(examples, predictions, strict=True)],
         "confusion": metrics.get("confusion"),
         "errors": list(ERRORS) if task == "ner" else [],
-        "words": {**words.REPORT, **words.ERROR_KINDS},
+        "words": {**REPORT, **ERROR_KINDS},
     }
     return render(
         "report.html.j2",
@@ -55,7 +54,6 @@ def report_page(
         headlines=_HEADLINES[task],
         minor=_MINOR[task],
         slice_tables=_slice_tables(metrics),
-        words=words,
         limit=limit,
         data=data,
     )
@@ -69,9 +67,7 @@ def _slice_tables(metrics: Mapping[str, Any]) -> list[tuple[_Words, _Words, list
     by_length = [(_length(part["slice"]), part) for part in parts.get("by_length") or []]
     if by_length:
         found.append((("By length of the text", "按文本长度"), rows, by_length))
-    by_frequency = [
-        (words.FREQUENCY_SLICES[part["slice"]], part) for part in parts.get("by_label_frequency") or []
-    ]
+    by_frequency = [(FREQUENCY_SLICES[part["slice"]], part) for part in parts.get("by_label_frequency") or []]
     if by_frequency and len({figures["support"] for figures in metrics["labels"].values()}) > 1:
         counted = rows if metrics["task"] == "classification" else ("entities", "实体数")
         found.append((("By frequency of the label", "按类别频次"), counted, by_frequency))

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from labeltune.errors import ConfigError, DataError
-from labeltune.evaluation.headline import SELECTION, shown_headline
+from labeltune.evaluation.summary import SELECTION, shown_headline
 from labeltune.export.ollama import model_name
 from labeltune.export.parity import Parity
 from labeltune.io.run_folder import RunInfo, public_name

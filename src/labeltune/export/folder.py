@@ -1,4 +1,4 @@
-"""The exported folder appears whole or not at all."""
+"""The exported folder: it appears whole or not at all, and goes to a hub through the hub's own client and login."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
-from labeltune.errors import OutputError
-from labeltune.io.outputs import check_folder, link_target, obey_umask, writing
+from huggingface_hub import HfApi
+
+from labeltune.errors import ConfigError, HubError, OutputError, first_line
+from labeltune.io.outputs import check_folder, is_hub_name, link_target, obey_umask, writing
 from labeltune.io.run_folder import files_read
 
+#: Number formats that whole models are exported in.
+Dtype = Literal["bf16", "fp16", "fp32"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 #: Says how an export was made; a folder that has it may be replaced by `--overwrite`.
 EXPORT_FILE = "export.json"
 
@@ -79,3 +85,45 @@ def _put_in_place(folder: Path, output: Path) -> None:
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_repo(spec: str) -> None:
+    """Raise ConfigError unless `spec` is `hf:org/name` or `ms:org/name`."""
+    parts = spec[3:].split("/")
+    if not is_hub_name(spec) or len(parts) != 2 or not all(parts):
+        raise ConfigError(f"--push {spec}: write hf:org/name (Hugging Face) or ms:org/name (ModelScope)")
+
+
+def push_folder(folder: Path, spec: str) -> str:
+    """Upload a folder into a model repository, which is made (private) when there is none.
+
+    Args:
+        spec: `hf:org/name` or `ms:org/name`.
+
+    Returns:
+        Its address.
+
+    Raises:
+        HubError: the hub cannot be reached, or refuses.
+    """
+    repo = spec[3:]
+    message = "Upload by labeltune export"
+    name = "Hugging Face" if spec.startswith("hf:") else "ModelScope"
+    try:
+        if spec.startswith("hf:"):
+            hf = HfApi()
+            hf.create_repo(repo, private=True, repo_type="model", exist_ok=True)
+            hf.upload_folder(repo_id=repo, folder_path=folder, repo_type="model", commit_message=message)
+            return f"https://huggingface.co/{repo}"
+        from modelscope.hub.api import HubApi
+
+        ms = HubApi()
+        ms.create_repo(repo, visibility="private", repo_type="model", exist_ok=True)
+        ms.upload_folder(repo, folder, repo_type="model", commit_message=message)
+        return f"https://modelscope.cn/models/{repo}"
+    except Exception as error:
+        login = "hf auth login" if spec.startswith("hf:") else "modelscope login"
+        raise HubError(
+            f"{repo} could not be pushed to {name} ({first_line(error)}). The export itself is complete in {folder}; "
+            f"check the name, your login ({login}) and the network"
+        ) from error

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from transformers import GenerationConfig
 
 from labeltune.errors import ModelError
+from labeltune.export.folder import Dtype
+from labeltune.inference.generation import stop_ids
 from labeltune.models.hub import load_model
 from labeltune.models.lora import load_adapter, merge_adapter
 
@@ -15,9 +21,8 @@ if TYPE_CHECKING:
 
     from labeltune.prompts.template import ChatTemplate
 
-Dtype = Literal["bf16", "fp16", "fp32"]
-DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 _STORED: dict[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def stored_dtype(folder: Path) -> Dtype:
@@ -26,8 +31,6 @@ def stored_dtype(folder: Path) -> Dtype:
     Raises:
         ModelError: a file is damaged, or the weights are quantized.
     """
-    from safetensors import safe_open
-
     counts: Counter[str] = Counter()
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -43,14 +46,9 @@ def stored_dtype(folder: Path) -> Dtype:
     return _STORED[found]
 
 
-def torch_dtype(dtype: Dtype) -> Any:
-    """The torch dtype of that name."""
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-
-
-def whole_model(base: Path, adapter: Path | None, dtype: Dtype, trust_remote_code: bool = False) -> Any:
+def whole_model(
+    base: Path, adapter: Path | None, dtype: Dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The base model with the adapter merged into it, on the CPU.
 
     The base is loaded as it is stored, and every adapted layer is merged in fp32 and then rounded to `dtype`: the result is
@@ -63,10 +61,10 @@ def whole_model(base: Path, adapter: Path | None, dtype: Dtype, trust_remote_cod
     Raises:
         ModelError: the weights cannot be loaded, do not fit each other, or do not fit into `dtype`.
     """
-    model = load_model(base, torch_dtype(stored_dtype(base)), trust_remote_code=trust_remote_code)
+    model = load_model(base, _TORCH[stored_dtype(base)], trust_remote_code=trust_remote_code)
     if adapter is not None:
-        model = merge_adapter(load_adapter(model, adapter), torch_dtype(dtype))
-    model.to(torch_dtype(dtype))
+        model = merge_adapter(load_adapter(model, adapter), _TORCH[dtype])
+    model.to(_TORCH[dtype])
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ModelError(
@@ -83,12 +81,8 @@ def save_whole_model(model: PreTrainedModel, template: ChatTemplate, folder: Pat
     Args:
         template: the run's `ChatTemplate`; its tokenizer is saved with its chat template.
     """
-    from transformers import GenerationConfig
-
     tokenizer = template.tokenizer
-    configured = model.generation_config.eos_token_id
-    known = configured if isinstance(configured, list) else [] if configured is None else [configured]
-    stop = list(dict.fromkeys([*template.stop_ids, *known]))
+    stop = stop_ids(model, template)
     model.generation_config = GenerationConfig(
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,

@@ -1,4 +1,4 @@
-"""One model, asked exactly: scores of answers and decoding, by the fast way where it is right for this model."""
+"""Runs one model for prediction: scores of answers and decoding, by the fast path where it is exact for this model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from labeltune.errors import ModelError, first_line
-from labeltune.inference.runner import PlainRunner, Runner, SegmentRunner
-from labeltune.inference.scoring import PrefixCache, Question, rows_felt, score_answers, score_one_by_one
-from labeltune.inference.trie import LabelTrie
+from labeltune.inference.extraction import PlainRunner, Runner, SegmentRunner
+from labeltune.inference.scoring import (
+    LabelTrie,
+    PrefixCache,
+    Question,
+    leak_between_rows,
+    score_answers,
+    score_one_by_one,
+)
 from labeltune.models.precision import weights_in
 from labeltune.models.shared_prefix import changing_shapes
 
@@ -26,13 +32,13 @@ if TYPE_CHECKING:
 PASS_TOKENS = {"cuda": 16384, "mps": 4096, "cpu": 1024}
 #: Rows of one call that keep the device busy; on slow devices fewer, so that a progress bar moves every few seconds.
 CALL_ROWS = {"cuda": 256, "mps": 64, "cpu": 64}
-#: Largest difference of an answer's log-probability a token between the fast way and the plain one, in fp32.
+#: Largest difference of an answer's log-probability per token between the fast path and plain forward passes, in fp32.
 TOLERANCE = 1e-3
-#: In bf16 and fp16, once the two ways agree in fp32: this many times what the plain way itself differs from fp32, or this much.
+#: In bf16 and fp16, once the two agree in fp32: this many times the difference of plain passes from fp32, or this much.
 OWN_ROUNDING, SMALL_ROUNDING = 2, 0.02
 #: In bf16 and fp16 where the weights cannot be had in fp32.
 MIXED_TOLERANCE = 0.1
-#: Prompts and answers of each that the two ways are compared on.
+#: Prompts, and answers of each, on which the two are compared.
 CHECKED_PROMPTS, CHECKED_ANSWERS = 3, 2
 
 Result = TypeVar("Result")
@@ -61,8 +67,8 @@ def predicting(model: PreTrainedModel) -> Iterator[None]:
 class Engine:
     """Runs a model for prediction. Calls from several threads wait for each other.
 
-    The first call compares the fast way with plain forward passes on some of its own prompts; a model for which they disagree
-    (capped attention, state-space layers, a backend that drops its arguments) is run the plain way, with one warning.
+    The first call compares the fast path with plain forward passes on some of its own prompts. A model for which they disagree
+    (capped attention, state-space layers, a backend that drops its arguments) is run plainly, with one warning.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -93,13 +99,13 @@ class Engine:
     def _device(self) -> str:
         return str(next(self.model.parameters()).device.type)
 
-    def forget(self) -> None:
-        """Drop what was kept of earlier prompts; needed when the model's weights have changed."""
+    def reset_cache(self) -> None:
+        """Drop the keys and values of earlier prompts; needed when the model's weights have changed."""
         with self._lock:
             self._cache.clear()
 
     def verify_fast_path(self, questions: Sequence[Question]) -> None:
-        """Compare the two ways on some of these questions, if no call has done so yet."""
+        """Compare the fast path with plain passes on some of these questions, if no call has done so yet."""
         with self._lock, predicting(self.model):
             self._is_fast(questions)
 
@@ -115,14 +121,14 @@ class Engine:
             return self._plainly(questions)
 
     def decode(self, prompts: Sequence[Sequence[int]], run: Callable[[Runner], Result]) -> Result:
-        """Run something that decodes step by step, in the way that is right for this model.
+        """Run something that decodes step by step, by the path that is exact for this model.
 
         Args:
-            prompts: its prompts, to find that out with.
+            prompts: its prompts; the two paths are compared on some of them.
             run: called with the runner; again after the device has run out of memory.
         """
         with self._lock, predicting(self.model):
-            if not self._is_fast([Question(prompt, MADE_UP) for prompt in prompts]):
+            if not self._is_fast([Question(prompt, PLACEHOLDER_ANSWERS) for prompt in prompts]):
                 return run(PlainRunner(self.model))
             return self._within_memory(lambda: run(SegmentRunner(self.model, self._cache, self.max_tokens)))
 
@@ -152,10 +158,10 @@ class Engine:
         return self._fast
 
     def _disagreement(self, questions: Sequence[Question]) -> str | None:
-        """Why the fast way cannot be used, or None.
+        """Why the fast path cannot be used, or None.
 
         Rounding must not hide a wrong result: weights in bf16 or fp16 are first compared in fp32; where that is impossible, no
-        row may feel what stands in another one.
+        row may be changed by the tokens of another one.
         """
         rounded = next(self.model.parameters()).dtype != torch.float32
         try:
@@ -170,8 +176,8 @@ class Engine:
             plain = self._plainly(questions)
             if exact is None:
                 allowed = MIXED_TOLERANCE if rounded else TOLERANCE
-                felt = rows_felt(self.model, questions) if rounded else None
-                return felt or _too_far(self._fast_scores(questions), plain, questions, allowed)
+                leak = leak_between_rows(self.model, questions) if rounded else None
+                return leak or _too_far(self._fast_scores(questions), plain, questions, allowed)
             allowed = max(OWN_ROUNDING * _difference(plain, exact, questions), SMALL_ROUNDING)
             return _too_far(self._fast_scores(questions), exact, questions, allowed)
         except torch.OutOfMemoryError:
@@ -187,7 +193,7 @@ class Engine:
 
 
 #: Answers for prompts that come without any.
-MADE_UP = LabelTrie.of([(0, 1, 2), (0, 2, 1), (1, 0, 2)])
+PLACEHOLDER_ANSWERS = LabelTrie.of([(0, 1, 2), (0, 2, 1), (1, 0, 2)])
 
 
 def questions_to_check(questions: Sequence[Question]) -> list[Question]:

@@ -10,6 +10,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from labeltune.prompts.template import ChatTemplate
+
 
 def generate_answers(
     model: PreTrainedModel,
@@ -63,6 +65,13 @@ def generate_answers(
     finally:
         model.train(was_training)
     return answers
+
+
+def stop_ids(model: PreTrainedModel, template: ChatTemplate) -> list[int]:
+    """Ids that end an answer: those of the chat template first, then those of the model's generation config."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    known = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    return list(dict.fromkeys([*template.stop_ids, *known]))
 
 
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from labeltune.config import HubConfig, RunConfig
-from labeltune.inference.answers import Calibration
+from labeltune.inference.calibration import Calibration
 from labeltune.inference.predictor import Predictor, changed_generation, fingerprint
 from labeltune.io.outputs import is_hub_name
 from labeltune.io.run_folder import RunInfo, find_checkpoint
@@ -18,12 +20,15 @@ from labeltune.models.precision import pick_precision
 from labeltune.prompts import make_task
 from labeltune.prompts.template import ChatTemplate
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def load_predictor(
     run: str | os.PathLike[str],
     *,
     device: str | None = None,
-    precision: Any = "auto",
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     base_folder: str | os.PathLike[str] | None = None,
     merge: bool = False,
     trust_remote_code: bool = False,
@@ -43,8 +48,6 @@ def load_predictor(
         HubError: the hub cannot be reached or has no such checkpoint.
         ModelError: there is no complete checkpoint, or its base model cannot be found.
     """
-    import torch
-
     folder = checkpoint_of(run)
     info = RunInfo.load(folder)
     picked = pick_precision(precision)
@@ -62,7 +65,7 @@ def load_predictor(
     return predictor_on(model, folder, trust_remote_code)
 
 
-def predictor_on(model: Any, folder: Path, trust_remote_code: bool = False) -> Predictor:
+def predictor_on(model: PreTrainedModel, folder: Path, trust_remote_code: bool = False) -> Predictor:
     """A checkpoint's predictor on a model that has its weights already.
 
     Raises:
@@ -72,15 +75,14 @@ def predictor_on(model: Any, folder: Path, trust_remote_code: bool = False) -> P
     tokenizer = load_tokenizer(folder, info.runs_code(trust_remote_code))
     tokenizer.chat_template = info.chat_template
     task = make_task(info.task, info.labels, info.prompt)
-    calibration = Calibration.load(folder)
     return Predictor(
         model,
         task,
         ChatTemplate(tokenizer),
         info.generation,
-        info.columns,
-        info.calibrate,
-        calibration,
+        columns=info.columns,
+        calibrate=info.calibrate,
+        calibration=Calibration.load(folder),
         source=info.model,
         weights=weights_file(folder, info),
         encoding=info.encoding,
@@ -147,7 +149,7 @@ def base_predictor(config: RunConfig, labels: Sequence[str]) -> Predictor:
         task,
         template,
         config.generation,
-        config.data.columns,
-        config.calibrate,
+        columns=config.data.columns,
+        calibrate=config.calibrate,
         encoding=config.data.encoding,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -9,28 +10,34 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+import torch
 from pydantic import ValidationError
 
 from labeltune.config import CalibrateConfig, ColumnsConfig, GenerationConfig
-from labeltune.distributed import is_distributed
+from labeltune.distributed import (
+    all_gather,
+    assign,
+    is_distributed,
+    is_sharded,
+    join_uneven,
+    rank,
+    world_size,
+)
 from labeltune.errors import ConfigError, DataError, ModelError
-from labeltune.inference.answers import (
+from labeltune.inference.calibration import (
     Calibration,
     LabelScores,
     mean_scores,
-    merge_entities,
     ranked,
     remove_prior,
 )
-from labeltune.inference.constrained import Extracted, Grammars, extract
-from labeltune.inference.engine import MADE_UP, Engine
-from labeltune.inference.generation import generate_answers
-from labeltune.inference.runner import Runner
-from labeltune.inference.scoring import Question
-from labeltune.inference.sharing import UNIT, shared_out
-from labeltune.inference.trie import LabelTrie
+from labeltune.inference.engine import PLACEHOLDER_ANSWERS, Engine
+from labeltune.inference.extraction import Extracted, Grammars, Runner, extract, merge_entities
+from labeltune.inference.generation import generate_answers, stop_ids
+from labeltune.inference.scoring import LabelTrie, Question
 from labeltune.io.outputs import file_hash
 from labeltune.prompts import Task
 from labeltune.prompts.builder import PromptBuilder
@@ -38,6 +45,13 @@ from labeltune.prompts.classification import ClassificationTask
 from labeltune.prompts.ner import NerTask, locate
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Entity, Example, Prediction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Rows that one process of a training run predicts together, starting from an empty cache. Answers depend on these rows alone, to
+#: the last bit, so neither the number of processes nor the assignment changes a result.
+UNIT = 32
 
 #: Label sets whose tries are kept; most files have one.
 KEPT_TRIES = 1000
@@ -61,15 +75,16 @@ class Predictor:
         encoding: of the text files of the run's data.
 
     Attributes:
-        share: the processes of a training run ask together, with the same examples, and each computes a part of them.
+        distributed: all processes of a training run ask with the same examples, and each computes a part of them.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         task: Task,
         template: ChatTemplate,
         generation: GenerationConfig | None = None,
+        *,
         columns: ColumnsConfig | None = None,
         calibrate: CalibrateConfig | None = None,
         calibration: Calibration | None = None,
@@ -87,7 +102,7 @@ class Predictor:
         self.engine = Engine(model)
         self._grammars: Grammars | None = None
         self._tries: dict[tuple[str, ...], LabelTrie] = {}
-        self.share = False
+        self.distributed = False
 
     def predict(
         self,
@@ -106,9 +121,9 @@ class Predictor:
         """
         examples = list(self._examples(texts, labels))
         if self.generation.decoding == "free":
-            return self._together(examples, self._generated)
+            return self._in_units(examples, self._generated)
         if isinstance(self.task, NerTask):
-            return self._together(examples, partial(self._extracted, self.task))
+            return self._in_units(examples, partial(self._extracted, self.task))
         rows = self._probabilities(self.log_probabilities(examples))
         return [ranked(example.id, row) for example, row in zip(examples, rows, strict=True)]
 
@@ -127,14 +142,14 @@ class Predictor:
             DataError, PromptError: as `predict`.
         """
         examples = self._examples(texts, labels)
-        self.engine.forget()
-        if self.share:
+        self.engine.reset_cache()
+        if self.distributed:
             examples = iter(known := list(examples))
             self.verify_fast_path(known)
-        if self.calibrate.prior == "batch" or (self.share and is_distributed()):
+        if self.calibrate.prior == "batch" or (self.distributed and is_distributed()):
             yield from self.predict(examples)
             return
-        count = UNIT if self.share else self.engine.call_rows
+        count = UNIT if self.distributed else self.engine.call_rows
         while rows := list(islice(examples, count)):
             yield from self.predict(rows)
 
@@ -151,15 +166,15 @@ class Predictor:
         """The run's labels, or entity types: the columns of `scores` when it is asked without labels of its own."""
         return self.task.labels
 
-    def scores(self, texts: str | Iterable[str | Example], labels: Sequence[str] | None = None) -> Any:
+    def scores(
+        self, texts: str | Iterable[str | Example], labels: Sequence[str] | None = None
+    ) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Probabilities of labels as an array of shape [rows, labels], in the order of `labels` (`self.labels` when None).
 
         Raises:
             DataError: there are no labels to choose from.
             ModelError: this run extracts entities.
         """
-        import numpy as np
-
         columns = tuple(labels or self.task.labels)
         examples = [replace(e, candidates=columns) for e in self._examples(texts, columns)]
         rows = self._probabilities(self.log_probabilities(examples))
@@ -185,23 +200,47 @@ class Predictor:
         """
         if not isinstance(self.task, ClassificationTask):
             raise ModelError("this run extracts entities; ask it with .predict or .extract")
-        return self._together(examples, partial(self._scored, self.task))
+        return self._in_units(examples, partial(self._scored, self.task))
 
     def verify_fast_path(self, examples: Sequence[Example]) -> None:
-        """Find out with some of these examples, if it is not known yet, whether the fast way is right for the model."""
+        """Compare the fast path with plain forward passes on some of these examples, if that has not been done yet."""
         if self.generation.decoding == "free" or not examples:
             return
         ordered, task = sorted(examples, key=lambda example: len(example.text)), self.task
         questions = []
         for e in (ordered[0], ordered[len(ordered) // 2], ordered[-1]):
-            trie = self._trie(e, task.candidates(e)) if isinstance(task, ClassificationTask) else MADE_UP
+            trie = (
+                self._trie(e, task.candidates(e))
+                if isinstance(task, ClassificationTask)
+                else PLACEHOLDER_ANSWERS
+            )
             questions.append(Question(self.builder.views(e, self.generation.long_text)[0].ids, trie))
         self.engine.verify_fast_path(questions)
 
-    def _together(
+    def _in_units(
         self, examples: Sequence[Example], answer: Callable[[Sequence[Example]], list[Answer]]
     ) -> list[Answer]:
-        return shared_out(self, examples, answer) if self.share else answer(examples)
+        """`answer` for all examples, in order; with `distributed` each process computes some units and gets all answers."""
+        if not self.distributed or not examples:
+            return answer(examples)
+        units = [examples[at : at + UNIT] for at in range(0, len(examples), UNIT)]
+        self.verify_fast_path(examples)  # one verdict, on the same prompts, for all processes
+        # Generation calls parts of the model, so all processes ask sharded weights for everything.
+        free_and_sharded = self.generation.decoding == "free" and is_sharded(self.model)
+        split = is_distributed() and not free_and_sharded
+        sizes = [sum(len(example.text) for example in unit) for unit in units]
+        owners = assign(sizes, world_size()) if split else [rank()] * len(units)
+        own: dict[int, list[Answer]] = {}
+        with join_uneven(self.model):
+            for number, owner in enumerate(owners):
+                if owner == rank():
+                    self.engine.reset_cache()
+                    own[number] = answer(units[number])
+        self.engine.reset_cache()
+        found: dict[int, list[Answer]] = {}
+        for part in all_gather(own) if split else [own]:
+            found |= part
+        return [one for number in range(len(units)) for one in found[number]]
 
     def _scored(self, task: ClassificationTask, examples: Sequence[Example]) -> list[LabelScores]:
         questions, shapes = [], []
@@ -286,7 +325,7 @@ class Predictor:
             self.model,
             self.template.tokenizer,
             [self.builder.prompt(example).ids for example in examples],
-            stop_ids=self._stop_ids(),
+            stop_ids=stop_ids(self.model, self.template),
             max_new_tokens=self._max_new_tokens(examples),
             batch_size=self.generation.batch_size,
         )
@@ -315,26 +354,21 @@ class Predictor:
         return self._without_adapter()
 
     @contextmanager
-    def _without_adapter(self) -> Any:
+    def _without_adapter(self) -> Iterator[None]:
         kept, self.calibration = self.calibration, Calibration()
-        self.engine.forget()
+        self.engine.reset_cache()
         try:
             with self.model.disable_adapter():
                 yield
         finally:
             self.calibration = kept
-            self.engine.forget()
+            self.engine.reset_cache()
 
     def _examples(
         self, texts: str | Iterable[str | Example], labels: Sequence[str] | None
     ) -> Iterator[Example]:
         for number, text in enumerate([texts] if isinstance(texts, str) else texts):
             yield text if isinstance(text, Example) else Example(str(number), text, tuple(labels or ()))
-
-    def _stop_ids(self) -> list[int]:
-        configured = getattr(self.model.generation_config, "eos_token_id", None)
-        extra = configured if isinstance(configured, list) else [] if configured is None else [configured]
-        return list(dict.fromkeys([*self.template.stop_ids, *extra]))
 
     def _max_new_tokens(self, examples: Sequence[Example]) -> int:
         if self.task.name == "ner":
@@ -348,11 +382,7 @@ class Predictor:
         self.close()
 
     def close(self) -> None:
-        """Let go of the model's memory."""
-        import gc
-
-        import torch
-
+        """Free the model's memory; the predictor cannot be used afterwards."""
         del self.model, self.engine
         gc.collect()
         if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Exact log-probabilities of every candidate answer of a row, from one forward pass over prompt and trie."""
+"""Exact log-probabilities of every candidate answer of a row, from one forward pass over the prompt and a trie of the answers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,79 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from labeltune.inference.trie import LabelTrie
 from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
 #: Memory that the logits of one pass may take.
 LOGITS_BYTES = 256 * 2**20
 #: Common tokens beyond what is kept already for which computing the beginning again is worth it.
 WORTH_KEEPING = 32
+
+
+@dataclass(frozen=True)
+class LabelTrie:
+    """Answers that begin alike share nodes, so that each token of each beginning is computed once.
+
+    A node stands for the answer tokens read so far and is where the next one is predicted. Node 0 is the end of the prompt;
+    the others are numbered so that every parent comes before its children. An answer's last token (its end of turn) is
+    predicted but never read, so it needs no node of its own.
+
+    Attributes:
+        tokens: the token that leads to each node, shape [nodes]; that of node 0 is meaningless (-1).
+        parents: the node before each node; -1 for node 0.
+        depths: tokens of the answer read at each node; 0 for node 0.
+        paths: for every answer, (node, next token) for each of its tokens.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    depths: tuple[int, ...]
+    paths: tuple[tuple[tuple[int, int], ...], ...]
+
+    @staticmethod
+    def of(answers: Sequence[Sequence[int]]) -> LabelTrie:
+        """The trie of answers given as token ids, each with its end of turn.
+
+        Raises:
+            ValueError: an answer is empty, is given twice, or is the beginning of another one (their ends of turn would
+                not tell them apart).
+        """
+        tokens, parents, depths = [-1], [-1], [0]
+        children: dict[tuple[int, int], int] = {}
+        paths = []
+        ends: set[tuple[int, int]] = set()
+        for answer in answers:
+            if not answer:
+                raise ValueError("an answer without tokens")
+            node, path = 0, []
+            for token in answer[:-1]:
+                path.append((node, token))
+                if (node, token) not in children:
+                    children[node, token] = len(tokens)
+                    tokens.append(token)
+                    parents.append(node)
+                    depths.append(depths[node] + 1)
+                node = children[node, token]
+            last = node, answer[-1]
+            if last in ends:
+                raise ValueError("two answers have the same tokens")
+            ends.add(last)
+            paths.append((*path, last))
+        if ends & children.keys():
+            raise ValueError("an answer is the beginning of another one")
+        return LabelTrie(tuple(tokens), tuple(parents), tuple(depths), tuple(paths))
+
+    def __len__(self) -> int:
+        """Number of nodes, the end of the prompt included."""
+        return len(self.tokens)
+
+    def ancestors(self) -> list[list[int]]:
+        """For every node but 0 the nodes it sees, itself included and node 0 left out (the prompt is seen by all)."""
+        seen: list[list[int]] = [[]]
+        for node in range(1, len(self)):
+            seen.append([*seen[self.parents[node]], node])
+        return seen[1:]
 
 
 @dataclass(frozen=True)
@@ -36,13 +98,13 @@ class Question:
 
 
 class PrefixCache:
-    """Keys and values of what all prompts of a file begin with; kept from call to call."""
+    """Keys and values of the tokens that all prompts of a file begin with; kept from call to call."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Let go of the memory; needed when the weights have changed."""
+        """Free the memory; needed when the weights have changed."""
         self.ids: tuple[int, ...] = ()
         self._held = KVCache()
 
@@ -91,15 +153,15 @@ def score_answers(
         return found
     vocabulary = model.get_output_embeddings().weight.shape[0]
     with torch.inference_mode(), segment_attention_on(model):
-        past = cache.common(model, [question.prompt for question in questions])
-        begin = past.length
+        prefix = cache.common(model, [question.prompt for question in questions])
+        begin = prefix.length
         for rows, shared in plan_passes(questions, begin, max_tokens, LOGITS_BYTES // (4 * vocabulary)):
             segments = []
-            behind = past
+            parent = prefix
             if shared > begin:
-                behind = KVCache(past)
-                segments.append(Segment(questions[rows[0]].prompt[begin:shared], behind, keep=True))
-            segments += [_segment(questions[row], shared, behind) for row in rows]
+                parent = KVCache(prefix)
+                segments.append(Segment(questions[rows[0]].prompt[begin:shared], parent, keep=True))
+            segments += [_segment(questions[row], shared, parent) for row in rows]
             logits = run_segments(model, segments)
             start = 0
             for row in rows:
@@ -146,8 +208,8 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def _segment(question: Question, shared: int, past: KVCache) -> Segment:
-    """The row's own part of the prompt, and behind it the trie, every node of which sees the prompt and its ancestors."""
+def _segment(question: Question, shared: int, parent: KVCache) -> Segment:
+    """The row's own part of the prompt and after it the trie, each node of which sees the prompt and its ancestors."""
     own, trie = list(question.prompt[shared:]), question.trie
     count = len(own)
     ids = own + list(trie.tokens[1:])
@@ -157,7 +219,7 @@ def _segment(question: Question, shared: int, past: KVCache) -> Segment:
         visible[count + node - 1, [count + other - 1 for other in seen]] = True
     depths = [*range(count), *(count - 1 + depth for depth in trie.depths[1:])]
     return Segment(
-        ids, past, depths=depths, visible=visible, wanted=range(count - 1, len(ids)), begins_at=shared
+        ids, parent, depths=depths, visible=visible, wanted=range(count - 1, len(ids)), begins_at=shared
     )
 
 
@@ -188,9 +250,9 @@ def score_one_by_one(model: PreTrainedModel, question: Question) -> list[float]:
     return scores
 
 
-def rows_felt(model: PreTrainedModel, questions: Sequence[Question]) -> str | None:
-    """Whether other tokens in one row, or in one of its answers, change the logits of another, by more than computing the same
-    again changes them. None where rows leave each other alone; else what was seen, in words.
+def leak_between_rows(model: PreTrainedModel, questions: Sequence[Question]) -> str | None:
+    """Whether changing the tokens of one row, or of one of its answers, changes the logits of another by more than repeating
+    the computation does. None where rows do not influence each other; else what was seen, in words.
 
     Shapes and places stay the same, so that rounding does too: it is compared without a tolerance.
     """

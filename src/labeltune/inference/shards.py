@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 
@@ -22,16 +22,18 @@ from labeltune.data.blocks import Block, block_records, cut_file, file_records, 
 from labeltune.data.columns import columns_of_records
 from labeltune.data.records import without_key
 from labeltune.errors import ConfigError, DataError, OutputError, first_line, printable
-from labeltune.inference.predictor import Predictor
-from labeltune.inference.stream import CHUNK_ROWS, PredictOptions, predict_lines, rows_of
+from labeltune.inference.files import CHUNK_ROWS, PredictOptions, check_same, predict_lines, rows_of
 from labeltune.io.outputs import remove_leftovers
 from labeltune.io.uris import Place
+
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
 
 MANIFEST = "_manifest.json"
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _FORMAT = 1
 
-Load = Callable[[], Predictor]
+Load = Callable[[], "Predictor"]
 #: Calls a function with what loads the predictor and with each item, here or elsewhere; yields items with results as they come.
 Work = Callable[[Callable[[Load, Any], Any], Iterable[Any]], Iterator[tuple[Any, Any]]]
 
@@ -98,7 +100,7 @@ def predict_shard(output: Place, options: PredictOptions, load: Load, shard: Sha
     predictor = load()
     with shard.source.open() as file:
         records = block_records(block, file, options.encoding or predictor.encoding)
-        rows = rows_of(records, predictor, options.labels, block.first, shard.columns)
+        rows = rows_of(records, predictor, options.labels, first=block.first, columns=shard.columns)
         found = list(predict_lines(predictor, rows, options))
     if len(found) != block.rows:
         raise DataError(
@@ -190,12 +192,7 @@ def begin_folder(
         return
     if not manifest.is_file():
         raise OutputError(f"nothing to resume: {output.name} holds no {MANIFEST}; start without --resume")
-    theirs = {"with_text": False, "encoding": "utf-8", "columns": {}, **json.loads(manifest.read())}
-    differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
-    if differing:
-        raise OutputError(
-            f"the unfinished {output.name} was made with another {differing}; start without --resume to begin again"
-        )
+    check_same(json.loads(manifest.read()), mine, output.name)
 
 
 def _clear(output: Place) -> None:

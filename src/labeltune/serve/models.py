@@ -78,7 +78,7 @@ class Models:
             if served.adapter and served.adapter != self._active:
                 predictor.model.set_adapter(served.adapter)
                 self._active = served.adapter
-            predictor.engine.forget()
+            predictor.engine.reset_cache()
             found = _predict(predictor, [row.example for row in rows])
             return [
                 _counted(predictor, row, one) if isinstance(one, Answer) and row.count_tokens else one

@@ -21,7 +21,7 @@ from gradio.utils import get_upload_folder
 from gradio_client.utils import is_file_obj, traverse
 
 from labeltune.errors import LabeltuneError
-from labeltune.inference.stream import BadRow, count_rows, read_rows, to_line
+from labeltune.inference.files import BadRow, count_rows, read_rows, to_line
 from labeltune.serve.examples import documents
 from labeltune.serve.faults import ApiError
 from labeltune.serve.models import Served

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from labeltune.errors import SweepError
-from labeltune.evaluation.headline import SELECTION
+from labeltune.evaluation.summary import SELECTION
 from labeltune.io.outputs import write_text
 from labeltune.messages import localize
 from labeltune.sweep.space import Sweep, with_values

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from labeltune.config import SwanlabConfig
 from labeltune.errors import Interrupted
-from labeltune.evaluation.headline import SELECTION
+from labeltune.evaluation.summary import SELECTION
 from labeltune.io.outputs import write_json
 from labeltune.tracking.swanlab_login import logged_in
 from labeltune.types import Example, Prediction

@@ -1,18 +1,25 @@
-"""From scores to predictions: normalisation, calibration, ranking; what a document's views found, put together."""
+"""From scores to probabilities: normalisation, temperature, prior correction; and the temperature that validation rows ask for."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from labeltune.distributed import rank
 from labeltune.errors import ModelError
-from labeltune.evaluation.confidence import softmax
+from labeltune.evaluation.confidence import calibration_report, softmax
+from labeltune.evaluation.summary import SELECTION
 from labeltune.io.outputs import write_json
-from labeltune.types import Entity, Prediction
+from labeltune.types import Example, Prediction
+
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -111,16 +118,38 @@ def mean_scores(views: Sequence[LabelScores]) -> LabelScores:
     return LabelScores(views[0].labels, means, views[0].lengths)
 
 
-def _score(entity: Entity) -> float:
-    return -math.inf if entity.score is None else entity.score
+def calibrate(
+    predictor: Predictor, examples: Sequence[Example], folder: Path, say: Callable[[str], None]
+) -> tuple[Calibration, dict[str, Any]]:
+    """Fit on labelled examples, save `calibration.json` in a checkpoint, and say what it brought, or why 1 is kept.
+
+    Returns:
+        The calibration, and the report of `calibration_report`.
+    """
+    rows = predictor.log_probabilities(examples)
+    norm = predictor.generation.length_norm
+    right = [row.labels.index(example.label or "") for row, example in zip(rows, examples, strict=True)]
+    temperature, report = calibration_report([np.array(row.comparable(norm)) for row in rows], right)
+    calibration = Calibration(temperature, norm)
+    if rank() == 0:
+        calibration.save(folder, report)
+    before, after = report["before"], report["after"]
+    figures = f"ECE {before['ece']:.3f}, NLL {before['nll']:.3f}, Brier {before['brier']:.3f}"
+    if report["fitted"] is not None:
+        figures = (
+            f"ECE {before['ece']:.3f} -> {after['ece']:.3f}, NLL {before['nll']:.3f} -> {after['nll']:.3f}, "
+            f"Brier {before['brier']:.3f} -> {after['brier']:.3f} (after: cross-fitted)"
+        )
+    kept = f" is kept, {report['refused']}" if report["refused"] is not None else ""
+    say(f"confidence: temperature {temperature:.2f}{kept}; {len(rows)} validation rows: {figures}")
+    return calibration, report
 
 
-def merge_entities(windows: Sequence[Sequence[Entity]]) -> tuple[Entity, ...]:
-    """Entities of overlapping windows: the same place counts once, with the label and score of the surer window."""
-    best: dict[tuple[int | None, int | None], Entity] = {}
-    for entity in (entity for window in windows for entity in window):
-        place = entity.start, entity.end
-        held = best.get(place)
-        if held is None or _score(entity) > _score(held):
-            best[place] = entity
-    return tuple(sorted(best.values(), key=lambda e: (e.start or 0, e.end or 0)))
+def calibration_figures(report: Mapping[str, Any]) -> dict[str, float]:
+    """A report as flat numbers for a tracker."""
+    figures = {
+        f"{SELECTION}/calibration_{name}_{when}": float(report[when][name])
+        for when in (("before", "after") if report["fitted"] is not None else ("before",))
+        for name in ("nll", "brier", "ece")
+    }
+    return {**figures, f"{SELECTION}/calibration_temperature": float(report["temperature"])}

@@ -1,25 +1,32 @@
 """Extraction that cannot invent: every answer is well-formed, every label known, every entity a piece of the document.
 
-A grammar a row says what may come next (llguidance, https://github.com/guidance-ai/llguidance); the model chooses among
-it, greedily. Rows at different places decode side by side, finished ones make room for waiting ones.
+A grammar per row says what may come next (llguidance, https://github.com/guidance-ai/llguidance); the model chooses among
+it, greedily. Rows at different places decode side by side, and waiting rows take the places of finished ones. A runner
+says how their tokens go through the model: several rows at once in segments, or each row by itself, plainly.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import llguidance.hf
 import numpy as np
 import torch
+from llguidance import LLMatcher
 
 from labeltune.errors import ModelError
-from labeltune.inference.runner import Runner
+from labeltune.inference.scoring import PrefixCache
+from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
+from labeltune.types import Entity
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 _BEFORE_TEXT, _BEFORE_LABEL, _END = '{"entity_text": "', '", "entity_label": "', '"}'
@@ -53,8 +60,6 @@ class Grammars:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], no_entities: str, vocabulary: int
     ) -> None:
-        import llguidance.hf
-
         self.labels = tuple(labels)
         self.no_entities = no_entities
         self.vocabulary = vocabulary
@@ -71,8 +76,6 @@ class Grammars:
         Raises:
             ModelError: llguidance refuses the grammar.
         """
-        from llguidance import LLMatcher
-
         spans = [
             f"SPAN{i}: %regex {json.dumps({'substring_chunks': escape_units(piece)})}"
             for i, piece in enumerate(pieces)
@@ -115,7 +118,7 @@ def _literal(text: str) -> str:
 
 @dataclass
 class _Row:
-    """A document on its way."""
+    """A document that is being decoded; `ids` and `chosen` belong to the line in progress, `left` counts tokens."""
 
     number: int
     pieces: tuple[str, ...]
@@ -211,7 +214,7 @@ def _may_end(row: _Row) -> bool:
     return bool(row.ids) and bool(row.matcher.is_accepting())
 
 
-def _allowed(row: _Row, grammars: Grammars, end_ids: Sequence[int]) -> Any:
+def _allowed(row: _Row, grammars: Grammars, end_ids: Sequence[int]) -> torch.Tensor:
     """Ids of the tokens that may come next."""
     bits = np.frombuffer(row.matcher.compute_bitmask(), dtype=np.uint8)
     mask = np.unpackbits(bits, bitorder="little")[: grammars.vocabulary].astype(bool)
@@ -254,3 +257,108 @@ def nothing_left(pieces: Sequence[str], exhausted: Sequence[str]) -> bool:
         for end in range(start + 1, len(piece) + 1)
     }
     return parts <= set(exhausted)
+
+
+class Session(Protocol):
+    """Sequences in progress."""
+
+    def start(self, prompt: Sequence[int], capacity: int) -> tuple[Any, list[int]]:
+        """A new sequence: its state, and the tokens that have to go through the model first.
+
+        Args:
+            capacity: tokens that may follow the prompt.
+        """
+
+    def advance(self, rows: Sequence[tuple[Any, Sequence[int]]]) -> torch.Tensor:
+        """Add tokens to sequences; the logits after each of them, shape [rows, vocabulary]."""
+
+
+class Runner(Protocol):
+    """A way to run a model."""
+
+    def session(self, prompts: Sequence[Sequence[int]]) -> contextlib.AbstractContextManager[Session]:
+        """A session for these prompts."""
+
+
+class SegmentRunner:
+    """All sequences in one row; what their prompts begin with is computed once."""
+
+    def __init__(self, model: PreTrainedModel, cache: PrefixCache, max_tokens: int) -> None:
+        self.model, self.cache, self.max_tokens = model, cache, max_tokens
+
+    @contextlib.contextmanager
+    def session(self, prompts: Sequence[Sequence[int]]) -> Iterator[Session]:
+        """Segment attention is switched on while the session is open."""
+        with torch.inference_mode(), segment_attention_on(self.model):
+            prefix = self.cache.common(self.model, prompts) if prompts else KVCache()
+            yield _Segments(self.model, prefix, self.max_tokens)
+
+
+class _Segments:
+    def __init__(self, model: PreTrainedModel, prefix: KVCache, max_tokens: int) -> None:
+        self.model, self.prefix, self.max_tokens = model, prefix, max_tokens
+
+    def start(self, prompt: Sequence[int], capacity: int) -> tuple[KVCache, list[int]]:
+        own = list(prompt[self.prefix.length :])
+        return KVCache(self.prefix, len(own) + capacity), own
+
+    def advance(self, rows: Sequence[tuple[KVCache, Sequence[int]]]) -> torch.Tensor:
+        parts: list[torch.Tensor] = []
+        batch: list[Segment] = []
+        for cache, ids in rows:
+            if batch and sum(len(s.ids) for s in batch) + len(ids) > self.max_tokens:
+                parts.append(run_segments(self.model, batch))
+                batch = []
+            batch.append(Segment(ids, cache, keep=True, wanted=[len(ids) - 1]))
+        parts.append(run_segments(self.model, batch))
+        return torch.cat(parts)
+
+
+class PlainRunner:
+    """Every sequence by itself through the model's own attention and cache: the reference, and for models that need it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @contextlib.contextmanager
+    def session(self, prompts: Sequence[Sequence[int]]) -> Iterator[Session]:
+        """Needs no preparation."""
+        with torch.inference_mode():
+            yield _Plain(self.model)
+
+
+class _Plain:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def start(self, prompt: Sequence[int], capacity: int) -> tuple[dict[str, Any], list[int]]:
+        return {}, list(prompt)
+
+    def advance(self, rows: Sequence[tuple[dict[str, Any], Sequence[int]]]) -> torch.Tensor:
+        device = next(self.model.parameters()).device
+        found = []
+        for state, ids in rows:
+            output = self.model(
+                input_ids=torch.tensor([list(ids)], device=device),
+                past_key_values=state.get("cache"),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            state["cache"] = output.past_key_values
+            found.append(output.logits[0, -1])
+        return torch.stack(found)
+
+
+def _score(entity: Entity) -> float:
+    return -math.inf if entity.score is None else entity.score
+
+
+def merge_entities(windows: Sequence[Sequence[Entity]]) -> tuple[Entity, ...]:
+    """Entities of overlapping windows: the same place counts once, with the label and score of the surer window."""
+    best: dict[tuple[int | None, int | None], Entity] = {}
+    for entity in (entity for window in windows for entity in window):
+        place = entity.start, entity.end
+        held = best.get(place)
+        if held is None or _score(entity) > _score(held):
+            best[place] = entity
+    return tuple(sorted(best.values(), key=lambda e: (e.start or 0, e.end or 0)))

@@ -1,16 +1,22 @@
-"""Prediction of files of any size: rows in, lines out, a chunk at a time; a killed run goes on where it stopped."""
+"""Prediction of files of any size: rows in, lines out (jsonl, csv), a chunk at a time; a killed run goes on where it stopped."""
 
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+import pyarrow
+import pyarrow.parquet
 
 from labeltune.config import ColumnsConfig, DataConfig
 from labeltune.data.blocks import Block, block_records
@@ -21,17 +27,23 @@ from labeltune.data.records import Record, bounded_lines, without_key
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records
 from labeltune.data.standard_input import input_records
-from labeltune.errors import DataError, OutputError, PromptError, printable
-from labeltune.inference.predictor import Predictor
-from labeltune.inference.row_files import csv_of, is_csv, unfinished_names
+from labeltune.errors import ConfigError, DataError, OutputError, PromptError, printable
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import file_hash, link_target, remove_leftovers, write_json, writing
 from labeltune.io.progress import note as say_once
 from labeltune.io.progress import row_progress
 from labeltune.types import Example, Prediction
 
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
+
 #: Rows that are predicted together and committed together; memory does not grow with the file.
 CHUNK_ROWS = 256
+#: Columns of csv.
+_LABEL = ("id", "label", "confidence", "ranking", "answer", "parsed")
+_ENTITIES = ("id", "entities", "answer", "parsed", "truncated")
+#: What people call tables that are not written.
+_OTHERS = (".tsv", ".xlsx", ".xls", ".parquet", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,7 @@ def read_rows(
     predictor: Predictor,
     labels: Sequence[str] = (),
     encoding: str | None = None,
+    *,
     option: str | None = "--encoding",
     block: Block | None = None,
 ) -> Iterator[Row]:
@@ -98,7 +111,7 @@ def read_rows(
         raise DataError(f"{columns.problem.where}: {without_key(columns.problem.problem, option)}")
     records = iter_records(path, encoding) if block is None else _records_of_block(path, block, encoding)
     first = block.first if block is not None else 0
-    return rows_of(records, predictor, labels, first, columns.columns, option)
+    return rows_of(records, predictor, labels, first=first, columns=columns.columns, option=option)
 
 
 def _records_of_block(path: Path, block: Block, encoding: str) -> Iterator[Record]:
@@ -122,6 +135,7 @@ def rows_of(
     records: Iterable[Record],
     predictor: Predictor,
     labels: Sequence[str] = (),
+    *,
     first: int = 0,
     columns: ColumnsConfig | None = None,
     option: str | None = "--encoding",
@@ -237,43 +251,42 @@ def predict_file(
             "labels": list(options.labels),
             "encoding": encoding,
         }
-        done = bad = 0
-        if resume:
-            done, bad = _resumable(part, note, mine, target)
-        else:
-            with writing(target):
-                part.unlink(missing_ok=True)
-            write_json(note, mine)
+        done, bad = _resumable(part, note, mine, target) if resume else _begin(part, note, mine, target)
         total = block.rows if block is not None else count_rows(path, encoding) if progress else None
         shown = progress and (total is None or total > predictor.generation.batch_size)
-        lines = predict_lines(predictor, islice(rows, done, None), options)
-        with (
-            writing(target, "what is done is kept, go on with --resume"),
-            row_progress(total, "predict", shown) as advance,
-            part.open("ab") as file,
-        ):
-            if done:
-                advance(done)
-            chunk: list[str] = []
-            for line, answered in lines:
-                chunk.append(line)
-                bad += not answered
-                advance(1)
-                if len(chunk) == CHUNK_ROWS:
-                    _commit(file, chunk)
-            _commit(file, chunk)
         with writing(target, "what is done is kept, go on with --resume"):
+            with row_progress(total, "predict", shown) as advance, part.open("ab") as file:
+                if done:
+                    advance(done)
+                lines = predict_lines(predictor, islice(rows, done, None), options)
+                while chunk := list(_counting(islice(lines, CHUNK_ROWS), advance)):
+                    bad += sum(not answered for _, answered in chunk)
+                    file.write("".join(line for line, _ in chunk).encode())
+                    _to_disk(file)
             _put_in_place(part, target)
         note.unlink(missing_ok=True)
     return bad
 
 
-def _commit(file: IO[bytes], chunk: list[str]) -> None:
-    """Write the lines, and bring them to the disk."""
-    file.write("".join(chunk).encode())
+def _begin(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tuple[int, int]:
+    """Start an output from nothing: no row of it is done."""
+    with writing(output):
+        part.unlink(missing_ok=True)
+    write_json(note, mine)
+    return 0, 0
+
+
+def _counting(
+    lines: Iterable[tuple[str, bool]], advance: Callable[[int], None]
+) -> Iterator[tuple[str, bool]]:
+    for line in lines:
+        advance(1)
+        yield line
+
+
+def _to_disk(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-    chunk.clear()
 
 
 def _put_in_place(part: Path, output: Path) -> None:
@@ -284,8 +297,7 @@ def _put_in_place(part: Path, output: Path) -> None:
     table = output.with_name(f".{output.name}.part.csv")
     with part.open(encoding="utf-8") as lines, table.open("w", encoding="utf-8") as file:
         file.writelines(csv_of(lines))
-        file.flush()
-        os.fsync(file.fileno())
+        _to_disk(file)
     table.replace(output)
     part.unlink()
 
@@ -324,12 +336,7 @@ def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tu
         theirs = dict(json.loads(note.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(f"{note} cannot be read: {error}; start without --resume to begin again") from error
-    theirs = {"with_text": False, "encoding": "utf-8", "shard": None, **theirs}  # of older versions
-    if theirs != mine:
-        differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
-        raise OutputError(
-            f"the unfinished {output} was made with another {differing}; start without --resume to begin again"
-        )
+    check_same(theirs, mine, str(output))
     if not part.exists():
         return 0, 0
     lines = bad = keep = kept_bad = at = end = 0
@@ -345,6 +352,20 @@ def _resumable(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tu
                 keep, kept_bad, end = lines, bad, at
         file.truncate(end)
     return keep, kept_bad
+
+
+def check_same(theirs: Mapping[str, Any], mine: Mapping[str, Any], output: str) -> None:
+    """Raise OutputError where an unfinished output belongs to another input, run or setting than this one.
+
+    Args:
+        theirs: what stands beside the output; older versions wrote fewer keys.
+    """
+    theirs = {"with_text": False, "encoding": "utf-8", "shard": None, "columns": {}, **theirs}
+    differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
+    if differing:
+        raise OutputError(
+            f"the unfinished {output} was made with another {differing}; start without --resume to begin again"
+        )
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -370,13 +391,80 @@ def count_rows(path: Path, encoding: str = "utf-8") -> int | None:
     with path.open("rb") as file:
         form = find_format(path.name, file, encoding)
         if form.kind == "parquet" and not form.problem:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
             try:
-                return int(pq.read_metadata(path).num_rows)
-            except (pa.ArrowException, OSError):
+                return int(pyarrow.parquet.read_metadata(path).num_rows)
+            except (pyarrow.ArrowException, OSError):
                 return None  # reading the rows says what is wrong
         if not form.plain:
             return None
         return sum(1 for line in bounded_lines(file) if line.strip())
+
+
+def unfinished_names(name: str) -> tuple[str, str]:
+    """Files beside an output of this name, until it is whole: its rows, and the note of what they belong to."""
+    return f".{name}.part", f".{name}.part.json"
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`3/16` -> (3, 16).
+
+    Raises:
+        ConfigError: it is not of this form, or there is no such shard.
+    """
+    found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"--shard={text} must be NUMBER/COUNT, from 1/COUNT to COUNT/COUNT, as in 3/16")
+    return int(found[1]), int(found[2])
+
+
+def shard_output(output: Path, number: int, count: int) -> Path:
+    """Where a shard of a file goes: `out.jsonl` -> `out-00003-of-00016.jsonl`; names sort in the order of the rows."""
+    return output.with_name(f"{output.stem}-{number:05d}-of-{count:05d}{output.suffix}")
+
+
+def is_csv(output: Path) -> bool:
+    """Whether predictions go there as csv.
+
+    Raises:
+        ConfigError: the name promises another kind of table.
+    """
+    suffix = output.suffix.lower()
+    if suffix in _OTHERS:
+        raise ConfigError(f"predictions are written as jsonl or csv, not {suffix}; name the output so")
+    return suffix == ".csv"
+
+
+def csv_of(lines: Iterable[str]) -> Iterator[str]:
+    """Lines of predicted rows (JSON) as lines of csv, with a header and the byte order mark that spreadsheets look for.
+
+    The columns are those of `Prediction.to_dict`, then `error` and `source` of rows that could not be predicted, then `text`
+    where the first row that was predicted has it. `ranking` and `entities` are JSON, true and false are written so.
+    """
+    source = iter(lines)
+    first: list[str] = []
+    rows_are_entities = with_text = False
+    for line in source:
+        first.append(line)
+        row = json.loads(line)
+        if "error" not in row:
+            rows_are_entities, with_text = "entities" in row, "text" in row
+            break
+    columns = [*(_ENTITIES if rows_are_entities else _LABEL), "error", "source"]
+    columns += ["text"] if with_text else []
+    held = io.StringIO()
+    writer = csv.writer(held, lineterminator="\n")
+    yield "\ufeff"
+    writer.writerow(columns)
+    for line in chain(first, source):
+        row = json.loads(line)
+        writer.writerow([_cell(row.get(column)) for column in columns])
+        yield held.getvalue()
+        held.seek(0)
+        held.truncate()
+    yield held.getvalue()
+
+
+def _cell(value: object) -> object:
+    if value is None:
+        return ""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | bool) else value
