@@ -21,9 +21,7 @@ from typing import Any
 
 from speed_data import read_tokenizer, run_config, tokenized_rows
 
-from labeltune.training.balance import PAIRS_PER_TOKEN, pairs
-from labeltune.training.collate import to_rows
-from labeltune.training.planner import Row, pack_step
+from labeltune.training.packing import PAIRS_PER_TOKEN, Row, pack_step, pairs, to_rows
 
 BATCHES = (16, 64)
 WORLDS = (2, 4, 8)

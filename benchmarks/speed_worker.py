@@ -251,7 +251,7 @@ def ours(model: Any, tokenizer: Any, options: dict[str, Any], meter: Meter) -> A
 
     from labeltune.config import build_config
     from labeltune.models.precision import pick_precision
-    from labeltune.training.collate import to_rows
+    from labeltune.training.packing import to_rows
     from labeltune.training.preflight import prepare_steps, training_arguments
     from labeltune.training.trainer import LabelTrainer
 

@@ -18,7 +18,7 @@ from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, MissingExtraError
 from labeltune.training import dry_run, trainer
 from labeltune.training.collate import StepBatches, make_batch
-from labeltune.training.planner import run_order, steps_in_all
+from labeltune.training.packing import run_order, steps_in_all
 from test_training import config_for
 
 
@@ -152,8 +152,7 @@ def test_longer_steps_are_thought_to_take_longer(
 
 def _computed(config: RunConfig, found: Any, steps: list[list[int]]) -> list[int]:
     from labeltune.commands.preparing import load_prompts, read_rows, tokenize_splits
-    from labeltune.training.collate import to_rows
-    from labeltune.training.planner import pack_step
+    from labeltune.training.packing import pack_step, to_rows
 
     splits = read_rows(config, quiet)
     _, builder = load_prompts(config, splits.labels)

@@ -20,8 +20,8 @@ from labeltune.prompts.template import ChatTemplate
 from labeltune.training import memory, trainer
 from labeltune.training.collate import StepBatches
 from labeltune.training.dataset import content_key, tokenize_rows
-from labeltune.training.memory import activation_bytes, budget_memory, useful_tokens
-from labeltune.training.planner import Row, pack_step
+from labeltune.training.memory import activation_bytes, budget_memory
+from labeltune.training.packing import Row, pack_step, useful_tokens
 from labeltune.types import Example
 from test_packing import lora_model, random_rows
 from test_training import adapter_weights, config_for, without_dropout

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from labeltune.models.shared_prefix import changing_shapes, make_layout, shared_prefix_attention_on
-from labeltune.training.planner import Pack, Packing, Row, step_order
+from labeltune.training.packing import Pack, Packing, Row, step_order
 
 
 class StepBatches:
@@ -31,11 +31,6 @@ class StepBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         return step_order(self.count, self.batch_size, self.seed, self.epoch)
-
-
-def to_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
-    """Rows of a tokenized data set -> rows of the planner."""
-    return [Row.of(r["input_ids"], int(r["answer_start"]), int(r["answer_end"])) for r in records]
 
 
 @dataclass(frozen=True)

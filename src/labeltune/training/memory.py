@@ -8,18 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from labeltune.models.precision import free_memory
-from labeltune.training.balance import PAIRS_PER_TOKEN
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import CHUNK, answer_loss
-from labeltune.training.planner import Packing, Row, pack_step
+from labeltune.training.packing import ENOUGH, PAIRS_PER_TOKEN, Packing, Row, pack_step, useful_tokens
 
 #: Share of the free memory that activations may take as they are counted. On the CPU the allocator was seen to take 2.3 times as
 #: much (docs/benchmarks.md: Fudan news at 24 layers), and running out is not an error there but the end.
 SHARE = {"cuda": 0.5, "mps": 0.5, "cpu": 0.3}
-#: Packs of this many tokens keep the device busy; more tokens bring no speed.
-ENOUGH = {"cuda": 8192, "mps": 2048, "cpu": 2048}
-#: How many more tokens a step may have than in one piece, for smaller packs.
-SLACK = 1.05
 #: Part of a layer's activations that checkpointing keeps (its input), seen from above.
 KEPT_BY_CHECKPOINTING = 0.15
 
@@ -126,28 +121,6 @@ def budget_memory(
     each = int(bytes_per_token * (KEPT_BY_CHECKPOINTING if checkpointing else 1.0)) or 1
     tokens = wanted_tokens or min(useful, max(longest, room // each))
     return MemoryBudget(tokens, checkpointing, bytes_per_token, free)
-
-
-def useful_tokens(steps: Sequence[Sequence[Row]], packing: Packing, processes: int, enough: int) -> int:
-    """The smallest pack size with nearly the fewest tokens to compute that also keeps the device busy."""
-
-    def computed(size: int) -> int:
-        return sum(
-            pack.tokens(step, packing)
-            for step in steps
-            for share in pack_step(step, size, packing, processes)
-            for pack in share
-            if pack.counted
-        )
-
-    whole = max(sum(len(row.ids) for row in step) for step in steps)
-    if packing != "shared_prefix":
-        return min(enough, whole)
-    best = computed(whole)
-    size = enough
-    while size < whole and computed(size) > SLACK * best:
-        size = size * 5 // 4
-    return min(size, whole)
 
 
 def pairs_per_token(model: Any) -> int:

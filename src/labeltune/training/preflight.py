@@ -14,7 +14,6 @@ from labeltune.errors import ConfigError, first_line
 from labeltune.io.progress import begin
 from labeltune.models.lora import attach_adapter
 from labeltune.models.precision import Precision
-from labeltune.training.collate import to_rows
 from labeltune.training.loss import chunkable_head
 from labeltune.training.memory import (
     MemoryBudget,
@@ -24,7 +23,7 @@ from labeltune.training.memory import (
     pairs_per_token,
     random_state_kept,
 )
-from labeltune.training.planner import Row, pack_step, step_order, steps_in_all
+from labeltune.training.packing import SAMPLED_STEPS, Row, pack_step, step_order, steps_in_all, to_rows
 from labeltune.training.self_check import choose_packing, sample_rows
 from labeltune.training.trainer import StepSettings
 
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-#: Steps looked at to choose the size of packs.
-SAMPLED_STEPS = 4
 #: Schedules that watch a figure; Trainer hands it to them.
 WATCHING = ("reduce_lr_on_plateau", "greedy")
 

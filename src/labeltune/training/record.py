@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, ModelError, clipped
 from labeltune.io.run_folder import RunInfo, write_json
-from labeltune.training.planner import steps_in_all
+from labeltune.training.packing import steps_in_all
 
 if TYPE_CHECKING:
     from labeltune.data.loading import Splits

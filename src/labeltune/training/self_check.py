@@ -23,7 +23,7 @@ from labeltune.errors import first_line
 from labeltune.models.precision import Precision, weights_in
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import answer_loss
-from labeltune.training.planner import Group, Pack, Packing, Row, pack_step
+from labeltune.training.packing import Group, Pack, Packing, Row, pack_step
 from labeltune.training.sharded import whole
 
 #: Relative difference of loss and gradients in fp32 that needs no second look.

@@ -22,12 +22,11 @@ from labeltune.errors import DivergedError, ModelError
 from labeltune.io.progress import begin
 from labeltune.io.run_folder import checkpoints
 from labeltune.training import sharded
-from labeltune.training.balance import PAIRS_PER_TOKEN
 from labeltune.training.checkpoints import Checkpoint
-from labeltune.training.collate import StepBatches, attention_for, make_batch, to_rows
+from labeltune.training.collate import StepBatches, attention_for, make_batch
 from labeltune.training.loss import answer_loss
 from labeltune.training.memory import memory_in_use
-from labeltune.training.planner import Pack, Packing, Row, pack_step, step_order
+from labeltune.training.packing import PAIRS_PER_TOKEN, Pack, Packing, Row, pack_step, step_order, to_rows
 from labeltune.training.resuming import LogSums
 
 #: Rows of one planning unit in validation; sorted rows are alike, so many share much.
@@ -42,7 +41,7 @@ class StepSettings:
 
     Attributes:
         head: output layer that is run in chunks, or None (see `answer_loss`).
-        pairs_per_token: see `labeltune.training.balance`.
+        pairs_per_token: see `labeltune.training.packing`.
     """
 
     packing: Packing
