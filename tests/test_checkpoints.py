@@ -21,8 +21,7 @@ from labeltune.errors import DivergedError, ModelError, OutputError
 from labeltune.io.lock import alone_with
 from labeltune.io.run_files import remove_half_checkpoints
 from labeltune.io.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage, file_hash, find_checkpoint
-from labeltune.training.checkpoints import Checkpoint, remove_old, write_manifest
-from labeltune.training.resuming import LogSums
+from labeltune.training.checkpoints import Checkpoint, LogSums, remove_old, write_manifest
 from labeltune.training.trainer import LabelTrainer
 from test_training import adapter_weights, config_for
 

@@ -62,12 +62,11 @@ def warm() -> None:
         "training.run",
         "training.callbacks",
         "training.self_check",
-        "training.memory",
     ):
         importlib.import_module(f"labeltune.{name}")
     for name in (
-        "modeling.lora",
-        "modeling.hub",
+        "models.lora",
+        "models.hub",
         "inference.calibrate",
         "inference.constrained",
         "inference.engine",

@@ -19,8 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 from labeltune.config import RunConfig
 from labeltune.distributed import connect, peer_errors
 from labeltune.io.progress import begin
-from labeltune.models.precision import Precision
-from labeltune.training.memory import memory_in_use
+from labeltune.models.precision import Precision, memory_in_use
 from labeltune.training.packing import Packing, pack_step, run_order, to_rows
 from labeltune.training.preflight import prepare_steps, training_arguments
 from labeltune.training.run import check_fsdp

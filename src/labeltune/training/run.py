@@ -17,18 +17,17 @@ from labeltune.distributed import connect, peer_errors
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.io.run_folder import RunInfo, checkpoints, writing
 from labeltune.models.precision import Precision
-from labeltune.training.best import TrackBest
 from labeltune.training.callbacks import (
     Progress,
     ShowPredictions,
     StopOnDivergence,
     StopOnInterrupt,
+    TrackBest,
     WriteMetrics,
 )
-from labeltune.training.checkpoints import Checkpoint, remove_old
+from labeltune.training.checkpoints import Checkpoint, ContinueRun, LogSums, remove_old
 from labeltune.training.preflight import prepare_steps, training_arguments
 from labeltune.training.record import best_loss, trained_already
-from labeltune.training.resuming import ContinueRun, LogSums
 from labeltune.training.sharded import WhenSharded
 from labeltune.training.trainer import LabelTrainer
 

@@ -21,13 +21,12 @@ from labeltune.distributed import all_reduce, all_reduce_gradients, join_uneven
 from labeltune.errors import DivergedError, ModelError
 from labeltune.io.progress import begin
 from labeltune.io.run_folder import checkpoints
+from labeltune.models.precision import memory_in_use
 from labeltune.training import sharded
-from labeltune.training.checkpoints import Checkpoint
+from labeltune.training.checkpoints import Checkpoint, LogSums
 from labeltune.training.collate import StepBatches, attention_for, make_batch
 from labeltune.training.loss import answer_loss
-from labeltune.training.memory import memory_in_use
 from labeltune.training.packing import PAIRS_PER_TOKEN, Pack, Packing, Row, pack_step, step_order, to_rows
-from labeltune.training.resuming import LogSums
 
 #: Rows of one planning unit in validation; sorted rows are alike, so many share much.
 EVALUATION_ROWS = 64
