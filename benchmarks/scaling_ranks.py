@@ -105,7 +105,7 @@ def train(path: str) -> None:
 
     plan = prepare_steps(model, tokenizer, config, precision, rows, device=arguments.device, say=say)
     options = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": [Clock()]}
-    LabelTrainer(say=say, where=str, plan=plan, **options).train()
+    LabelTrainer(say=say, where=str, settings=plan, **options).train()
     if os.environ.get("RANK", "0") == "0":
         count = (len(times) - 1) * given["batch"]
         print("RESULT " + json.dumps({"rows_a_second": count / (times[-1] - times[0])}), flush=True)

@@ -195,22 +195,18 @@ def prepare_steps(
             compile_layers(model)
             choice = choose_packing(model, sample, choice.packing, precision, pad_id, head, say)
     tokens = 1 if choice.one_by_one else memory.max_tokens
-    plan = StepSettings(choice.packing, tokens, pad_id, head, pairs_per_token(model))
-    say(describe(plan, memory, steps))
-    return plan
+    settings = StepSettings(choice.packing, tokens, pad_id, head, pairs_per_token(model))
+    say(describe(settings, memory, steps))
+    return settings
 
 
-def describe(plan: StepSettings, memory: MemoryBudget, steps: list[list[Row]]) -> str:
+def describe(settings: StepSettings, memory: MemoryBudget, steps: list[list[Row]]) -> str:
     """One line on how steps are computed."""
     examples = sum(map(len, steps))
     given = sum(len(row.ids) for step in steps for row in step)
-    computed = sum(
-        pack.tokens(step, plan.packing)
-        for step in steps
-        for pack in pack_step(step, plan.max_tokens, plan.packing)[0]
-    )
+    computed = settings.computed(steps)
     return (
-        f"steps: packing={plan.packing}, at most {plan.max_tokens:,} tokens at a time; "
+        f"steps: packing={settings.packing}, at most {settings.max_tokens:,} tokens at a time; "
         f"{computed / examples:.0f} tokens computed per example of {given / examples:.0f}; checkpointing {'on' if memory.checkpointing else 'off'} "
         f"({memory.bytes_per_token / 1e3:.0f} kB of activations per token, {memory.free / 1e9:.1f} GB free)"
     )

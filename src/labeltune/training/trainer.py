@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from labeltune.distributed import all_reduce, all_reduce_gradients, join_uneven
@@ -49,6 +50,14 @@ class StepSettings:
     head: Any
     pairs_per_token: int = PAIRS_PER_TOKEN
 
+    def computed(self, steps: Sequence[Sequence[Row]]) -> int:
+        """Tokens that one process computes for the rows of these steps."""
+        return sum(
+            pack.tokens(step, self.packing)
+            for step in steps
+            for pack in pack_step(step, self.max_tokens, self.packing)[0]
+        )
+
 
 class LabelTrainer(Trainer):  # type: ignore[misc]
     """Computes a step as the sum over its packs.
@@ -59,7 +68,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
     Args:
         say: told when packs become smaller.
         where: number of a training row -> its place, for messages.
-        plan: how steps are computed; set it before the first step when it is not known yet.
+        settings: how steps are computed; set it before the first step when it is not known yet.
         sums: what log lines are made of; a resumed run goes on with those of its checkpoint.
         checkpoint: what makes a saved folder a checkpoint; None when nothing is saved.
         validate: figures on validation rows by name, the same on all processes; called by all of them at every evaluation.
@@ -69,14 +78,14 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         sharded: each process holds a part of the weights (FSDP2).
     """
 
-    plan: StepSettings
+    settings: StepSettings
 
     def __init__(
         self,
         *,
         say: Say,
         where: Callable[[int], str],
-        plan: StepSettings | None = None,
+        settings: StepSettings | None = None,
         sums: LogSums | None = None,
         checkpoint: Checkpoint | None = None,
         validate: Callable[[], dict[str, float]] | None = None,
@@ -90,8 +99,9 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         # accelerate shards the model all the same. Trainer would write and read files of FSDP's own kind; told that there is no
         # FSDP, it loads a checkpoint's weights before the model is sharded, as in one process (see `sharded.py`).
         self.is_fsdp_enabled = False
-        if plan is not None:
-            self.plan = plan
+        if settings is not None:
+            self.settings = settings
+        self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Every process reads every step and takes its own packs from it."""
@@ -171,15 +181,15 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
 
     def sum_over_packs(self, model: Any, rows: list[Row]) -> Any:
         """This process's share of the loss of `rows`, with gradients."""
-        plan, processes = self.plan, self.accelerator.num_processes
+        settings, processes = self.settings, self.accelerator.num_processes
         answers = sum(len(row.answer) for row in rows)
         total = torch.zeros((), device=self.args.device)
-        shares = pack_step(rows, plan.max_tokens, plan.packing, processes, plan.pairs_per_token)
+        shares = pack_step(rows, settings.max_tokens, settings.packing, processes, settings.pairs_per_token)
         packs = shares[self.accelerator.process_index]
         self.sums.given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
-        self.sums.computed += sum(pack.tokens(rows, plan.packing) for pack in packs)
+        self.sums.computed += sum(pack.tokens(rows, settings.packing) for pack in packs)
         quiet = contextlib.nullcontext() if self.reduces_by_itself else self.accelerator.no_sync(model)
-        with attention_for(self.model, plan.packing), quiet:
+        with attention_for(self.model, settings.packing), quiet:
             for number, pack in enumerate(packs, start=1):
                 loss = self.pack_loss(model, rows, pack) * (float(pack.counted) / answers)
                 # DeepSpeed makes its optimizer step in the backward pass of the last pack.
@@ -190,9 +200,9 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
 
     def pack_loss(self, model: Any, rows: list[Row], pack: Pack) -> Any:
         """Sum of the cross-entropies of a pack's answer tokens."""
-        batch = make_batch(rows, pack, self.plan.packing, self.plan.pad_id).to(self.args.device)
+        batch = make_batch(rows, pack, self.settings.packing, self.settings.pad_id).to(self.args.device)
         with self.compute_loss_context_manager():
-            return answer_loss(model, self.plan.head, batch.inputs, batch.index, batch.targets)
+            return answer_loss(model, self.settings.head, batch.inputs, batch.index, batch.targets)
 
     def shrink(self, model: Any, longest: int) -> None:
         """Halve the packs, down to the longest row.
@@ -204,19 +214,19 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         torch.cuda.empty_cache()
         if self.reduces_by_itself:
             raise ModelError(
-                f"out of memory with packs of {self.plan.max_tokens} tokens; set training.max_tokens_per_pack="
-                f"{max(longest, self.plan.max_tokens // 2)} and start again with --resume (a step of sharded weights cannot "
+                f"out of memory with packs of {self.settings.max_tokens} tokens; set training.max_tokens_per_pack="
+                f"{max(longest, self.settings.max_tokens // 2)} and start again with --resume (a step of sharded weights cannot "
                 "be repeated by one process alone)"
             )
-        if self.plan.max_tokens <= longest:
+        if self.settings.max_tokens <= longest:
             raise ModelError(
                 f"an example of {longest} tokens does not fit into the device's memory; lower prompt.max_length, set "
                 "training.gradient_checkpointing=true, or use training.method=qlora"
             )
-        self.plan.max_tokens = max(longest, self.plan.max_tokens // 2)
+        self.settings.max_tokens = max(longest, self.settings.max_tokens // 2)
         self.say(
-            f"warning: out of memory; the step is repeated with packs of {self.plan.max_tokens} tokens, and so are the "
-            f"ones after it (training.max_tokens_per_pack={self.plan.max_tokens} starts that way)"
+            f"warning: out of memory; the step is repeated with packs of {self.settings.max_tokens} tokens, and so are the "
+            f"ones after it (training.max_tokens_per_pack={self.settings.max_tokens} starts that way)"
         )
 
     def evaluation_loop(
@@ -245,7 +255,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
                 count += len(rows)
         total = math.fsum(all_reduce(sums, "sum"))
         # Whoever ran out of memory went on with smaller packs.
-        self.plan.max_tokens = int(all_reduce([self.plan.max_tokens], "min")[0])
+        self.settings.max_tokens = int(all_reduce([self.settings.max_tokens], "min")[0])
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": total / answers}
         for name, value in (self.validate() if self.validate is not None else {}).items():
@@ -255,10 +265,10 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
     def evaluated(self, model: Any, rows: list[Row]) -> float:
         """Sum of the cross-entropies of a unit's answer tokens, by this process alone."""
         while True:
-            packing = self.plan.packing
+            packing = self.settings.packing
             try:
                 with attention_for(self.model, packing):
-                    (packs,) = pack_step(rows, self.plan.max_tokens, packing)
+                    (packs,) = pack_step(rows, self.settings.max_tokens, packing)
                     return math.fsum(float(self.pack_loss(model, rows, pack)) for pack in packs)
             except torch.OutOfMemoryError:
                 self.shrink(model, max(len(row.ids) for row in rows))
