@@ -202,7 +202,17 @@ def plan(
     monkeypatch.setattr(preflight, "free_memory", lambda device: free)
     each = activation_bytes(model, steps[0][:3], "shared_prefix", 0, None)
     checkpointing = given.get("checkpointing")
-    return steps, budget_memory(tokens, checkpointing, steps, "shared_prefix", 1, each, 300, CPU, lambda v: v)
+    return steps, budget_memory(
+        steps,
+        "shared_prefix",
+        wanted_tokens=tokens,
+        wanted_checkpointing=checkpointing,
+        processes=1,
+        bytes_per_token=each,
+        vocabulary=300,
+        device=CPU,
+        agree=lambda v: v,
+    )
 
 
 def test_activations_are_measured_without_the_weights() -> None:

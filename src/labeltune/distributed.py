@@ -8,9 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from labeltune.errors import PeerError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 Value = TypeVar("Value")
 
@@ -75,7 +79,7 @@ def all_reduce(values: Sequence[float], how: str) -> list[float]:
     return [float(value) for value in found.tolist()]
 
 
-def all_reduce_gradients(model: Any) -> None:
+def all_reduce_gradients(model: PreTrainedModel) -> None:
     """Replace every trained weight's gradient by the sum over processes, in one message; none counts as zero."""
     if not is_distributed():
         return
@@ -139,7 +143,7 @@ def _device() -> Any:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def is_sharded(model: Any) -> bool:
+def is_sharded(model: PreTrainedModel) -> bool:
     """Whether each process holds only its share of the weights (FSDP2, DeepSpeed ZeRO-3).
 
     Every forward pass then collects them from all processes, so that all have to make it.
@@ -150,7 +154,7 @@ def is_sharded(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def join_uneven(model: Any) -> Iterator[None]:
+def join_uneven(model: PreTrainedModel) -> Iterator[None]:
     """Inside, processes may call the model each as often as it likes, also when the weights are shared out.
 
     Whoever is done early goes on with passes of one token until all are done. Only calls of the model itself count, not

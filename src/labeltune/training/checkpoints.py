@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
@@ -31,6 +31,12 @@ from labeltune.io.run_folder import (
     write_json,
 )
 from labeltune.training import sharded
+
+if TYPE_CHECKING:
+    import torch
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+
 
 SUMS_FILE = "log_sums.json"
 
@@ -110,12 +116,13 @@ class Checkpoint(TrainerCallback):  # type: ignore[misc]
 
     def on_save(
         self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        optimizer: Any = None,
-        lr_scheduler: Any = None,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LRScheduler,
         **_: Any,
     ) -> None:
         """After Trainer's last file, on all processes."""
@@ -164,7 +171,14 @@ class ContinueRun(TrainerCallback):  # type: ignore[misc]
         self.checkpoint, self.sums = checkpoint, sums
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LRScheduler,
+        **_: Any,
     ) -> None:
         """See the class."""
         self.sums.load(self.checkpoint, state.global_step)

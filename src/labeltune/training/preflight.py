@@ -37,6 +37,7 @@ from labeltune.training.trainer import StepSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
 
@@ -131,7 +132,6 @@ def check_feasible(
 
 
 def _check_scheduler(name: str, warmup: int, steps: int) -> None:
-
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
         get_scheduler(name, optimizer, warmup, steps)
@@ -141,20 +141,19 @@ def _check_scheduler(name: str, warmup: int, steps: int) -> None:
 
 def _without_weights(folder: Path, trust_remote_code: bool) -> Any:
     """The model's layers on torch's meta device, where they take no memory."""
-
     shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
 
 
 def prepare_steps(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     precision: Precision,
     train: Dataset,
     *,
-    device: Any,
+    device: torch.device,
     say: Say,
 ) -> StepSettings:
     """Decide how steps are computed: check the fast way on real rows, measure memory, compile.
@@ -177,25 +176,26 @@ def prepare_steps(
     begin("checking packing on your rows", say)
     with random_state_kept():
         head = chunkable_head(model, torch_ids(sample[0], device))
-        choice = choose_packing(model, sample, options.packing, precision, pad_id, head, say)
+        choice = choose_packing(model, sample, options.packing, precision, pad_id, head=head, say=say)
+        tokens, checkpointing = options.max_tokens_per_pack, options.gradient_checkpointing
         memory = budget_memory(
-            None if options.max_tokens_per_pack == "auto" else options.max_tokens_per_pack,
-            None if options.gradient_checkpointing == "auto" else options.gradient_checkpointing,
             steps,
             choice.packing,
-            world_size(),
-            smallest(activation_bytes(model, sample, choice.packing, pad_id, head)),
-            model.config.get_text_config().vocab_size,
-            device,
-            smallest,
+            wanted_tokens=None if tokens == "auto" else tokens,
+            wanted_checkpointing=None if checkpointing == "auto" else checkpointing,
+            processes=world_size(),
+            bytes_per_token=smallest(activation_bytes(model, sample, choice.packing, pad_id, head)),
+            vocabulary=model.config.get_text_config().vocab_size,
+            device=device,
+            agree=smallest,
         )
         if memory.checkpointing:
             enable_checkpointing(model)
         if options.compile:
             compile_layers(model)
-            choice = choose_packing(model, sample, choice.packing, precision, pad_id, head, say)
-    tokens = 1 if choice.one_by_one else memory.max_tokens
-    settings = StepSettings(choice.packing, tokens, pad_id, head, pairs_per_token(model))
+            choice = choose_packing(model, sample, choice.packing, precision, pad_id, head=head, say=say)
+    most = 1 if choice.one_by_one else memory.max_tokens
+    settings = StepSettings(choice.packing, most, pad_id, head, pairs_per_token(model))
     say(describe(settings, memory, steps))
     return settings
 
@@ -212,13 +212,13 @@ def describe(settings: StepSettings, memory: MemoryBudget, steps: list[list[Row]
     )
 
 
-def torch_ids(row: Row, device: Any) -> Any:
+def torch_ids(row: Row, device: torch.device) -> Any:
     """A row's tokens as a batch of one."""
 
     return torch.tensor([row.ids], device=device)
 
 
-def compile_layers(model: Any) -> None:
+def compile_layers(model: PreTrainedModel) -> None:
     """torch.compile the decoder layers one by one, in place, for packs of any length.
 
     They are what the model calls most, and compiling them alone keeps parameter names and gradient checkpointing as they are.
@@ -252,13 +252,13 @@ class Weights:
     def __init__(self) -> None:
         self.addresses: set[int] = set()
 
-    def _note(self, module: Any, *_: Any) -> None:
+    def _note(self, module: torch.nn.Module, *_: Any) -> None:
         for parameter in module.parameters(recurse=False):
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             self.addresses.add(local.untyped_storage().data_ptr())
 
     @contextlib.contextmanager
-    def watched(self, model: Any) -> Iterator[None]:
+    def watched(self, model: PreTrainedModel) -> Iterator[None]:
         """Inside, `addresses` grows with every module that is called."""
         hooks = [module.register_forward_pre_hook(self._note) for module in model.modules()]
         try:
@@ -268,7 +268,9 @@ class Weights:
                 hook.remove()
 
 
-def activation_bytes(model: Any, rows: Sequence[Row], packing: Packing, pad_id: int, head: Any) -> int:
+def activation_bytes(
+    model: PreTrainedModel, rows: Sequence[Row], packing: Packing, pad_id: int, head: torch.nn.Module | None
+) -> int:
     """Bytes that the backward pass of one token keeps, from one forward pass over `rows` in training mode.
 
     Weights are not counted, shared storages once. The random state moves; call it where that is put back.
@@ -278,7 +280,7 @@ def activation_bytes(model: Any, rows: Sequence[Row], packing: Packing, pad_id: 
     weights = Weights()
     sizes: dict[int, tuple[Any, int]] = {}
 
-    def keep(tensor: Any) -> Any:
+    def keep(tensor: torch.Tensor) -> Any:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights.addresses:
             # The storage is held on to, so that its address is not given to another one meanwhile.
@@ -297,14 +299,15 @@ def activation_bytes(model: Any, rows: Sequence[Row], packing: Packing, pad_id: 
 
 
 def budget_memory(
-    wanted_tokens: int | None,
-    wanted_checkpointing: bool | None,
     steps: Sequence[Sequence[Row]],
     packing: Packing,
+    *,
+    wanted_tokens: int | None,
+    wanted_checkpointing: bool | None,
     processes: int,
     bytes_per_token: int,
     vocabulary: int,
-    device: Any,
+    device: torch.device,
     agree: Callable[[int], int],
 ) -> MemoryBudget:
     """Tokens a pack and checkpointing, where the config leaves them open (None).
@@ -332,7 +335,7 @@ def budget_memory(
     return MemoryBudget(tokens, checkpointing, bytes_per_token, free)
 
 
-def pairs_per_token(model: Any) -> int:
+def pairs_per_token(model: PreTrainedModel) -> int:
     """How many pairs of a query and a key cost as much as one token's matrix products, by the model's shape.
 
     A forward pass takes 2 operations a weight and token, and 4 a pair, layer and dimension of the heads.
@@ -349,7 +352,7 @@ def pairs_per_token(model: Any) -> int:
     return max(1, int(weights // (2 * layers * heads * (size or shape.hidden_size // heads))))
 
 
-def enable_checkpointing(model: Any) -> None:
+def enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute the layers' activations in the backward pass; frozen input embeddings still get no gradient.
 
     transformers makes the embeddings' output require a gradient, which reentrant checkpointing needs; ours is the other

@@ -15,6 +15,8 @@ from labeltune.io.run_folder import RunInfo, write_json
 from labeltune.training.packing import steps_in_all
 
 if TYPE_CHECKING:
+    import torch
+
     from labeltune.data.loading import Splits
 
 #: In a checkpoint: config and rows of the run.
@@ -173,7 +175,7 @@ def _same(key: str, old: Any, new: Any) -> bool:
     return bool(old == new)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: torch.Tensor) -> str:
     return clipped(json.dumps(value, ensure_ascii=False), 200)
 
 

@@ -23,7 +23,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from labeltune.config import RunConfig
 from labeltune.distributed import connect, peer_errors
-from labeltune.errors import ConfigError, Interrupted
+from labeltune.errors import ConfigError
 from labeltune.io.progress import begin
 from labeltune.io.run_folder import RunInfo, checkpoints, writing
 from labeltune.models.precision import Precision, memory_in_use
@@ -43,6 +43,7 @@ from labeltune.training.sharded import WhenSharded
 from labeltune.training.trainer import LabelTrainer
 
 if TYPE_CHECKING:
+    from accelerate.state import AcceleratorState
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -113,15 +114,12 @@ def run_training(
     output = Path(config.output_dir)
     if precision.device == "cpu":
         connect(config.training.collective_timeout)
-    arguments = training_arguments(config, precision, validation is not None)
-    # A run that was killed behind its last checkpoint: Trainer would do one more step.
-    done = resume_from is not None and trained_already(
-        resume_from, config, len(train), validation is not None
-    )
-    if done:
+    validated = validation is not None
+    arguments = training_arguments(config, precision, validated)
+    done = resume_from is not None and trained_already(resume_from, config, len(train), validated)
+    if done:  # Killed behind the last checkpoint: Trainer would do one more step.
         arguments.num_train_epochs, arguments.max_steps = 0, -1
-    sums = LogSums()
-    checkpoint = Checkpoint(info, files or {}, config.training.save_total_limit, sums)
+    checkpoint = Checkpoint(info, files or {}, config.training.save_total_limit, sums := LogSums())
     stopper, progress = StopOnInterrupt(), Progress(config.training.batch_size)
     best = TrackBest(config.metric, config.eval.patience, config.eval.min_delta)
     trainer = LabelTrainer(
@@ -140,7 +138,7 @@ def run_training(
             WriteMetrics(),
             stopper,
             StopOnDivergence(model.config.get_text_config().vocab_size, say),
-            *([best] if validation is not None else []),
+            *([best] if validated else []),
             *callbacks,
             *([ShowPredictions(show, stopper)] if show is not None else []),
         ],
@@ -159,12 +157,7 @@ def run_training(
     finally:
         stopper.restore()
         progress.close()
-    if stopper.interrupted:
-        step = trainer.state.global_step
-        then = f"go on with: {go_on}" if go_on is not None else "--resume continues it"
-        raise Interrupted(
-            f"stopped at step {step} of {trainer.state.max_steps}; checkpoint-{step} is saved, {then}"
-        )
+    stopper.tell(trainer.state, go_on)
     unimproved = best.unimproved if config.eval.patience is not None else 0
     return _result(trainer, config, float(ended.metrics["train_runtime"]), unimproved)
 
@@ -216,7 +209,7 @@ def prepare(trainer: LabelTrainer, config: RunConfig, precision: Precision) -> N
         settle(trainer.model.to(trainer.args.device))
 
 
-def check_fsdp(accelerator_state: Any) -> None:
+def check_fsdp(accelerator_state: AcceleratorState) -> None:
     """Have FSDP2 round as a run without it does.
 
     Raises:

@@ -8,20 +8,29 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
 from labeltune.distributed import rank
 from labeltune.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+
 
 #: The optimizer's and the scheduler's state of sharded weights, whole. It does not have the name of Trainer's own file, as
 #: Trainer would load it on every device as a whole, which large models have no room for.
 OPTIMIZER_FILE = "whole_optimizer.pt"
 
 
-def whole(tensor: Any) -> Any:
+def whole(tensor: torch.Tensor) -> Any:
     """A tensor as it is in one process; all processes must ask."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -32,24 +41,28 @@ class WhenSharded(TrainerCallback):  # type: ignore[misc]
     def __init__(self, ready: Callable[[Any], None]) -> None:
         self.ready = ready
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: PreTrainedModel,
+        **_: Any,
+    ) -> None:
         """On all processes, before the first step."""
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
         register_fsdp_forward_method(model, "generate")
         self.ready(model)
 
 
-def reshard(model: Any) -> None:
+def reshard(model: PreTrainedModel) -> None:
     """Let go of the parameters that stay whole between passes, so that the model's parameters are its DTensors again."""
-    from torch.distributed.fsdp import FSDPModule
-
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def trained_weights(model: Any) -> dict[str, Any]:
+def trained_weights(model: PreTrainedModel) -> dict[str, Any]:
     """The weights that a checkpoint needs, by name, whole and on the CPU, on the first process: one at a time goes over the wire.
 
     These are the trained ones, and embeddings that carry an adapter, which peft saves with it.
@@ -68,7 +81,9 @@ def trained_weights(model: Any) -> dict[str, Any]:
     return found
 
 
-def save_optimizer(folder: Path, model: Any, optimizer: Any, lr_scheduler: Any) -> None:
+def save_optimizer(
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, lr_scheduler: LRScheduler
+) -> None:
     """Put the optimizer's state together into a checkpoint, where weights are sharded by FSDP2; all processes must ask.
 
     Trainer has written there what the first process holds of it, which nobody can go on from.
@@ -94,7 +109,7 @@ def save_optimizer(folder: Path, model: Any, optimizer: Any, lr_scheduler: Any) 
         (folder / name).unlink(missing_ok=True)
 
 
-def load_optimizer(folder: Path, optimizer: Any, lr_scheduler: Any) -> None:
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, lr_scheduler: LRScheduler) -> None:
     """Give an optimizer the state of a checkpoint that a run with sharded weights has saved (other ones are loaded by Trainer),
     and where this run's weights are sharded, to every process its part."""
     file = folder / OPTIMIZER_FILE
@@ -112,12 +127,10 @@ def load_optimizer(folder: Path, optimizer: Any, lr_scheduler: Any) -> None:
 
 def is_sharded_here(parameters: Iterable[Any]) -> bool:
     """Whether FSDP2 has cut some of these parameters."""
-    from torch.distributed.tensor import DTensor
-
     return any(isinstance(p, DTensor) for p in parameters)
 
 
-def _parts(values: dict[str, Any], parameter: Any) -> dict[str, Any]:
+def _parts(values: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
     """What an optimizer keeps of a parameter, with this process's parts of the tensors of its shape."""
     return {
         key: _part(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
@@ -125,7 +138,7 @@ def _parts(values: dict[str, Any], parameter: Any) -> dict[str, Any]:
     }
 
 
-def load_weights(model: Any, folder: Path) -> None:
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Give a model whose weights are shared out the trained weights of a checkpoint of the same run.
 
     Raises:
@@ -134,8 +147,6 @@ def load_weights(model: Any, folder: Path) -> None:
     reshard(model)
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if hasattr(model, "peft_config"):
-        from peft import get_peft_model_state_dict
-
         names = get_peft_model_state_dict(model, state_dict=names)
     with torch.no_grad(), _gathered_by_deepspeed(list(names.values())):
         for name, value in _tensors(folder):
@@ -157,18 +168,14 @@ def _gathered_by_deepspeed(parameters: list[Any]) -> contextlib.AbstractContextM
 
 def _tensors(folder: Path) -> Any:
     """Name and value of every tensor in a checkpoint's safetensors files."""
-    from safetensors import safe_open
-
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 yield name, file.get_tensor(name)
 
 
-def _part(value: Any, parameter: Any) -> Any:
+def _part(value: torch.Tensor, parameter: torch.Tensor) -> Any:
     """This process's part of a whole tensor, as a DTensor like the parameter; a plain tensor for a plain one."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return value

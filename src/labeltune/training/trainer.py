@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -29,6 +29,11 @@ from labeltune.training.collate import StepBatches, attention_for, make_batch
 from labeltune.training.loss import answer_loss
 from labeltune.training.packing import PAIRS_PER_TOKEN, Pack, Packing, Row, pack_step, step_order, to_rows
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, TrainingArguments
+
+
 #: Rows of one planning unit in validation; sorted rows are alike, so many share much.
 EVALUATION_ROWS = 64
 
@@ -41,13 +46,13 @@ class StepSettings:
 
     Attributes:
         head: output layer that is run in chunks, or None (see `answer_loss`).
-        pairs_per_token: see `labeltune.training.packing`.
+        pairs_per_token: pairs of a query and a key that cost as much as one token's matrix products.
     """
 
     packing: Packing
     max_tokens: int
     pad_id: int
-    head: Any
+    head: torch.nn.Module | None
     pairs_per_token: int = PAIRS_PER_TOKEN
 
     def computed(self, steps: Sequence[Sequence[Row]]) -> int:
@@ -108,7 +113,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         batches: Any = StepBatches(len(self.train_dataset), self.batch_size, self.args.seed)
         return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=to_rows)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[Any]:
         """Rows in the order of their tokens, so that those read together share as much as they can."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         columns = dataset["input_ids"][:]
@@ -117,15 +122,17 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         batches: Any = units
         return DataLoader(dataset, batch_sampler=batches, collate_fn=to_rows)
 
-    def get_total_train_batch_size(self, args: Any) -> int:
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """`batch_size` counts the examples of all processes."""
         return int(self.batch_size)
 
-    def floating_point_ops(self, inputs: Any) -> int:
+    def floating_point_ops(self, inputs: list[Row]) -> int:
         """Not estimated: Trainer's formula counts every token of every row."""
         return 0
 
-    def training_step(self, model: Any, inputs: list[Row], num_items_in_batch: Any = None) -> Any:
+    def training_step(
+        self, model: PreTrainedModel, inputs: list[Row], num_items_in_batch: int | None = None
+    ) -> torch.Tensor:
         """Forward and backward of this process's packs; a step that runs out of memory is repeated in smaller ones.
 
         Raises:
@@ -179,7 +186,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         """FSDP2 and DeepSpeed take the mean of gradients over processes in the backward pass of every pack."""
         return bool(self.sharded or self.is_deepspeed_enabled)
 
-    def sum_over_packs(self, model: Any, rows: list[Row]) -> Any:
+    def sum_over_packs(self, model: PreTrainedModel, rows: list[Row]) -> torch.Tensor:
         """This process's share of the loss of `rows`, with gradients."""
         settings, processes = self.settings, self.accelerator.num_processes
         answers = sum(len(row.answer) for row in rows)
@@ -198,13 +205,13 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
                 total += loss.detach()
         return total
 
-    def pack_loss(self, model: Any, rows: list[Row], pack: Pack) -> Any:
+    def pack_loss(self, model: PreTrainedModel, rows: list[Row], pack: Pack) -> torch.Tensor:
         """Sum of the cross-entropies of a pack's answer tokens."""
         batch = make_batch(rows, pack, self.settings.packing, self.settings.pad_id).to(self.args.device)
         with self.compute_loss_context_manager():
             return answer_loss(model, self.settings.head, batch.inputs, batch.index, batch.targets)
 
-    def shrink(self, model: Any, longest: int) -> None:
+    def shrink(self, model: PreTrainedModel, longest: int) -> None:
         """Halve the packs, down to the longest row.
 
         Raises:
@@ -262,7 +269,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
             metrics[f"{metric_key_prefix}_{name}"] = value
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
 
-    def evaluated(self, model: Any, rows: list[Row]) -> float:
+    def evaluated(self, model: PreTrainedModel, rows: list[Row]) -> float:
         """Sum of the cross-entropies of a unit's answer tokens, by this process alone."""
         while True:
             packing = self.settings.packing
