@@ -1,6 +1,7 @@
-"""Several processes that compute one run: who is who, who takes what, and how they stay in step.
+"""Several processes that compute one run: rank, world size, collectives and the division of work.
 
-Started by torchrun or `accelerate launch`; nothing here starts processes or moves weights. Without them everything is as in one process.
+torchrun or `accelerate launch` starts the processes; nothing here starts any or moves weights. With one process every function returns
+what it was given. torch is imported late: the command line asks for the rank before anything else.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Value = TypeVar("Value")
 
 
 def rank() -> int:
-    """The number of this process in the job; 0 writes files and speaks."""
+    """The number of this process in the job; rank 0 writes files and prints."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -30,7 +31,7 @@ def world_size() -> int:
 
 
 def is_distributed() -> bool:
-    """Whether there are others, and they can be talked to."""
+    """Whether the process group is initialized and has other members."""
     import torch
 
     found = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -48,7 +49,7 @@ def connect(timeout: int) -> None:
 
 
 def assign(costs: Sequence[int], processes: int) -> list[int]:
-    """Which process takes which unit of work: the largest first, each to the one with the least so far."""
+    """The rank that computes each unit of work: units go, largest first, to the rank with the least work so far."""
     loads = [0] * processes
     owners = [0] * len(costs)
     for unit in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -136,7 +137,7 @@ def peer_errors(timeout: int, then: Callable[[], str]) -> Iterator[None]:
 
 
 def _device() -> Any:
-    """Where this job's collectives want their tensors."""
+    """The device on which this job's backend takes tensors."""
     import torch
 
     on_gpu = torch.cuda.is_available() and "nccl" in torch.distributed.get_backend_config()
@@ -144,9 +145,9 @@ def _device() -> Any:
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether each process holds only its share of the weights (FSDP2, DeepSpeed ZeRO-3).
+    """Whether each rank holds only a part of the weights (FSDP2, DeepSpeed ZeRO-3).
 
-    Every forward pass then collects them from all processes, so that all have to make it.
+    Every forward pass then gathers them, so all ranks have to run it.
     """
     from torch.distributed.tensor import DTensor
 
@@ -155,10 +156,10 @@ def is_sharded(model: PreTrainedModel) -> bool:
 
 @contextlib.contextmanager
 def join_uneven(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, processes may call the model each as often as it likes, also when the weights are shared out.
+    """Inside, ranks may call the model different numbers of times, also when its weights are sharded.
 
-    Whoever is done early goes on with passes of one token until all are done. Only calls of the model itself count, not
-    those of its parts or of `generate`. After an error in here nobody is kept company.
+    Ranks that finish early keep running one-token forward passes until all ranks are done, so that sharded weights can still be
+    gathered. Only calls of the model itself are counted, not those of its submodules or of `generate`. After an error no rank waits.
     """
     if not is_distributed() or not is_sharded(model):
         yield

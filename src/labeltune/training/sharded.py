@@ -1,6 +1,6 @@
-"""FSDP2: parameters are DTensors, of which every process holds a part. What is saved is whole, in the files of one process.
+"""FSDP2: parameters are DTensors, of which every rank holds a part. Checkpoints hold full tensors, in the files that one process writes.
 
-So a checkpoint is resumed by any number of processes, sharded or not, and read by everybody who reads PEFT folders.
+So a checkpoint can be resumed by any number of ranks, sharded or not, and read by everything that reads PEFT folders.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPTIMIZER_FILE = "whole_optimizer.pt"
 
 
 def whole(tensor: torch.Tensor) -> Any:
-    """A tensor as it is in one process; all processes must ask."""
+    """The full tensor of a DTensor; a collective, so all ranks must call it. Other tensors are returned as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -56,14 +56,14 @@ class WhenSharded(TrainerCallback):  # type: ignore[misc]
 
 
 def reshard(model: PreTrainedModel) -> None:
-    """Let go of the parameters that stay whole between passes, so that the model's parameters are its DTensors again."""
+    """Free the parameters that stay gathered between passes, so that the model's parameters are its DTensors again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def trained_weights(model: PreTrainedModel) -> dict[str, Any]:
-    """The weights that a checkpoint needs, by name, whole and on the CPU, on the first process: one at a time goes over the wire.
+    """The weights that a checkpoint needs, by name, as full tensors on the CPU of rank 0; gathered one at a time.
 
     These are the trained ones, and embeddings that carry an adapter, which peft saves with it.
     """
@@ -84,9 +84,9 @@ def trained_weights(model: PreTrainedModel) -> dict[str, Any]:
 def save_optimizer(
     folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, lr_scheduler: LRScheduler
 ) -> None:
-    """Put the optimizer's state together into a checkpoint, where weights are sharded by FSDP2; all processes must ask.
+    """Gather the optimizer's state into a checkpoint, where weights are sharded by FSDP2; all ranks must call it.
 
-    Trainer has written there what the first process holds of it, which nobody can go on from.
+    Trainer has written only what rank 0 holds of it, from which no run could be resumed; that file is removed.
     """
     if not is_sharded_here(model.parameters()):
         return
@@ -126,12 +126,12 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, lr_scheduler:
 
 
 def is_sharded_here(parameters: Iterable[Any]) -> bool:
-    """Whether FSDP2 has cut some of these parameters."""
+    """Whether FSDP2 has sharded some of these parameters."""
     return any(isinstance(p, DTensor) for p in parameters)
 
 
 def _parts(values: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
-    """What an optimizer keeps of a parameter, with this process's parts of the tensors of its shape."""
+    """An optimizer's state of one parameter, with tensors of the parameter's shape sharded like it."""
     return {
         key: _part(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
         for key, value in values.items()
@@ -139,7 +139,7 @@ def _parts(values: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Give a model whose weights are shared out the trained weights of a checkpoint of the same run.
+    """Load the trained weights of a checkpoint of the same run into a model with sharded weights.
 
     Raises:
         ModelError: the checkpoint lacks some of them.
@@ -158,7 +158,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _gathered_by_deepspeed(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
-    """ZeRO-3's parameters are whole inside; what the first process writes there is handed out."""
+    """Inside, ZeRO-3's parameters are gathered; what rank 0 writes is broadcast."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return contextlib.nullcontext()
     import deepspeed
@@ -175,7 +175,7 @@ def _tensors(folder: Path) -> Any:
 
 
 def _part(value: torch.Tensor, parameter: torch.Tensor) -> Any:
-    """This process's part of a whole tensor, as a DTensor like the parameter; a plain tensor for a plain one."""
+    """A full tensor, sharded as a DTensor like the parameter; a plain tensor for a plain parameter."""
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return value
