@@ -33,13 +33,12 @@ from labeltune.training.packing import (
     useful_tokens,
 )
 from labeltune.training.self_check import choose_packing, sample_rows
-from labeltune.training.trainer import StepSettings
+from labeltune.training.trainer import Say, StepSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Say = Callable[[str], None]
 
 #: Share of the free memory that activations may take as they are counted. On the CPU the allocator was seen to take 2.3 times as
 #: much (docs/benchmarks.md: Fudan news at 24 layers), and running out is not an error there but the end.

@@ -40,14 +40,13 @@ from labeltune.training.packing import Packing, run_order, to_rows
 from labeltune.training.preflight import prepare_steps, training_arguments
 from labeltune.training.record import best_loss, trained_already
 from labeltune.training.sharded import WhenSharded
-from labeltune.training.trainer import LabelTrainer
+from labeltune.training.trainer import LabelTrainer, Say
 
 if TYPE_CHECKING:
     from accelerate.state import AcceleratorState
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Say = Callable[[str], None]
 
 #: Steps that are timed, after one that is not: memory is allocated and kernels are chosen in the first.
 TIMED_STEPS = 3
