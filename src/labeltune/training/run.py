@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -23,7 +23,6 @@ from transformers.trainer_utils import SaveStrategy
 
 from labeltune.config import RunConfig
 from labeltune.distributed import connect, peer_errors
-from labeltune.errors import ConfigError
 from labeltune.io.progress import begin
 from labeltune.io.run_folder import RunInfo, checkpoints, writing
 from labeltune.models.precision import Precision, memory_in_use
@@ -43,7 +42,6 @@ from labeltune.training.sharded import WhenSharded
 from labeltune.training.trainer import LabelTrainer, Say
 
 if TYPE_CHECKING:
-    from accelerate.state import AcceleratorState
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -199,30 +197,12 @@ def prepare(trainer: LabelTrainer, config: RunConfig, precision: Precision) -> N
             say=trainer.say,
         )
 
-    check_fsdp(trainer.accelerator.state)
     if trainer.sharded:
         # Behind what makes checkpoints, before the callbacks of other libraries.
         ours = [c for c in trainer.callback_handler.callbacks if isinstance(c, (Checkpoint, ContinueRun))]
         trainer.callback_handler.callbacks.insert(len(ours), WhenSharded(settle))
     else:
         settle(trainer.model.to(trainer.args.device))
-
-
-def check_fsdp(accelerator_state: AcceleratorState) -> None:
-    """Have FSDP2 round as a run without it does.
-
-    Raises:
-        ConfigError: it is FSDP 1.
-    """
-    plugin = getattr(accelerator_state, "fsdp_plugin", None)
-    if plugin is None:
-        return
-    if plugin.fsdp_version != 2:
-        raise ConfigError("FSDP 1 is not supported; set fsdp_version: 2 as in configs/distributed/fsdp2.yaml")
-    if plugin.mixed_precision_policy is not None:
-        # Losses are not rounded to bf16, and gradients are added up over processes in fp32.
-        policy = plugin.mixed_precision_policy
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def how_to_go_on(output_dir: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
 from labeltune.distributed import rank
-from labeltune.errors import ModelError
+from labeltune.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
+    from accelerate.state import AcceleratorState
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
@@ -33,6 +35,23 @@ OPTIMIZER_FILE = "whole_optimizer.pt"
 def whole(tensor: torch.Tensor) -> Any:
     """The full tensor of a DTensor; a collective, so all ranks must call it. Other tensors are returned as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def check_fsdp(accelerator_state: AcceleratorState) -> None:
+    """Have FSDP2 round as a run without it does.
+
+    Raises:
+        ConfigError: it is FSDP 1.
+    """
+    plugin = getattr(accelerator_state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise ConfigError("FSDP 1 is not supported; set fsdp_version: 2 as in configs/distributed/fsdp2.yaml")
+    if plugin.mixed_precision_policy is not None:
+        # Losses are not rounded to bf16, and gradients are added up over processes in fp32.
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 class WhenSharded(TrainerCallback):  # type: ignore[misc]

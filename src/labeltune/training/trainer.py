@@ -104,6 +104,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         # accelerate shards the model all the same. Trainer would write and read files of FSDP's own kind; told that there is no
         # FSDP, it loads a checkpoint's weights before the model is sharded, as in one process (see `sharded.py`).
         self.is_fsdp_enabled = False
+        sharded.check_fsdp(self.accelerator.state)
         if settings is not None:
             self.settings = settings
         self.remove_callback(PrinterCallback)
