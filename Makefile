@@ -2,13 +2,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 READY := $(VENV)/.labeltune-ready
 DEMO_READY := $(VENV)/.labeltune-demo-ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 DEMO ?= classification
 
-.PHONY: setup demo test torture lint clean
+.PHONY: setup demo test oldest torture lint clean
 
 setup: $(READY)
 
@@ -40,6 +41,19 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# The oldest releases that pyproject.toml promises of what training stands on, and the tests that touch Trainer. On Linux torch's CPU
+# build is much smaller: make oldest PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+UNDER_TRAINER := accelerate|peft|torch|transformers
+oldest:
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	grep -vE '^($(UNDER_TRAINER)|huggingface_hub|sympy|tokenizers)==' constraints.txt > $(OLDEST)/constraints.txt
+	sed -nE 's/^ *"($(UNDER_TRAINER))>=([0-9.]+)".*/\1==\2/p' pyproject.toml >> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
+		--editable . hypothesis pytest pytest-xdist
+	$(OLDEST)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+		tests/test_checkpoints.py tests/test_layering.py tests/test_packing.py tests/test_resuming.py tests/test_self_check.py \
+		tests/test_steps.py tests/test_training.py
+
 # Kills, faults, hostile input and memory, for about half an hour; docs/reliability.md has the last full run's table.
 # A part alone, or a tenth of everything: make torture TORTURE="training_kills --scale 0.1"
 # Fuzzer and auditor are extras that not every machine can have; the parts that need them say so where they are missing.
@@ -48,4 +62,4 @@ torture: $(READY)
 	$(BIN)/python -m torture $(TORTURE)
 
 clean:
-	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist demo-output .pytest_cache .mypy_cache .ruff_cache

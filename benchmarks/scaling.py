@@ -249,7 +249,7 @@ def predict_table(found: list[dict[str, Any]]) -> str:
 
 def steps() -> list[dict[str, Any]]:
     """A record for a number of rows and processes: seconds to cut one step of rows of about 90 tokens, the median of three."""
-    from labeltune.training.planner import Row, pack_step
+    from labeltune.training.packing import Row, pack_step
 
     generator, prefix, found = random.Random(0), tuple(range(3, 35)), []
     for count, processes in STEPS:

@@ -21,9 +21,7 @@ from typing import Any
 
 from speed_data import read_tokenizer, run_config, tokenized_rows
 
-from labeltune.training.balance import PAIRS_PER_TOKEN, pairs
-from labeltune.training.collate import to_rows
-from labeltune.training.planner import Row, pack_step
+from labeltune.training.packing import PAIRS_PER_TOKEN, Row, pack_step, pairs, to_rows
 
 BATCHES = (16, 64)
 WORLDS = (2, 4, 8)
@@ -107,7 +105,7 @@ def train(path: str) -> None:
 
     plan = prepare_steps(model, tokenizer, config, precision, rows, device=arguments.device, say=say)
     options = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": [Clock()]}
-    LabelTrainer(say=say, where=str, plan=plan, **options).train()
+    LabelTrainer(say=say, where=str, settings=plan, **options).train()
     if os.environ.get("RANK", "0") == "0":
         count = (len(times) - 1) * given["batch"]
         print("RESULT " + json.dumps({"rows_a_second": count / (times[-1] - times[0])}), flush=True)

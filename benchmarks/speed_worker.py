@@ -251,7 +251,7 @@ def ours(model: Any, tokenizer: Any, options: dict[str, Any], meter: Meter) -> A
 
     from labeltune.config import build_config
     from labeltune.models.precision import pick_precision
-    from labeltune.training.collate import to_rows
+    from labeltune.training.packing import to_rows
     from labeltune.training.preflight import prepare_steps, training_arguments
     from labeltune.training.trainer import LabelTrainer
 
@@ -276,7 +276,7 @@ def ours(model: Any, tokenizer: Any, options: dict[str, Any], meter: Meter) -> A
     meter.first_tokens = meter.tokens = 0
     # Nothing is saved, so no run has to be described.
     given = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": [meter]}
-    return InFileOrder(say=say, where=str, plan=plan, **given)
+    return InFileOrder(say=say, where=str, settings=plan, **given)
 
 
 def matmul_rate(options: dict[str, Any]) -> dict[str, Any]:

@@ -28,8 +28,7 @@ from labeltune.io.run_folder import (
     find_checkpoint,
     remove_half_checkpoints,
 )
-from labeltune.training.checkpoints import Checkpoint, remove_old, write_manifest
-from labeltune.training.resuming import LogSums
+from labeltune.training.checkpoints import Checkpoint, LogSums, remove_old, write_manifest
 from labeltune.training.trainer import LabelTrainer
 from test_training import adapter_weights, config_for
 

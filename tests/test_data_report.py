@@ -28,7 +28,7 @@ from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate
 from labeltune.training.dataset import tokenize_rows
-from labeltune.training.planner import Row, pack_step, step_order
+from labeltune.training.packing import Row, pack_step, step_order
 from labeltune.training.token_figures import token_figures
 
 #: The fixture that runs a command in this process.

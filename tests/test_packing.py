@@ -20,8 +20,8 @@ from labeltune.models.shared_prefix import (
 )
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import answer_loss, chunkable_head, chunked_cross_entropy
-from labeltune.training.memory import enable_checkpointing
-from labeltune.training.planner import Group, Pack, Row, pack_step
+from labeltune.training.packing import Group, Pack, Row, pack_step
+from labeltune.training.preflight import enable_checkpointing
 
 FP32 = Precision("fp32", torch.float32, "cpu")
 VOCABULARY = 300

@@ -16,9 +16,9 @@ from labeltune.commands.plan import plan_command
 from labeltune.commands.train import train_command
 from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, MissingExtraError
-from labeltune.training import dry_run, trainer
+from labeltune.training import run, trainer
 from labeltune.training.collate import StepBatches, make_batch
-from labeltune.training.planner import run_order, steps_in_all
+from labeltune.training.packing import run_order, steps_in_all
 from test_training import config_for
 
 
@@ -62,7 +62,7 @@ def test_its_steps_and_tokens_are_those_of_the_run(
     packs.clear()
     result = labeltune.train(config, say=quiet)
     assert dry == packs[: len(dry)], "the same packs in the same order"
-    assert len(found.step_seconds) == dry_run.TIMED_STEPS
+    assert len(found.step_seconds) == run.TIMED_STEPS
     assert found.steps == result.steps and found.rows == 48 and found.validation_rows == 0
     computed, given = (sum(column) for column in zip(*packs, strict=True))
     # Rows of another epoch are cut into other steps, and a run that ends early has not seen all.
@@ -120,7 +120,7 @@ def test_seconds_of_a_run_follow_from_those_of_its_first_steps(
 ) -> None:
     """A clock on which the first step takes 100 s, and every other one 2 s; the first counts only where it is alone."""
     ticks = itertools.chain([0.0], itertools.count(100.0, 2.0))
-    monkeypatch.setattr(dry_run, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(run, "perf_counter", lambda: next(ticks))
     config = without_validation(config_for(in_folder, model_folder, batch_size=8, max_steps=steps))
     found = labeltune.plan(config, say=quiet)
     each = 100.0 if steps == 1 else 2.0
@@ -134,16 +134,16 @@ def test_longer_steps_are_thought_to_take_longer(
 ) -> None:
     """What was timed is counted by its tokens: a run whose other steps hold more of them takes more."""
     ticks = itertools.count(0.0, 1.0)
-    monkeypatch.setattr(dry_run, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(run, "perf_counter", lambda: next(ticks))
     config = without_validation(config_for(in_folder, model_folder, batch_size=8))
     given: list[list[int]] = []
-    order = dry_run.run_order
+    order = run.run_order
 
     def noted(*arguments: Any) -> Any:
         given.extend(order(*arguments))
         return iter(given)
 
-    monkeypatch.setattr(dry_run, "run_order", noted)
+    monkeypatch.setattr(run, "run_order", noted)
     found = labeltune.plan(config, say=quiet)
     assert len(given) == 6
     per_step = found.computed_tokens / 6
@@ -152,8 +152,7 @@ def test_longer_steps_are_thought_to_take_longer(
 
 def _computed(config: RunConfig, found: Any, steps: list[list[int]]) -> list[int]:
     from labeltune.commands.preparing import load_prompts, read_rows, tokenize_splits
-    from labeltune.training.collate import to_rows
-    from labeltune.training.planner import pack_step
+    from labeltune.training.packing import pack_step, to_rows
 
     splits = read_rows(config, quiet)
     _, builder = load_prompts(config, splits.labels)
@@ -163,9 +162,9 @@ def _computed(config: RunConfig, found: Any, steps: list[list[int]]) -> list[int
 
 
 def test_memory_at_its_peak_is_seen_after_it_was_given_back() -> None:
-    with dry_run.peak_memory(torch.device("cpu")) as most:
+    with run.peak_memory(torch.device("cpu")) as most:
         held = torch.ones(60_000_000)  # 240 MB
-        time.sleep(4 * dry_run._SECONDS_BETWEEN_LOOKS)
+        time.sleep(4 * run._SECONDS_BETWEEN_LOOKS)
         del held
     assert most[0] > 200e6
 

@@ -11,8 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from labeltune.inference.scoring import common_prefix
-from labeltune.training.balance import divide
-from labeltune.training.planner import Group, Pack, Packing, Row, pack_step, step_order
+from labeltune.training.packing import Group, Pack, Packing, Row, divide, pack_step, step_order
 
 
 def row(prompt: list[int], answer: list[int]) -> Row:

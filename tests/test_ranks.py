@@ -213,12 +213,12 @@ def test_a_process_that_is_killed_ends_the_other_with_the_cause(in_folder: Path,
 
 SILENT = """
 import os, time
-from labeltune.distributed import connect, loss_of_others_named, reduced
+from labeltune.distributed import all_reduce, connect, peer_errors
 connect(3)
 if os.environ["RANK"] == "1":
     time.sleep(600)
-with loss_of_others_named(3, lambda: "checkpoint-2 is saved"):
-    reduced([1], "sum")
+with peer_errors(3, lambda: "checkpoint-2 is saved"):
+    all_reduce([1], "sum")
 """
 
 

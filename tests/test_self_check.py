@@ -47,7 +47,7 @@ def choose(
 ) -> tuple[Choice, list[str]]:
     said: list[str] = []
     rows = sample_rows(random_rows(prefixes=(12,)))
-    return choose_packing(model, rows, wanted, precision, 0, None, said.append), said
+    return choose_packing(model, rows, wanted, precision, 0, head=None, say=said.append), said
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16])

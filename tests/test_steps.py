@@ -17,11 +17,11 @@ from labeltune.errors import ModelError, OutputError
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate
-from labeltune.training import memory, trainer
+from labeltune.training import preflight, trainer
 from labeltune.training.collate import StepBatches
 from labeltune.training.dataset import content_key, tokenize_rows
-from labeltune.training.memory import activation_bytes, budget_memory, useful_tokens
-from labeltune.training.planner import Row, pack_step
+from labeltune.training.packing import Row, pack_step, useful_tokens
+from labeltune.training.preflight import activation_bytes, budget_memory
 from labeltune.types import Example
 from test_packing import lora_model, random_rows
 from test_training import adapter_weights, config_for, without_dropout
@@ -199,10 +199,20 @@ def plan(
     model: Any, free: int, monkeypatch: pytest.MonkeyPatch, tokens: int | None = None, **given: Any
 ) -> Any:
     steps = [random_rows(prefixes=(40,), each=16)]
-    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    monkeypatch.setattr(preflight, "free_memory", lambda device: free)
     each = activation_bytes(model, steps[0][:3], "shared_prefix", 0, None)
     checkpointing = given.get("checkpointing")
-    return steps, budget_memory(tokens, checkpointing, steps, "shared_prefix", 1, each, 300, CPU, lambda v: v)
+    return steps, budget_memory(
+        steps,
+        "shared_prefix",
+        wanted_tokens=tokens,
+        wanted_checkpointing=checkpointing,
+        processes=1,
+        bytes_per_token=each,
+        vocabulary=300,
+        device=CPU,
+        agree=lambda v: v,
+    )
 
 
 def test_activations_are_measured_without_the_weights() -> None:
@@ -226,9 +236,9 @@ def test_little_memory_means_smaller_packs_and_then_checkpointing(monkeypatch: p
     _, found = plan(model, 0, monkeypatch)
     assert found.checkpointing and found.max_tokens == longest
     each = found.bytes_per_token
-    _, some = plan(model, int((logits + 600 * each) / memory.SHARE["cpu"]), monkeypatch)
+    _, some = plan(model, int((logits + 600 * each) / preflight.SHARE["cpu"]), monkeypatch)
     assert not some.checkpointing and longest < some.max_tokens <= 600
-    _, less = plan(model, int((logits + 150 * each) / memory.SHARE["cpu"]), monkeypatch)
+    _, less = plan(model, int((logits + 150 * each) / preflight.SHARE["cpu"]), monkeypatch)
     assert less.checkpointing, "a second forward pass costs less than packs of a few rows"
     _, told = plan(model, 0, monkeypatch, tokens=77, checkpointing=False)
     assert (told.max_tokens, told.checkpointing) == (77, False)

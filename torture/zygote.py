@@ -62,7 +62,6 @@ def warm() -> None:
         "training.run",
         "training.callbacks",
         "training.self_check",
-        "training.memory",
     ):
         importlib.import_module(f"labeltune.{name}")
     for name in (

@@ -1,6 +1,7 @@
-"""Several processes that compute one run: who is who, who takes what, and how they stay in step.
+"""Several processes that compute one run: rank, world size, collectives and the division of work.
 
-Started by torchrun or `accelerate launch`; nothing here starts processes or moves weights. Without them everything is as in one process.
+torchrun or `accelerate launch` starts the processes; nothing here starts any or moves weights. With one process every function returns
+what it was given. torch is imported late: the command line asks for the rank before anything else.
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from labeltune.errors import PeerError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 Value = TypeVar("Value")
 
 
 def rank() -> int:
-    """The number of this process in the job; 0 writes files and speaks."""
+    """The number of this process in the job; rank 0 writes files and prints."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -26,7 +31,7 @@ def world_size() -> int:
 
 
 def is_distributed() -> bool:
-    """Whether there are others, and they can be talked to."""
+    """Whether the process group is initialized and has other members."""
     import torch
 
     found = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -44,7 +49,7 @@ def connect(timeout: int) -> None:
 
 
 def assign(costs: Sequence[int], processes: int) -> list[int]:
-    """Which process takes which unit of work: the largest first, each to the one with the least so far."""
+    """The rank that computes each unit of work: units go, largest first, to the rank with the least work so far."""
     loads = [0] * processes
     owners = [0] * len(costs)
     for unit in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -75,7 +80,7 @@ def all_reduce(values: Sequence[float], how: str) -> list[float]:
     return [float(value) for value in found.tolist()]
 
 
-def all_reduce_gradients(model: Any) -> None:
+def all_reduce_gradients(model: PreTrainedModel) -> None:
     """Replace every trained weight's gradient by the sum over processes, in one message; none counts as zero."""
     if not is_distributed():
         return
@@ -132,17 +137,17 @@ def peer_errors(timeout: int, then: Callable[[], str]) -> Iterator[None]:
 
 
 def _device() -> Any:
-    """Where this job's collectives want their tensors."""
+    """The device on which this job's backend takes tensors."""
     import torch
 
     on_gpu = torch.cuda.is_available() and "nccl" in torch.distributed.get_backend_config()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def is_sharded(model: Any) -> bool:
-    """Whether each process holds only its share of the weights (FSDP2, DeepSpeed ZeRO-3).
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether each rank holds only a part of the weights (FSDP2, DeepSpeed ZeRO-3).
 
-    Every forward pass then collects them from all processes, so that all have to make it.
+    Every forward pass then gathers them, so all ranks have to run it.
     """
     from torch.distributed.tensor import DTensor
 
@@ -150,11 +155,11 @@ def is_sharded(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def join_uneven(model: Any) -> Iterator[None]:
-    """Inside, processes may call the model each as often as it likes, also when the weights are shared out.
+def join_uneven(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, ranks may call the model different numbers of times, also when its weights are sharded.
 
-    Whoever is done early goes on with passes of one token until all are done. Only calls of the model itself count, not
-    those of its parts or of `generate`. After an error in here nobody is kept company.
+    Ranks that finish early keep running one-token forward passes until all ranks are done, so that sharded weights can still be
+    gathered. Only calls of the model itself are counted, not those of its submodules or of `generate`. After an error no rank waits.
     """
     if not is_distributed() or not is_sharded(model):
         yield

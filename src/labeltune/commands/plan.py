@@ -68,9 +68,9 @@ def _plan(config: RunConfig, say: Say) -> CostEstimate:
     import torch
 
     from labeltune.models.precision import free_memory, pick_precision
-    from labeltune.training.dry_run import peak_memory, time_steps
-    from labeltune.training.planner import steps_in_all
+    from labeltune.training.packing import steps_in_all
     from labeltune.training.preflight import check_feasible
+    from labeltune.training.run import peak_memory, time_steps
     from labeltune.training.token_figures import token_figures
 
     options = config.training

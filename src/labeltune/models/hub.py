@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import snapshot_download as hf_download
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging
 
 from labeltune.config import HubConfig
 from labeltune.errors import MissingExtraError, ModelError
@@ -95,8 +100,6 @@ def _fetch(spec: str, repo: str, hub: HubConfig, ignored: list[str]) -> Path:
         return Path(
             ms_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=ignored)
         )
-    from huggingface_hub import snapshot_download as hf_download
-
     return Path(hf_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=ignored))
 
 
@@ -115,8 +118,6 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: the files are missing or damaged.
     """
-    from transformers import AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -150,9 +151,6 @@ def load_model(
         MissingExtraError: `four_bit` without bitsandbytes.
         ModelError: the files are damaged, or no causal language model.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     if trust_remote_code:
         print(f"labeltune: trust_remote_code is on; Python code of {folder} will be run", file=sys.stderr)
@@ -174,12 +172,8 @@ def load_model(
 
 
 def _four_bit(dtype: torch.dtype) -> Any:
-    import importlib.util
-
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError("training.method=qlora", "qlora")
-    from transformers import BitsAndBytesConfig
-
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

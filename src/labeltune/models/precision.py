@@ -69,6 +69,13 @@ def free_memory(device: torch.device) -> int:
     return max(free, 0)
 
 
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the most a GPU held so far, or what this process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
 @contextlib.contextmanager
 def weights_in(
     model: PreTrainedModel, dtype: torch.dtype, everywhere: Callable[[bool], bool] = bool

@@ -13,7 +13,7 @@ hands unknown keyword arguments down to it can use it. Whether a model really do
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -239,7 +239,9 @@ def shared_prefix_attention_on(model: PreTrainedModel) -> contextlib.AbstractCon
 
 
 @contextlib.contextmanager
-def attention_on(model: PreTrainedModel, name: str, function: Any) -> Iterator[None]:
+def attention_on(
+    model: PreTrainedModel, name: str, function: Callable[..., tuple[torch.Tensor, None]]
+) -> Iterator[None]:
     """Have a model use an attention function inside the `with`: only there does it need what the function asks for.
 
     Compiled layers call it as it is: compiling it would start anew for every layout.

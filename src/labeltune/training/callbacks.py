@@ -1,4 +1,4 @@
-"""What happens around the steps: progress, checkpoints that can be used, Ctrl-C."""
+"""What happens around the steps: progress, Ctrl-C, divergence, the best checkpoint so far and early stopping."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich import progress
+from rich.console import Console
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from labeltune.distributed import all_reduce, world_size
-from labeltune.errors import DivergedError
+from labeltune.errors import DivergedError, Interrupted
 from labeltune.io.outputs import write_text
 from labeltune.io.progress import SILENCE, bar_shown, begin, silent_for, spoke
 from labeltune.io.run_folder import checkpoints
 from labeltune.messages import localize
+from labeltune.training.record import best_loss, unimproved_in
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
 
 #: Steps that a loss has to be beyond all reason before a run counts as diverged.
 DIVERGED_STEPS = 10
@@ -42,7 +50,9 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
         self._previous: Any = None
         self._installed = self._inside_epoch = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Takes over SIGINT and SIGTERM, where this is the main thread."""
         try:
             self._previous = (
@@ -67,7 +77,9 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
             file=sys.stderr,
         )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Asks the Trainer for a checkpoint and the end: on all processes after the same step, whoever got the signal."""
         if all_reduce([float(self.interrupted)], "max")[0]:
             self.interrupted = self.stopping = True
@@ -78,10 +90,22 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
                 control.should_save = True
             control.should_training_stop = True
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """An epoch that is cut short has been saved; the resumed run validates at its end."""
         if self._inside_epoch:
             control.should_evaluate = control.should_save = False
+
+    def tell(self, state: TrainerState, go_on: str | None) -> None:
+        """Raise `Interrupted` where a signal ended the training; `go_on` is the command that resumes it."""
+        if self.interrupted:
+            at, last = (
+                f"stopped at step {state.global_step} of {state.max_steps}",
+                f"checkpoint-{state.global_step}",
+            )
+            then = f"go on with: {go_on}" if go_on is not None else "--resume continues it"
+            raise Interrupted(f"{at}; {last} is saved, {then}")
 
     def restore(self) -> None:
         """Gives the signals back to whoever had them."""
@@ -105,7 +129,7 @@ class StopOnDivergence(TrainerCallback):  # type: ignore[misc]
     def __init__(self, vocabulary: int, say: Callable[[str], None]) -> None:
         self.vocabulary, self.say = vocabulary, say
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Raises `DivergedError` by the rule."""
         losses = _losses(state)
         if not losses:
@@ -128,7 +152,9 @@ class StopOnDivergence(TrainerCallback):  # type: ignore[misc]
             f"Lower training.learning_rate (it is {args.learning_rate:g}) or add training.warmup_steps"
         )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Warns when the last quarter of the losses is above the first one."""
         losses = _losses(state)
         last = [loss for _, loss in losses[-max(1, len(losses) // 4) :]]
@@ -142,7 +168,7 @@ class StopOnDivergence(TrainerCallback):  # type: ignore[misc]
             )
 
 
-def _losses(state: Any) -> list[tuple[int, float]]:
+def _losses(state: TrainerState) -> list[tuple[int, float]]:
     """(step, training loss) of every logged line."""
     return [(int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry]
 
@@ -153,16 +179,20 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
     It is written anew from Trainer's history, which checkpoints hold, so a resumed run has no step twice and none missing.
     """
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """With every checkpoint."""
         write_metrics(args, state)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """And at the end."""
         write_metrics(args, state)
 
 
-def write_metrics(args: Any, state: Any) -> None:
+def write_metrics(args: TrainingArguments, state: TrainerState) -> None:
     """Write `metrics.jsonl`, on the main process."""
     if state.is_world_process_zero:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in state.log_history)
@@ -181,7 +211,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._first_step = 0
         self._loss = ""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Starts the clock, and the bar on a terminal."""
         if not state.is_world_process_zero:
             return
@@ -190,28 +222,18 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if 0 < state.global_step < state.max_steps:
             self.say(f"resuming at step {state.global_step} of {state.max_steps}")
         begin_step(state)
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
         console = Console(stderr=True)
         if console.is_terminal:
             columns = (
-                TextColumn(f"[bold]{localize('train')}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[info]}"),
-                TimeElapsedColumn(),
-                TextColumn(localize("left")),
-                TimeRemainingColumn(),
+                progress.TextColumn(f"[bold]{localize('train')}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[info]}"),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn(localize("left")),
+                progress.TimeRemainingColumn(),
             )
-            self._bar = Progress(*columns, console=console)
+            self._bar = progress.Progress(*columns, console=console)
             self._bar.start()
             self._shown = bar_shown()
             self._shown.__enter__()
@@ -219,12 +241,14 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 "train", total=state.max_steps, completed=state.global_step, info=""
             )
 
-    def rate(self, state: Any) -> float:
+    def rate(self, state: TrainerState) -> float:
         """Examples a second since training began."""
         rows = (state.global_step - self._first_step) * self.batch_size
         return float(rows / max(time.monotonic() - self._started, 1e-9))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Moves the bar."""
         if self._bar is not None:
             info = f"{self.rate(state):.1f} examples/s{self._loss}"
@@ -233,7 +257,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self.say(self.line(state))
         begin_step(state)
 
-    def line(self, state: Any) -> str:
+    def line(self, state: TrainerState) -> str:
         """Where the run is, in one line."""
         rate = self.rate(state)
         left = (state.max_steps - state.global_step) * self.batch_size / max(rate, 1e-9)
@@ -243,7 +267,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         )
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         """Adds examples/s to what is logged (trackers read the same mapping), and prints a plain line."""
         if not logs or not state.is_world_process_zero or "loss" not in logs:
@@ -255,7 +284,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self.say(self.line(state))
 
     def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         """Prints the figures of a validation."""
         if state.is_world_process_zero and metrics and "eval_loss" in metrics:
@@ -277,7 +311,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             print(line, file=sys.stderr, flush=True)
             spoke()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Takes the bar down."""
         self.close()
 
@@ -289,7 +325,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self._shown.__exit__(None, None, None)
 
 
-def begin_step(state: Any) -> None:
+def begin_step(state: TrainerState) -> None:
     """Tells what is being done, should it take long."""
     begin(f"in step {state.global_step + 1} of {state.max_steps}")
 
@@ -301,21 +337,79 @@ class ShowPredictions(TrainerCallback):  # type: ignore[misc]
         self.show, self.stopper = show, stopper
         self._last_step = -1
 
-    def show_once(self, state: Any, when: str) -> None:
+    def show_once(self, state: TrainerState, when: str) -> None:
         """Unless they were shown at this step, or Ctrl-C ends the run."""
         if self._last_step != state.global_step and not self.stopper.stopping:
             self._last_step = state.global_step
             self.show(state.global_step, when)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """The untuned model; a resumed run has shown it already."""
         if state.global_step == 0:
             self.show_once(state, "before training")
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """After each pass over the rows."""
         self.show_once(state, f"epoch {state.epoch or 0:.0f}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """The last weights."""
         self.show_once(state, "end")
+
+
+class TrackBest(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Keeps the best figure and its step in Trainer's state, and ends a run that no longer improves.
+
+    Of checkpoints with the same figure the one with the least loss is the best: macro-F1 on few rows often stands still.
+
+    Args:
+        metric: name of the figure (`macro_f1`, `span_f1`, `accuracy` or `loss`).
+        patience: validations in a row without improvement that end the run; never when None.
+        min_delta: what counts as an improvement is larger than this.
+
+    Attributes:
+        unimproved: validations in a row without improvement, counted while there is a patience; kept in checkpoints.
+    """
+
+    def __init__(self, metric: str, patience: int | None, min_delta: float) -> None:
+        self.metric, self.patience, self.min_delta = metric, patience, min_delta
+        self.unimproved = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"unimproved": self.unimproved}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Takes the count of the checkpoint that is resumed."""
+        self.unimproved = unimproved_in(state.stateful_callbacks)
+        # Trainer saves the state of callbacks that the checkpoint knows, and fails at a new one.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Compares a validation with the best one before it."""
+        assert metrics is not None
+        value, loss, best = metrics[f"eval_{self.metric}"], metrics["eval_loss"], state.best_metric
+        sign = -1 if self.metric == "loss" else 1
+        better = best is None or sign * value > sign * best
+        if self.patience is not None:
+            enough = best is None or (better and abs(value - best) > self.min_delta)
+            self.unimproved = 0 if enough else self.unimproved + 1
+            if self.unimproved >= self.patience:
+                control.should_training_stop = True
+        if better or (value == best and loss < best_loss(state.log_history, state.best_global_step)):
+            state.best_metric, state.best_global_step = value, state.global_step

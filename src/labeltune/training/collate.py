@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from labeltune.models.shared_prefix import changing_shapes, make_layout, shared_prefix_attention_on
-from labeltune.training.planner import Pack, Packing, Row, step_order
+from labeltune.training.packing import Pack, Packing, Row, step_order
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class StepBatches:
@@ -33,11 +38,6 @@ class StepBatches:
         return step_order(self.count, self.batch_size, self.seed, self.epoch)
 
 
-def to_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
-    """Rows of a tokenized data set -> rows of the planner."""
-    return [Row.of(r["input_ids"], int(r["answer_start"]), int(r["answer_end"])) for r in records]
-
-
 @dataclass(frozen=True)
 class PackBatch:
     """One call of the model.
@@ -50,11 +50,11 @@ class PackBatch:
     """
 
     inputs: dict[str, Any]
-    index: Any
-    targets: Any
+    index: torch.Tensor
+    targets: torch.Tensor
     tokens: int
 
-    def to(self, device: Any) -> PackBatch:
+    def to(self, device: torch.device) -> PackBatch:
         """The same on another device."""
         moved = {
             key: value.to(device) if hasattr(value, "to") else value for key, value in self.inputs.items()
@@ -71,7 +71,7 @@ def make_batch(rows: Sequence[Row], pack: Pack, packing: Packing, pad_id: int) -
     return _one_row([(g.prefix, [rows[i] for i in g.rows]) for g in pack.groups], with_layout=True)
 
 
-def attention_for(model: Any, packing: Packing) -> contextlib.AbstractContextManager[None]:
+def attention_for(model: PreTrainedModel, packing: Packing) -> contextlib.AbstractContextManager[None]:
     """What must be on while a batch of this kind runs forward and backward."""
     return shared_prefix_attention_on(model) if packing == "shared_prefix" else changing_shapes()
 
@@ -79,8 +79,6 @@ def attention_for(model: Any, packing: Packing) -> contextlib.AbstractContextMan
 def _one_row(groups: Sequence[tuple[int, Sequence[Row]]], with_layout: bool) -> PackBatch:
     """Groups one behind the other; without prefixes that is plain packing, which transformers knows by the position ids
     that start again at 0."""
-    import torch
-
     ids: list[int] = []
     positions: list[int] = []
     index: list[int] = []
@@ -111,8 +109,6 @@ def _one_row(groups: Sequence[tuple[int, Sequence[Row]]], with_layout: bool) -> 
 
 def _padded(rows: Sequence[Row], pad_id: int) -> PackBatch:
     """Padding stands on the left, so that all answers are in the last columns."""
-    import torch
-
     width = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -12,6 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import datasets
+import pyarrow as pa
+from filelock import FileLock
+
 from labeltune.errors import OutputError
 from labeltune.io.outputs import writing
 from labeltune.io.processes import mapped, worker_count
@@ -104,9 +108,6 @@ def token_columns(
         PromptError: a row's instruction, candidates and answer do not fit the budget.
         OutputError: the cache folder cannot be written.
     """
-    import datasets
-    from filelock import FileLock
-
     folder = _token_folder()
     _remove_unused(folder)
     count = worker_count(workers, len(dataset) >= ENOUGH_ROWS)
@@ -158,8 +159,6 @@ def rows_that_cannot_fit(dataset: Dataset, builder: PromptBuilder) -> dict[int, 
 
 
 def _features() -> Any:
-    import datasets
-
     integer = datasets.Value("int32")
     return datasets.Features(
         {
@@ -186,8 +185,6 @@ class _Tokenize:
     schema: Any
 
     def __call__(self, rows: range) -> bytes:
-        import pyarrow as pa
-
         columns: dict[str, list[Any]] = {name: [] for name in self.schema.names}
         for row in self.dataset.select(rows):
             for name, value in self._encoded(row).items():
@@ -223,8 +220,6 @@ def _write_tokens(
     advance: Callable[[int], None],
 ) -> None:
     """A file that is there is whole: it is written aside and renamed."""
-    import pyarrow as pa
-
     schema = _features().arrow_schema
     aside = file.with_name(f".{file.name}-{os.getpid()}")
     units = [range(at, min(at + _UNIT_ROWS, rows.stop)) for at in range(rows.start, rows.stop, _UNIT_ROWS)]

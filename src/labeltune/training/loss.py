@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 #: Answer positions whose logits exist at once: 128 x 151,936 x 4 bytes are 78 MB for Qwen2.
 CHUNK = 128
 
 
-def answer_loss(model: Any, head: Any, inputs: dict[str, Any], index: Any, targets: Any) -> Any:
+def answer_loss(
+    model: PreTrainedModel,
+    head: torch.nn.Module | None,
+    inputs: dict[str, Any],
+    index: torch.Tensor,
+    targets: torch.Tensor,
+) -> torch.Tensor:
     """Sum of the cross-entropies (fp32, natural logarithm) of a pack's answer tokens.
 
     Args:
@@ -23,8 +36,6 @@ def answer_loss(model: Any, head: Any, inputs: dict[str, Any], index: Any, targe
     Returns:
         A scalar.
     """
-    import torch
-
     rows, columns = inputs["input_ids"].shape
     if rows == 1:
         # The model itself keeps the wanted positions only.
@@ -44,16 +55,20 @@ def answer_loss(model: Any, head: Any, inputs: dict[str, Any], index: Any, targe
     # Inside the output layer's own call, as that is where its weights are whole when they are shared out over processes.
     plain = head.forward
 
-    def loss_for_logits(hidden: Any) -> Any:
+    def loss_for_logits(hidden: torch.Tensor) -> torch.Tensor:
         states = hidden.reshape(-1, hidden.shape[-1])[picked]
-        return chunked_cross_entropy(head, states, targets, layer=plain).reshape(1, 1, 1).clone()
+        return chunked_cross_entropy(head, states, targets, layer=plain).reshape(1, 1, 1).clone()  # type: ignore[no-any-return]
 
     with _replaced(head, loss_for_logits):
-        return model(**inputs).logits.sum()
+        return model(**inputs).logits.sum()  # type: ignore[no-any-return]
 
 
 def chunked_cross_entropy(
-    head: Any, hidden: Any, targets: Any, chunk: int = CHUNK, layer: Callable[[Any], Any] | None = None
+    head: Any,
+    hidden: torch.Tensor,
+    targets: Any,
+    chunk: int = CHUNK,
+    layer: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Sum of cross-entropies of `head(hidden)`, with the logits of at most `chunk` positions in memory.
 
@@ -65,21 +80,18 @@ def chunked_cross_entropy(
         targets: shape [positions].
         layer: what computes logits in place of `head(...)`: its plain `forward` when this runs inside the call of `head`.
     """
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
     apply = layer or head
 
     weights = list(head.parameters())
     if type(head) is torch.nn.Linear and not any(w.requires_grad for w in weights) and hidden.requires_grad:
-        return _frozen_function().apply(hidden, head.weight, head.bias, targets, chunk)
+        return FrozenHeadCrossEntropy.apply(hidden, head.weight, head.bias, targets, chunk)  # type: ignore[no-untyped-call]
 
-    def part(states: Any, right: Any) -> Any:
+    def part(states: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         logits = apply(states.to(weights[0].dtype) if weights[0].is_floating_point() else states)
         return torch.nn.functional.cross_entropy(logits.float(), right, reduction="sum")
 
     total = hidden.new_zeros((), dtype=torch.float32)
-    for states, right in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+    for states, right in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # type: ignore[no-untyped-call]
         total = total + (
             checkpoint(part, states, right, use_reentrant=False)
             if torch.is_grad_enabled()
@@ -88,14 +100,12 @@ def chunked_cross_entropy(
     return total
 
 
-_WORKSPACE: dict[int, Any] = {}
+_WORKSPACE: dict[int, torch.Tensor] = {}
 
 
-def _workspace(rows: int, columns: int, device: Any) -> Any:
+def _workspace(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """An fp32 buffer of at least this many rows. On the CPU it is kept: touching fresh memory costs as much as computing
     in it."""
-    import torch
-
     if device.type != "cpu":
         return torch.empty(rows, columns, device=device)
     if columns not in _WORKSPACE or len(_WORKSPACE[columns]) < rows:
@@ -103,52 +113,41 @@ def _workspace(rows: int, columns: int, device: Any) -> Any:
     return _WORKSPACE[columns]
 
 
-_FROZEN: Any = None
+class FrozenHeadCrossEntropy(torch.autograd.Function):
+    """The function for a frozen linear output layer: d loss / d hidden = (softmax(logits) - onehot(target)) W, computed beside the loss."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: Any, chunk: int
+    ) -> Any:
+        gradient = torch.empty_like(hidden)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        buffer = _workspace(min(chunk, len(targets)), weight.shape[0], hidden.device)
+        for start in range(0, len(targets), chunk):
+            right = targets[start : start + chunk, None]
+            states = hidden[start : start + chunk].to(weight.dtype)
+            logits = buffer[: len(states)]
+            if weight.dtype == torch.float32:
+                torch.mm(states, weight.t(), out=logits)
+            else:
+                logits.copy_(states @ weight.t())
+            if bias is not None:
+                logits += bias
+            torch.log_softmax(logits, 1, out=logits)
+            total -= logits.gather(1, right).sum()
+            logits.exp_().scatter_add_(1, right, -torch.ones_like(right, dtype=torch.float32))
+            gradient[start : start + chunk] = (logits.to(weight.dtype) @ weight).to(hidden.dtype)
+        ctx.save_for_backward(gradient)
+        return total
 
-def _frozen_function() -> Any:
-    """The autograd function for a frozen linear output layer; made on first use, as torch is imported late."""
-    global _FROZEN
-    if _FROZEN is not None:
-        return _FROZEN
-    import torch
-
-    class FrozenHeadCrossEntropy(torch.autograd.Function):
-        """d loss / d hidden = (softmax(logits) - onehot(target)) W, computed beside the loss."""
-
-        @staticmethod
-        def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, chunk: int) -> Any:
-            gradient = torch.empty_like(hidden)
-            total = hidden.new_zeros((), dtype=torch.float32)
-            buffer = _workspace(min(chunk, len(targets)), weight.shape[0], hidden.device)
-            for start in range(0, len(targets), chunk):
-                right = targets[start : start + chunk, None]
-                states = hidden[start : start + chunk].to(weight.dtype)
-                logits = buffer[: len(states)]
-                if weight.dtype == torch.float32:
-                    torch.mm(states, weight.t(), out=logits)
-                else:
-                    logits.copy_(states @ weight.t())
-                if bias is not None:
-                    logits += bias
-                torch.log_softmax(logits, 1, out=logits)
-                total -= logits.gather(1, right).sum()
-                logits.exp_().scatter_add_(1, right, -torch.ones_like(right, dtype=torch.float32))
-                gradient[start : start + chunk] = (logits.to(weight.dtype) @ weight).to(hidden.dtype)
-            ctx.save_for_backward(gradient)
-            return total
-
-        @staticmethod
-        def backward(ctx: Any, upstream: Any) -> Any:
-            (gradient,) = ctx.saved_tensors
-            return (gradient * upstream).to(gradient.dtype), None, None, None, None
-
-    _FROZEN = FrozenHeadCrossEntropy
-    return _FROZEN
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream).to(gradient.dtype), None, None, None, None
 
 
 @contextlib.contextmanager
-def _replaced(head: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
+def _replaced(head: torch.nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Give a module another `forward`; hooks around it run as before."""
     head.forward = forward
     try:
@@ -157,22 +156,20 @@ def _replaced(head: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
         del head.forward
 
 
-def chunkable_head(model: Any, ids: Any) -> Any:
+def chunkable_head(model: PreTrainedModel, ids: torch.Tensor) -> torch.nn.Module | None:
     """The model's output layer if the model returns its result unchanged, else None.
 
     Some models cap or scale what the output layer gives (Gemma 2, Cohere, Granite); found out by comparing, on `ids` of
     shape [1, tokens].
     """
-    import torch
-
     head = model.get_output_embeddings()
     if head is None or "forward" in vars(head):
         return None
     plain, given = head.forward, []
 
-    def remembered(hidden: Any) -> Any:
+    def remembered(hidden: torch.Tensor) -> torch.Tensor:
         given.append(plain(hidden))
-        return given[-1]
+        return given[-1]  # type: ignore[no-any-return]
 
     with torch.no_grad(), _replaced(head, remembered):
         logits = model(input_ids=ids, use_cache=False).logits

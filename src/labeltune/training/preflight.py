@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from labeltune.config import RunConfig
 from labeltune.distributed import all_reduce, world_size
 from labeltune.errors import ConfigError, first_line
 from labeltune.io.progress import begin
 from labeltune.models.lora import attach_adapter
-from labeltune.models.precision import Precision
-from labeltune.training.collate import to_rows
-from labeltune.training.loss import chunkable_head
-from labeltune.training.memory import (
-    MemoryBudget,
-    activation_bytes,
-    budget_memory,
-    enable_checkpointing,
-    pairs_per_token,
-    random_state_kept,
+from labeltune.models.precision import Precision, free_memory
+from labeltune.training.collate import attention_for, make_batch
+from labeltune.training.loss import CHUNK, answer_loss, chunkable_head
+from labeltune.training.packing import (
+    ENOUGH,
+    PAIRS_PER_TOKEN,
+    SAMPLED_STEPS,
+    Packing,
+    Row,
+    pack_step,
+    step_order,
+    steps_in_all,
+    to_rows,
+    useful_tokens,
 )
-from labeltune.training.planner import Row, pack_step, step_order, steps_in_all
 from labeltune.training.self_check import choose_packing, sample_rows
-from labeltune.training.trainer import StepSettings
+from labeltune.training.trainer import Say, StepSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Say = Callable[[str], None]
 
-#: Steps looked at to choose the size of packs.
-SAMPLED_STEPS = 4
+#: Share of the free memory that activations may take as they are counted. On the CPU the allocator was seen to take 2.3 times as
+#: much (docs/benchmarks.md: Fudan news at 24 layers), and running out is not an error there but the end.
+SHARE = {"cuda": 0.5, "mps": 0.5, "cpu": 0.3}
+#: Part of a layer's activations that checkpointing keeps (its input), seen from above.
+KEPT_BY_CHECKPOINTING = 0.15
 #: Schedules that watch a figure; Trainer hands it to them.
 WATCHING = ("reduce_lr_on_plateau", "greedy")
 
@@ -121,9 +131,6 @@ def check_feasible(
 
 
 def _check_scheduler(name: str, warmup: int, steps: int) -> None:
-    import torch
-    from transformers import get_scheduler
-
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
         get_scheduler(name, optimizer, warmup, steps)
@@ -133,22 +140,19 @@ def _check_scheduler(name: str, warmup: int, steps: int) -> None:
 
 def _without_weights(folder: Path, trust_remote_code: bool) -> Any:
     """The model's layers on torch's meta device, where they take no memory."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
 
 
 def prepare_steps(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     precision: Precision,
     train: Dataset,
     *,
-    device: Any,
+    device: torch.device,
     say: Say,
 ) -> StepSettings:
     """Decide how steps are computed: check the fast way on real rows, measure memory, compile.
@@ -171,59 +175,196 @@ def prepare_steps(
     begin("checking packing on your rows", say)
     with random_state_kept():
         head = chunkable_head(model, torch_ids(sample[0], device))
-        choice = choose_packing(model, sample, options.packing, precision, pad_id, head, say)
+        choice = choose_packing(model, sample, options.packing, precision, pad_id, head=head, say=say)
+        tokens, checkpointing = options.max_tokens_per_pack, options.gradient_checkpointing
         memory = budget_memory(
-            None if options.max_tokens_per_pack == "auto" else options.max_tokens_per_pack,
-            None if options.gradient_checkpointing == "auto" else options.gradient_checkpointing,
             steps,
             choice.packing,
-            world_size(),
-            smallest(activation_bytes(model, sample, choice.packing, pad_id, head)),
-            model.config.get_text_config().vocab_size,
-            device,
-            smallest,
+            wanted_tokens=None if tokens == "auto" else tokens,
+            wanted_checkpointing=None if checkpointing == "auto" else checkpointing,
+            processes=world_size(),
+            bytes_per_token=smallest(activation_bytes(model, sample, choice.packing, pad_id, head)),
+            vocabulary=model.config.get_text_config().vocab_size,
+            device=device,
+            agree=smallest,
         )
         if memory.checkpointing:
             enable_checkpointing(model)
         if options.compile:
             compile_layers(model)
-            choice = choose_packing(model, sample, choice.packing, precision, pad_id, head, say)
-    tokens = 1 if choice.one_by_one else memory.max_tokens
-    plan = StepSettings(choice.packing, tokens, pad_id, head, pairs_per_token(model))
-    say(describe(plan, memory, steps))
-    return plan
+            choice = choose_packing(model, sample, choice.packing, precision, pad_id, head=head, say=say)
+    most = 1 if choice.one_by_one else memory.max_tokens
+    settings = StepSettings(choice.packing, most, pad_id, head, pairs_per_token(model))
+    say(describe(settings, memory, steps))
+    return settings
 
 
-def describe(plan: StepSettings, memory: MemoryBudget, steps: list[list[Row]]) -> str:
+def describe(settings: StepSettings, memory: MemoryBudget, steps: list[list[Row]]) -> str:
     """One line on how steps are computed."""
     examples = sum(map(len, steps))
     given = sum(len(row.ids) for step in steps for row in step)
-    computed = sum(
-        pack.tokens(step, plan.packing)
-        for step in steps
-        for pack in pack_step(step, plan.max_tokens, plan.packing)[0]
-    )
+    computed = settings.computed(steps)
     return (
-        f"steps: packing={plan.packing}, at most {plan.max_tokens:,} tokens at a time; "
+        f"steps: packing={settings.packing}, at most {settings.max_tokens:,} tokens at a time; "
         f"{computed / examples:.0f} tokens computed per example of {given / examples:.0f}; checkpointing {'on' if memory.checkpointing else 'off'} "
         f"({memory.bytes_per_token / 1e3:.0f} kB of activations per token, {memory.free / 1e9:.1f} GB free)"
     )
 
 
-def torch_ids(row: Row, device: Any) -> Any:
+def torch_ids(row: Row, device: torch.device) -> Any:
     """A row's tokens as a batch of one."""
-    import torch
 
     return torch.tensor([row.ids], device=device)
 
 
-def compile_layers(model: Any) -> None:
+def compile_layers(model: PreTrainedModel) -> None:
     """torch.compile the decoder layers one by one, in place, for packs of any length.
 
     They are what the model calls most, and compiling them alone keeps parameter names and gradient checkpointing as they are.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """How much goes through the model at once.
+
+    Attributes:
+        max_tokens: tokens of a pack.
+        checkpointing: recompute activations in the backward pass.
+        bytes_per_token: activations of one token, measured without checkpointing.
+        free: bytes that were free.
+    """
+
+    max_tokens: int
+    checkpointing: bool
+    bytes_per_token: int
+    free: int
+
+
+class Weights:
+    """Where the weights lie in memory while a model runs; shared-out ones are put together layer by layer."""
+
+    def __init__(self) -> None:
+        self.addresses: set[int] = set()
+
+    def _note(self, module: torch.nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            self.addresses.add(local.untyped_storage().data_ptr())
+
+    @contextlib.contextmanager
+    def watched(self, model: PreTrainedModel) -> Iterator[None]:
+        """Inside, `addresses` grows with every module that is called."""
+        hooks = [module.register_forward_pre_hook(self._note) for module in model.modules()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def activation_bytes(
+    model: PreTrainedModel, rows: Sequence[Row], packing: Packing, pad_id: int, head: torch.nn.Module | None
+) -> int:
+    """Bytes that the backward pass of one token keeps, from one forward pass over `rows` in training mode.
+
+    Weights are not counted, shared storages once. The random state moves; call it where that is put back.
+    """
+
+    device = next(model.parameters()).device
+    weights = Weights()
+    sizes: dict[int, tuple[Any, int]] = {}
+
+    def keep(tensor: torch.Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights.addresses:
+            # The storage is held on to, so that its address is not given to another one meanwhile.
+            sizes[storage.data_ptr()] = (storage, storage.nbytes())
+        return tensor
+
+    pack = pack_step(rows, sum(len(row.ids) for row in rows), packing)[0][0]
+    batch = make_batch(rows, pack, packing, pad_id).to(device)
+    with (
+        attention_for(model, packing),
+        weights.watched(model),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        answer_loss(model, head, batch.inputs, batch.index, batch.targets)
+    return max(1, sum(size for _, size in sizes.values()) // batch.tokens)
+
+
+def budget_memory(
+    steps: Sequence[Sequence[Row]],
+    packing: Packing,
+    *,
+    wanted_tokens: int | None,
+    wanted_checkpointing: bool | None,
+    processes: int,
+    bytes_per_token: int,
+    vocabulary: int,
+    device: torch.device,
+    agree: Callable[[int], int],
+) -> MemoryBudget:
+    """Tokens a pack and checkpointing, where the config leaves them open (None).
+
+    The longest example must fit; beyond that a pack is no larger than what keeps the device busy and shares nearly all
+    that can be shared.
+
+    Args:
+        steps: the first steps of the run, to see what sharing brings.
+        vocabulary: columns of the output layer, for the logits of one chunk.
+        agree: makes processes agree on the smallest of their numbers.
+    """
+    free = agree(free_memory(device))
+    # Logits of a chunk, their softmax and the copy in the compute type.
+    room = max(0, int(SHARE[device.type] * free) - 3 * 4 * CHUNK * vocabulary)
+    longest = max(len(row.ids) for step in steps for row in step)
+    useful = wanted_tokens or max(longest, useful_tokens(steps, packing, processes, ENOUGH[device.type]))
+    checkpointing = bool(wanted_checkpointing)
+    if wanted_checkpointing is None:
+        # Worth it only when even a modest pack does not fit: it costs a second forward pass.
+        modest = max(longest, wanted_tokens or min(useful, ENOUGH[device.type] // 4))
+        checkpointing = room < modest * bytes_per_token
+    each = int(bytes_per_token * (KEPT_BY_CHECKPOINTING if checkpointing else 1.0)) or 1
+    tokens = wanted_tokens or min(useful, max(longest, room // each))
+    return MemoryBudget(tokens, checkpointing, bytes_per_token, free)
+
+
+def pairs_per_token(model: PreTrainedModel) -> int:
+    """How many pairs of a query and a key cost as much as one token's matrix products, by the model's shape.
+
+    A forward pass takes 2 operations a weight and token, and 4 a pair, layer and dimension of the heads.
+    """
+    shape = model.config.get_text_config()
+    heads, size = getattr(shape, "num_attention_heads", None), getattr(shape, "head_dim", None)
+    layers = getattr(shape, "num_hidden_layers", None)
+    if not heads or not layers:
+        return PAIRS_PER_TOKEN
+    embeddings = {
+        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    return max(1, int(weights // (2 * layers * heads * (size or shape.hidden_size // heads))))
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute the layers' activations in the backward pass; frozen input embeddings still get no gradient.
+
+    transformers makes the embeddings' output require a gradient, which reentrant checkpointing needs; ours is the other
+    kind, and everything below the lowest adapter stays out of the backward pass.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put torch's random state back, so that what is measured before a run does not change the run."""
+
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -13,9 +13,11 @@ from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, ModelError, clipped
 from labeltune.io.outputs import write_json
 from labeltune.io.run_folder import RunInfo
-from labeltune.training.planner import steps_in_all
+from labeltune.training.packing import steps_in_all
 
 if TYPE_CHECKING:
+    import torch
+
     from labeltune.data.loading import Splits
 
 #: In a checkpoint: config and rows of the run.
@@ -174,7 +176,7 @@ def _same(key: str, old: Any, new: Any) -> bool:
     return bool(old == new)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: torch.Tensor) -> str:
     return clipped(json.dumps(value, ensure_ascii=False), 200)
 
 

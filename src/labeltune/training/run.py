@@ -1,42 +1,55 @@
-"""A training from its config to its result: Trainer's arguments, the trainer and its callbacks, and the link to the best checkpoint."""
+"""A training from its config to its result: Trainer's arguments, the trainer and its callbacks, and the link to the best checkpoint.
+
+At the end: the first steps of a run, timed with the same Trainer; nothing is saved then.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from labeltune.config import RunConfig
 from labeltune.distributed import connect, peer_errors
-from labeltune.errors import ConfigError, Interrupted
 from labeltune.io.outputs import writing
+from labeltune.io.progress import begin
 from labeltune.io.run_folder import RunInfo, checkpoints
-from labeltune.models.precision import Precision
-from labeltune.training.best import TrackBest
+from labeltune.models.precision import Precision, memory_in_use
 from labeltune.training.callbacks import (
     Progress,
     ShowPredictions,
     StopOnDivergence,
     StopOnInterrupt,
+    TrackBest,
     WriteMetrics,
 )
-from labeltune.training.checkpoints import Checkpoint, remove_old
+from labeltune.training.checkpoints import Checkpoint, ContinueRun, LogSums, remove_old
+from labeltune.training.packing import Packing, run_order, to_rows
 from labeltune.training.preflight import prepare_steps, training_arguments
 from labeltune.training.record import best_loss, trained_already
-from labeltune.training.resuming import ContinueRun, LogSums
 from labeltune.training.sharded import WhenSharded
-from labeltune.training.trainer import LabelTrainer
+from labeltune.training.trainer import LabelTrainer, Say
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Say = Callable[[str], None]
+
+#: Steps that are timed, after one that is not: memory is allocated and kernels are chosen in the first.
+TIMED_STEPS = 3
+_SECONDS_BETWEEN_LOOKS = 0.05
 
 
 @dataclass(frozen=True)
@@ -65,15 +78,15 @@ class TrainResult:
 
 
 def run_training(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     precision: Precision,
     info: RunInfo,
     *,
     train: Dataset,
     validation: Dataset | None,
-    callbacks: list[Any],
+    callbacks: list[TrainerCallback],
     resume_from: Path | None,
     say: Say,
     where: Callable[[int], str],
@@ -99,23 +112,14 @@ def run_training(
     output = Path(config.output_dir)
     if precision.device == "cpu":
         connect(config.training.collective_timeout)
-    arguments = training_arguments(config, precision, validation is not None)
-    # A run that was killed behind its last checkpoint: Trainer would do one more step.
-    done = resume_from is not None and trained_already(
-        resume_from, config, len(train), validation is not None
-    )
-    if done:
+    validated = validation is not None
+    arguments = training_arguments(config, precision, validated)
+    done = resume_from is not None and trained_already(resume_from, config, len(train), validated)
+    if done:  # Killed behind the last checkpoint: Trainer would do one more step.
         arguments.num_train_epochs, arguments.max_steps = 0, -1
-    sums = LogSums()
-    checkpoint = Checkpoint(info, files or {}, config.training.save_total_limit, sums)
+    checkpoint = Checkpoint(info, files or {}, config.training.save_total_limit, sums := LogSums())
     stopper, progress = StopOnInterrupt(), Progress(config.training.batch_size)
     best = TrackBest(config.metric, config.eval.patience, config.eval.min_delta)
-
-    def plan_steps(ready: Any) -> None:
-        trainer.plan = prepare_steps(
-            ready, tokenizer, config, precision, train, device=arguments.device, say=say
-        )
-
     trainer = LabelTrainer(
         say=say,
         where=where,
@@ -132,37 +136,34 @@ def run_training(
             WriteMetrics(),
             stopper,
             StopOnDivergence(model.config.get_text_config().vocab_size, say),
-            *([best] if validation is not None else []),
+            *([best] if validated else []),
             *callbacks,
             *([ShowPredictions(show, stopper)] if show is not None else []),
         ],
     )
-    trainer.remove_callback(PrinterCallback)
-    first: list[Any] = [checkpoint]
-    if resume_from is not None:
-        first.append(ContinueRun(resume_from, sums))
-    if trainer.sharded and not done:
-        first.append(WhenSharded(plan_steps))
+    first = [checkpoint, *([ContinueRun(resume_from, sums)] if resume_from is not None else [])]
     # Before the callbacks of other libraries, which may do something with what was saved.
     trainer.callback_handler.callbacks[:0] = first
-    check_fsdp(trainer.accelerator.state)
     try:
         with (
             checkpoint.failures_named(),
             peer_errors(config.training.collective_timeout, lambda: how_to_go_on(output)),
         ):
-            if not trainer.sharded and not done:
-                plan_steps(model.to(arguments.device))
+            if not done:
+                prepare(trainer, config, precision)
             ended = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         stopper.restore()
         progress.close()
-    state = trainer.state
+    stopper.tell(trainer.state, go_on)
+    unimproved = best.unimproved if config.eval.patience is not None else 0
+    return _result(trainer, config, float(ended.metrics["train_runtime"]), unimproved)
+
+
+def _result(trainer: LabelTrainer, config: RunConfig, seconds: float, unimproved: int) -> TrainResult:
+    """Point `best` at the best checkpoint, and tell how the run ended."""
+    output, state = Path(config.output_dir), trainer.state
     last = output / f"checkpoint-{state.global_step}"
-    if stopper.interrupted:
-        at = f"stopped at step {state.global_step} of {state.max_steps}"
-        then = f"go on with: {go_on}" if go_on is not None else "--resume continues it"
-        raise Interrupted(f"{at}; {last.name} is saved, {then}")
     measured = state.best_global_step is not None
     chosen = output / f"checkpoint-{state.best_global_step}" if measured else last
     if trainer.is_world_process_zero():
@@ -174,30 +175,35 @@ def run_training(
         last=last if last.is_dir() else chosen,
         best=output / "best",
         steps=state.global_step,
-        train_loss=sums.mean(state.global_step),
+        train_loss=trainer.sums.mean(state.global_step),
         metric_name=config.metric if measured else None,
         metric=state.best_metric if measured else None,
         validation_loss=best_loss(state.log_history, state.best_global_step) if measured else None,
-        seconds=float(ended.metrics["train_runtime"]),
-        unimproved=best.unimproved if config.eval.patience is not None else 0,
+        seconds=seconds,
+        unimproved=unimproved,
     )
 
 
-def check_fsdp(accelerator_state: Any) -> None:
-    """Have FSDP2 round as a run without it does.
+def prepare(trainer: LabelTrainer, config: RunConfig, precision: Precision) -> None:
+    """Decide how steps are computed: now, or where FSDP2 shards the weights, when training begins."""
 
-    Raises:
-        ConfigError: it is FSDP 1.
-    """
-    plugin = getattr(accelerator_state, "fsdp_plugin", None)
-    if plugin is None:
-        return
-    if plugin.fsdp_version != 2:
-        raise ConfigError("FSDP 1 is not supported; set fsdp_version: 2 as in configs/distributed/fsdp2.yaml")
-    if plugin.mixed_precision_policy is not None:
-        # Losses are not rounded to bf16, and gradients are added up over processes in fp32.
-        policy = plugin.mixed_precision_policy
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+    def settle(model: PreTrainedModel) -> None:
+        trainer.settings = prepare_steps(
+            model,
+            trainer.processing_class,
+            config,
+            precision,
+            trainer.train_dataset,
+            device=trainer.args.device,
+            say=trainer.say,
+        )
+
+    if trainer.sharded:
+        # Behind what makes checkpoints, before the callbacks of other libraries.
+        ours = [c for c in trainer.callback_handler.callbacks if isinstance(c, (Checkpoint, ContinueRun))]
+        trainer.callback_handler.callbacks.insert(len(ours), WhenSharded(settle))
+    else:
+        settle(trainer.model.to(trainer.args.device))
 
 
 def how_to_go_on(output_dir: Path) -> str:
@@ -222,3 +228,132 @@ def point_best(output_dir: Path, checkpoint: Path) -> None:
         if best.is_dir() and not best.is_symlink():
             shutil.rmtree(best)
         temporary.replace(best)
+
+
+@dataclass(frozen=True)
+class TimedSteps:
+    """What the first steps of a run took.
+
+    Attributes:
+        seconds: of each timed step.
+        computed: tokens of these steps as one process would compute them.
+        packing: how examples go through the model.
+        max_tokens: tokens of a pack.
+        checkpointing: whether activations are recomputed in the backward pass.
+    """
+
+    seconds: tuple[float, ...]
+    computed: int
+    packing: Packing
+    max_tokens: int
+    checkpointing: bool
+
+
+class StepClock(TrainerCallback):  # type: ignore[misc]
+    """Notes when the training loop began and when each step ended; stops the run when enough are timed."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def _note(self, args: TrainingArguments) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
+        self.times.append(perf_counter())
+        begin(f"timing step {len(self.times)}")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Where the first step begins."""
+        self._note(args)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Where a step ends and the next one begins."""
+        self._note(args)
+        if len(self.times) > 1 + TIMED_STEPS:
+            control.should_training_stop = True
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Of every step but the first; of the first where there is no other."""
+        found = tuple(end - start for start, end in zip(self.times, self.times[1:], strict=False))
+        return found[1:] or found
+
+
+def time_steps(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    precision: Precision,
+    train: Dataset,
+    *,
+    say: Say,
+    where: Callable[[int], str],
+) -> TimedSteps:
+    """Train the first steps of a run; weights change, and no file is written.
+
+    Args:
+        train: tokens of the training rows.
+        where: number of a training row -> its place, for messages.
+
+    Raises:
+        DivergedError, ModelError: as in training.
+    """
+    timeout = config.training.collective_timeout
+    if precision.device == "cpu":
+        connect(timeout)
+    clock = StepClock()
+    with tempfile.TemporaryDirectory(prefix="labeltune-dry-run-") as nowhere:
+        unsaved = config.model_copy(update={"output_dir": nowhere, "tracking": "none"})
+        arguments = training_arguments(unsaved, precision, has_validation=False)
+        arguments.save_strategy = SaveStrategy.NO
+
+        trainer = LabelTrainer(
+            say=say,
+            where=where,
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            processing_class=tokenizer,
+            callbacks=[clock],
+        )
+        with peer_errors(timeout, lambda: "Nothing was saved"):
+            prepare(trainer, unsaved, precision)
+            trainer.train()
+    settings = trainer.settings
+    steps = islice(run_order(len(train), config.training), 1 + TIMED_STEPS)
+    rows = [to_rows([train[i] for i in numbers]) for numbers in steps][-len(clock.seconds) :]
+    return TimedSteps(
+        seconds=clock.seconds,
+        computed=settings.computed(rows),
+        packing=settings.packing,
+        max_tokens=settings.max_tokens,
+        checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+    )
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Inside, memory of a device (on the CPU: of this process) is watched; the yielded list's one number is the most bytes that
+    were taken beyond those at the beginning."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    before, most, ended = memory_in_use(device), [0], threading.Event()
+
+    def look() -> None:
+        most[0] = max(most[0], memory_in_use(device) - before)
+
+    def watch() -> None:
+        while not ended.wait(_SECONDS_BETWEEN_LOOKS):
+            look()
+
+    thread = threading.Thread(target=watch, name="labeltune-memory", daemon=True)
+    thread.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        thread.join()
+        look()

@@ -14,8 +14,9 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from labeltune.distributed import all_reduce
@@ -23,8 +24,12 @@ from labeltune.errors import first_line
 from labeltune.models.precision import Precision, weights_in
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import answer_loss
-from labeltune.training.planner import Group, Pack, Packing, Row, pack_step
+from labeltune.training.packing import Group, Pack, Packing, Row, pack_step
 from labeltune.training.sharded import whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 #: Relative difference of loss and gradients in fp32 that needs no second look.
 TOLERANCE = 1e-4
@@ -64,7 +69,7 @@ class Gradients:
         return max(of_loss, of_weights) if of_loss == of_loss and of_weights == of_weights else float("inf")
 
 
-def _square(tensor: Any) -> float:
+def _square(tensor: torch.Tensor) -> float:
     """Squared 2-norm, over all processes where they hold parts of it."""
     return float(whole(tensor.square().sum()))
 
@@ -87,7 +92,14 @@ def sample_rows(rows: Sequence[Row], count: int = ROWS) -> list[Row]:
 
 
 def choose_packing(
-    model: Any, rows: Sequence[Row], wanted: Packing, precision: Precision, pad_id: int, head: Any, say: Say
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    wanted: Packing,
+    precision: Precision,
+    pad_id: int,
+    *,
+    head: torch.nn.Module | None,
+    say: Say,
 ) -> Choice:
     """The wanted way, or the next plainer one that agrees with rows computed one by one; a change is said once.
 
@@ -116,7 +128,14 @@ def choose_packing(
 class _Check:
     """Compares ways of computing some rows with the rows one by one; what the rows one by one give is computed once."""
 
-    def __init__(self, model: Any, rows: Sequence[Row], precision: Precision, pad_id: int, head: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Row],
+        precision: Precision,
+        pad_id: int,
+        head: torch.nn.Module | None,
+    ) -> None:
         self.model, self.rows, self.precision, self.pad_id, self.head = model, rows, precision, pad_id, head
         self.alone = _one_by_one(rows)
         self.plain = self._gradients(self.alone, "padded")
@@ -210,7 +229,7 @@ class _Check:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=dtype)
 
-    def _in_format(self, dtype: Any, packs: Sequence[Pack], packing: Packing) -> Gradients | None:
+    def _in_format(self, dtype: torch.dtype, packs: Sequence[Pack], packing: Packing) -> Gradients | None:
         """With the weights in a wider number format; None where that is impossible."""
         with weights_in(self.model, dtype, _everywhere) as possible:
             return self._gradients(packs, packing, autocast=False) if possible else None
@@ -224,7 +243,7 @@ class _Check:
                 batch = make_batch(self.rows, pack, packing, self.pad_id).to(self.device)
                 with self._mixed(autocast):
                     loss = answer_loss(self.model, self.head, batch.inputs, batch.index, batch.targets)
-                (loss / count).backward()
+                (loss / count).backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach()) / count
         found = {
             name: p.grad.detach().to(torch.promote_types(p.dtype, torch.float32)).clone()
@@ -259,10 +278,8 @@ def _everywhere(verdict: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _undisturbed(model: Any) -> Iterator[None]:
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Training mode with every dropout off; random state, modes and gradients are put back."""
-    import numpy as np
-
     states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     modes = [(module, module.training) for module in model.modules()]

@@ -11,7 +11,7 @@ import numpy
 from labeltune.config import TrainingConfig
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.training.dataset import token_columns
-from labeltune.training.planner import pack_step, step_order
+from labeltune.training.packing import ENOUGH, SAMPLED_STEPS, pack_step, step_order, to_rows, useful_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -117,7 +117,7 @@ def token_figures(dataset: Dataset, builder: PromptBuilder, training: TrainingCo
     # A row that fits is as long as it needs; of a shortened one the budget is all used, and the excess stands beside it.
     limit = builder.task.prompt.max_length
     needed = numpy.where(column["excess"] > 0, limit + column["excess"], column["length"])
-    planned, max_tokens, computed = _plan(tokens, training)
+    planned, max_tokens, computed = _packed(tokens, training)
     return TokenFigures(
         rows=count,
         of_rows=len(dataset),
@@ -165,12 +165,8 @@ def _common_beginning(tokens: Dataset) -> int:
     return len(first or ())
 
 
-def _plan(tokens: Dataset, training: TrainingConfig) -> tuple[int, int, dict[str, int]]:
+def _packed(tokens: Dataset, training: TrainingConfig) -> tuple[int, int, dict[str, int]]:
     """(rows planned, tokens of a pack, tokens computed in each of the three ways), on one process with memory to spare."""
-    from labeltune.training.collate import to_rows
-    from labeltune.training.memory import ENOUGH, useful_tokens
-    from labeltune.training.preflight import SAMPLED_STEPS
-
     order = step_order(len(tokens), training.batch_size, training.seed, 0)
     steps = [to_rows([tokens[i] for i in numbers]) for numbers in islice(order, MAX_STEPS)]
     if training.max_tokens_per_pack == "auto":

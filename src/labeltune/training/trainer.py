@@ -7,28 +7,32 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from labeltune.distributed import all_reduce, all_reduce_gradients, join_uneven
 from labeltune.errors import DivergedError, ModelError
 from labeltune.io.progress import begin
 from labeltune.io.run_folder import checkpoints
+from labeltune.models.precision import memory_in_use
 from labeltune.training import sharded
-from labeltune.training.balance import PAIRS_PER_TOKEN
-from labeltune.training.checkpoints import Checkpoint
-from labeltune.training.collate import StepBatches, attention_for, make_batch, to_rows
+from labeltune.training.checkpoints import Checkpoint, LogSums
+from labeltune.training.collate import StepBatches, attention_for, make_batch
 from labeltune.training.loss import answer_loss
-from labeltune.training.memory import memory_in_use
-from labeltune.training.planner import Pack, Packing, Row, pack_step, step_order
-from labeltune.training.resuming import LogSums
+from labeltune.training.packing import PAIRS_PER_TOKEN, Pack, Packing, Row, pack_step, step_order, to_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, TrainingArguments
+
 
 #: Rows of one planning unit in validation; sorted rows are alike, so many share much.
 EVALUATION_ROWS = 64
@@ -42,14 +46,22 @@ class StepSettings:
 
     Attributes:
         head: output layer that is run in chunks, or None (see `answer_loss`).
-        pairs_per_token: see `labeltune.training.balance`.
+        pairs_per_token: pairs of a query and a key that cost as much as one token's matrix products.
     """
 
     packing: Packing
     max_tokens: int
     pad_id: int
-    head: Any
+    head: torch.nn.Module | None
     pairs_per_token: int = PAIRS_PER_TOKEN
+
+    def computed(self, steps: Sequence[Sequence[Row]]) -> int:
+        """Tokens that one process computes for the rows of these steps."""
+        return sum(
+            pack.tokens(step, self.packing)
+            for step in steps
+            for pack in pack_step(step, self.max_tokens, self.packing)[0]
+        )
 
 
 class LabelTrainer(Trainer):  # type: ignore[misc]
@@ -61,7 +73,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
     Args:
         say: told when packs become smaller.
         where: number of a training row -> its place, for messages.
-        plan: how steps are computed; set it before the first step when it is not known yet.
+        settings: how steps are computed; set it before the first step when it is not known yet.
         sums: what log lines are made of; a resumed run goes on with those of its checkpoint.
         checkpoint: what makes a saved folder a checkpoint; None when nothing is saved.
         validate: figures on validation rows by name, the same on all processes; called by all of them at every evaluation.
@@ -71,14 +83,14 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         sharded: each process holds a part of the weights (FSDP2).
     """
 
-    plan: StepSettings
+    settings: StepSettings
 
     def __init__(
         self,
         *,
         say: Say,
         where: Callable[[int], str],
-        plan: StepSettings | None = None,
+        settings: StepSettings | None = None,
         sums: LogSums | None = None,
         checkpoint: Checkpoint | None = None,
         validate: Callable[[], dict[str, float]] | None = None,
@@ -92,15 +104,17 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         # accelerate shards the model all the same. Trainer would write and read files of FSDP's own kind; told that there is no
         # FSDP, it loads a checkpoint's weights before the model is sharded, as in one process (see `sharded.py`).
         self.is_fsdp_enabled = False
-        if plan is not None:
-            self.plan = plan
+        sharded.check_fsdp(self.accelerator.state)
+        if settings is not None:
+            self.settings = settings
+        self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Every process reads every step and takes its own packs from it."""
         batches: Any = StepBatches(len(self.train_dataset), self.batch_size, self.args.seed)
         return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=to_rows)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[Any]:
         """Rows in the order of their tokens, so that those read together share as much as they can."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         columns = dataset["input_ids"][:]
@@ -109,15 +123,17 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         batches: Any = units
         return DataLoader(dataset, batch_sampler=batches, collate_fn=to_rows)
 
-    def get_total_train_batch_size(self, args: Any) -> int:
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """`batch_size` counts the examples of all processes."""
         return int(self.batch_size)
 
-    def floating_point_ops(self, inputs: Any) -> int:
+    def floating_point_ops(self, inputs: list[Row]) -> int:
         """Not estimated: Trainer's formula counts every token of every row."""
         return 0
 
-    def training_step(self, model: Any, inputs: list[Row], num_items_in_batch: Any = None) -> Any:
+    def training_step(
+        self, model: PreTrainedModel, inputs: list[Row], num_items_in_batch: int | None = None
+    ) -> torch.Tensor:
         """Forward and backward of this process's packs; a step that runs out of memory is repeated in smaller ones.
 
         Raises:
@@ -171,17 +187,17 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         """FSDP2 and DeepSpeed take the mean of gradients over processes in the backward pass of every pack."""
         return bool(self.sharded or self.is_deepspeed_enabled)
 
-    def sum_over_packs(self, model: Any, rows: list[Row]) -> Any:
+    def sum_over_packs(self, model: PreTrainedModel, rows: list[Row]) -> torch.Tensor:
         """This process's share of the loss of `rows`, with gradients."""
-        plan, processes = self.plan, self.accelerator.num_processes
+        settings, processes = self.settings, self.accelerator.num_processes
         answers = sum(len(row.answer) for row in rows)
         total = torch.zeros((), device=self.args.device)
-        shares = pack_step(rows, plan.max_tokens, plan.packing, processes, plan.pairs_per_token)
+        shares = pack_step(rows, settings.max_tokens, settings.packing, processes, settings.pairs_per_token)
         packs = shares[self.accelerator.process_index]
         self.sums.given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
-        self.sums.computed += sum(pack.tokens(rows, plan.packing) for pack in packs)
+        self.sums.computed += sum(pack.tokens(rows, settings.packing) for pack in packs)
         quiet = contextlib.nullcontext() if self.reduces_by_itself else self.accelerator.no_sync(model)
-        with attention_for(self.model, plan.packing), quiet:
+        with attention_for(self.model, settings.packing), quiet:
             for number, pack in enumerate(packs, start=1):
                 loss = self.pack_loss(model, rows, pack) * (float(pack.counted) / answers)
                 # DeepSpeed makes its optimizer step in the backward pass of the last pack.
@@ -190,13 +206,13 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
                 total += loss.detach()
         return total
 
-    def pack_loss(self, model: Any, rows: list[Row], pack: Pack) -> Any:
+    def pack_loss(self, model: PreTrainedModel, rows: list[Row], pack: Pack) -> torch.Tensor:
         """Sum of the cross-entropies of a pack's answer tokens."""
-        batch = make_batch(rows, pack, self.plan.packing, self.plan.pad_id).to(self.args.device)
+        batch = make_batch(rows, pack, self.settings.packing, self.settings.pad_id).to(self.args.device)
         with self.compute_loss_context_manager():
-            return answer_loss(model, self.plan.head, batch.inputs, batch.index, batch.targets)
+            return answer_loss(model, self.settings.head, batch.inputs, batch.index, batch.targets)
 
-    def shrink(self, model: Any, longest: int) -> None:
+    def shrink(self, model: PreTrainedModel, longest: int) -> None:
         """Halve the packs, down to the longest row.
 
         Raises:
@@ -206,19 +222,19 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         torch.cuda.empty_cache()
         if self.reduces_by_itself:
             raise ModelError(
-                f"out of memory with packs of {self.plan.max_tokens} tokens; set training.max_tokens_per_pack="
-                f"{max(longest, self.plan.max_tokens // 2)} and start again with --resume (a step of sharded weights cannot "
+                f"out of memory with packs of {self.settings.max_tokens} tokens; set training.max_tokens_per_pack="
+                f"{max(longest, self.settings.max_tokens // 2)} and start again with --resume (a step of sharded weights cannot "
                 "be repeated by one process alone)"
             )
-        if self.plan.max_tokens <= longest:
+        if self.settings.max_tokens <= longest:
             raise ModelError(
                 f"an example of {longest} tokens does not fit into the device's memory; lower prompt.max_length, set "
                 "training.gradient_checkpointing=true, or use training.method=qlora"
             )
-        self.plan.max_tokens = max(longest, self.plan.max_tokens // 2)
+        self.settings.max_tokens = max(longest, self.settings.max_tokens // 2)
         self.say(
-            f"warning: out of memory; the step is repeated with packs of {self.plan.max_tokens} tokens, and so are the "
-            f"ones after it (training.max_tokens_per_pack={self.plan.max_tokens} starts that way)"
+            f"warning: out of memory; the step is repeated with packs of {self.settings.max_tokens} tokens, and so are the "
+            f"ones after it (training.max_tokens_per_pack={self.settings.max_tokens} starts that way)"
         )
 
     def evaluation_loop(
@@ -247,20 +263,20 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
                 count += len(rows)
         total = math.fsum(all_reduce(sums, "sum"))
         # Whoever ran out of memory went on with smaller packs.
-        self.plan.max_tokens = int(all_reduce([self.plan.max_tokens], "min")[0])
+        self.settings.max_tokens = int(all_reduce([self.settings.max_tokens], "min")[0])
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": total / answers}
         for name, value in (self.validate() if self.validate is not None else {}).items():
             metrics[f"{metric_key_prefix}_{name}"] = value
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
 
-    def evaluated(self, model: Any, rows: list[Row]) -> float:
+    def evaluated(self, model: PreTrainedModel, rows: list[Row]) -> float:
         """Sum of the cross-entropies of a unit's answer tokens, by this process alone."""
         while True:
-            packing = self.plan.packing
+            packing = self.settings.packing
             try:
                 with attention_for(self.model, packing):
-                    (packs,) = pack_step(rows, self.plan.max_tokens, packing)
+                    (packs,) = pack_step(rows, self.settings.max_tokens, packing)
                     return math.fsum(float(self.pack_loss(model, rows, pack)) for pack in packs)
             except torch.OutOfMemoryError:
                 self.shrink(model, max(len(row.ids) for row in rows))

@@ -2,6 +2,10 @@
 
 A *group* is a set of examples and the tokens they all begin with; these are computed once. A *pack* is what goes through
 the model in one piece. How a step is cut into groups and packs decides time and memory, never the result.
+
+With several processes the rows of a step are divided first, so that all have about the same to compute. Work is counted in pairs of a
+query and a key: a token costs `pairs_per_token` of them in the matrix products, and one for every token it attends to. What a
+process's rows begin with in common costs it once, so each takes neighbours in the order of their tokens.
 """
 
 from __future__ import annotations
@@ -9,14 +13,23 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from labeltune.config import TrainingConfig
-from labeltune.training.balance import PAIRS_PER_TOKEN, divide
 
 Packing = Literal["shared_prefix", "packed", "padded"]
+
+#: Without a model: attention counts for little.
+PAIRS_PER_TOKEN = 10_000
+#: How many more tokens a step may have than in one piece, for smaller packs.
+SLACK = 1.05
+#: Steps looked at to choose the size of packs.
+SAMPLED_STEPS = 4
+#: Packs of this many tokens keep the device busy; more tokens bring no speed.
+ENOUGH = {"cuda": 8192, "mps": 2048, "cpu": 2048}
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,11 @@ class Pack:
         return sum(group.tokens(rows) for group in self.groups)
 
 
+def to_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
+    """Rows of a tokenized data set -> `Row`s."""
+    return [Row.of(r["input_ids"], int(r["answer_start"]), int(r["answer_end"])) for r in records]
+
+
 def step_order(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[list[int]]:
     """The rows of every step of an epoch: a shuffle that only seed and epoch decide, `batch_size` rows a step.
 
@@ -131,7 +149,7 @@ def pack_step(
     Args:
         rows: all examples of the step, the same list on every process.
         processes: number of processes that share the step.
-        pairs_per_token: see `labeltune.training.balance`; for dividing the rows over processes.
+        pairs_per_token: for dividing the rows over processes.
 
     Returns:
         For every process its packs: the same number each, the largest first, with about the same work in all.
@@ -149,6 +167,28 @@ def pack_step(
         )
         for share in shares
     ]
+
+
+def useful_tokens(steps: Sequence[Sequence[Row]], packing: Packing, processes: int, enough: int) -> int:
+    """The smallest pack size with nearly the fewest tokens to compute that also keeps the device busy."""
+
+    def computed(size: int) -> int:
+        return sum(
+            pack.tokens(step, packing)
+            for step in steps
+            for share in pack_step(step, size, packing, processes)
+            for pack in share
+            if pack.counted
+        )
+
+    whole = max(sum(len(row.ids) for row in step) for step in steps)
+    if packing != "shared_prefix":
+        return min(enough, whole)
+    best = computed(whole)
+    size = enough
+    while size < whole and computed(size) > SLACK * best:
+        size = size * 5 // 4
+    return min(size, whole)
 
 
 def _divided(
@@ -261,3 +301,43 @@ def _halves(pack: Pack) -> list[Pack]:
         if group.rows[room:]:
             right.append(Group(group.prefix, group.rows[room:]))
     return [Pack(tuple(left)), Pack(tuple(right))]
+
+
+def pairs(tokens: int, pairs_per_token: int) -> int:
+    """The work of a row of so many tokens, or of the first ones of a row."""
+    return tokens * pairs_per_token + tokens * (tokens + 1) // 2
+
+
+def divide(
+    lengths: Sequence[int], common: Sequence[int], processes: int, pairs_per_token: int = PAIRS_PER_TOKEN
+) -> list[range]:
+    """The places 0 .. len(lengths) - 1 as one range for every process, with the least possible work in the largest.
+
+    Args:
+        lengths: tokens of each row, in the order of their tokens; at least one row.
+        common: tokens that each row may share with the one before it, in whose process these cost nothing.
+
+    Returns:
+        In order; the last ones are empty where rows are few.
+    """
+    whole = [pairs(length, pairs_per_token) for length in lengths]
+    behind = [work - pairs(shared, pairs_per_token) for work, shared in zip(whole, common, strict=True)]
+    allowed = range(max(whole), sum(whole) + 1)
+    least = bisect_left(allowed, True, key=lambda work: len(_ranges(whole, behind, work)) <= processes)
+    found = _ranges(whole, behind, allowed[least])
+    return found + [range(0)] * (processes - len(found))
+
+
+def _ranges(whole: Sequence[int], behind: Sequence[int], allowed: int) -> list[range]:
+    """Ranges of neighbours, each as long as is allowed.
+
+    Args:
+        whole: work of each row where it is the first of a range; `behind`: where it is not.
+    """
+    starts, load = [0], whole[0]
+    for place in range(1, len(whole)):
+        load += behind[place]
+        if load > allowed:
+            starts.append(place)
+            load = whole[place]
+    return [range(start, end) for start, end in itertools.pairwise([*starts, len(whole)])]
