@@ -114,7 +114,7 @@ CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doc
     models/hub.py models/pocket.py io/outputs.py io/progress.py prompts/template.py inference/ray_session.py commands/comparing.py
     commands/checking.py commands/evaluation.py commands/exporting.py commands/verification.py commands/inputs.py commands/preparing.py commands/rows.py
     commands/training.py io/run_files.py io/run_folder.py sweep/report.py sweep/run.py sweep/space.py sweep/study.py
-    prompts/classification.py prompts/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
+    prompts/classification.py prompts/ner.py tracking/base.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
     training/dataset.py training/preflight.py training/record.py training/resuming.py training/self_check.py
     training/run.py training/trainer.py io/trust.py""".split()  # noqa: SIM905
 #: What they say that has no words of its own, or is for a programmer.

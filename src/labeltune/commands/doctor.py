@@ -161,7 +161,7 @@ def _hubs(asked: list[_Asked]) -> Iterator[Finding]:
 
 
 def _swanlab() -> Finding:
-    from labeltune.tracking.swanlab_login import logged_in
+    from labeltune.tracking.swanlab import logged_in
 
     answer = logged_in()
     return (OK, "SwanLab: logged in", "") if answer == "yes" else (NOTE, f"SwanLab: {answer}", LOCAL)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from labeltune.commands.checking import without_too_long
 from labeltune.commands.evaluation import all_metrics, write_evaluation
@@ -49,7 +49,7 @@ from labeltune.types import Example
 
 if TYPE_CHECKING:
     from labeltune.inference.predictor import Predictor
-    from labeltune.tracking.swanlab import SwanlabTracker
+    from labeltune.tracking.base import Tracker
     from labeltune.training.run import TrainResult
 
 Say = Callable[[str], None]
@@ -114,6 +114,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     from labeltune.inference.predictor import Predictor
     from labeltune.io.run_folder import RunInfo
     from labeltune.models.precision import pick_precision
+    from labeltune.tracking.base import start_tracker
     from labeltune.training.preflight import check_feasible
     from labeltune.training.run import run_training
 
@@ -134,8 +135,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     model = load_for_training(config, base, precision, say)
 
     info = RunInfo.of(config, splits.labels, tokenizer.chat_template, summarize(config, splits))
-    tracker = _start_tracker(config, splits, main_process, resume_from, say)
-    callbacks: list[Any] = [tracker.callback()] if tracker is not None else []
+    tracker = start_tracker(config, splits, resume_from, say)
     predictor = Predictor(
         model, task, builder.template, config.generation, calibrate=config.calibrate, source=config.model
     )
@@ -146,8 +146,6 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     def show(step: int, when: str) -> None:
         begin(f"predicting {len(shown)} rows for the board: {when}", say)
         predictions = predictor.predict(shown)
-        if tracker is None:
-            return
         tracker.log_predictions(
             step,
             [
@@ -170,20 +168,19 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
             info,
             train=train_tokens,
             validation=validation_tokens,
-            callbacks=callbacks,
+            callbacks=tracker.callbacks(),
             resume_from=resume_from,
             say=say,
             where=lambda number: str(splits.train[number]["source"]),
             validate=Validate(predictor, measured) if measured else None,
             files=files,
             go_on=f"{command} --resume" if command is not None else None,
-            show=show if config.tracking == "swanlab" and shown else None,
+            show=show if config.tracking != "none" and shown else None,
         )
         if measured:
             _finish(predictor, result, config, splits, measured, tracker, say)
     except BaseException as error:
-        if tracker is not None:
-            tracker.finish(error)
+        tracker.finish(error)
         raise
     if main_process:
         Finished(
@@ -195,8 +192,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
             result.validation_loss,
             result.unimproved,
         ).save(Path(config.output_dir))
-    if tracker is not None:
-        tracker.finish()
+    tracker.finish()
     say(
         f"done in {time.monotonic() - started:.0f} s, {result.seconds:.0f} s of them training: "
         f"{result.best} -> {result.best.resolve().name}"
@@ -260,7 +256,7 @@ def _finish(
     config: RunConfig,
     splits: Splits,
     measured: Sequence[Example],
-    tracker: SwanlabTracker | None,
+    tracker: Tracker,
     say: Say,
 ) -> None:
     """With the best checkpoint's weights: fit a temperature, remember the rows that chose, and report on them."""
@@ -282,8 +278,7 @@ def _finish(
         begin("measuring confidence on the validation rows")
         calibration, report = calibrate(predictor, fixed_handful(splits, CALIBRATION_ROWS), best, say)
         predictor.calibration = calibration
-        if tracker is not None:
-            tracker.log(calibration_figures(report), result.steps)
+        tracker.log(calibration_figures(report), result.steps)
     assert splits.validation is not None
     begin(f"predicting {len(measured)} validation rows with the best checkpoint", say)
     predictions = predictor.predict(measured)
@@ -297,29 +292,4 @@ def _finish(
     folder = Path(config.output_dir) / "validation"
     write_evaluation(folder, metrics, measured, predictions)
     say(f"report on {SELECTION} rows: {folder / 'report.html'}")
-    if tracker is not None:
-        tracker.log_charts(metrics, measured, predictions, result.steps)
-
-
-def _start_tracker(
-    config: RunConfig, splits: Splits, main_process: bool, resumed: Path | None, say: Say
-) -> SwanlabTracker | None:
-    if config.tracking != "swanlab" or not main_process:
-        return None
-    from labeltune.tracking.swanlab import SwanlabTracker
-
-    run_config = {
-        "labeltune": config.model_dump(mode="json"),
-        "labels": list(splits.labels),
-        "train_rows": len(splits.train),
-        "validation_rows": 0 if splits.validation is None else len(splits.validation),
-    }
-    tracker = SwanlabTracker(config.swanlab, run_config, Path(config.output_dir), resumed)
-    tracker.start()
-    if tracker.started and tracker.mode == "local":
-        say(
-            f"SwanLab: local run in {config.swanlab.log_dir}; watch it with: labeltune board {config.swanlab.log_dir}"
-        )
-    elif tracker.started:
-        say(f"SwanLab: {tracker.mode} run in project {config.swanlab.project}")
-    return tracker
+    tracker.log_charts(metrics, measured, predictions, result.steps)
