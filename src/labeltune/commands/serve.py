@@ -75,9 +75,9 @@ def serve(
     from labeltune.commands.quiet import quiet_libraries
 
     quiet_libraries()
+    from labeltune.serve.app import bind
+    from labeltune.serve.app import serve as run_server
     from labeltune.serve.models import load_models, parse_adapter
-    from labeltune.serve.server import bind
-    from labeltune.serve.server import serve as run_server
     from labeltune.serve.settings import Settings, read_api_key
 
     settings = Settings(
