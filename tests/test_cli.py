@@ -657,7 +657,7 @@ def test_doctor_does_not_wait_for_a_network(labeltune: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(doctor, "PATIENCE", 0.2)
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(30))
-    monkeypatch.setattr("labeltune.tracking.swanlab_login.logged_in", lambda: time.sleep(30))
+    monkeypatch.setattr("labeltune.tracking.swanlab.logged_in", lambda: time.sleep(30))
     began = time.monotonic()
     found = labeltune("doctor")
     assert time.monotonic() - began < 25

@@ -13,8 +13,7 @@ from browsing import chromium
 from conftest import classification_rows, write_jsonl
 from labeltune import load_predictor
 from labeltune.serve.app import create_app
-from labeltune.serve.guard import Guard
-from labeltune.serve.metrics import Metrics
+from labeltune.serve.guard import Guard, Metrics
 from labeltune.serve.models import Models, Served
 from labeltune.serve.playground import add_playground, parts
 from labeltune.serve.settings import Settings

@@ -19,6 +19,7 @@ from labeltune.commands import train as train_page
 from labeltune.config import RunConfig, build_config
 from labeltune.errors import ConfigError, Interrupted, OutputError
 from labeltune.io.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage
+from labeltune.tracking.base import SilentTracker
 from labeltune.training import run
 from labeltune.training.callbacks import Progress
 from labeltune.training.checkpoints import write_manifest
@@ -107,7 +108,7 @@ def test_ctrl_c_predicts_and_validates_nothing_more(
 ) -> None:
     """Only the checkpoint is written; the resumed run logs what an uninterrupted one does."""
     torch.set_num_threads(1)
-    monkeypatch.setattr("labeltune.commands.train._start_tracker", lambda *_: None)
+    monkeypatch.setattr("labeltune.tracking.base.start_tracker", lambda *_: SilentTracker())
     config = config_for(in_folder, model_folder, epochs=2, save_steps="epoch")
     config = config.model_copy(update={"tracking": "swanlab"})
     whole: list[str] = []

@@ -12,8 +12,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from labeltune.serve.faults import ApiError
-from labeltune.serve.server import LaterApp
+from labeltune.serve.app import LaterApp
+from labeltune.serve.schemas import ApiError
 from serving import make_run, serving
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from labeltune.serve.faults import ApiError
-from labeltune.serve.guard import Guard, check_host
-from labeltune.serve.metrics import Metrics
+from labeltune.serve.guard import Guard, Metrics, check_host
+from labeltune.serve.schemas import ApiError
 from labeltune.serve.settings import Settings
 
 

@@ -18,14 +18,12 @@ from conftest import LABELS, make_model, make_tokenizer
 from labeltune.commands.main import app
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.inference.predictor import Predictor
+from labeltune.serve.app import bind
 from labeltune.serve.batching import Answer, Batcher, Row
-from labeltune.serve.body import ClientGone
 from labeltune.serve.chat import read_prompt
-from labeltune.serve.examples import documents
-from labeltune.serve.faults import ApiError, field_name
-from labeltune.serve.metrics import Metrics
-from labeltune.serve.models import Models, Served, load_models, parse_adapter, run_name
-from labeltune.serve.server import bind
+from labeltune.serve.guard import ClientGone, Metrics
+from labeltune.serve.models import Models, Served, documents, load_models, parse_adapter, run_name
+from labeltune.serve.schemas import ApiError, field_name
 from labeltune.serve.service import Service
 from labeltune.serve.settings import Settings, read_api_key
 from labeltune.types import Example, Prediction
@@ -137,7 +135,7 @@ def test_time_outs_lost_clients_and_long_prompts(caplog: pytest.LogCaptureFixtur
 
 
 def test_documents_are_logged_only_when_that_was_asked_for() -> None:
-    from labeltune.serve.logs import JsonLines, request_notes
+    from labeltune.serve.guard import JsonLines, request_notes
 
     for wanted in (False, True):
         service = service_for(predictor_for(), log_texts=wanted)

@@ -1,7 +1,8 @@
-"""SwanLab: local runs that the dashboard can read, no secrets, and failures that cost nothing."""
+"""Trackers: local runs that the dashboard can read, the same for wandb and TensorBoard, no secrets, and failures that cost nothing."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import secrets
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +115,11 @@ def test_predictions_are_shown_before_at_each_epoch_and_at_the_end(
     in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, list[tuple[str, str]]]] = []
-    monkeypatch.setattr(tracking.SwanlabTracker, "_start", lambda self: setattr(self, "started", True))
     monkeypatch.setattr(
-        tracking.SwanlabTracker, "_log_predictions", lambda self, step, texts: seen.append((step, texts))
+        tracking.SwanlabTracker, "log_predictions", lambda self, step, texts: seen.append((step, texts))
     )
-    monkeypatch.setattr(tracking.GuardedCallback, "_make", staticmethod(lambda: None))
-    for name in ("log", "log_charts"):
+    monkeypatch.setattr(tracking.SwanlabTracker, "callbacks", lambda _: [])
+    for name in ("start", "log", "log_charts", "finish"):
         monkeypatch.setattr(tracking.SwanlabTracker, name, lambda *_: None)
     labeltune.train(tracked_config(in_folder, model_folder, mode="local"))
     assert [step for step, _ in seen] == [0, 3, 6]
@@ -169,7 +170,7 @@ def test_a_tracker_that_fails_mid_run_is_named_once(
 def test_a_tracker_that_cannot_start_does_not_stop_training(
     in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking.SwanlabTracker, "_start", lambda self: 1 / 0)
+    monkeypatch.setattr(tracking.SwanlabTracker, "start", lambda _: 1 / 0)
     result = labeltune.train(tracked_config(in_folder, model_folder, mode="local"))
     assert result.steps == 6
 
@@ -212,7 +213,7 @@ def test_a_resumed_training_goes_on_in_its_run_or_says_what_it_continues(
     monkeypatch.setattr(swanlab, "init", recorded.init)
     monkeypatch.setattr(swanlab, "get_run", lambda: recorded)
     monkeypatch.setattr(swanlab, "has_run", lambda: False)
-    monkeypatch.setattr(tracking.GuardedCallback, "_make", staticmethod(lambda: None))
+    monkeypatch.setattr(tracking.SwanlabTracker, "callbacks", lambda _: [])
     for name in ("log", "log_charts", "log_predictions"):
         monkeypatch.setattr(tracking.SwanlabTracker, name, lambda *_: None)
     config = tracked_config(in_folder, model_folder, mode=mode)
@@ -264,3 +265,134 @@ def test_a_real_local_run_is_linked_to_the_one_before(in_folder: Path, model_fol
     assert len(written) == 2
     assert sum("resumed_from" in text and found[0]["id"] in text for text in written) == 1
     assert found[1]["name"] == f"{found[0]['name']} (resumed from step 6)"
+
+
+MINE = "validation (used for selection)"
+
+
+def with_tracker(config: RunConfig, name: str) -> RunConfig:
+    return config.model_copy(update={"tracking": name})
+
+
+def test_tensorboard_gets_predictions_figures_and_steps(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    labeltune.train(with_tracker(tracked_config(in_folder, model_folder), "tensorboard"))
+    (folder,) = (in_folder / "out" / "runs").iterdir()
+    assert f"tensorboard --logdir {folder}" in capsys.readouterr().err
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    scalars = {name: [event.step for event in found.Scalars(name)] for name in found.Tags()["scalars"]}
+    assert scalars["train/loss"] == [1, 2, 3, 4, 5, 6]
+    assert scalars[f"{MINE}/macro_f1"] == [6]
+    assert scalars[f"{MINE}/calibration_temperature"] == [6]
+    assert not [name for name in scalars if name.startswith("eval/")]
+    predicted = found.Tensors("Prediction/text_summary")
+    assert [event.step for event in predicted] == [0, 3, 6]
+    text = predicted[0].tensor_proto.string_val[0].decode()
+    assert text.count("    Prediction:") == 3 and "before training, row " in text
+    (confusion,) = found.Tensors(f"{MINE}/confusion matrix (text)/text_summary")
+    assert b"predicted: " in confusion.tensor_proto.string_val[0]
+    (config,) = found.Tensors("labeltune/text_summary")
+    assert b"learning_rate" in config.tensor_proto.string_val[0]
+
+
+#: Stands in for the package: it records what it is told.
+FAKE_WANDB = """
+import types
+calls, run, summary = [], None, {}
+class Config(dict):
+    def update(self, values, allow_val_change=False):
+        super().update(values)
+config = Config()
+class Table:
+    def __init__(self, columns, data):
+        self.columns, self.data = columns, data
+def init(**given):
+    global run
+    calls.append(("init", given))
+    run = types.SimpleNamespace(id="a1", name="sunny-1", summary=summary, _label=lambda **_: None)
+    return run
+def log(values):
+    if broken:
+        raise OSError("no route to wandb")
+    calls.append(("log", values))
+def define_metric(*_, **__):
+    pass
+def finish(exit_code=0):
+    calls.append(("finish", exit_code))
+broken = False
+"""
+
+
+@pytest.fixture
+def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A package `wandb` on the path, so that labeltune and transformers find and import it as they do the real one."""
+    package = tmp_path / "fake" / "wandb"
+    (package / "sdk" / "lib").mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_WANDB, encoding="utf-8")
+    (package / "sdk" / "lib" / "config_util.py").write_text("class ConfigError(Exception): pass")
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+
+    def forget() -> None:
+        for name in list(sys.modules):
+            if name.partition(".")[0] == "wandb" or name == "labeltune.tracking.wandb":
+                del sys.modules[name]
+
+    forget()
+    yield importlib.import_module("wandb")
+    forget()
+
+
+def test_wandb_gets_predictions_figures_and_steps(
+    in_folder: Path, model_folder: Path, fake_wandb: Any
+) -> None:
+    config = tracked_config(in_folder, model_folder, experiment="mine")
+    labeltune.train(with_tracker(config, "wandb"))
+    names = [name for name, _ in fake_wandb.calls]
+    assert names.count("init") == 1 and names[0] == "init" and fake_wandb.calls[-1] == ("finish", 0)
+    given = fake_wandb.calls[0][1]
+    assert given["project"] == "huggingface" and given["name"] == "mine"
+    assert given["config"]["labels"] and given["config"]["labeltune"]["training"]["epochs"] == 2
+    logged = [values for name, values in fake_wandb.calls if name == "log"]
+    steps = {
+        key: [v["train/global_step"] for v in logged if key in v] for key in {k for v in logged for k in v}
+    }
+    assert steps["train/loss"] == [1, 2, 3, 4, 5, 6]
+    assert steps["Prediction"] == [0, 3, 6] and steps[f"{MINE}/macro_f1"] == [6]
+    assert steps[f"{MINE}/calibration_temperature"] == steps[f"{MINE}/per label (text)"] == [6]
+    assert not [key for key in steps if key.startswith("eval/")]
+    first = next(v["Prediction"] for v in logged if "Prediction" in v)
+    assert first.columns == ["row", "text"] and len(first.data) == 3
+    assert first.data[0][0].startswith("before training, row ")
+    assert first.data[0][1].startswith("Prediction:")
+    assert "train_runtime" in fake_wandb.summary
+
+
+def test_a_failing_wandb_is_named_once_and_a_failed_training_is_shown_as_failed(
+    in_folder: Path,
+    model_folder: Path,
+    fake_wandb: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = with_tracker(tracked_config(in_folder, model_folder), "wandb")
+    fake_wandb.broken = True
+    result = labeltune.train(config)
+    assert (result.last / "adapter_model.safetensors").is_file()
+    told = capsys.readouterr().err
+    assert told.count("Weights & Biases failed (OSError: no route to wandb)") == told.count("failed (") == 1
+    assert [name for name, _ in fake_wandb.calls] == ["init", "finish"]
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("labeltune.training.run.run_training", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        labeltune.train(config, overwrite=True)
+    assert fake_wandb.calls[-1] == ("finish", 1)

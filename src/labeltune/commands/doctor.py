@@ -18,7 +18,7 @@ import typer
 
 from labeltune.messages import localize, spoken
 from labeltune.models.pocket import cache_folder
-from labeltune.tracking.swanlab_login import logged_in
+from labeltune.tracking.swanlab import logged_in
 
 Finding = tuple[str, str, str]
 OK, NOTE, LACK = "ok", "note", "LACK"

@@ -71,9 +71,9 @@ def serve(
         if find_spec(module) is None:
             raise MissingExtraError("labeltune serve", "serve")
 
+    from labeltune.serve.app import bind
+    from labeltune.serve.app import serve as run_server
     from labeltune.serve.models import load_models, parse_adapter
-    from labeltune.serve.server import bind
-    from labeltune.serve.server import serve as run_server
     from labeltune.serve.settings import Settings, read_api_key
 
     settings = Settings(

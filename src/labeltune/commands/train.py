@@ -50,7 +50,7 @@ from labeltune.types import Example
 
 if TYPE_CHECKING:
     from labeltune.inference.predictor import Predictor
-    from labeltune.tracking.swanlab import SwanlabTracker
+    from labeltune.tracking.base import Tracker
     from labeltune.training.record import Finished
     from labeltune.training.run import TrainResult
 
@@ -193,6 +193,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     base, builder = load_prompts(config, loaded.labels)
     from labeltune.inference.predictor import Predictor
     from labeltune.models.precision import pick_precision
+    from labeltune.tracking.base import start_tracker
     from labeltune.training.preflight import check_feasible
     from labeltune.training.run import run_training
 
@@ -221,8 +222,8 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     )
     predictor.distributed = True
 
-    tracker = _start_tracker(config, splits, resume_from, say)
-    shown = fixed_handful(splits, config.swanlab.prediction_rows) if config.tracking == "swanlab" else []
+    tracker = start_tracker(config, splits, resume_from, say)
+    shown = fixed_handful(splits, config.swanlab.prediction_rows) if config.tracking != "none" else []
     if rank() == 0:
         if overwrite and not resume:
             remove_checkpoints(config.output_dir)
@@ -236,7 +237,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
             RunInfo.of(config, splits.labels, tokenizer.chat_template, summarize(config, splits)),
             train=train_tokens,
             validation=validation_tokens,
-            callbacks=[tracker.callback()] if tracker is not None else [],
+            callbacks=tracker.callbacks(),
             resume_from=resume_from,
             say=say,
             where=lambda number: str(splits.train[number]["source"]),
@@ -251,13 +252,11 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         if measured:
             _finish(predictor, result, config, splits, measured, tracker=tracker, say=say)
     except BaseException as error:
-        if tracker is not None:
-            tracker.finish(error)
+        tracker.finish(error)
         raise
     if rank() == 0:
         _remember(result, folder)
-    if tracker is not None:
-        tracker.finish()
+    tracker.finish()
     say(
         f"done in {time.monotonic() - started:.0f} s, {result.seconds:.0f} s of them training: "
         f"{result.best} -> {result.best.resolve().name}"
@@ -302,15 +301,13 @@ class ShowOnBoard:
 
     predictor: Predictor
     rows: Sequence[Example]
-    tracker: SwanlabTracker | None
+    tracker: Tracker
     say: Say
 
     def __call__(self, step: int, when: str) -> None:
-        """Predict them on all processes, and log them where there is a tracker."""
+        """Predict them on all processes; the first one's tracker shows them."""
         begin(f"predicting {len(self.rows)} rows for the board: {when}", self.say)
         predictions = self.predictor.predict(self.rows)
-        if self.tracker is None:
-            return
         target = self.predictor.task.target
         texts = [
             f"Prediction:\n{p.answer}\n\nGround truth:\n{target(e)}\n\nDocument:\n{e.text}"
@@ -371,7 +368,7 @@ def _finish(
     splits: Splits,
     measured: Sequence[Example],
     *,
-    tracker: SwanlabTracker | None,
+    tracker: Tracker,
     say: Say,
 ) -> None:
     """With the best checkpoint's weights: fit a temperature, remember the rows that chose, and report on them."""
@@ -393,8 +390,7 @@ def _finish(
         begin("measuring confidence on the validation rows")
         calibration, report = calibrate(predictor, fixed_handful(splits, CALIBRATION_ROWS), best, say)
         predictor.calibration = calibration
-        if tracker is not None:
-            tracker.log(calibration_figures(report), result.steps)
+        tracker.log(calibration_figures(report), result.steps)
     assert splits.validation is not None
     begin(f"predicting {len(measured)} validation rows with the best checkpoint", say)
     predictions = predictor.predict(measured)
@@ -408,29 +404,4 @@ def _finish(
     folder = Path(config.output_dir) / "validation"
     write_evaluation(folder, metrics, measured, predictions)
     say(f"report on {SELECTION} rows: {folder / 'report.html'}")
-    if tracker is not None:
-        tracker.log_charts(metrics, measured, predictions, result.steps)
-
-
-def _start_tracker(
-    config: RunConfig, splits: Splits, resumed: Path | None, say: Say
-) -> SwanlabTracker | None:
-    if config.tracking != "swanlab" or rank() != 0:
-        return None
-    from labeltune.tracking.swanlab import SwanlabTracker
-
-    run_config = {
-        "labeltune": config.model_dump(mode="json"),
-        "labels": list(splits.labels),
-        "train_rows": len(splits.train),
-        "validation_rows": 0 if splits.validation is None else len(splits.validation),
-    }
-    tracker = SwanlabTracker(config.swanlab, run_config, Path(config.output_dir), resumed)
-    tracker.start()
-    if tracker.started and tracker.mode == "local":
-        say(
-            f"SwanLab: local run in {config.swanlab.log_dir}; watch it with: labeltune board {config.swanlab.log_dir}"
-        )
-    elif tracker.started:
-        say(f"SwanLab: {tracker.mode} run in project {config.swanlab.project}")
-    return tracker
+    tracker.log_charts(metrics, measured, predictions, result.steps)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from labeltune.serve.faults import ApiError
+from labeltune.serve.schemas import ApiError
 from labeltune.serve.settings import Settings
 from labeltune.types import Example, Prediction
 

@@ -13,9 +13,9 @@ from labeltune.errors import DataError
 from labeltune.prompts.classification import label_fault
 from labeltune.prompts.template import build_conversation
 from labeltune.serve.batching import Answer
-from labeltune.serve.faults import ApiError
 from labeltune.serve.models import Served
 from labeltune.serve.schemas import (
+    ApiError,
     ChatMessage,
     ChatRequest,
     ChatResponse,
@@ -52,26 +52,24 @@ def read_prompt(content: str, served: Served) -> tuple[str, tuple[str, ...]]:
     if task.name == "ner":
         values["category"] = repr(list(served.labels))
     shape = build_conversation(task.prompt, "", values)
+    marks = shape.user.count(_MARK)
+    start, middle, end = shape.before_text, "", shape.after_text
+    labels_last = _MARK in end
     whole = content, ()
-    if shape.user.count(_MARK) == 0:
-        before, after = shape.before_text, shape.after_text
-        if not content.startswith(before) or not content.endswith(after) or not before + after:
-            return whole
-        return content[len(before) : len(content) - len(after)] or content, ()
-    if shape.user.count(_MARK) > 1:
+    if marks > 1:
         return whole
-    if _MARK in shape.after_text:
-        middle, end = shape.after_text.split(_MARK)
-        start = shape.before_text
-        if not middle or not content.startswith(start) or not content.endswith(end):
-            return whole
-        text, found, listed = content[len(start) : len(content) - len(end)].rpartition(middle)
-    else:
-        start, middle = shape.before_text.split(_MARK)
-        end = shape.after_text
-        if not middle or not content.startswith(start) or not content.endswith(end):
-            return whole
-        listed, found, text = content[len(start) : len(content) - len(end)].partition(middle)
+    if labels_last:
+        middle, end = end.split(_MARK)
+    elif marks:
+        start, middle = start.split(_MARK)
+    if not content.startswith(start) or not content.endswith(end):
+        return whole
+    inner = content[len(start) : len(content) - len(end)]
+    if not marks:
+        return inner or content, ()
+    if not middle:
+        return whole
+    text, found, listed = inner.rpartition(middle) if labels_last else inner.partition(middle)[::-1]
     try:
         labels = tuple(parse_candidates(listed)) if found and len(listed) <= 100_000 else ()
     except DataError:  # no list, so it is part of the document

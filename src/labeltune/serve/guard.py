@@ -1,25 +1,228 @@
-"""Stands in front of the application: request ids, key, limits of bodies, log lines and figures."""
+"""Stands in front of the application: request ids, the key, bodies within their limits, JSON log lines, Prometheus figures."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hmac
 import ipaddress
 import json
 import logging
 import re
+import sys
 import time
+import traceback
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from datetime import datetime, timezone
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.routing import BaseRoute, Match, Route
 
-from labeltune.serve.body import ClientGone, Receive, check_json, read_body
-from labeltune.serve.faults import ApiError
-from labeltune.serve.logs import frames, log, request_notes
-from labeltune.serve.metrics import Metrics
+from labeltune.serve.schemas import ApiError, field_name
 from labeltune.serve.settings import Settings
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+#: Lists and objects inside each other; our own requests need four.
+DEEPEST = 32
+#: Control characters that documents have; `schemas.CLEAN_PATTERN` says the same.
+_ALLOWED = {"\t", "\n", "\r", "\f"}
+_CONTROL = {chr(code) for code in (*range(32), 127)} - _ALLOWED
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its request was whole."""
+
+
+async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
+    """The bytes of a body.
+
+    Raises:
+        ApiError: it is larger than `limit` (413), which is seen before it is read where its length is announced.
+        ClientGone: the client went away.
+    """
+    announced = headers.get(b"content-length", b"")
+    if announced.isdigit() and len(announced) < 20 and int(announced) > limit:
+        raise ApiError(413, f"the body has {int(announced)} bytes; at most {limit} are accepted", "body")
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise ApiError(413, f"the body is larger than {limit} bytes", "body")
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def check_json(body: bytes) -> None:
+    """Refuse what is no JSON object, or would break something further in: depth, control characters, half characters.
+
+    Raises:
+        ApiError: with the field (400 for what is no JSON, else 422).
+    """
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not UTF-8: byte {error.start}", "body") from None
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise ApiError(422, "the body is nested too deeply", "body") from None
+    except json.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not JSON: {error.msg} at character {error.pos}", "body") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:100]}", "body") from None
+    if not isinstance(value, dict):
+        raise ApiError(422, "the body must be a JSON object", "body")
+    _look_through(value)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _look_through(value: object) -> None:
+    left: list[tuple[object, tuple[str | int, ...]]] = [(value, ())]
+    while left:
+        item, path = left.pop()
+        if isinstance(item, str):
+            _check_text(item, path)
+        elif isinstance(item, (dict, list)):
+            if len(path) >= DEEPEST:
+                name = field_name(path[:4])
+                raise ApiError(422, f"{name}: lists and objects are nested more than {DEEPEST} deep", name)
+            pairs = item.items() if isinstance(item, dict) else enumerate(item)
+            for key, inner in pairs:
+                if isinstance(key, str):
+                    _check_text(key, (*path, key))
+                left.append((inner, (*path, key)))
+
+
+def _check_text(text: str, path: tuple[str | int, ...]) -> None:
+    name = field_name(path)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ApiError(
+            422, f"{name}: half a surrogate pair at character {error.start}; send whole characters", name
+        ) from None
+    if not _CONTROL.isdisjoint(text):
+        at = next(i for i, c in enumerate(text) if c in _CONTROL)
+        raise ApiError(
+            422, f"{name}: control character U+{ord(text[at]):04X} at character {at}; remove it", name
+        )
+
+
+#: What a request adds to its own line; set anew for every request.
+request_notes: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "request_notes", default=None
+)
+_log = logging.getLogger("labeltune.serve")
+
+
+def note(**values: Any) -> None:
+    """Add values to the line of the request that is being answered."""
+    notes = request_notes.get()
+    if notes is not None:
+        notes.update(values)
+
+
+def log(event: str, level: int = logging.INFO, **values: Any) -> None:
+    """Write a line."""
+    _log.log(level, event, extra={"values": values})
+
+
+def frames(error: BaseException) -> list[str]:
+    """Kind and places of an error; its message may hold a document and is left out."""
+    places = traceback.extract_tb(error.__traceback__)
+    return [type(error).__name__, *(f"{place.filename}:{place.lineno} {place.name}" for place in places[-8:])]
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Ours with its values; of other libraries' lines the message, and of their errors the places."""
+        values = getattr(record, "values", None)
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage() if values is None else record.msg,
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            line["error"] = frames(record.exc_info[1])
+        return json.dumps({**line, **(values or {})}, ensure_ascii=True)
+
+
+def log_to_stderr() -> None:
+    """Send our lines, and the errors and warnings of uvicorn, to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("labeltune.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """What is counted; labels hold routes and names of runs, never what a client made up."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "labeltune_requests", "Requests by route and status", ["route", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "labeltune_request_seconds",
+            "Seconds from the request's head to its last byte",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.in_progress = Gauge(
+            "labeltune_requests_in_progress", "Requests being answered", registry=self.registry
+        )
+        self.rows = Counter("labeltune_rows", "Texts answered", ["model"], registry=self.registry)
+        self.batch_rows = Histogram(
+            "labeltune_batch_rows", "Texts of a batch", ["model"], buckets=_ROWS, registry=self.registry
+        )
+        self.batch_seconds = Histogram(
+            "labeltune_batch_seconds",
+            "Seconds the model took for a batch",
+            ["model"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.waiting = Gauge("labeltune_queue_rows", "Texts that wait for the model", registry=self.registry)
+
+    def watch_queue(self, waiting: Callable[[], int]) -> None:
+        """Ask for the length of the queue whenever the figures are read."""
+        self.waiting.set_function(lambda: float(waiting()))
+
+    def on_batch(self, model: str, rows: int, seconds: float) -> None:
+        """A batch is done."""
+        self.rows.labels(model).inc(rows)
+        self.batch_rows.labels(model).observe(rows)
+        self.batch_seconds.labels(model).observe(seconds)
+
+    def on_request(self, route: str, status: int, seconds: float) -> None:
+        """A request is done."""
+        self.requests.labels(route, str(status)).inc()
+        self.seconds.labels(route).observe(seconds)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)
+
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import threading
@@ -20,6 +21,18 @@ from labeltune.io.run_folder import RunInfo, find_checkpoint
 from labeltune.models.hub import resolve_model
 from labeltune.serve.batching import Answer, Row
 from labeltune.types import Example
+
+#: Shown where a run has no validation rows beside it.
+DOCUMENTS = {
+    "classification": (
+        "The probe sent its first pictures of the far side of the moon.",
+        "The striker scored twice in the final minutes.",
+    ),
+    "ner": ("Mara left Oslo and joined the Red Cross in Geneva.", "他在南京大学学习。"),
+}
+_COUNT = 8
+_LONGEST = 2000
+_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -258,3 +271,36 @@ def _warm_up(models: Models, served: Served) -> None:
     (found,) = models.answer([Row(served.name, Example("0", "warm-up", labels), 1)])
     if isinstance(found, Exception):
         raise found
+
+
+def documents(served: Served) -> list[str]:
+    """A few of the run's validation rows, as its training wrote them; made-up ones where there are none."""
+    file = validation_file(served.folder)
+    found: list[str] = []
+    if file is not None:
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                text = _text(line) if len(line) < _BYTES else ""
+                if text and text not in found:
+                    found.append(text[:_LONGEST])
+                if len(found) == _COUNT:
+                    break
+    return found or list(DOCUMENTS[served.task])
+
+
+def validation_file(checkpoint: Path) -> Path | None:
+    """`validation/predictions.jsonl` in the run folder of a checkpoint."""
+    for folder in dict.fromkeys((checkpoint.absolute().parent, checkpoint.resolve().parent)):
+        file = folder / "validation" / "predictions.jsonl"
+        if file.is_file():
+            return file
+    return None
+
+
+def _text(line: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return ""
+    text = row.get("text") if isinstance(row, dict) else None
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) and text.strip() else ""

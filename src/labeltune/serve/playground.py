@@ -22,9 +22,8 @@ from gradio_client.utils import is_file_obj, traverse
 
 from labeltune.errors import LabeltuneError
 from labeltune.inference.files import BadRow, count_rows, read_rows, to_line
-from labeltune.serve.examples import documents
-from labeltune.serve.faults import ApiError
-from labeltune.serve.models import Served
+from labeltune.serve.models import Served, documents
+from labeltune.serve.schemas import ApiError
 from labeltune.serve.service import Service
 from labeltune.types import Entity, Example, Prediction
 
@@ -76,6 +75,8 @@ _WORDS = {
         "errors": "错误",
     },
 }
+#: Events are no part of an API of the page.
+_PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _TEXTS = gr.I18n(**_WORDS)
 _FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 
@@ -154,83 +155,91 @@ def page(service: Service) -> Any:
             label=_TEXTS("labels"),
             elem_id="labels",
         )
-        with gr.Tab(_TEXTS("one"), elem_id="one"), gr.Row():
-            with gr.Column():
-                examples = gr.Dropdown(
-                    _choices(first),
-                    value=None,
-                    label=_TEXTS("examples"),
-                    elem_id="examples",
-                    filterable=False,
-                )
-                text = gr.Textbox(
-                    lines=8,
-                    max_lines=20,
-                    label=_TEXTS("text"),
-                    elem_id="text",
-                )
-                run = gr.Button(_TEXTS("run"), variant="primary", elem_id="run")
-            with gr.Column():
-                label = gr.Label(
-                    label=_TEXTS("probabilities"),
-                    num_top_classes=20,
-                    visible=first.task == "classification",
-                    elem_id="probabilities",
-                )
-                entities = gr.HighlightedText(
-                    label=_TEXTS("entities"),
-                    show_legend=True,
-                    combine_adjacent=False,
-                    visible=first.task == "ner",
-                    elem_id="entities",
-                )
-                spent = gr.Markdown(elem_id="latency")
+        with gr.Tab(_TEXTS("one"), elem_id="one"):
+            _text_tab(service, first, model, labels)
         with gr.Tab(_WORDS["en"]["file"], elem_id="file") as file_tab:
-            gr.Markdown(_TEXTS("columns"))
-            upload = gr.File(
-                file_types=[".jsonl", ".csv"],
-                type="filepath",
-                label=_WORDS["en"]["upload"],
-                elem_id="upload",
-            )
-            run_file = gr.Button(_TEXTS("run"), variant="primary", elem_id="run-file")
-            state = gr.Markdown(elem_id="progress")
-            preview = gr.Code(label=_TEXTS("preview"), language="json", elem_id="preview", visible=False)
-            download = gr.DownloadButton(_TEXTS("download"), visible=False, elem_id="download")
-
-        async def try_text(name: str, chosen: list[str], given: str) -> tuple[Any, Any, str]:
-            return await _try_text(service, name, chosen, given)
-
-        async def try_file(
-            name: str, chosen: list[str], path: str | None, request: gr.Request
-        ) -> AsyncIterator[Any]:
-            async for update in _try_file(service, name, chosen, path, _words(request.headers)):
-                yield update
+            upload = _file_tab(service, model, labels)
 
         def name_files(request: gr.Request) -> list[Any]:
             # These two components show a text that waits for its translation as an object.
             words = _words(request.headers)
             return [gr.update(label=words["file"]), gr.update(label=words["upload"])]
 
-        def switch(name: str) -> tuple[Any, ...]:
+        def switch(name: str) -> Any:
             now = service.pick(name, None)
-            return (
-                gr.update(choices=list(now.labels), value=list(now.labels)),
-                gr.update(choices=_choices(now), value=None),
-                gr.update(visible=now.task == "classification", value=None),
-                gr.update(visible=now.task == "ner", value=None),
-                "",
-            )
+            return gr.update(choices=list(now.labels), value=list(now.labels))
 
-        private: dict[str, Any] = {"api_visibility": "private"}
-        blocks.load(name_files, None, [file_tab, upload], **private)
-        model.change(switch, model, [labels, examples, label, entities, spent], **private)
-        examples.input(lambda chosen: chosen, examples, text, **private)
-        for trigger in (run.click, text.submit):
-            trigger(try_text, [model, labels, text], [label, entities, spent], **private)
-        run_file.click(try_file, [model, labels, upload], [state, preview, download], **private)
+        blocks.load(name_files, None, [file_tab, upload], **_PRIVATE)
+        model.change(switch, model, labels, **_PRIVATE)
     blocks.queue(default_concurrency_limit=16, max_size=256, api_open=False)
     return blocks
+
+
+def _text_tab(service: Service, first: Served, model: gr.Dropdown, labels: gr.Dropdown) -> None:
+    """One text and its answer."""
+    with gr.Row():
+        with gr.Column():
+            examples = gr.Dropdown(
+                _choices(first), value=None, label=_TEXTS("examples"), elem_id="examples", filterable=False
+            )
+            text = gr.Textbox(lines=8, max_lines=20, label=_TEXTS("text"), elem_id="text")
+            run = gr.Button(_TEXTS("run"), variant="primary", elem_id="run")
+        with gr.Column():
+            label = gr.Label(
+                label=_TEXTS("probabilities"),
+                num_top_classes=20,
+                visible=first.task == "classification",
+                elem_id="probabilities",
+            )
+            entities = gr.HighlightedText(
+                label=_TEXTS("entities"),
+                show_legend=True,
+                combine_adjacent=False,
+                visible=first.task == "ner",
+                elem_id="entities",
+            )
+            spent = gr.Markdown(elem_id="latency")
+
+    async def try_text(name: str, chosen: list[str], given: str) -> tuple[Any, Any, str]:
+        return await _try_text(service, name, chosen, given)
+
+    def switch(name: str) -> tuple[Any, ...]:
+        now = service.pick(name, None)
+        return (
+            gr.update(choices=_choices(now), value=None),
+            gr.update(visible=now.task == "classification", value=None),
+            gr.update(visible=now.task == "ner", value=None),
+            "",
+        )
+
+    model.change(switch, model, [examples, label, entities, spent], **_PRIVATE)
+    examples.input(lambda chosen: chosen, examples, text, **_PRIVATE)
+    for trigger in (run.click, text.submit):
+        trigger(try_text, [model, labels, text], [label, entities, spent], **_PRIVATE)
+
+
+def _file_tab(service: Service, model: gr.Dropdown, labels: gr.Dropdown) -> gr.File:
+    """A file of rows and its predictions; returns the component that takes the file."""
+    gr.Markdown(_TEXTS("columns"))
+    upload = gr.File(
+        file_types=[".jsonl", ".csv"],
+        type="filepath",
+        label=_WORDS["en"]["upload"],
+        elem_id="upload",
+    )
+    run = gr.Button(_TEXTS("run"), variant="primary", elem_id="run-file")
+    state = gr.Markdown(elem_id="progress")
+    preview = gr.Code(label=_TEXTS("preview"), language="json", elem_id="preview", visible=False)
+    download = gr.DownloadButton(_TEXTS("download"), visible=False, elem_id="download")
+
+    async def try_file(
+        name: str, chosen: list[str], path: str | None, request: gr.Request
+    ) -> AsyncIterator[Any]:
+        async for update in _try_file(service, name, chosen, path, _words(request.headers)):
+            yield update
+
+    run.click(try_file, [model, labels, upload], [state, preview, download], **_PRIVATE)
+    return upload
 
 
 def _words(headers: Mapping[str, str]) -> Mapping[str, str]:

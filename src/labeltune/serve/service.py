@@ -10,11 +10,9 @@ from labeltune.config import TaskName
 from labeltune.errors import DataError, LabeltuneError, PromptError
 from labeltune.prompts.classification import label_fault
 from labeltune.serve.batching import Answer, Batcher, Row
-from labeltune.serve.body import ClientGone, Receive
-from labeltune.serve.faults import ApiError
-from labeltune.serve.logs import note
-from labeltune.serve.metrics import Metrics
+from labeltune.serve.guard import ClientGone, Metrics, Receive, note
 from labeltune.serve.models import Models, Served
+from labeltune.serve.schemas import ApiError
 from labeltune.serve.settings import Settings
 from labeltune.types import Example
 
@@ -80,19 +78,20 @@ class Service:
                 long (504).
             ClientGone: nobody waits for the answers any more.
         """
-        if served.task == "ner" and labels:
-            raise ValueError("entity types are a run's own")
         self._check(texts, labels, field, served)
         note(
             model=served.name, rows=len(texts), **({"texts": list(texts)} if self.settings.log_texts else {})
         )
-        rows = []
-        for number, text in enumerate(texts):
-            source = f"{field}[{number}]" if len(texts) > 1 else field
-            example = Example(str(number), text, tuple(labels), source=source)
-            cost = self.models.cost(served, example)
-            rows.append(Row(served.name, example, cost, count_tokens, tuple(stop), max_tokens))
-        futures = self.batcher.submit(rows)
+        examples = [
+            Example(str(number), text, tuple(labels), source=name)
+            for number, (name, text) in enumerate(zip(_names(field, texts), texts, strict=True))
+        ]
+        futures = self.batcher.submit(
+            [
+                Row(served.name, e, self.models.cost(served, e), count_tokens, tuple(stop), max_tokens)
+                for e in examples
+            ]
+        )
         answers = asyncio.gather(*map(asyncio.wrap_future, futures))
         answers.add_done_callback(_look_at)
         waited: set[Any] = {answers}
@@ -117,13 +116,14 @@ class Service:
             self.batcher.withdraw(futures)
 
     def _check(self, texts: Sequence[str], labels: Sequence[str], field: str, served: Served) -> None:
+        if served.task == "ner" and labels:
+            raise ValueError("entity types are a run's own")
         limits = self.settings
         if len(texts) > limits.max_rows:
             raise ApiError(
                 413, f"{field} holds {len(texts)} texts; at most {limits.max_rows} are accepted", field
             )
-        for number, text in enumerate(texts):
-            name = f"{field}[{number}]" if len(texts) > 1 else field
+        for name, text in zip(_names(field, texts), texts, strict=True):
             if not text.strip():
                 raise ApiError(422, f"{name} is empty", name)
             if len(text) > limits.max_chars:
@@ -146,6 +146,11 @@ class Service:
     def close(self) -> None:
         """Answer what is in the queue, then stop."""
         self.batcher.close()
+
+
+def _names(field: str, texts: Sequence[str]) -> list[str]:
+    """What messages call the texts of a request."""
+    return [f"{field}[{number}]" for number in range(len(texts))] if len(texts) > 1 else [field] * len(texts)
 
 
 def _look_at(answers: asyncio.Future[Any]) -> None:

@@ -1,7 +1,4 @@
-"""SwanLab: only this module and `swanlab_login` import swanlab.
-
-A tracker must never cost a training run: it does not ask for a login, and when it fails it says so once and is left out.
-"""
+"""SwanLab: the only module that imports swanlab. It loads no transformers, so that `labeltune doctor` is quick to ask for a login."""
 
 from __future__ import annotations
 
@@ -9,25 +6,39 @@ import contextlib
 import json
 import os
 import secrets
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import swanlab
 
 from labeltune.config import SwanlabConfig
 from labeltune.errors import Interrupted
-from labeltune.evaluation.summary import SELECTION
 from labeltune.io.outputs import write_json
-from labeltune.tracking.swanlab_login import logged_in
+from labeltune.tracking.charts import charts, texts
 from labeltune.types import Example, Prediction
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 #: In the run folder: which run in SwanLab shows it.
 IDENTITY_FILE = "swanlab.json"
 #: Behind the name of a run that goes on with another.
 _RESUMED = " (resumed from step "
+
+
+def logged_in() -> str:
+    """`yes`, or why not; asks the server when there is a key, never the user."""
+    try:
+        from swanlab.sdk.internal.settings import create_settings
+
+        if not swanlab.Settings().api_key and not create_settings().api_key:
+            return "no key found; log in with `swanlab login` or set SWANLAB_API_KEY"
+        swanlab.login(timeout=5)
+    except Exception as error:
+        return f"the login failed ({type(error).__name__}); check the key and the network"
+    return "yes"
 
 
 def pick_mode(wanted: str) -> str:
@@ -94,31 +105,9 @@ class SwanlabTracker:
         self.run_config = run_config
         self.output_dir, self.resumed = output_dir, resumed
         self.mode = pick_mode(settings.mode)
-        self.failed = False
-        self.started = False
 
-    def guard(self, action: Callable[[], Any]) -> Any:
-        """Run an action of swanlab; the first failure is reported, and nothing is tried after it."""
-        if self.failed:
-            return None
-        try:
-            return action()
-        except Exception as error:
-            self.failed = True
-            print(
-                f"labeltune: warning: SwanLab failed ({type(error).__name__}: {error}); training goes on without it",
-                file=sys.stderr,
-                flush=True,
-            )
-            return None
-
-    def start(self) -> None:
-        """Open the run (main process only)."""
-        self.guard(self._start)
-
-    def _start(self) -> None:
-        import swanlab
-
+    def start(self) -> str:
+        """Open the run."""
         Path(self.settings.log_dir).mkdir(parents=True, exist_ok=True)
         before = Identity.load(self.output_dir) if self.resumed is not None else None
         same_run = before is not None and self.mode == before.mode == "online"
@@ -148,10 +137,13 @@ class SwanlabTracker:
                 settings=swanlab.Settings(interactive=False),
                 reinit=True,
             )
-        self.started = True
         run = swanlab.get_run()
         found = Identity(str(run.id), self.mode, self.settings.project, group, str(run.name or ""))
         write_json(self.output_dir / IDENTITY_FILE, asdict(found))
+        if self.mode == "local":
+            folder = self.settings.log_dir
+            return f"SwanLab: local run in {folder}; watch it with: labeltune board {folder}"
+        return f"SwanLab: {self.mode} run in project {self.settings.project}"
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -168,32 +160,20 @@ class SwanlabTracker:
     def _own_group(self) -> str:
         return f"{self.output_dir.resolve().name}-{secrets.token_hex(3)}"
 
-    def callback(self) -> Any:
-        """SwanLab's own Trainer callback, guarded."""
-        return GuardedCallback(self)
+    def callbacks(self) -> list[TrainerCallback]:
+        """SwanLab's own."""
+        from swanlab.integration.transformers import SwanLabCallback
+
+        return [SwanLabCallback()]
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers."""
+        swanlab.log(dict(values), step=step)
 
     def log_predictions(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
-        """Show (text, caption) pairs under `Prediction`."""
-        if self.started and texts:
-            self.guard(lambda: self._log_predictions(step, texts))
-
-    def _log_predictions(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
-        import swanlab
-
-        swanlab.log(
-            {"Prediction": [swanlab.Text(text, caption=caption) for text, caption in texts]}, step=step
-        )
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Log numbers."""
-        if self.started:
-
-            def action() -> None:
-                import swanlab
-
-                swanlab.log(values, step=step)
-
-            self.guard(action)
+        """Texts."""
+        shown = [swanlab.Text(text, caption=caption) for text, caption in texts]
+        swanlab.log({"Prediction": shown}, step=step)
 
     def log_charts(
         self,
@@ -202,21 +182,7 @@ class SwanlabTracker:
         predictions: Sequence[Prediction],
         step: int,
     ) -> None:
-        """Show the charts of an evaluation."""
-        if self.started:
-            self.guard(lambda: self._log_charts(metrics, examples, predictions, step))
-
-    def _log_charts(
-        self,
-        metrics: Mapping[str, Any],
-        examples: Sequence[Example],
-        predictions: Sequence[Prediction],
-        step: int,
-    ) -> None:
-        import swanlab
-
-        from labeltune.tracking.charts import charts, texts
-
+        """Charts, and the same as texts."""
         for name, chart in charts(swanlab.echarts, metrics, examples, predictions).items():
             swanlab.log({name: swanlab.ECharts(chart)}, step=step)
         # The local dashboard draws numbers, texts and pictures, but no ECharts.
@@ -224,16 +190,7 @@ class SwanlabTracker:
             swanlab.log({name: [swanlab.Text(text, caption=caption) for caption, text in lines]}, step=step)
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Close the run, also one that has failed; an error shows it as crashed, Ctrl-C as aborted."""
-        if not self.started:
-            return
-        self.started = False
-        self.failed = False
-        self.guard(lambda: self._finish(error))
-
-    def _finish(self, error: BaseException | None) -> None:
-        import swanlab
-
+        """Close the run; an error shows it as crashed, Ctrl-C as aborted."""
         if not swanlab.has_run():
             return
         with self._quiet():
@@ -242,53 +199,3 @@ class SwanlabTracker:
             else:
                 state = "aborted" if isinstance(error, Interrupted | KeyboardInterrupt) else "crashed"
                 swanlab.finish(state=state, error=type(error).__name__)
-
-
-class GuardedCallback(TrainerCallback):  # type: ignore[misc]
-    """Hands every event to `swanlab.integration.transformers.SwanLabCallback` until it fails once."""
-
-    def __init__(self, tracker: SwanlabTracker) -> None:
-        self.tracker = tracker
-        self._inner: Any = tracker.guard(self._make)
-
-    @staticmethod
-    def _make() -> Any:
-        from swanlab.integration.transformers import SwanLabCallback
-
-        return SwanLabCallback()
-
-    def _pass_on(
-        self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._inner is not None and self.tracker.started:
-            self.tracker.guard(lambda: getattr(self._inner, event)(args, state, control, **kwargs))
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Passed on."""
-        self._pass_on("on_train_begin", args, state, control, **kwargs)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Passed on, but for the figures of a validation: they get a name that says what they were used for. (They come here
-        as well as to `on_evaluate`, where SwanLab would log them under `eval/`.)"""
-        logs = logs or {}
-        validation = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
-        if validation and state.is_world_process_zero:
-            kept = {k: v for k, v in validation.items() if not k.endswith(("runtime", "per_second"))}
-            self.tracker.log({f"{SELECTION}/{k}": float(v) for k, v in kept.items()}, state.global_step)
-            return
-        self._pass_on("on_log", args, state, control, logs=logs, **kwargs)
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Passed on."""
-        self._pass_on("on_save", args, state, control, **kwargs)

@@ -87,11 +87,7 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
             ddp_timeout=options.collective_timeout,
             seed=options.seed,
             data_seed=options.seed,
-            report_to=["tensorboard"]
-            if config.tracking == "tensorboard"
-            else ["wandb"]
-            if config.tracking == "wandb"
-            else [],
+            report_to=[],
             run_name=config.swanlab.experiment,
             disable_tqdm=True,
         )
