@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from conftest import LABELS, classification_rows, make_tokenizer, ner_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.tiny_models import make_tokenizer
 from labeltune.config import DataConfig, build_config
 from labeltune.data import audit_blocks
 from labeltune.data.audit import Audit

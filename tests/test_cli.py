@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from conftest import LABELS, classification_rows, ner_rows, write_jsonl
-from labeltune.commands import main, original
+from helpers.commands import process
+from helpers.hubs import fake_hub
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from labeltune.commands import original
 from labeltune.config import load_config
 from labeltune.data.sources import iter_records
-from test_sources import fake_hub
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
@@ -38,38 +39,6 @@ HEAVY = (
     "uvicorn",
     "ray",
 )
-
-
-def process(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8", "COLUMNS": "120"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=120
-    )
-
-
-class Result:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def labeltune(in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a command in this process, in an empty folder."""
-
-    def call(*args: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["labeltune", *args])
-        capsys.readouterr()
-        try:
-            main.run()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return call
 
 
 COMMANDS = (

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import classification_rows, ner_rows, write_jsonl
+from helpers.rows import classification_rows, ner_rows, write_jsonl
 from labeltune.config import config_keys
 from labeltune.config_table import PAGES as TABLE_PAGES
 from labeltune.config_table import Language, chinese_meanings, replace_table
@@ -71,7 +71,7 @@ def run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))),
     }
     with subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "run_page.py"],
+        [sys.executable, ROOT / "tests" / "helpers" / "run_page.py"],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

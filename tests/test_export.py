@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import labeltune
-from conftest import LABELS, classification_rows, make_model, make_tokenizer, ner_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.tiny_models import make_model, make_tokenizer
+from helpers.training import config_for
 from labeltune import load_predictor
 from labeltune.commands import exporting
 from labeltune.config import build_config
@@ -22,7 +24,6 @@ from labeltune.export.merge import stored_dtype, whole_model
 from labeltune.export.parity import check_parity, compare_answers
 from labeltune.io.run_folder import RunInfo
 from labeltune.types import Entity, Example, Prediction
-from test_training import config_for
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "classification": ("classification", {}),

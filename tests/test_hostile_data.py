@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hostile
-from conftest import classification_rows, write_jsonl
-from labeltune.commands import main
+from helpers import hostile
+from helpers.commands import command
+from helpers.rows import classification_rows, write_jsonl
 from labeltune.config import ColumnsConfig, DataConfig, load_config
 from labeltune.data import records
 from labeltune.data.audit import audit_file
@@ -31,17 +31,6 @@ from labeltune.errors import DataError
 from labeltune.inference.stream import count_rows, read_stream
 from labeltune.io import progress
 from labeltune.types import Example
-
-
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str, str]:
-    """A real command in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["labeltune", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    shown = capsys.readouterr()
-    return int(ended.value.code or 0), shown.out, shown.err
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -19,8 +19,8 @@ import typer
 from ray import cloudpickle
 
 import labeltune
-from conftest import LABELS, classification_rows, write_jsonl
-from labeltune import run_files
+from helpers.rows import LABELS, classification_rows, joined, parts, write_jsonl
+from helpers.training import config_for
 from labeltune.commands.predict import predict as predict_command
 from labeltune.config import build_config
 from labeltune.data.uris import Place
@@ -30,9 +30,8 @@ from labeltune.inference.load import load_predictor
 from labeltune.inference.ray_engine import MOST_ATTEMPTS, Cluster, ray_workers
 from labeltune.inference.ray_session import ray_session
 from labeltune.inference.stream import PredictOptions, predict_file
+from labeltune.io import run_files
 from labeltune.io.run_folder import RunInfo
-from test_shards import joined, parts
-from test_training import config_for
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ import pyarrow.parquet
 import pytest
 
 import labeltune
-from conftest import write_jsonl
-from labeltune import progress
+from helpers.rows import write_jsonl
 from labeltune.commands.data import guess_task
 from labeltune.config import ColumnsConfig, DataConfig, load_config
 from labeltune.data.audit import Audit, add_duplicates, add_shared, audit_file, text_hash
@@ -23,6 +22,7 @@ from labeltune.data.loading import load_rows
 from labeltune.data.records import Record
 from labeltune.data.schemas import FAULT_KINDS, parse_record
 from labeltune.errors import DataError
+from labeltune.io import progress
 from labeltune.types import Entity
 
 NER_DATA = DataConfig.model_validate({"labels": ["地点", "地理实体"]})

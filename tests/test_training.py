@@ -17,48 +17,11 @@ import pytest
 import torch
 
 import labeltune
-from conftest import MODEL_KINDS, classification_rows, make_model, make_tokenizer, ner_rows, write_jsonl
-from labeltune.config import RunConfig, build_config
+from helpers.rows import classification_rows, ner_rows, write_jsonl
+from helpers.tiny_models import MODEL_KINDS, make_model, make_tokenizer
+from helpers.training import adapter_weights, config_for, without_dropout
 from labeltune.errors import DataError, ModelError, OutputError
 from labeltune.io.run_folder import RunInfo, checkpoints, find_checkpoint
-
-
-def config_for(folder: Path, model: Path, task: str = "classification", **training: Any) -> RunConfig:
-    rows = classification_rows(48) if task == "classification" else ner_rows(48)
-    data: dict[str, Any] = {"train": str(write_jsonl(folder / f"{task}.jsonl", rows))}
-    if task == "ner":
-        data["labels"] = ["地点", "人名", "地理实体", "组织"]
-    options = {
-        "epochs": 1,
-        "batch_size": 8,
-        "save_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        **training,
-    }
-    return build_config(
-        {
-            "task": task,
-            "model": str(model),
-            "output_dir": str(folder / "out"),
-            "tracking": "none",
-            "data": data,
-            "prompt": {"max_length": 512},
-            "lora": {"dropout": 0.1},
-            "training": options,
-            "generation": {"max_new_tokens": 48},
-        }
-    )
-
-
-def without_dropout(config: RunConfig) -> RunConfig:
-    return config.model_copy(update={"lora": config.lora.model_copy(update={"dropout": 0.0})})
-
-
-def adapter_weights(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter_model.safetensors")
 
 
 def test_checkpoints_are_peft_folders_with_everything_prediction_needs(

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 import labeltune
-from conftest import LABELS, classification_rows, ner_rows, write_jsonl
-from labeltune import progress
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.training import config_for
 from labeltune.commands import training as training_recipe
 from labeltune.commands.rows import validation_rows, warn_of_rows
 from labeltune.config import RunConfig, load_config
 from labeltune.data.loading import load_splits
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.evaluation.headline import rows_line
+from labeltune.io import progress
 from labeltune.training.checkpoints import write_manifest
-from test_training import config_for
 
 SELECTION = "validation (used for selection)"
 
