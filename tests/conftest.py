@@ -21,6 +21,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many threads as cores would wait for each other
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="skip whatever trains or starts a process")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def only_what_is_quick(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --quick, a test or fixture is skipped where it begins to train or to start a process: no list to keep."""
+    if not request.config.getoption("--quick"):
+        yield
+        return
+
+    def skip(*_: Any, **__: Any) -> Any:
+        pytest.skip("not quick: it trains or starts a process")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("transformers.Trainer.train", skip)
+        for name in ("subprocess.Popen.__init__", "os.fork", "multiprocessing.Process.start"):
+            patched.setattr(name, skip)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return make_tokenizer()

@@ -617,16 +617,24 @@ def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: py
 
 def test_doctor_does_not_wait_for_a_network(labeltune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
+    import threading
     import time
 
     from labeltune.commands import doctor
 
+    over = threading.Event()
+
+    def silent(*_: Any, **__: Any) -> Any:
+        over.wait(30)
+        raise TimeoutError("timed out")
+
     monkeypatch.setattr(doctor, "PATIENCE", 0.2)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(30))
-    monkeypatch.setattr("labeltune.tracking.swanlab_login.logged_in", lambda: time.sleep(30))
+    monkeypatch.setattr(socket, "create_connection", silent)
+    monkeypatch.setattr("labeltune.tracking.swanlab_login.logged_in", lambda: over.wait(30) and "yes")
     began = time.monotonic()
     found = labeltune("doctor")
     assert time.monotonic() - began < 25
+    over.set()
     assert found.code == 0 and found.out.endswith("\nready\n")
     for what in ("ModelScope (modelscope.cn)", "Hugging Face (huggingface.co)", "SwanLab"):
         assert f"note  {what} cannot be reached: no answer in 0.2 s\n" in found.out
@@ -659,18 +667,13 @@ def test_a_stopped_board_stops_its_server(tmp_path: Path) -> None:
     (tmp_path / "fake" / "swanlab" / "__main__.py").write_text(FAKE_SWANLAB)
     (tmp_path / "swanlog").mkdir()
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path / 'fake'}"}
-    board = subprocess.Popen(
-        [sys.executable, "-m", "labeltune", "board", "swanlog", "--port", "5099"],
-        cwd=tmp_path,
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert board.stdout is not None
-    assert board.stdout.readline() == "watching watch swanlog --host 127.0.0.1 --port 5099\n"
-    server = int((tmp_path / "pid").read_text())
-    board.terminate()
-    assert board.wait(20) == -15
+    command = [sys.executable, "-m", "labeltune", "board", "swanlog", "--port", "5099"]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as board:
+        assert board.stdout is not None
+        assert board.stdout.readline() == "watching watch swanlog --host 127.0.0.1 --port 5099\n"
+        server = int((tmp_path / "pid").read_text())
+        board.terminate()
+        assert board.wait(20) == -15
     with pytest.raises(ProcessLookupError):
         os.kill(server, 0)
 

@@ -191,6 +191,17 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not place or place in anchors(file), f"{target}#{place}"
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CONTRIBUTING.zh-CN.md"])
+def test_places_to_look_at_are_there(page: str) -> None:
+    """A link to a source file with a name behind it: the file defines that name."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"\]\((src/[^)]+\.py)\), `(\w+)`", text)
+    assert len(found) >= 7
+    for path, name in found:
+        defined = rf"^\s*(def|class) {name}\b"
+        assert re.search(defined, (ROOT / path).read_text("utf-8"), re.MULTILINE), f"{path} has no {name}"
+
+
 def tracked_files() -> list[Path]:
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True

@@ -113,7 +113,7 @@ def killed_run(in_folder: Path, run: Path, count: int, block_rows: int) -> None:
 def test_a_killed_worker_loses_and_doubles_no_row(
     in_folder: Path, run: Path, cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    killed_run(in_folder, run, 1_800, 256)
+    killed_run(in_folder, run, 1_200, 256)
     assert "2 rows could not be predicted" in capsys.readouterr().err
 
 
@@ -135,7 +135,7 @@ def test_an_evaluation_is_the_local_one(in_folder: Path, run: Path, cluster: Non
     answers = [
         [
             json.loads(line)["answer"]
-            for line in (in_folder / name / "predictions.jsonl").open(encoding="utf-8")
+            for line in (in_folder / name / "predictions.jsonl").read_text("utf-8").splitlines()
         ]
         for name in ("local", "spread")
     ]

@@ -47,8 +47,16 @@ class Server:
         """Ask it to end, and wait; its exit code."""
         self.process.terminate()
         code = self.process.wait(60)
-        self._reader.join(10)
+        self.close()
         return code
+
+    def close(self) -> None:
+        """Once it has ended: whatever led to it."""
+        self._reader.join(10)
+        self.client.close()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """Its log lines of one kind."""
@@ -88,3 +96,4 @@ def serving(run: Path, *options: str, key: str | None = None, playground: bool =
         if process.poll() is None:
             process.kill()
         process.wait()
+        server.close()
