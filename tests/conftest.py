@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 pytest.register_assert_rewrite("helpers")
 
@@ -23,6 +24,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="skip whatever trains or starts a process")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`thorough`: random examples for comparisons with other libraries."""
+    examples = 30 if config.getoption("--quick") else 1000
+    settings.register_profile("thorough", max_examples=examples, deadline=None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -112,6 +112,8 @@ def test_other_formats_are_rounded_once(
         assert torch.equal(weights.to(rounded[name].dtype), rounded[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning:peft")
 def test_an_adapted_output_layer_leaves_the_tied_input_alone(tmp_path: Path) -> None:
     import peft
     from transformers import AutoModelForCausalLM
