@@ -9,7 +9,7 @@ DEMO_READY := $(VENV)/.labeltune-demo-ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 DEMO ?= classification
 
-.PHONY: setup demo test oldest torture lint clean
+.PHONY: setup demo quick test oldest torture lint clean
 
 setup: $(READY)
 
@@ -36,6 +36,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What trains nothing and starts no process: tests that do are skipped where they begin to (tests/conftest.py).
+quick: $(READY)
+	$(BIN)/python -m pytest --quick --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # A file's tests stay together; every process computes in one thread.
 test: lint

@@ -1,14 +1,19 @@
-"""A small tokenizer and two-layer models, made here: tests need no network and no weights."""
+"""Surroundings of every test, and the fixtures that many of them share."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+pytest.register_assert_rewrite("helpers")
+
+from helpers.commands import Result, command  # noqa: E402
+from helpers.tiny_models import make_model, make_tokenizer  # noqa: E402
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,98 +21,32 @@ os.environ["LABELTUNE_LANG"] = "en"  # whatever the locale of who tests
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many threads as cores would wait for each other
 
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
-QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-CORPUS = [
-    "The rocket landed on the platform at sea. Engineers inspect the turbine.",
-    "你是一个文本分类领域的专家，你会接收到一段文本和几个潜在的分类选项，请输出文本内容的正确类型",
-    "文本:今天的比赛在雨中进行,类型选型:['Sports', 'Space', 'Art']",
-    '{"entity_text": "南京", "entity_label": "地理实体"}',
-    "没有找到任何实体 地点 人名 组织 命名实体识别",
-    "system user assistant You are a helpful assistant. Sports Space Art Economy",
-] * 4
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="skip whatever trains or starts a process")
 
 
-def make_tokenizer(template: str | None = CHATML, pad: str = "<|endoftext|>") -> Any:
-    """A byte-level BPE tokenizer with Qwen2's pre-tokenizer and special tokens, about 600 tokens."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token=pad, chat_template=template
-    )
+def pytest_configure(config: pytest.Config) -> None:
+    """`thorough`: random examples for comparisons with other libraries."""
+    examples = 30 if config.getoption("--quick") else 1000
+    settings.register_profile("thorough", max_examples=examples, deadline=None)
 
 
-def make_model(vocabulary: int, kind: str = "qwen2", seed: int = 0) -> Any:
-    """Two layers, random weights."""
-    import torch
-    import transformers
+@pytest.fixture(scope="session", autouse=True)
+def only_what_is_quick(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --quick, a test or fixture is skipped where it begins to train or to start a process: no list to keep."""
+    if not request.config.getoption("--quick"):
+        yield
+        return
 
-    shape = {
-        "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 8192,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-    }
-    name, extra = (MODEL_KINDS | HYBRID_KINDS)[kind]
-    torch.manual_seed(seed)
-    config = getattr(transformers, name)(**shape, **extra)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    def skip(*_: Any, **__: Any) -> Any:
+        pytest.skip("not quick: it trains or starts a process")
 
-
-#: kind -> (config class of transformers, what it needs beside the common shape)
-MODEL_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2": ("Qwen2Config", {}),
-    "qwen3": ("Qwen3Config", {"head_dim": 8}),
-    "llama": ("LlamaConfig", {}),
-    "glm4": ("Glm4Config", {"head_dim": 8}),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 8}),
-}
-
-#: Models with layers that carry a state along the row, which only the plain ways compute rightly.
-HYBRID_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_5": (
-        "Qwen3_5TextConfig",
-        {
-            "head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
-    ),
-    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
-}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("transformers.Trainer.train", skip)
+        for name in ("subprocess.Popen.__init__", "os.fork", "multiprocessing.Process.start"):
+            patched.setattr(name, skip)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -125,39 +64,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-LABELS = ["Sports", "Space", "Art"]
-
-
-def classification_rows(count: int) -> list[dict[str, Any]]:
-    """Rows that a two-layer model can learn: the first word tells the label."""
-    words = {"Sports": "match", "Space": "rocket", "Art": "paint"}
-    rows = []
-    for index in range(count):
-        label = LABELS[index % 3]
-        rows.append(
-            {"text": f"{words[label]} number {index} {words[label]}", "category": LABELS, "output": label}
-        )
-    return rows
-
-
-def ner_rows(count: int) -> list[dict[str, Any]]:
-    """Rows with one entity each, every third with none."""
-    rows: list[dict[str, Any]] = []
-    for index in range(count):
-        if index % 3 == 2:
-            rows.append({"text": f"今天下雨 {index}", "entities": []})
-            continue
-        text = f"他在南京 {index}"
-        entity = {"start_idx": 2, "end_idx": 4, "entity_text": "南京", "entity_label": "GPE"}
-        rows.append({"text": text, "entities": [{**entity, "entity_names": ["地缘政治实体", "地理实体"]}]})
-    return rows
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working folder; nobody is logged in to SwanLab there."""
@@ -165,3 +71,19 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("SWANLAB_API_KEY", raising=False)
     yield tmp_path
+
+
+@pytest.fixture
+def labeltune(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
+    """Run a command in this process, in an empty folder."""
+    return lambda *arguments: command(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two random layers, whatever is loaded."""
+    from helpers.runs import predictor_for
+
+    monkeypatch.setattr("labeltune.inference.load.load_predictor", lambda *_, **__: predictor_for())

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from conftest import LABELS, classification_rows, make_tokenizer, ner_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.tiny_models import make_tokenizer
 from labeltune.config import DataConfig, build_config
 from labeltune.data.blocks import Block, cut_file, cut_lines, cut_parquet, read_block
 from labeltune.data.check import Audit, audit_blocks
@@ -290,11 +291,10 @@ def test_processes_end_with_a_killed_parent() -> None:
             "list(mapped(work, range(2), 2))",
         ]
     )
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    children = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
-    parent.kill()
-    parent.wait()
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        children = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
+        parent.kill()
     gone, alive = psutil.wait_procs(children, timeout=10)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] and gone is not None
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import labeltune
-from conftest import make_tokenizer
+from helpers.tiny_models import make_tokenizer
+from helpers.training import adapter_weights, config_for, same_weights
 from labeltune.errors import DivergedError, ModelError, OutputError
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import file_hash
@@ -30,20 +31,14 @@ from labeltune.io.run_folder import (
 )
 from labeltune.training.checkpoints import Checkpoint, LogSums, remove_old, write_manifest
 from labeltune.training.trainer import LabelTrainer
-from test_training import adapter_weights, config_for
 
-SCRIPT = Path(__file__).with_name("kill_train.py")
+SCRIPT = Path(__file__).parent / "helpers" / "kill_train.py"
 
 
 def process(config: Path, moment: str, number: int, *rest: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), str(config), moment, str(number), *rest]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def same_weights(first: Path, second: Path) -> bool:
-    one, two = adapter_weights(first), adapter_weights(second)
-    return set(one) == set(two) and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
 def test_killed_while_saving_nothing_is_lost_and_nothing_half_is_picked(

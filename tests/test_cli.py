@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from conftest import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.commands import process
+from helpers.hubs import fake_hub
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
 from labeltune.commands import main, original
 from labeltune.config import load_config
 from labeltune.data.sources import iter_records
-from test_sources import fake_hub
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
@@ -38,38 +39,6 @@ HEAVY = (
     "uvicorn",
     "ray",
 )
-
-
-def process(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8", "COLUMNS": "120"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=120
-    )
-
-
-class Result:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def labeltune(in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a command in this process, in an empty folder."""
-
-    def call(*args: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["labeltune", *args])
-        capsys.readouterr()
-        try:
-            main.run()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return call
 
 
 COMMANDS = (
@@ -651,16 +620,24 @@ def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: py
 
 def test_doctor_does_not_wait_for_a_network(labeltune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
+    import threading
     import time
 
     from labeltune.commands import doctor
 
+    over = threading.Event()
+
+    def silent(*_: Any, **__: Any) -> Any:
+        over.wait(30)
+        raise TimeoutError("timed out")
+
     monkeypatch.setattr(doctor, "PATIENCE", 0.2)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(30))
-    monkeypatch.setattr("labeltune.tracking.swanlab.logged_in", lambda: time.sleep(30))
+    monkeypatch.setattr(socket, "create_connection", silent)
+    monkeypatch.setattr("labeltune.tracking.swanlab.logged_in", lambda: over.wait(30) and "yes")
     began = time.monotonic()
     found = labeltune("doctor")
     assert time.monotonic() - began < 25
+    over.set()
     assert found.code == 0 and found.out.endswith("\nready\n")
     for what in ("ModelScope (modelscope.cn)", "Hugging Face (huggingface.co)", "SwanLab"):
         assert f"note  {what} cannot be reached: no answer in 0.2 s\n" in found.out
@@ -693,18 +670,13 @@ def test_a_stopped_board_stops_its_server(tmp_path: Path) -> None:
     (tmp_path / "fake" / "swanlab" / "__main__.py").write_text(FAKE_SWANLAB)
     (tmp_path / "swanlog").mkdir()
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path / 'fake'}"}
-    board = subprocess.Popen(
-        [sys.executable, "-m", "labeltune", "board", "swanlog", "--port", "5099"],
-        cwd=tmp_path,
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert board.stdout is not None
-    assert board.stdout.readline() == "watching watch swanlog --host 127.0.0.1 --port 5099\n"
-    server = int((tmp_path / "pid").read_text())
-    board.terminate()
-    assert board.wait(20) == -15
+    command = [sys.executable, "-m", "labeltune", "board", "swanlog", "--port", "5099"]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as board:
+        assert board.stdout is not None
+        assert board.stdout.readline() == "watching watch swanlog --host 127.0.0.1 --port 5099\n"
+        server = int((tmp_path / "pid").read_text())
+        board.terminate()
+        assert board.wait(20) == -15
     with pytest.raises(ProcessLookupError):
         os.kill(server, 0)
 

@@ -15,8 +15,9 @@ import numpy
 import pytest
 
 import labeltune
-import test_cli
-from conftest import LABELS, classification_rows, make_tokenizer, ner_rows, write_jsonl
+from helpers.commands import Result, process
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.tiny_models import make_tokenizer
 from labeltune.config import RunConfig, TrainingConfig, build_config
 from labeltune.data import label_issues, near_duplicates
 from labeltune.data.label_issues import find_label_issues
@@ -31,8 +32,12 @@ from labeltune.training.dataset import tokenize_rows
 from labeltune.training.packing import Row, pack_step, step_order
 from labeltune.training.token_figures import token_figures
 
-#: The fixture that runs a command in this process.
-command = test_cli.labeltune
+
+@pytest.fixture
+def command(labeltune: Callable[..., Result]) -> Callable[..., Result]:
+    """By a name that is not the package's."""
+    return labeltune
+
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "data"
 
@@ -517,7 +522,7 @@ def test_a_plain_check_loads_nothing_of_the_report(tmp_path: Path) -> None:
         "found = ('datasketch', 'cleanlab', 'sklearn', 'labeltune.evaluation.data_report')\n"
         "print([name for name in found if name in sys.modules], file=sys.stderr)"
     )
-    done = test_cli.process(tmp_path, "-c", code)
+    done = process(tmp_path, "-c", code)
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
 
 

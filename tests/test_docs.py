@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import classification_rows, ner_rows, write_jsonl
+from helpers.rows import classification_rows, ner_rows, write_jsonl
 from labeltune.config import config_keys
 from labeltune.config_table import PAGES as TABLE_PAGES
 from labeltune.config_table import Language, chinese_meanings, replace_table
@@ -71,7 +71,7 @@ def run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))),
     }
     with subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "run_page.py"],
+        [sys.executable, ROOT / "tests" / "helpers" / "run_page.py"],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -189,6 +189,17 @@ def test_links_lead_somewhere(page: str) -> None:
         file = path.parent / target if target else path
         assert file.exists(), target
         assert not place or place in anchors(file), f"{target}#{place}"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CONTRIBUTING.zh-CN.md"])
+def test_places_to_look_at_are_there(page: str) -> None:
+    """A link to a source file with a name behind it: the file defines that name."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"\]\((src/[^)]+\.py)\), `(\w+)`", text)
+    assert len(found) >= 7
+    for path, name in found:
+        defined = rf"^\s*(def|class) {name}\b"
+        assert re.search(defined, (ROOT / path).read_text("utf-8"), re.MULTILINE), f"{path} has no {name}"
 
 
 def tracked_files() -> list[Path]:

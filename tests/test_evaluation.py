@@ -29,7 +29,7 @@ LABELS = "ABCD"
 PAIRS = st.lists(
     st.tuples(st.sampled_from(LABELS), st.sampled_from([*LABELS, None])), min_size=1, max_size=40
 )
-thousand = settings(max_examples=1000, deadline=None)
+thorough = settings.get_profile("thorough")
 
 
 def labelled(pairs: list[tuple[str, str | None]]) -> tuple[list[Example], list[Prediction]]:
@@ -40,7 +40,8 @@ def labelled(pairs: list[tuple[str, str | None]]) -> tuple[list[Example], list[P
     return examples, predictions
 
 
-@thousand
+@pytest.mark.filterwarnings("ignore:A single label was found:UserWarning:sklearn")
+@thorough
 @given(PAIRS)
 def test_figures_of_labels_are_scikit_learns(pairs: list[tuple[str, str | None]]) -> None:
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -82,7 +83,7 @@ def with_rankings(rows: list[tuple[int, list[float]]]) -> tuple[list[str], list[
     return [LABELS[right] for right, _ in rows], predictions, table
 
 
-@thousand
+@thorough
 @given(RANKED)
 def test_figures_of_confidence_are_scikit_learns_and_brute_force(rows: list[tuple[int, list[float]]]) -> None:
     from sklearn.metrics import log_loss
@@ -140,7 +141,7 @@ SIDE = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4), st.sampled_from(
 )
 
 
-@thousand
+@thorough
 @given(SIDE, SIDE)
 def test_figures_of_entities_are_nervaluates_and_brute_force(
     truth: tuple[Entity, ...], answers: tuple[Entity, ...]

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import labeltune
-from conftest import LABELS, classification_rows, make_model, make_tokenizer, ner_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.tiny_models import make_model, make_tokenizer
+from helpers.training import config_for
 from labeltune import load_predictor
 from labeltune.commands import export as export_page
 from labeltune.config import build_config
@@ -22,7 +24,6 @@ from labeltune.export.merge import stored_dtype, whole_model
 from labeltune.export.parity import check_parity, compare_answers
 from labeltune.io.run_folder import RunInfo
 from labeltune.types import Entity, Example, Prediction
-from test_training import config_for
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "classification": ("classification", {}),
@@ -111,6 +112,8 @@ def test_other_formats_are_rounded_once(
         assert torch.equal(weights.to(rounded[name].dtype), rounded[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning:peft")
 def test_an_adapted_output_layer_leaves_the_tied_input_alone(tmp_path: Path) -> None:
     import peft
     from transformers import AutoModelForCausalLM

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import CHATML, make_tokenizer
+from helpers.tiny_models import CHATML, make_tokenizer
 from labeltune.config import HubConfig, PromptConfig
 from labeltune.errors import ConfigError, HubError, ModelError, PromptError
 from labeltune.export import ollama, onnx, vllm

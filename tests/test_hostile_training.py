@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-import hostile
 import labeltune
-from conftest import CHATML, LABELS, classification_rows, make_tokenizer, ner_rows, write_jsonl
+from helpers import hostile
+from helpers.hubs import fake_hub
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.tiny_models import CHATML, make_tokenizer
+from helpers.training import config_for
 from labeltune import load_predictor
 from labeltune.config import HubConfig, PromptConfig, RunConfig, build_config
 from labeltune.errors import ConfigError, DivergedError, HubError, LabeltuneError, ModelError, PromptError
@@ -27,8 +30,6 @@ from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate, Conversation
 from labeltune.training.callbacks import StopOnDivergence
 from labeltune.types import Example
-from test_sources import fake_hub
-from test_training import config_for
 
 ATTACKS = [
     text

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
+from helpers.hubs import fake_hub
 from labeltune.config import HubConfig
 from labeltune.errors import HubError, LicenseError, ModelError
 from labeltune.io.progress import tell
 from labeltune.models import pocket
 from labeltune.models.hub import IGNORED_FILES, LocalModel, resolve_model
 from labeltune.models.pocket import POCKET, POCKET_MODELS, PocketModel, Wheel, pocket_folder
-from test_sources import fake_hub
 
 
 def model_files(folder: Path, *names: str) -> Path:

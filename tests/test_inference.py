@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import labeltune
-from conftest import LABELS, classification_rows, make_model, ner_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.tiny_models import make_model
 from labeltune.config import NER_LABELS, PromptConfig, RunConfig, build_config
 from labeltune.errors import DataError, ModelError
 from labeltune.inference.generation import generate_answers

@@ -160,3 +160,11 @@ def test_no_private_member_of_trainer_is_overridden_or_called() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 assert node.attr not in members, f"{path.name}:{node.lineno} uses {ast.unparse(node)}"
+
+
+def test_no_test_imports_another() -> None:
+    """What several tests need is in tests/helpers."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        found = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"), "tests")}
+        strange = {name for name in found if name == "conftest" or name.startswith("test_")}
+        assert not strange, f"{path.name} imports {strange}"

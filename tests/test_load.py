@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.runs import make_run
 from labeltune import load_predictor
 from labeltune.errors import ModelError
-from serving import make_run
 
 TEXTS = ["a match in the rain", "the rocket landed", "南京 的 比赛", "paint on canvas"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import classification_rows, ner_rows, write_jsonl
+from helpers.rows import classification_rows, ner_rows, write_jsonl
 from labeltune import check_data
 from labeltune.config import ColumnsConfig, DataConfig, RunConfig, TaskName, build_config
 from labeltune.data.loading import Splits, load_rows, load_splits, stratified_split

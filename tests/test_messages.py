@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import classification_rows, write_jsonl
+from helpers.commands import command
+from helpers.rows import classification_rows, write_jsonl
 from labeltune import messages
 from labeltune.data.schemas import FAULT_KINDS
 from labeltune.messages import chinese, language, localize, spoken, templates
-from test_hostile_data import command
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "labeltune"
 CHINESE = re.compile("[\u3400-\u9fff]")

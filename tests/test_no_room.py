@@ -12,14 +12,14 @@ import pytest
 from safetensors import SafetensorError
 
 import labeltune
-from conftest import classification_rows, write_jsonl
+from helpers.rows import classification_rows, write_jsonl
+from helpers.runs import predictor_for
+from helpers.training import config_for
 from labeltune.data.loading import load_rows
 from labeltune.errors import DataError, OutputError
 from labeltune.export.folder import whole_folder
 from labeltune.inference.files import predict_file
 from labeltune.io.outputs import why_not_written
-from test_predictor import predictor_for
-from test_training import config_for
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

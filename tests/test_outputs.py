@@ -14,25 +14,14 @@ from typing import Any
 
 import pytest
 
-from conftest import LABELS, classification_rows, write_jsonl
+from helpers.commands import refused
+from helpers.rows import classification_rows, write_jsonl
+from helpers.runs import run_without_weights
 from labeltune.config import build_config
 from labeltune.errors import OutputError
 from labeltune.inference.files import csv_of
 from labeltune.io.outputs import check_file, check_folder, descriptor, is_stream, write_json, write_text
-from labeltune.io.run_folder import RunInfo, check_inputs_kept
-from test_cli import Result, labeltune  # noqa: F401
-from test_predictor import predictor_for
-
-
-def make_run(folder: Path, model: str = "pocket", **config: Any) -> Path:
-    """A run folder with everything but weights: enough for what is checked before they are loaded."""
-    checkpoint = folder / "checkpoint-1"
-    checkpoint.mkdir(parents=True)
-    settings = build_config({"model": model, **config})
-    RunInfo.of(settings, tuple(LABELS), "", {"test": settings.data.test}).save(checkpoint)
-    write_json(checkpoint / "manifest.json", {"adapter_model.safetensors": "0"})
-    (checkpoint / "adapter_model.safetensors").write_bytes(b"weights")
-    return folder
+from labeltune.io.run_folder import check_inputs_kept
 
 
 def same_name(folder: Path) -> str:
@@ -82,22 +71,16 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("labeltune.inference.load.load_predictor", refuse)
 
 
-def refused(found: Result, part: str) -> None:
-    assert (found.code, found.out) == (2, ""), found.err
-    assert found.err.startswith("error: ") and found.err.count("\n") == 1, found.err
-    assert part in found.err, found.err
-
-
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_no_command_writes_over_the_rows_it_reads(
-    labeltune: Any,  # noqa: F811
+    labeltune: Any,
     in_folder: Path,
     unloaded: None,
     way: Callable[[Path], str],
 ) -> None:
     rows = write_jsonl(in_folder / "rows.jsonl", classification_rows(6))
     before = rows.read_bytes()
-    make_run(in_folder / "run")
+    run_without_weights(in_folder / "run")
     output = way(in_folder)
     for command in (
         ("predict", "run", "rows.jsonl", "-o", output),
@@ -109,8 +92,8 @@ def test_no_command_writes_over_the_rows_it_reads(
     assert rows.read_bytes() == before
 
 
-def test_names_in_folders_are_looked_at_too(labeltune: Any, in_folder: Path, unloaded: None) -> None:  # noqa: F811
-    make_run(in_folder / "run")
+def test_names_in_folders_are_looked_at_too(labeltune: Any, in_folder: Path, unloaded: None) -> None:
+    run_without_weights(in_folder / "run")
     for command, name in (
         (("evaluate", "run"), "predictions.jsonl"),
         (("compare", "base", "run"), "changed.jsonl"),
@@ -122,11 +105,11 @@ def test_names_in_folders_are_looked_at_too(labeltune: Any, in_folder: Path, unl
         assert len(rows.read_text().splitlines()) == 3
 
 
-def test_a_runs_own_files_are_inputs(labeltune: Any, in_folder: Path, unloaded: None) -> None:  # noqa: F811
+def test_a_runs_own_files_are_inputs(labeltune: Any, in_folder: Path, unloaded: None) -> None:
     base = in_folder / "base"
     base.mkdir()
     (base / "config.json").write_text("{}")
-    run = make_run(in_folder / "run", model=str(base))
+    run = run_without_weights(in_folder / "run", model=str(base))
     write_jsonl(in_folder / "rows.jsonl", classification_rows(3))
     for output in (
         "run/checkpoint-1/labeltune.json",
@@ -141,12 +124,12 @@ def test_a_runs_own_files_are_inputs(labeltune: Any, in_folder: Path, unloaded: 
 
 
 def test_standard_input_is_an_input(
-    labeltune: Any,  # noqa: F811
+    labeltune: Any,
     in_folder: Path,
     unloaded: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    make_run(in_folder / "run")
+    run_without_weights(in_folder / "run")
     rows = in_folder / "rows.txt"
     rows.write_text("a document\n")
     kept = os.dup(0)
@@ -160,8 +143,8 @@ def test_standard_input_is_an_input(
             os.close(kept)
 
 
-def test_what_cannot_be_written_is_said_first(labeltune: Any, in_folder: Path, unloaded: None) -> None:  # noqa: F811
-    make_run(in_folder / "run")
+def test_what_cannot_be_written_is_said_first(labeltune: Any, in_folder: Path, unloaded: None) -> None:
+    run_without_weights(in_folder / "run")
     write_jsonl(in_folder / "rows.jsonl", classification_rows(3))
     (in_folder / "folder").mkdir()
     (in_folder / "loop").symlink_to("loop")
@@ -208,16 +191,16 @@ def test_a_folder_that_may_not_be_written(in_folder: Path, monkeypatch: pytest.M
             check(in_folder / output, [])
 
 
-def test_an_export_keeps_what_it_reads(labeltune: Any, in_folder: Path) -> None:  # noqa: F811
+def test_an_export_keeps_what_it_reads(labeltune: Any, in_folder: Path) -> None:
     base = in_folder / "merged"  # an earlier export, which --overwrite would replace
     base.mkdir()
     for name in ("export.json", "config.json", "rows.jsonl"):
         (base / name).write_text("{}")
-    make_run(in_folder / "run", model="merged")
+    run_without_weights(in_folder / "run", model="merged")
     refused(
         labeltune("export", "run", "merged", "--overwrite"), "merged holds merged, which this command reads"
     )
-    make_run(in_folder / "other")
+    run_without_weights(in_folder / "other")
     found = labeltune("export", "other", "merged", "--overwrite", "--verify", "merged/rows.jsonl")
     refused(found, "merged holds merged/rows.jsonl, which this command reads")
     for target in ("run", "run/checkpoint-1"):
@@ -225,15 +208,15 @@ def test_an_export_keeps_what_it_reads(labeltune: Any, in_folder: Path) -> None:
     assert sorted(path.name for path in base.iterdir()) == ["config.json", "export.json", "rows.jsonl"]
 
 
-def test_a_sweep_keeps_its_config(labeltune: Any, in_folder: Path) -> None:  # noqa: F811
+def test_a_sweep_keeps_its_config(labeltune: Any, in_folder: Path) -> None:
     write_jsonl(in_folder / "rows.jsonl", classification_rows(6))
     (in_folder / "best.yaml").write_text("data: {train: rows.jsonl}\n")
     found = labeltune("sweep", "best.yaml", "--search", "lora.r=4,8", "--output", ".")
     refused(found, "best.yaml is part of what this command reads (best.yaml)")
 
 
-def test_training_keeps_what_it_reads(labeltune: Any, in_folder: Path) -> None:  # noqa: F811
-    run = make_run(in_folder / "out")
+def test_training_keeps_what_it_reads(labeltune: Any, in_folder: Path) -> None:
+    run = run_without_weights(in_folder / "out")
     (run / "best").symlink_to("checkpoint-1")
     (run / "validation").mkdir()
     rows = [
@@ -258,18 +241,12 @@ def test_training_keeps_what_it_reads(labeltune: Any, in_folder: Path) -> None: 
     check_inputs_kept(build_config({"output_dir": "out"}), "run.yaml", True)
 
 
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two random layers, whatever is loaded."""
-    monkeypatch.setattr("labeltune.inference.load.load_predictor", lambda *_, **__: predictor_for())
-
-
 def rows_in(text: str) -> list[str]:
     return [json.loads(line)["id"] for line in text.splitlines()]
 
 
-def test_a_fifo_and_a_link_stay(labeltune: Any, in_folder: Path, loaded: None) -> None:  # noqa: F811
-    make_run(in_folder / "run")
+def test_a_fifo_and_a_link_stay(labeltune: Any, in_folder: Path, loaded: None) -> None:
+    run_without_weights(in_folder / "run")
     write_jsonl(in_folder / "rows.jsonl", classification_rows(3))
     os.mkfifo(in_folder / "pipe")
     (in_folder / "to-pipe").symlink_to("pipe")
@@ -350,8 +327,8 @@ def test_devices_that_hold_disks_are_refused(in_folder: Path, monkeypatch: pytes
             check_file(in_folder / name, [])
 
 
-def test_predictions_as_csv_and_with_text(labeltune: Any, in_folder: Path, loaded: None) -> None:  # noqa: F811
-    make_run(in_folder / "run")
+def test_predictions_as_csv_and_with_text(labeltune: Any, in_folder: Path, loaded: None) -> None:
+    run_without_weights(in_folder / "run")
     write_jsonl(
         in_folder / "rows.jsonl", [*classification_rows(2), {"text": ""}, {"text": '逗号, "和"\n换行'}]
     )
@@ -404,9 +381,9 @@ def test_csv_of_entities() -> None:
     assert json.loads(table[1]["entities"]) == [entity] and table[1]["parsed"] == "false"
 
 
-def test_evaluate_takes_the_runs_test_file(labeltune: Any, in_folder: Path, unloaded: None) -> None:  # noqa: F811
-    make_run(in_folder / "run", data={"test": "held/out.jsonl"})
-    make_run(in_folder / "bare")
+def test_evaluate_takes_the_runs_test_file(labeltune: Any, in_folder: Path, unloaded: None) -> None:
+    run_without_weights(in_folder / "run", data={"test": "held/out.jsonl"})
+    run_without_weights(in_folder / "bare")
     (in_folder / "run.yaml").write_text("model: pocket\ndata: {test: from_config.jsonl}\n")
     for arguments, part in (
         (("evaluate", "run"), "data file held/out.jsonl does not exist"),
@@ -420,13 +397,13 @@ def test_evaluate_takes_the_runs_test_file(labeltune: Any, in_folder: Path, unlo
 
 
 def test_json_goes_where_it_is_wanted(
-    labeltune: Any,  # noqa: F811
+    labeltune: Any,
     in_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import labeltune
 
-    make_run(in_folder / "run")
+    run_without_weights(in_folder / "run")
     write_jsonl(in_folder / "rows.jsonl", classification_rows(3))
     figures = {"rows": 3, "rows_are": "test", "task": "classification", "unparsable": 0.0, "labels": {}}
     found = {"rows": 3, "differences": {}, "changed": {"gained": [], "lost": []}}
@@ -446,11 +423,11 @@ def test_json_goes_where_it_is_wanted(
 
 
 def test_names_that_are_not_utf8_reach_files_as_escapes(
-    labeltune: Any,  # noqa: F811
+    labeltune: Any,
     in_folder: Path,
     loaded: None,
 ) -> None:
-    make_run(in_folder / "run")
+    run_without_weights(in_folder / "run")
     name = os.fsdecode(b"\321\265\301\267.jsonl")
     write_jsonl(in_folder / "rows.jsonl", [{"text": ""}]).rename(in_folder / name)
     assert labeltune("predict", "run", name, "-o", "out.jsonl").code == 1

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import labeltune
-from browsing import broken_names, chromium, english_words, faint, overflow, own_words
-from conftest import classification_rows, make_tokenizer, ner_rows, write_jsonl
+from helpers.browsing import broken_names, chromium, english_words, faint, overflow, own_words
+from helpers.rows import classification_rows, ner_rows, write_jsonl
+from helpers.tiny_models import make_tokenizer
 from labeltune.commands.evaluate import all_metrics
 from labeltune.config import build_config
 from labeltune.data.schemas import FAULT_KINDS

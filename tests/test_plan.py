@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import labeltune
+from helpers.training import config_for
 from labeltune.commands.plan import plan_command
 from labeltune.commands.train import train_command
 from labeltune.config import RunConfig
@@ -19,7 +20,6 @@ from labeltune.errors import ConfigError, MissingExtraError
 from labeltune.training import run, trainer
 from labeltune.training.collate import StepBatches, make_batch
 from labeltune.training.packing import run_order, steps_in_all
-from test_training import config_for
 
 
 def without_validation(config: RunConfig) -> RunConfig:

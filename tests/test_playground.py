@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from browsing import chromium
-from conftest import classification_rows, write_jsonl
+from helpers.browsing import chromium
+from helpers.rows import classification_rows, write_jsonl
+from helpers.runs import make_run, predictor_for
+from helpers.serving import Server, serving
 from labeltune import load_predictor
 from labeltune.serve.app import create_app
 from labeltune.serve.guard import Guard, Metrics
@@ -18,8 +20,6 @@ from labeltune.serve.models import Models, Served
 from labeltune.serve.playground import add_playground, parts
 from labeltune.serve.settings import Settings
 from labeltune.types import Entity
-from serving import Server, make_run, serving
-from test_predictor import predictor_for
 
 
 @pytest.fixture(scope="module")

@@ -6,42 +6,24 @@ import itertools
 import json
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import labeltune
-from conftest import LABELS, classification_rows, make_model, make_tokenizer, ner_rows, write_jsonl
+from helpers.hubs import fake_hub
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.runs import NER_LABELS, predictor_for
+from helpers.training import config_for
 from labeltune import load_predictor
-from labeltune.config import CalibrateConfig, GenerationConfig, build_config
+from labeltune.config import CalibrateConfig
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.inference.calibration import Calibration, LabelScores, ranked, remove_prior
 from labeltune.inference.extraction import merge_entities
 from labeltune.inference.predictor import Predictor
-from labeltune.prompts import make_task
 from labeltune.prompts.builder import kept_parts
-from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Entity, Example, Prediction
-from test_sources import fake_hub
-from test_training import config_for
-
-NER_LABELS = ["地点", "地理实体"]
-
-
-def predictor_for(
-    task: str = "classification", max_length: int = 512, seed: int = 0, **options: Any
-) -> Predictor:
-    tokenizer = make_tokenizer()
-    labels = LABELS if task == "classification" else NER_LABELS
-    config = build_config({"task": task, "prompt": {"max_length": max_length, **options.pop("prompt", {})}})
-    return Predictor(
-        make_model(len(tokenizer), seed=seed).eval(),
-        make_task(config.task, labels, config.prompt),
-        ChatTemplate(tokenizer),
-        GenerationConfig(**options),
-    )
 
 
 def brute_force(predictor: Predictor, text: str, labels: list[str]) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import CHATML, make_tokenizer
+from helpers.tiny_models import CHATML, make_tokenizer
 from labeltune.config import NER_LABELS, PromptConfig, build_config
 from labeltune.errors import PromptError
 from labeltune.prompts import make_task

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 import labeltune
-from conftest import classification_rows, ner_rows, write_jsonl
+from helpers.rows import classification_rows, ner_rows, write_jsonl
+from helpers.training import adapter_weights, config_for, without_dropout
 from labeltune.config import RunConfig, load_config
 from labeltune.distributed import all_gather, all_reduce, assign, join_uneven
 from labeltune.io.run_folder import checkpoints
-from test_training import adapter_weights, config_for, without_dropout
 
 #: What `accelerate launch` sets for configs/distributed/fsdp2.yaml, and the device, which accelerate cannot guess here.
 FSDP = {
@@ -50,7 +50,7 @@ def start(folder: Path, jobs: Sequence[dict[str, Any]]) -> list[subprocess.Popen
     """Two processes that run these jobs."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs), encoding="utf-8")
-    return two_processes([str(Path(__file__).with_name("ranks_worker.py")), str(path)])
+    return two_processes([str(Path(__file__).parent / "helpers" / "ranks_worker.py"), str(path)])
 
 
 def two_processes(arguments: Sequence[str]) -> list[subprocess.Popen[str]]:

@@ -19,7 +19,8 @@ import typer
 from ray import cloudpickle
 
 import labeltune
-from conftest import LABELS, classification_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, joined, parts, write_jsonl
+from helpers.training import config_for
 from labeltune.commands.predict import predict_command
 from labeltune.config import build_config
 from labeltune.errors import DataError, LabeltuneError, ModelError
@@ -30,8 +31,6 @@ from labeltune.inference.ray import MOST_ATTEMPTS, Cluster, ray_session, ray_wor
 from labeltune.io import run_folder
 from labeltune.io.run_folder import RunInfo
 from labeltune.io.uris import Place
-from test_shards import joined, parts
-from test_training import config_for
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +112,7 @@ def killed_run(in_folder: Path, run: Path, count: int, block_rows: int) -> None:
 def test_a_killed_worker_loses_and_doubles_no_row(
     in_folder: Path, run: Path, cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    killed_run(in_folder, run, 1_800, 256)
+    killed_run(in_folder, run, 1_200, 256)
     assert "2 rows could not be predicted" in capsys.readouterr().err
 
 
@@ -135,7 +134,7 @@ def test_an_evaluation_is_the_local_one(in_folder: Path, run: Path, cluster: Non
     answers = [
         [
             json.loads(line)["answer"]
-            for line in (in_folder / name / "predictions.jsonl").open(encoding="utf-8")
+            for line in (in_folder / name / "predictions.jsonl").read_text("utf-8").splitlines()
         ]
         for name in ("local", "spread")
     ]

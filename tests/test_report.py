@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import labeltune
-from browsing import chromium
-from conftest import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.browsing import chromium
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.training import config_for
 from labeltune import load_predictor
 from labeltune.commands.evaluate import all_metrics, write_evaluation
 from labeltune.config import DataConfig
@@ -21,7 +22,6 @@ from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.evaluation.pages import environment, render
 from labeltune.evaluation.report import LONGEST, SHORTEST, report_page
 from labeltune.types import Entity, Example, Prediction
-from test_training import config_for
 
 ABOUT = {"run": "out", "base": False, "decoding": "exact", "data": "test.jsonl", "rows_are": "test"}
 NASTY = "</script><script>alert(1)</script><!-- <b>&amp;\u2028 张三🎉在南京"

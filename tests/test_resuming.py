@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import labeltune
-from conftest import classification_rows, write_jsonl
+from helpers.rows import classification_rows, write_jsonl
+from helpers.training import config_for, same_weights
 from labeltune.commands import train as train_page
 from labeltune.config import RunConfig, build_config
 from labeltune.errors import ConfigError, Interrupted, OutputError
@@ -23,8 +24,6 @@ from labeltune.tracking.base import SilentTracker
 from labeltune.training import run
 from labeltune.training.callbacks import Progress
 from labeltune.training.checkpoints import write_manifest
-from test_checkpoints import same_weights
-from test_training import config_for
 
 MEASURED = ("runtime", "per_second", "memory_gb")
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 import labeltune
-from conftest import write_jsonl
+from helpers.rows import write_jsonl
 from labeltune.commands.data import guess_task
 from labeltune.config import ColumnsConfig, DataConfig, load_config
 from labeltune.data.check import Audit, add_duplicates, add_shared, audit_file, text_hash

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import HYBRID_KINDS, make_model
+from helpers.tiny_models import HYBRID_KINDS, make_model
 from labeltune.inference.engine import Engine, predicting, questions_to_check
 from labeltune.inference.scoring import (
     LabelTrie,

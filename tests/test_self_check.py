@@ -11,14 +11,15 @@ import pytest
 import torch
 
 import labeltune
-from conftest import HYBRID_KINDS, make_model, make_tokenizer
+from helpers.packing import FP32, VOCABULARY, assert_equal, lora_model, packed, plain, random_rows
+from helpers.tiny_models import HYBRID_KINDS, make_model, make_tokenizer
+from helpers.training import adapter_weights, config_for, without_dropout
 from labeltune.models import precision, shared_prefix
 from labeltune.models.precision import Precision
 from labeltune.training import self_check
+from labeltune.training.packing import pack_step
 from labeltune.training.preflight import compile_layers
 from labeltune.training.self_check import Choice, choose_packing, sample_rows
-from test_packing import FP32, VOCABULARY, assert_equal, lora_model, pack_step, packed, plain, random_rows
-from test_training import adapter_weights, config_for, without_dropout
 
 BF16 = Precision("bf16", torch.bfloat16, "cpu")
 
@@ -207,6 +208,7 @@ def test_a_state_that_runs_from_row_to_row_is_no_rounding(
 def test_compiled_layers_agree_and_are_checked() -> None:
     model, rows = lora_model(), random_rows()
     right = plain(model, rows)
+    model.enable_input_require_grads()  # as for every layer but a model's first, which would be compiled on its own
     compile_layers(model)
     assert choose(model) == (Choice("shared_prefix"), [])
     for budget in (40, 10_000):

@@ -14,9 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
+from helpers.runs import NER_LABELS, make_run
+from helpers.serving import Server, serving
 from labeltune import load_predictor
 from labeltune.types import Prediction
-from serving import NER_LABELS, Server, make_run, serving
 
 KEY = "a-key-that-nobody-may-see"
 AUTH = {"authorization": f"Bearer {KEY}"}

@@ -12,9 +12,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from helpers.runs import make_run
+from helpers.serving import serving
 from labeltune.serve.app import LaterApp
 from labeltune.serve.schemas import ApiError
-from serving import make_run, serving
 
 
 def test_a_full_queue_a_lost_client_and_the_end(tmp_path: Path, model_folder: Path) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from conftest import LABELS, make_model, make_tokenizer
+from helpers.rows import LABELS
+from helpers.runs import make_run, predictor_for
+from helpers.tiny_models import make_model, make_tokenizer
 from labeltune.commands.main import app
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.inference.predictor import Predictor
@@ -27,8 +29,6 @@ from labeltune.serve.schemas import ApiError, field_name
 from labeltune.serve.service import Service
 from labeltune.serve.settings import Settings, read_api_key
 from labeltune.types import Example, Prediction
-from serving import make_run
-from test_predictor import predictor_for
 
 
 def row(text: str, model: str = "a", cost: int = 1) -> Row:

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from conftest import write_jsonl
+from helpers.commands import refused
+from helpers.rows import joined, parts, write_jsonl
+from helpers.runs import predictor_for, run_without_weights
 from labeltune.config import DataConfig
 from labeltune.data.blocks import block_records
 from labeltune.errors import ConfigError, DataError, OutputError
@@ -30,9 +32,6 @@ from labeltune.inference.shards import (
     shard_block,
 )
 from labeltune.io.uris import Place
-from test_cli import labeltune  # noqa: F401
-from test_outputs import loaded, make_run, refused  # noqa: F401
-from test_predictor import predictor_for
 
 ROWS: list[Any] = [{"id": f"r{i}", "text": f"{i % 97} rocket" if i != 11 else ""} for i in range(30)]
 
@@ -107,12 +106,12 @@ def test_a_killed_shard_goes_on_and_no_other_in_its_place(in_folder: Path, small
 
 
 def test_the_command_predicts_a_shard(
-    labeltune: Any,  # noqa: F811
+    labeltune: Any,
     in_folder: Path,
-    loaded: None,  # noqa: F811
+    loaded: None,
     small_chunks: None,
 ) -> None:
-    make_run(in_folder / "run")
+    run_without_weights(in_folder / "run")
     write_jsonl(in_folder / "rows.jsonl", [{"text": f"row {i}"} for i in range(10)])
     command = ("predict", "run", "rows.jsonl", "-o", "out.jsonl")
     assert labeltune(*command).code == 0
@@ -151,14 +150,6 @@ def in_process(load: Any) -> Work:
             yield item, function(load, item)
 
     return work
-
-
-def parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("part-*.jsonl"))
-
-
-def joined(folder: Path) -> bytes:
-    return b"".join(part.read_bytes() for part in parts(folder))
 
 
 def predicted(

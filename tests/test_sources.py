@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import importlib
 import importlib.util
-import inspect
 import json
 import os
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import write_jsonl
+from helpers.hubs import fake_hub
+from helpers.rows import write_jsonl
 from labeltune.config import DataConfig, HubConfig, build_config
 from labeltune.data.loading import load_rows
 from labeltune.data.records import Record, without_key
 from labeltune.data.sources import ORIGINALS, download_original, iter_records, resolve_data
 from labeltune.errors import ConfigError, DataError, HubError, MissingExtraError, OutputError
 from labeltune.io.outputs import write_json
-
-HUBS = {"ms": "modelscope", "hf": "huggingface_hub"}
-
-
-@functools.cache
-def real_signature(hub: str) -> inspect.Signature:
-    """Of the installed client, read before anything is replaced."""
-    return inspect.signature(importlib.import_module(HUBS[hub]).snapshot_download)
-
-
-def fake_hub(
-    monkeypatch: pytest.MonkeyPatch, hub: str, answer: Callable[[dict[str, Any]], str]
-) -> list[dict[str, Any]]:
-    """Replace a hub's `snapshot_download`; a call its real signature does not allow is a TypeError."""
-    calls: list[dict[str, Any]] = []
-    signature = real_signature(hub)
-
-    def snapshot_download(*args: Any, **kwargs: Any) -> str:
-        calls.append(dict(signature.bind(*args, **kwargs).arguments))
-        return answer(calls[-1])
-
-    monkeypatch.setattr(importlib.import_module(HUBS[hub]), "snapshot_download", snapshot_download)
-    return calls
 
 
 def records(path: Path, content: str | bytes) -> list[Record]:

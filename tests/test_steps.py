@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import labeltune
-from conftest import classification_rows, make_tokenizer, write_jsonl
+from helpers.packing import lora_model, random_rows
+from helpers.rows import classification_rows, write_jsonl
+from helpers.tiny_models import make_tokenizer
+from helpers.training import adapter_weights, config_for, without_dropout
 from labeltune.config import build_config
 from labeltune.data.loading import load_splits
 from labeltune.errors import ModelError, OutputError
@@ -23,8 +26,6 @@ from labeltune.training.dataset import content_key, tokenize_rows
 from labeltune.training.packing import Row, pack_step, useful_tokens
 from labeltune.training.preflight import activation_bytes, budget_memory
 from labeltune.types import Example
-from test_packing import lora_model, random_rows
-from test_training import adapter_weights, config_for, without_dropout
 
 CPU = torch.device("cpu")
 

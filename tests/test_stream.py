@@ -14,15 +14,15 @@ import pyarrow.parquet
 import pytest
 
 import labeltune
-from conftest import LABELS, classification_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, write_jsonl
+from helpers.runs import predictor_for
+from helpers.training import config_for
 from labeltune.errors import DataError, OutputError
 from labeltune.inference import files
 from labeltune.inference.files import PredictOptions, count_rows, predict_file
 from labeltune.inference.load import load_predictor
 from labeltune.inference.predictor import Predictor
 from labeltune.io.outputs import file_hash
-from test_predictor import predictor_for
-from test_training import config_for
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def test_killed_at_twenty_random_points_the_output_is_that_of_an_uninterrupted_r
 ) -> None:
     run = labeltune.train(config_for(in_folder, model_folder, max_steps=1)).best
     path = write_jsonl(in_folder / "rows.jsonl", [{"text": f"row {i} " * (1 + i % 7)} for i in range(300)])
-    script = Path(__file__).with_name("kill_predict.py")
+    script = Path(__file__).parent / "helpers" / "kill_predict.py"
     done = subprocess.run(
         [sys.executable, str(script), str(run), str(path), "out.jsonl", "20"], capture_output=True, text=True
     )

@@ -20,7 +20,8 @@ import swanlab
 import torch
 
 import labeltune
-from conftest import classification_rows, write_jsonl
+from helpers.rows import classification_rows, write_jsonl
+from helpers.sweeps import config_for
 from labeltune.config import RunConfig, load_config
 from labeltune.errors import (
     ConfigError,
@@ -37,7 +38,6 @@ from labeltune.sweep.run import run_sweep, validation_metric
 from labeltune.sweep.space import Sweep
 from labeltune.sweep.study import Study
 from labeltune.training.run import TrainResult
-from test_sweep_search import config_for
 
 MEASURED_ON = "validation (used for selection)"
 

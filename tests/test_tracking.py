@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import labeltune
-from conftest import classification_rows, write_jsonl
+from helpers.rows import classification_rows, write_jsonl
 from labeltune.config import RunConfig, build_config
 from labeltune.tracking import swanlab as tracking
 

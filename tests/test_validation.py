@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import labeltune
-from conftest import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.training import config_for
 from labeltune.commands import train as train_page
 from labeltune.commands.preparing import validation_rows, warn_of_rows
 from labeltune.config import RunConfig, load_config
@@ -20,7 +21,6 @@ from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.evaluation.summary import rows_line
 from labeltune.io import progress
 from labeltune.training.checkpoints import write_manifest
-from test_training import config_for
 
 SELECTION = "validation (used for selection)"
 

@@ -10,7 +10,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
-from conftest import classification_rows, write_jsonl
+from helpers.rows import classification_rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 

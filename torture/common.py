@@ -93,7 +93,7 @@ def say(line: str) -> None:
 
 
 def use_tests() -> None:
-    """Make the helpers of the tests importable (`from conftest import make_model`)."""
+    """Make the helpers of the tests importable (`from helpers.tiny_models import make_model`)."""
     tests = str(ROOT / "tests")
     if tests not in sys.path:
         sys.path.insert(0, tests)

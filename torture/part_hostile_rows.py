@@ -21,7 +21,7 @@ PATIENCE = 120
 def run(settings: Settings) -> PartResult:
     """10,000 rows and more in jsonl, csv and parquet: `data check` on all files, the other commands on a part of them."""
     use_tests()
-    import hostile
+    from helpers import hostile
 
     warnings.simplefilter("ignore")
     result = PartResult("hostile rows")
@@ -55,8 +55,8 @@ class World:
     """A two-layer model, a run of each task on it, and their configs."""
 
     def __init__(self, folder: Path) -> None:
-        from conftest import make_model, make_tokenizer
-        from serving import make_run
+        from helpers.runs import make_run
+        from helpers.tiny_models import make_model, make_tokenizer
 
         self.folder, self.model = folder, folder / "Qwen2-tiny"
         tokenizer = make_tokenizer()

@@ -17,7 +17,8 @@ VARIABLES = ("SWANLAB_API_KEY", "HF_TOKEN", "MODELSCOPE_API_TOKEN", "LABELTUNE_A
 def run(settings: Settings) -> PartResult:
     """train, evaluate, predict, export (with its model card), data check --report and serve; then every byte is searched."""
     use_tests()
-    from conftest import classification_rows, make_model, make_tokenizer, write_jsonl
+    from helpers.rows import classification_rows, write_jsonl
+    from helpers.tiny_models import make_model, make_tokenizer
 
     result = PartResult("secrets")
     folder = settings.folder / "work"
@@ -87,7 +88,7 @@ def run(settings: Settings) -> PartResult:
 
 def serve(folder: Path, environment: dict[str, str], result: PartResult) -> int:
     """A server whose log and answers are kept in `folder`; returns how many requests it answered."""
-    from serving import Server
+    from helpers.serving import Server
 
     key = environment["LABELTUNE_API_KEY"]
     command = [sys.executable, "-m", "labeltune", "serve", "out", "--port", "0", "--log-texts"]

@@ -42,7 +42,8 @@ def build(folder: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.pop("SWANLAB_API_KEY", None)
     use_tests()
-    from conftest import classification_rows, make_model, make_tokenizer, ner_rows, write_jsonl
+    from helpers.rows import classification_rows, ner_rows, write_jsonl
+    from helpers.tiny_models import make_model, make_tokenizer
 
     def make() -> None:
         tokenizer = make_tokenizer()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import pkgutil
 import signal
 import sys
 import time
@@ -19,10 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import labeltune
+
 #: Exit code of a command that raised something other than its own errors.
 TRACEBACK = 70
 #: A command that takes longer hangs.
 HANGS = 300.0
+
+#: It runs the command line; Ray and Gradio take long to import, and few commands need them.
+_NOT_WARMED = {
+    "labeltune.__main__",
+    "labeltune.inference.ray",
+    "labeltune.serve.playground",
+}
 
 #: File operations that Python reports to audit hooks.
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate"}
@@ -50,28 +60,9 @@ def warm() -> None:
     """Import what commands need, and compute nothing; call it before the first `start`."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for name in (
-        "labeltune.commands.main",
-        "labeltune.commands.train",
-        "labeltune.inference.load",
-        "labeltune.inference.files",
-    ):
-        importlib.import_module(name)
-    for name in (
-        "training.trainer",
-        "training.run",
-        "training.callbacks",
-        "training.self_check",
-    ):
-        importlib.import_module(f"labeltune.{name}")
-    for name in (
-        "models.lora",
-        "models.hub",
-        "inference.calibration",
-        "inference.extraction",
-        "inference.engine",
-    ):
-        importlib.import_module(f"labeltune.{name}")
+    for module in pkgutil.walk_packages(labeltune.__path__, "labeltune."):
+        if module.name not in _NOT_WARMED:
+            importlib.import_module(module.name)
     for name in (
         "peft",
         "datasets",

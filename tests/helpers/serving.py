@@ -14,48 +14,6 @@ from typing import Any
 
 import httpx
 
-from conftest import LABELS, classification_rows, make_tokenizer, write_jsonl
-from labeltune.config import build_config
-from labeltune.io.run_folder import RunInfo
-
-NER_LABELS = ("地点", "地理实体")
-
-
-def make_run(
-    folder: Path, model: Path, task: str = "classification", seed: int = 0, prior: str = "none"
-) -> Path:
-    """A checkpoint with a random adapter, so that different ones answer differently."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from labeltune.models.lora import attach_adapter
-
-    config = build_config(
-        {
-            "task": task,
-            "model": str(model),
-            "prompt": {"max_length": 512},
-            "generation": {"max_new_tokens": 40},
-            "calibrate": {"prior": prior},
-        }
-    )
-    torch.manual_seed(seed)
-    tuned = attach_adapter(AutoModelForCausalLM.from_pretrained(model), config.lora)
-    for name, weights in tuned.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weights, std=0.3)
-    best = folder / "best"
-    tuned.save_pretrained(str(best))
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(str(best))
-    labels = tuple(LABELS) if task == "classification" else NER_LABELS
-    RunInfo.of(config, labels, tokenizer.chat_template).save(best)
-    if task == "classification":
-        rows = [{"id": str(i), "text": row["text"]} for i, row in enumerate(classification_rows(3))]
-        (folder / "validation").mkdir()
-        write_jsonl(folder / "validation" / "predictions.jsonl", rows)
-    return folder
-
 
 class Server:
     """A running `labeltune serve`; its log, and what it said on standard output, are kept in memory."""
@@ -89,8 +47,16 @@ class Server:
         """Ask it to end, and wait; its exit code."""
         self.process.terminate()
         code = self.process.wait(60)
-        self._reader.join(10)
+        self.close()
         return code
+
+    def close(self) -> None:
+        """Once it has ended: whatever led to it."""
+        self._reader.join(10)
+        self.client.close()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """Its log lines of one kind."""
@@ -130,3 +96,4 @@ def serving(run: Path, *options: str, key: str | None = None, playground: bool =
         if process.poll() is None:
             process.kill()
         process.wait()
+        server.close()

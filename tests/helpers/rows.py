@@ -1,0 +1,47 @@
+"""Rows that a two-layer model can learn, and files of rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+LABELS = ["Sports", "Space", "Art"]
+
+
+def classification_rows(count: int) -> list[dict[str, Any]]:
+    """Rows that a two-layer model can learn: the first word tells the label."""
+    words = {"Sports": "match", "Space": "rocket", "Art": "paint"}
+    rows = []
+    for index in range(count):
+        label = LABELS[index % 3]
+        rows.append(
+            {"text": f"{words[label]} number {index} {words[label]}", "category": LABELS, "output": label}
+        )
+    return rows
+
+
+def ner_rows(count: int) -> list[dict[str, Any]]:
+    """Rows with one entity each, every third with none."""
+    rows: list[dict[str, Any]] = []
+    for index in range(count):
+        if index % 3 == 2:
+            rows.append({"text": f"今天下雨 {index}", "entities": []})
+            continue
+        text = f"他在南京 {index}"
+        entity = {"start_idx": 2, "end_idx": 4, "entity_text": "南京", "entity_label": "GPE"}
+        rows.append({"text": text, "entities": [{**entity, "entity_names": ["地缘政治实体", "地理实体"]}]})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*.jsonl"))
+
+
+def joined(folder: Path) -> bytes:
+    return b"".join(part.read_bytes() for part in parts(folder))
