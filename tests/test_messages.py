@@ -105,17 +105,16 @@ OTHERS = re.compile(
     r"Invalid \\escape|" + "|".join(re.escape(os.strerror(number)) for number in errno.errorcode)
 )
 #: Everything these print is in the catalogue, and every error they raise.
-CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doctor.py commands/evaluate.py commands/export.py commands/init.py
-    commands/main.py commands/plan.py commands/options.py commands/predict.py commands/sweep.py commands/train.py config.py config_sections.py
-    data/audit.py data/columns.py data/convert.py data/download.py data/formats.py data/json_values.py data/labels.py
-    data/loading.py data/meeting.py data/offsets.py data/parquet.py data/records.py data/schemas.py data/sources.py data/standard_input.py
-    data/tables.py evaluation/data_report.py evaluation/headline.py export/card.py export/folder.py export/merge.py
-    export/push.py export/vllm.py io/lock.py io/hubs.py inference/calibrate.py inference/row_files.py inference/stream.py
-    models/hub.py models/pocket.py io/outputs.py io/progress.py prompts/template.py inference/ray_session.py commands/preparing.py
-    io/run_files.py io/run_folder.py sweep/report.py sweep/run.py sweep/space.py sweep/study.py
-    prompts/classification.py prompts/ner.py tracking/swanlab.py training/callbacks.py training/checkpoints.py
-    training/dataset.py training/preflight.py training/record.py training/resuming.py training/self_check.py
-    training/run.py training/trainer.py""".split()  # noqa: SIM905
+CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doctor.py commands/evaluate.py commands/export.py
+    commands/init.py commands/main.py commands/options.py commands/plan.py commands/predict.py commands/preparing.py
+    commands/sweep.py commands/train.py config.py data/check.py data/columns.py data/convert.py data/formats.py
+    data/labels.py data/loading.py data/records.py data/schemas.py data/sources.py data/standard_input.py data/tables.py
+    evaluation/data_report.py evaluation/summary.py export/card.py export/folder.py export/merge.py export/vllm.py
+    inference/calibration.py inference/files.py inference/ray.py io/hubs.py io/lock.py io/outputs.py io/progress.py
+    io/run_folder.py models/hub.py models/pocket.py prompts/classification.py prompts/ner.py prompts/template.py
+    sweep/report.py sweep/run.py sweep/space.py sweep/study.py tracking/swanlab.py training/callbacks.py
+    training/checkpoints.py training/dataset.py training/preflight.py training/record.py training/run.py
+    training/self_check.py training/trainer.py""".split()  # noqa: SIM905
 #: What they say that has no words of its own, or is for a programmer.
 SILENT = {
     f"labeltune {HOLE}",
