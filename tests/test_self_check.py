@@ -208,7 +208,6 @@ def test_a_state_that_runs_from_row_to_row_is_no_rounding(
 def test_compiled_layers_agree_and_are_checked() -> None:
     model, rows = lora_model(), random_rows()
     right = plain(model, rows)
-    model.enable_input_require_grads()  # as for every layer but a model's first, which would be compiled on its own
     compile_layers(model)
     assert choose(model) == (Choice("shared_prefix"), [])
     for budget in (40, 10_000):
