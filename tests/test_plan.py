@@ -186,13 +186,13 @@ def test_both_commands(in_folder: Path, model_folder: Path, capsys: pytest.Captu
     assert found["rows"] + found["validation_rows"] == 48 and found["trained"] < found["parameters"]
     assert found["steps"] == 3 * -(-found["rows"] // 8) and len(found["step_seconds"]) == 3
     assert found["tokens"]["tokens"] > found["rows"] and found["free_memory"] > found["memory"] >= 0
-    for command in (lambda: plan_command(path), lambda: train_command(str(path), dry_run=True)):
+    for command in (lambda: plan_command(path), lambda: train_command(config=str(path), dry_run=True)):
         command()
         names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
         assert names == ["rows", "tokens", "budget", "computed", "memory", "time"]
     assert not Path(config.output_dir).exists()
     with pytest.raises(ConfigError, match="leave out --resume"):
-        train_command(str(path), dry_run=True, resume=True)
+        train_command(config=str(path), dry_run=True, resume=True)
 
 
 def test_the_order_is_that_of_training(in_folder: Path, model_folder: Path) -> None:
