@@ -24,6 +24,7 @@ import pytest
 from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
 from helpers.tiny_models import make_tokenizer
 from labeltune.config import DataConfig, build_config
+from labeltune.data import check
 from labeltune.data.blocks import Block, cut_file, cut_lines, cut_parquet, read_block
 from labeltune.data.check import Audit, audit_blocks
 from labeltune.data.loading import Rows, load_rows, stratified_split, stratum
@@ -159,7 +160,7 @@ def test_a_repeated_column_is_one_record_in_blocks_too(tmp_path: Path) -> None:
 def test_an_audit_in_processes_is_the_audit_in_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Any, kind: str, max_rows: int | None
 ) -> None:
-    monkeypatch.setattr(audit_blocks, "_ROWS", 37)
+    monkeypatch.setattr(check, "_BLOCK_ROWS", 37)
     path = tmp_path / f"rows.{kind}"
     if kind == "jsonl":
         write_jsonl(path, faulty_rows(task))
