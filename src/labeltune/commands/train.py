@@ -41,9 +41,12 @@ from labeltune.io.outputs import is_hub_name
 from labeltune.io.progress import begin, no_long_silence, track
 from labeltune.io.run_files import check_inputs_kept, remove_half_checkpoints
 from labeltune.io.run_folder import RunInfo, check_output, remove_checkpoints, remove_leftovers
+from labeltune.prompts.builder import PromptBuilder
 from labeltune.types import Example
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from labeltune.inference.predictor import Predictor
     from labeltune.tracking.swanlab import SwanlabTracker
     from labeltune.training.record import Finished
@@ -186,7 +189,6 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         record.check_unchanged(resume_from, config, loaded, summarize(config, loaded))
 
     base, builder = load_prompts(config, loaded.labels)
-    from labeltune.inference.predictor import Predictor
     from labeltune.models.precision import pick_precision
     from labeltune.training.preflight import check_feasible
     from labeltune.training.run import run_training
@@ -206,15 +208,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     precision = pick_precision(config.training.precision, full=config.training.method == "full")
     check_feasible(config, precision, base, len(train_tokens), validation_tokens is not None)
     model = load_for_training(config, base, precision, say)
-    predictor = Predictor(
-        model,
-        builder.task,
-        builder.template,
-        config.generation,
-        calibrate=config.calibrate,
-        source=config.model,
-    )
-    predictor.share = True
+    predictor = _predictor_of(model, builder, config)
 
     tracker = _start_tracker(config, splits, resume_from, say)
     shown = fixed_handful(splits, config.swanlab.prediction_rows) if config.tracking == "swanlab" else []
@@ -253,14 +247,27 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         _remember(result, folder)
     if tracker is not None:
         tracker.finish()
-    say(
-        f"done in {time.monotonic() - started:.0f} s, {result.seconds:.0f} s of them training: "
-        f"{result.best} -> {result.best.resolve().name}"
-    )
-    if command is not None:
-        for line in _next_steps(config):
-            say(line)
+    seconds = f"{time.monotonic() - started:.0f} s, {result.seconds:.0f} s of them training"
+    say(f"done in {seconds}: {result.best} -> {result.best.resolve().name}")
+    for line in _next_steps(config) if command is not None else ():
+        say(line)
     return result
+
+
+def _predictor_of(model: PreTrainedModel, builder: PromptBuilder, config: RunConfig) -> Predictor:
+    """What predicts with the model while it is trained, its rows shared out over the processes."""
+    from labeltune.inference.predictor import Predictor
+
+    predictor = Predictor(
+        model,
+        builder.task,
+        builder.template,
+        config.generation,
+        calibrate=config.calibrate,
+        source=config.model,
+    )
+    predictor.share = True
+    return predictor
 
 
 def _checked_folder(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> Path | None:
