@@ -26,7 +26,7 @@ from helpers.tiny_models import make_tokenizer
 from labeltune.config import DataConfig, build_config
 from labeltune.data import check
 from labeltune.data.blocks import Block, cut_file, cut_lines, cut_parquet, read_block
-from labeltune.data.check import Audit, audit_blocks
+from labeltune.data.check import Audit
 from labeltune.data.loading import Rows, load_rows, stratified_split, stratum
 from labeltune.data.records import Record, bounded_lines
 from labeltune.data.sources import iter_records

@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[s
 
 
 def quiet_export(run: Path, output: Path, **options: Any) -> export_page.Exported:
-    return labeltune.export(run, output, say=lambda _: None, progress=False, **options)
+    return export_page.export(run, output, say=lambda _: None, progress=False, **options)
 
 
 def shown(folder: Path) -> list[str]:
@@ -188,7 +188,7 @@ def test_the_gate_counts_labels_and_entities() -> None:
 def test_without_rows_the_gate_says_that_it_is_open(runs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree((runs["classification"] / "best").resolve(), tmp_path / "alone")
     said: list[str] = []
-    done = labeltune.export(tmp_path / "alone", tmp_path / "out", say=said.append, progress=False)
+    done = export_page.export(tmp_path / "alone", tmp_path / "out", say=said.append, progress=False)
     assert done.parity is None and any("nothing is verified" in line for line in said)
     assert "was not compared" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     quiet = quiet_export(runs["classification"], tmp_path / "out2", verify=False)

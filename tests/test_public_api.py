@@ -21,6 +21,7 @@ def test_every_name_resolves() -> None:
     assert len(labeltune.__all__) == len(set(labeltune.__all__)) > 8
     for name in labeltune.__all__:
         assert getattr(labeltune, name) is not None
+        assert not (SOURCE / name).is_dir(), "a package of that name would hide it once it is imported"
         assert name in dir(labeltune)
     assert {"train", "evaluate", "predict", "load_predictor", "load_config", "Example", "Entity"} <= set(
         labeltune.__all__

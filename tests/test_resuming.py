@@ -16,6 +16,7 @@ import torch
 import labeltune
 from helpers.rows import classification_rows, write_jsonl
 from helpers.training import config_for, same_weights
+from labeltune.commands import export as export_page
 from labeltune.commands import train as train_page
 from labeltune.config import RunConfig, build_config
 from labeltune.errors import ConfigError, Interrupted, OutputError
@@ -245,7 +246,7 @@ def test_outputs_can_be_read_by_others(in_folder: Path, model_folder: Path) -> N
     before = os.umask(0o022)
     try:
         result = labeltune.train(config)
-        exported = labeltune.export(result.best, in_folder / "merged", merged=True, verify=False)
+        exported = export_page.export(result.best, in_folder / "merged", merged=True, verify=False)
     finally:
         os.umask(before)
     for folder in (result.last, exported.folder):

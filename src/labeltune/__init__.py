@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from labeltune.commands.compare import compare as compare
     from labeltune.commands.data import check_data as check_data
     from labeltune.commands.evaluate import evaluate as evaluate
-    from labeltune.commands.export import export as export
     from labeltune.commands.plan import plan as plan
     from labeltune.commands.predict import predict as predict
     from labeltune.commands.train import train as train
@@ -37,7 +36,6 @@ _HOMES = {
     "check_data": "commands.data",
     "compare": "commands.compare",
     "evaluate": "commands.evaluate",
-    "export": "commands.export",
     "load_config": "config",
     "load_predictor": "inference.load",
     "plan": "commands.plan",

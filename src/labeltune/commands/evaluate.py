@@ -163,25 +163,13 @@ def evaluate(
     task, labels = about_run.task, about_run.labels
     rows = labelled_rows(about_run, data, on_error, max_rows)
     examples = [rows.example(i) for i in range(len(rows.dataset))]
-    with contextlib.ExitStack() as stack:
-        if predictions is None and engine == "local":
-            predictor = stack.enter_context(opened(run, overrides, labels))
-            predictor.change(**changes)
-            stack.enter_context(predictor.base_model() if base else contextlib.nullcontext())
-            answers = predictor.stream(examples)
-        elif predictions is None:
-            answers = _on_ray(
-                about_run.name,
-                tuple(overrides),
-                base,
-                changes,
-                examples,
-                workers=workers,
-                address=address,
-            )
-        if predictions is None:
-            predictions = list(track(answers, len(examples), shown=progress))
-    used = {"decoding": about_run.generation.decoding}
+    if predictions is None:
+        if engine == "local":
+            asked = _asked(run, overrides, labels, base, changes, examples)
+        else:
+            name = about_run.name
+            asked = _on_ray(name, overrides, base, changes, examples, workers=workers, address=address)
+        predictions = list(track(asked, len(examples), shown=progress))
     dictionary = None
     if train_data is not None and task == "ner":
         known = load_rows(train_data, task, about_run.data, about_run.hub)
@@ -189,7 +177,7 @@ def evaluate(
     about = {
         "run": about_run.name,
         "base": base,
-        **used,
+        "decoding": about_run.generation.decoding,
         "data": data,
         **what_rows_are([about_run.folder], examples),
     }
@@ -377,9 +365,24 @@ def right_answer(example: Example) -> Any:
     return [entity.to_dict() for entity in example.entities]
 
 
+def _asked(
+    run: str | os.PathLike[str] | Predictor,
+    overrides: Sequence[str],
+    labels: Sequence[str],
+    base: bool,
+    changes: Mapping[str, Any],
+    examples: Sequence[Example],
+) -> Iterator[Prediction]:
+    """Predictions of checked examples, in order, by a model of this process."""
+    with opened(run, overrides, labels) as predictor:
+        predictor.change(**changes)
+        with predictor.base_model() if base else contextlib.nullcontext():
+            yield from predictor.stream(examples)
+
+
 def _on_ray(
     run: str,
-    overrides: tuple[str, ...],
+    overrides: Sequence[str],
     base: bool,
     changes: dict[str, Any],
     examples: Sequence[Example],
@@ -390,7 +393,7 @@ def _on_ray(
     """Predictions of checked examples, in order; equal to those of this process up to rounding."""
     from labeltune.inference.ray import Cluster, ray_workers
 
-    load = partial(_changed, absolute_run(run), overrides, changes)
+    load = partial(_changed, absolute_run(run), tuple(overrides), changes)
     found: dict[int, list[Prediction]] = {}
     at = 0
     blocks = [_Rows(first, examples[first : first + RAY_ROWS]) for first in range(0, len(examples), RAY_ROWS)]

@@ -157,9 +157,7 @@ def export(
         PromptError: the chat template cannot be written as a Modelfile.
     """
     merged = merged or ollama or onnx
-    if not verify and verify_data is not None:
-        raise ConfigError("--verify and --no-verify contradict each other")
-    _check_options(merged, dtype, tolerance, push)
+    _check_options(merged, dtype, tolerance, push, verify, verify_data)
     from labeltune.export import card
     from labeltune.export import onnx as onnx_form
     from labeltune.export.folder import check_target, push_folder, whole_folder
@@ -170,8 +168,7 @@ def export(
     checkpoint = checkpoint_of(run)
     info = RunInfo.load(checkpoint)
     target = Path(output).expanduser()
-    read = [given for given in (verify_data, metrics) if given is not None]
-    check_target(target, checkpoint, overwrite, read)
+    check_target(target, checkpoint, overwrite, [given for given in (verify_data, metrics) if given])
     test_metrics = card.read_metrics(Path(metrics), info.task) if metrics is not None else None
     job = _prepare(checkpoint, info, target, merged=merged, dtype=dtype, ollama=ollama, push=push, name=name)
     rows = rows_to_verify(checkpoint, info, verify_data, max_rows, say) if verify else []
@@ -195,13 +192,17 @@ def export(
     return Exported(target, job.kind, job.dtype, parity, commands, address)
 
 
-def _check_options(merged: bool, dtype: str | None, tolerance: float, push: str | None) -> None:
+def _check_options(
+    merged: bool, dtype: str | None, tolerance: float, push: str | None, verify: bool, verify_data: str | None
+) -> None:
     from labeltune.export.folder import DTYPES, check_repo
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if not 0 <= tolerance < 1:
         raise ConfigError(f"--tolerance is a share of rows, from 0 to below 1, not {tolerance:g}")
+    if not verify and verify_data is not None:
+        raise ConfigError("--verify and --no-verify contradict each other")
     if dtype is not None and not merged:
         raise ConfigError("--dtype is for --merged; an adapter is exported as it was trained")
     if push is not None:

@@ -12,6 +12,9 @@ import typer
 
 from labeltune.errors import MissingExtraError
 
+#: What the extra `serve` installs.
+SERVE_MODULES = ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client")
+
 
 def serve(
     *,
@@ -60,17 +63,8 @@ def serve(
     standard output.
     """
     started = time.monotonic()
-
-    for module in (
-        "fastapi",
-        "fastapi_offline",
-        "uvicorn",
-        "prometheus_client",
-        *(["gradio"] if playground else []),
-    ):
-        if find_spec(module) is None:
-            raise MissingExtraError("labeltune serve", "serve")
-
+    if not all(map(find_spec, (*SERVE_MODULES, "gradio") if playground else SERVE_MODULES)):
+        raise MissingExtraError("labeltune serve", "serve")
     from labeltune.serve.app import bind
     from labeltune.serve.app import serve as run_server
     from labeltune.serve.models import load_models, parse_adapter

@@ -46,9 +46,12 @@ from labeltune.io.run_folder import (
     remove_checkpoints,
     remove_half_checkpoints,
 )
+from labeltune.prompts.builder import PromptBuilder
 from labeltune.types import Example
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from labeltune.inference.predictor import Predictor
     from labeltune.tracking.base import Tracker
     from labeltune.training.record import Finished
@@ -191,7 +194,6 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         record.check_unchanged(resume_from, config, loaded, summarize(config, loaded))
 
     base, builder = load_prompts(config, loaded.labels)
-    from labeltune.inference.predictor import Predictor
     from labeltune.models.precision import pick_precision
     from labeltune.tracking.base import start_tracker
     from labeltune.training.preflight import check_feasible
@@ -212,15 +214,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     precision = pick_precision(config.training.precision, full=config.training.method == "full")
     check_feasible(config, precision, base, len(train_tokens), validation_tokens is not None)
     model = load_for_training(config, base, precision, say)
-    predictor = Predictor(
-        model,
-        builder.task,
-        builder.template,
-        config.generation,
-        calibrate=config.calibrate,
-        source=config.model,
-    )
-    predictor.distributed = True
+    predictor = _predictor_of(model, builder, config)
 
     tracker = start_tracker(config, splits, resume_from, say)
     shown = fixed_handful(splits, config.swanlab.prediction_rows) if config.tracking != "none" else []
@@ -257,14 +251,27 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     if rank() == 0:
         _remember(result, folder)
     tracker.finish()
-    say(
-        f"done in {time.monotonic() - started:.0f} s, {result.seconds:.0f} s of them training: "
-        f"{result.best} -> {result.best.resolve().name}"
-    )
-    if command is not None:
-        for line in _next_steps(config):
-            say(line)
+    seconds = f"{time.monotonic() - started:.0f} s, {result.seconds:.0f} s of them training"
+    say(f"done in {seconds}: {result.best} -> {result.best.resolve().name}")
+    for line in _next_steps(config) if command is not None else ():
+        say(line)
     return result
+
+
+def _predictor_of(model: PreTrainedModel, builder: PromptBuilder, config: RunConfig) -> Predictor:
+    """What predicts with the model while it is trained, its rows shared out over the processes."""
+    from labeltune.inference.predictor import Predictor
+
+    predictor = Predictor(
+        model,
+        builder.task,
+        builder.template,
+        config.generation,
+        calibrate=config.calibrate,
+        source=config.model,
+    )
+    predictor.distributed = True
+    return predictor
 
 
 def _checked_folder(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> Path | None:

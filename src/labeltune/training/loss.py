@@ -120,6 +120,7 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: Any, chunk: int
     ) -> Any:
+        """Sum of the losses; keeps the gradient for `hidden` that it computed on the way."""
         gradient = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
         buffer = _workspace(min(chunk, len(targets)), weight.shape[0], hidden.device)
@@ -142,6 +143,7 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The kept gradient, scaled."""
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream).to(gradient.dtype), None, None, None, None
 
