@@ -32,6 +32,7 @@ from labeltune.data.sources import download_original, iter_records, resolve_data
 from labeltune.errors import counted, printable
 from labeltune.evaluation.data_report import check_report, data_page, make_report
 from labeltune.io.outputs import check_file, write_text
+from labeltune.io.progress import phase
 from labeltune.messages import spoken, verbatim
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder
@@ -98,7 +99,8 @@ def check(
     model = _model_at_hand(tokenizer, config if Path(file).suffix in (".yaml", ".yml") else None)
     loaded = _load_tokenizer(model) if model is not None else None
     counter = _token_counter(loaded) if loaded is not None else None
-    rows = check_data(config, train_file, test_file, counter, loaded)
+    with phase("checking the rows"):
+        rows = check_data(config, train_file, test_file, counter, loaded)
     audits = [r.audit for r in rows]
     unreadable = next((a.path for a in audits if a.unreadable is not None), None)
     findings = None

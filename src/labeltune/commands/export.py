@@ -18,7 +18,7 @@ from labeltune.commands.evaluate import describe_run, labelled_rows
 from labeltune.commands.row_hashes import SELECTION_FILE, TRAINING_FILE
 from labeltune.errors import ConfigError, DataError
 from labeltune.io.outputs import is_hub_name, write_json, write_text
-from labeltune.io.progress import tell, track
+from labeltune.io.progress import phase, tell, track
 from labeltune.io.run_folder import RunInfo, public_name
 from labeltune.prompts import make_task
 from labeltune.prompts.template import ChatTemplate
@@ -71,22 +71,23 @@ def export_command(
 
     The commands to run next go to standard output.
     """
-    done = export(
-        run,
-        output,
-        merged=merged,
-        dtype=dtype,
-        ollama=ollama,
-        onnx=onnx,
-        verify=not no_verify,
-        verify_data=verify,
-        max_rows=max_rows,
-        tolerance=tolerance,
-        metrics=metrics,
-        push=push,
-        name=name,
-        overwrite=overwrite,
-    )
+    with phase("loading the model"):
+        done = export(
+            run,
+            output,
+            merged=merged,
+            dtype=dtype,
+            ollama=ollama,
+            onnx=onnx,
+            verify=not no_verify,
+            verify_data=verify,
+            max_rows=max_rows,
+            tolerance=tolerance,
+            metrics=metrics,
+            push=push,
+            name=name,
+            overwrite=overwrite,
+        )
     for purpose, command in done.commands.items():
         print(f"# {purpose}\n{command}")
 

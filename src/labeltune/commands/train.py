@@ -43,6 +43,7 @@ from labeltune.io.run_folder import (
     RunInfo,
     check_inputs_kept,
     check_output,
+    checkpoints,
     remove_checkpoints,
     remove_half_checkpoints,
 )
@@ -178,8 +179,11 @@ def train(
         try:
             return _train(config, resume, overwrite, say, command)
         except KeyboardInterrupt:
+            saved = checkpoints(Path(config.output_dir))
             raise Interrupted(
-                "stopped outside the training steps; checkpoints saved before are kept"
+                f"stopped; {saved[-1].name} is saved, --resume continues it"
+                if saved
+                else "stopped before the first checkpoint; nothing is saved"
             ) from None
 
 

@@ -18,6 +18,8 @@ from labeltune.errors import printable
 from labeltune.messages import localize
 
 _SECONDS_BETWEEN_LINES = 5.0
+#: Fewer rows say nothing about the time that is left.
+_ROWS_FOR_A_RATE = 10
 #: Nothing is said for longer than this, without a bar.
 SILENCE = 15.0
 _noted: set[str] = set()
@@ -191,7 +193,9 @@ def _plain_lines(total: int | None, what: str, last_line: bool) -> Callable[[int
         last = now
         rate = done / max(now - started, 1e-9)
         _Now.phase = ""
-        left = f", {(total - done) / rate:.0f} s left" if total else ""
+        # The first rows wait for what the model does once.
+        known = total and (done >= _ROWS_FOR_A_RATE or done == total)
+        left = f", {(total - done) / rate:.0f} s left" if total and known else ""
         print(
             f"{what}: {done}{f'/{total}' if total else ''} rows, {rate:.2f} rows/s{left}",
             file=sys.stderr,

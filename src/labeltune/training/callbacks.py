@@ -353,8 +353,9 @@ class ShowPredictions(TrainerCallback):  # type: ignore[misc]
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """After each pass over the rows."""
-        self.show_once(state, f"epoch {state.epoch or 0:.0f}")
+        """After each whole pass over the rows."""
+        if state.epoch is not None and state.epoch.is_integer():
+            self.show_once(state, f"epoch {state.epoch:.0f}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
