@@ -32,6 +32,8 @@ _NOT_WARMED = {
     "labeltune.__main__",
     "labeltune.inference.ray",
     "labeltune.serve.playground",
+    "labeltune.tracking.tensorboard",
+    "labeltune.tracking.wandb",
 }
 
 #: File operations that Python reports to audit hooks.

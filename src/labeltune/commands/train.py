@@ -255,8 +255,8 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     if rank() == 0:
         _remember(result, folder)
     tracker.finish()
-    seconds = f"{time.monotonic() - started:.0f} s, {result.seconds:.0f} s of them training"
-    say(f"done in {seconds}: {result.best} -> {result.best.resolve().name}")
+    took, best = time.monotonic() - started, result.best
+    say(f"done in {took:.0f} s, {result.seconds:.0f} s of them training: {best} -> {best.resolve().name}")
     for line in _next_steps(config) if command is not None else ():
         say(line)
     return result
