@@ -180,7 +180,7 @@ def test_skipped_rows_are_counted(in_folder: Path, model_folder: Path) -> None:
     assert any("output_not_in_candidates 1" in line for line in said)
 
 
-@pytest.mark.parametrize("lora", [{"rslora": True}, {"dora": True}, {"target_modules": ["q_proj"]}])
+@pytest.mark.parametrize("lora", [{"rslora": True}, {"dora": True}, {"target_modules": ("q_proj",)}])
 def test_adapter_variants_train(in_folder: Path, model_folder: Path, lora: dict[str, Any]) -> None:
     config = config_for(in_folder, model_folder, max_steps=1)
     config = config.model_copy(update={"lora": config.lora.model_copy(update=lora)})
