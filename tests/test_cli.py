@@ -23,16 +23,14 @@ from labeltune.config import load_config
 from labeltune.data.sources import iter_records
 
 ROOT = Path(__file__).resolve().parents[1]
+#: A verb's page is imported when it is called, and with it what reads rows, but nothing that computes.
 HEAVY = (
     "torch",
     "transformers",
-    "datasets",
     "peft",
     "swanlab",
     "modelscope",
     "sklearn",
-    "pyarrow",
-    "rich",
     "optuna",
     "fastapi",
     "gradio",

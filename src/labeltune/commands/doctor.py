@@ -18,7 +18,6 @@ import typer
 
 from labeltune.messages import localize, spoken
 from labeltune.models.pocket import cache_folder
-from labeltune.tracking.swanlab import logged_in
 
 Finding = tuple[str, str, str]
 OK, NOTE, LACK = "ok", "note", "LACK"
@@ -160,5 +159,7 @@ def _hubs(asked: list[_Asked]) -> Iterator[Finding]:
 
 
 def _swanlab() -> Finding:
+    from labeltune.tracking.swanlab import logged_in
+
     answer = logged_in()
     return (OK, "SwanLab: logged in", "") if answer == "yes" else (NOTE, f"SwanLab: {answer}", LOCAL)
