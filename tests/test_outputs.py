@@ -401,8 +401,6 @@ def test_json_goes_where_it_is_wanted(
     in_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import labeltune
-
     run_without_weights(in_folder / "run")
     write_jsonl(in_folder / "rows.jsonl", classification_rows(3))
     figures = {"rows": 3, "rows_are": "test", "task": "classification", "unparsable": 0.0, "labels": {}}
