@@ -264,7 +264,7 @@ def test_openai_s_client_can_talk_to_it(server: Server, runs: dict[str, Path]) -
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
     with load_predictor(runs["news"]) as predictor:
         right = {text: predictor.predict([text])[0].label for text in ("a match", "the rocket")}
-        prompt = predictor.task.conversation(predictor._examples(["a match"], ["雨", "sun"])[0])
+        prompt = predictor.task.conversation(next(iter(predictor._examples(["a match"], ["雨", "sun"]))))
         (own,) = predictor.predict(["a match"], ["雨", "sun"])
     for text, label in right.items():
         messages: list[Any] = [{"role": "system", "content": "ignored"}, {"role": "user", "content": text}]
