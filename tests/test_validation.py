@@ -116,8 +116,8 @@ def test_a_run_remembers_the_rows_it_was_trained_on(trained: Path, in_folder: Pa
         metrics = labeltune.evaluate(trained, "rows.jsonl", output="figures", progress=False)
         assert rows_line(metrics) == said
         page = Path("figures/report.html").read_text(encoding="utf-8")
-        seen = "seen" if said.endswith("training)") else 'seen\' class="bad"'
-        assert f"<b id='{seen.rstrip(chr(39))}" in page and f"rows: {said}" in page
+        seen = "" if said.endswith("training)") else ' class="bad"'
+        assert f'<b id="seen"{seen}>' in page and f"rows: {said}" in page
         assert (
             json.loads(Path("figures/metrics.json").read_text())["training_rows"] == metrics["training_rows"]
         )

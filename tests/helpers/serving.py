@@ -47,7 +47,7 @@ class Server:
         """Ask it to end, and wait; its exit code."""
         self.process.terminate()
         code = self.process.wait(60)
-        self.close()
+        self._reader.join(10)
         return code
 
     def close(self) -> None:
