@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ import torch
 from helpers.runs import make_run
 from labeltune import load_predictor
 from labeltune.errors import ModelError
+from labeltune.inference.load import weights_file
+from labeltune.io.outputs import file_hash
+from labeltune.io.run_folder import RunInfo, find_checkpoint
+from labeltune.training.checkpoints import write_manifest
 
 TEXTS = ["a match in the rain", "the rocket landed", "南京 的 比赛", "paint on canvas"]
 
@@ -42,3 +47,19 @@ def test_weights_that_would_round_the_merge_keep_the_adapter_beside_them(
     with load_predictor(run, merge=True, precision="bf16", device="cpu") as predictor:
         assert predictor.model.get_base_model().dtype == torch.bfloat16
         assert hasattr(predictor.model, "disable_adapter")
+
+
+def test_retrained_weights_have_another_fingerprint(tmp_path: Path, model_folder: Path) -> None:
+    """So `predict --resume` does not mix the answers of two models, also where all weights were trained and one file holds them."""
+    run = make_run(tmp_path / "run", model_folder)
+    info = replace(RunInfo.load(find_checkpoint(run)), adapter=False)
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    found = []
+    for weights in (b"first", b"second"):
+        (folder / "model.safetensors").write_bytes(weights)
+        found.append(file_hash(weights_file(folder, info)))
+        write_manifest(folder)
+        found.append(file_hash(weights_file(folder, info)))
+        (folder / "manifest.json").unlink()
+    assert len(set(found)) == 4

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import snapshot_download as hf_download
+import huggingface_hub
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
@@ -100,7 +100,11 @@ def _fetch(spec: str, repo: str, hub: HubConfig, ignored: list[str]) -> Path:
         return Path(
             ms_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=ignored)
         )
-    return Path(hf_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=ignored))
+    return Path(
+        huggingface_hub.snapshot_download(
+            repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=ignored
+        )
+    )
 
 
 def _check_files(folder: Path, spec: str, weights: bool) -> None:
