@@ -207,7 +207,7 @@ def test_two_runs_are_compared(in_folder: Path, model_folder: Path) -> None:
     empty = str(write_jsonl(in_folder / "empty.jsonl", []))
     with pytest.raises(DataError, match="the file holds no rows"):
         labeltune.compare("base", result.best, empty, progress=False)
-    with pytest.raises(DataError, match="no usable row"):
+    with pytest.raises(DataError, match="the file holds no rows"):
         labeltune.compare("base", result.best, empty, on_error="skip", progress=False)
     with pytest.raises(ModelError):
         labeltune.compare("nowhere", result.best, data, progress=False)

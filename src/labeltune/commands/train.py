@@ -160,8 +160,8 @@ def train(
     """Fine-tune a model as the config says; checkpoints appear under `config.output_dir`.
 
     Args:
-        resume: go on from the last complete checkpoint, with the same rows and, but for how long to train and what to show,
-            the same config. A finished run is left as it is.
+        resume: go on from the last complete checkpoint, with the same rows and config; what may differ (epochs, logging,
+            patience ...) is listed in training/record.py. A finished run is left as it is.
         overwrite: delete the checkpoints of an earlier run, once data and model are known to be usable.
         command: the command line that trains, for messages on how to go on; nothing is said about commands when None.
 
@@ -308,7 +308,7 @@ class Validate:
 
 @dataclass(frozen=True)
 class ShowOnBoard:
-    """The same few rows, predicted again as training goes on; on the board their table shows the beginning of a text."""
+    """The same few rows, predicted again as training goes on; boards cut long texts, so the answer stands first."""
 
     predictor: Predictor
     rows: Sequence[Example]
@@ -382,7 +382,7 @@ def _finish(
     tracker: Tracker,
     say: Say,
 ) -> None:
-    """With the best checkpoint's weights: fit a temperature, remember the rows that chose, and report on them."""
+    """With the best checkpoint's weights: fit a temperature, save hashes of the validation rows (`evaluate` says which rows were used for selection), and report."""
     from labeltune.inference.calibration import calibrate, calibration_figures
     from labeltune.inference.load import load_predictor
     from labeltune.models.lora import restore_adapter

@@ -64,14 +64,14 @@ class Predictor:
 
     Args:
         model: a causal language model, with or without an adapter.
-        task: the prompt builder and parser.
+        task: what is asked, and how an answer is read.
         template: the tokenizer and its chat template.
         generation: how answers are found, and their bounds.
         columns: names of the columns in the run's data files.
         calibrate: prior correction.
         calibration: what was fitted on validation rows.
         source: names the base model.
-        weights: file that tells these weights from others, for `fingerprint`.
+        weights: file whose hash stands for the weights, for `fingerprint`.
         encoding: of the text files of the run's data.
 
     Attributes:

@@ -16,8 +16,6 @@ from labeltune.io.run_folder import RunInfo
 from labeltune.training.packing import steps_in_all
 
 if TYPE_CHECKING:
-    import torch
-
     from labeltune.data.loading import Splits
 
 #: In a checkpoint: config and rows of the run.
@@ -176,7 +174,7 @@ def _same(key: str, old: Any, new: Any) -> bool:
     return bool(old == new)
 
 
-def _shown(value: torch.Tensor) -> str:
+def _shown(value: object) -> str:
     return clipped(json.dumps(value, ensure_ascii=False), 200)
 
 

@@ -1,6 +1,6 @@
 """A training from its config to its result: Trainer's arguments, the trainer and its callbacks, and the link to the best checkpoint.
 
-At the end: the first steps of a run, timed with the same Trainer; nothing is saved then.
+Below it: `time_steps`, the first steps of a run timed with the same Trainer for `--dry-run`, which saves nothing.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def run_training(
     validated = validation is not None
     arguments = training_arguments(config, precision, validated)
     done = resume_from is not None and trained_already(resume_from, config, len(train), validated)
-    if done:  # Killed behind the last checkpoint: Trainer would do one more step.
+    if done:  # All steps were done before the kill; Trainer would add one.
         arguments.num_train_epochs, arguments.max_steps = 0, -1
     checkpoint = Checkpoint(info, files or {}, config.training.save_total_limit, sums := LogSums())
     stopper, progress = StopOnInterrupt(), Progress(config.training.batch_size)
@@ -168,7 +168,7 @@ def _result(trainer: LabelTrainer, config: RunConfig, seconds: float, unimproved
     chosen = output / f"checkpoint-{state.best_global_step}" if measured else last
     if trainer.is_world_process_zero():
         point_best(output, chosen)
-        # The end of a run is not gone on from: with save_total_limit=1 only the best checkpoint is kept.
+        # A finished run is never resumed, so its last checkpoint may go: with save_total_limit=1 only the best one is kept.
         remove_old(output, config.training.save_total_limit, {chosen})
     trainer.accelerator.wait_for_everyone()
     return TrainResult(
@@ -185,7 +185,7 @@ def _result(trainer: LabelTrainer, config: RunConfig, seconds: float, unimproved
 
 
 def prepare(trainer: LabelTrainer, config: RunConfig, precision: Precision) -> None:
-    """Decide how steps are computed: now, or where FSDP2 shards the weights, when training begins."""
+    """Choose packing and pack size: at once, or with FSDP2 when training begins, as weights are sharded then."""
 
     def settle(model: PreTrainedModel) -> None:
         trainer.settings = prepare_steps(

@@ -1,4 +1,4 @@
-"""transformers' Trainer with packed steps: one batch of the data loader is one optimizer step, on every process.
+"""transformers' Trainer with packed steps: every process reads the rows of a whole optimizer step and computes its share.
 
 Only what Trainer documents is used: its public methods are overridden, callbacks do the rest, and no private member is touched.
 """
@@ -46,7 +46,7 @@ class StepSettings:
 
     Attributes:
         head: output layer that is run in chunks, or None (see `answer_loss`).
-        pairs_per_token: pairs of a query and a key that cost as much as one token's matrix products.
+        pairs_per_token: how many attention pairs (query, key) take as long as one token's linear layers; it weighs long rows.
     """
 
     packing: Packing
@@ -147,19 +147,19 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
                 full = False
             except torch.OutOfMemoryError:
                 full = True
-            # All processes repeat the step, or none does; where weights are shared out the others wait inside a pass.
-            if not (full if self.reduces_by_itself else all_reduce([float(full)], "max")[0]):
+            # All processes repeat the step, or none does. With sharded weights none can ask: the others are inside a forward pass.
+            if not (full if self.backend_averages_gradients else all_reduce([float(full)], "max")[0]):
                 break
             self.shrink(model, max(len(row.ids) for row in inputs))
             torch.set_rng_state(before)
-        if not self.reduces_by_itself:
+        if not self.backend_averages_gradients:
             all_reduce_gradients(model)
         # The loss of the whole step, so that all processes stop together; Trainer logs the mean over them.
         (loss,) = all_reduce([float(total)], "sum")
         self.stop_unless_finite("loss", loss)
         # A loss scaler leaves out steps whose gradients overflow by itself.
         if getattr(self.accelerator, "scaler", None) is None:
-            # Without clipping. Behind Trainer's own clipping it is too late: an infinite norm has made zeros of the gradients.
+            # A bound of infinity only measures the norm. After Trainer's own clipping an infinite norm has made zeros of the gradients.
             norm = self.accelerator.clip_grad_norm_(model.parameters(), math.inf)
             if norm is not None:
                 self.stop_unless_finite("gradient's norm", float(sharded.whole(norm)))
@@ -183,7 +183,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         )
 
     @property
-    def reduces_by_itself(self) -> bool:
+    def backend_averages_gradients(self) -> bool:
         """FSDP2 and DeepSpeed take the mean of gradients over processes in the backward pass of every pack."""
         return bool(self.sharded or self.is_deepspeed_enabled)
 
@@ -196,13 +196,15 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         packs = shares[self.accelerator.process_index]
         self.sums.given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
         self.sums.computed += sum(pack.tokens(rows, settings.packing) for pack in packs)
-        quiet = contextlib.nullcontext() if self.reduces_by_itself else self.accelerator.no_sync(model)
+        quiet = (
+            contextlib.nullcontext() if self.backend_averages_gradients else self.accelerator.no_sync(model)
+        )
         with attention_for(self.model, settings.packing), quiet:
             for number, pack in enumerate(packs, start=1):
-                loss = self.pack_loss(model, rows, pack) * (float(pack.counted) / answers)
+                loss = self.pack_loss(model, rows, pack) * ((1.0 if pack.counted else 0.0) / answers)
                 # DeepSpeed makes its optimizer step in the backward pass of the last pack.
                 self.accelerator.sync_gradients = number == len(packs)
-                self.accelerator.backward(loss * processes if self.reduces_by_itself else loss)
+                self.accelerator.backward(loss * processes if self.backend_averages_gradients else loss)
                 total += loss.detach()
         return total
 
@@ -220,7 +222,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         """
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        if self.reduces_by_itself:
+        if self.backend_averages_gradients:
             raise ModelError(
                 f"out of memory with packs of {self.settings.max_tokens} tokens; set training.max_tokens_per_pack="
                 f"{max(longest, self.settings.max_tokens // 2)} and start again with --resume (a step of sharded weights cannot "
@@ -247,7 +249,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
     ) -> EvalLoopOutput:
         """Mean cross-entropy over all answer tokens of the rows, and the figures of `validate`.
 
-        Each unit of rows is computed by one process as it would be by a single one; sums are added in the order of units.
+        Each unit of rows is computed by one process, exactly as in a run of one process; sums are added in the order of units.
         """
         begin(f"validating at step {self.state.global_step}")
         model = self.model
@@ -262,7 +264,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
                 answers += sum(len(row.answer) for row in rows)
                 count += len(rows)
         total = math.fsum(all_reduce(sums, "sum"))
-        # Whoever ran out of memory went on with smaller packs.
+        # One process may have halved its packs; all take the smallest.
         self.settings.max_tokens = int(all_reduce([self.settings.max_tokens], "min")[0])
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": total / answers}
@@ -282,7 +284,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
                 self.shrink(model, max(len(row.ids) for row in rows))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's own, which is the first thing that it does for a checkpoint; whatever has the folder's name makes room before.
+        """Trainer's own, the first thing that it does for a checkpoint. An older folder of that name is moved aside first.
 
         Of sharded weights only the trained ones are collected, on the main process.
         """
@@ -299,8 +301,8 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
             self.processing_class.save_pretrained(folder)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's own line, with the mean loss since the last one also across a resume, the share of tokens that sharing
-        saved, and memory; at the end, with the mean loss of all steps."""
+        """Trainer's own line, with `loss` (the mean since the last line, also across a resume), `tokens_saved` (the share that
+        sharing saved) and `memory_gb`; at the end, the mean loss of all steps."""
         step, sums = self.state.global_step, self.sums
         if "train_loss" in logs:
             logs["train_loss"] = sums.mean(step)
