@@ -30,7 +30,6 @@ from labeltune.data.loading import Rows, load_rows
 from labeltune.data.schemas import Fault
 from labeltune.data.sources import download_original, iter_records, resolve_data
 from labeltune.errors import counted, printable
-from labeltune.evaluation.data_report import check_report, data_page, make_report
 from labeltune.io.outputs import check_file, write_text
 from labeltune.io.progress import phase
 from labeltune.messages import spoken, verbatim
@@ -89,6 +88,8 @@ def check(
 ) -> None:
     """List every fault with file:line; exit 1 on errors, 0 otherwise."""
     if report is not None:
+        from labeltune.evaluation.data_report import check_report
+
         check_report(report, [given for given in (file, test) if given is not None])
     config, train_file, test_file = _check_target(file, test, task, labels, overrides or [])
     if report is not None:
@@ -186,6 +187,8 @@ def report_data(
         MissingExtraError: datasketch or cleanlab is not installed.
         OutputError: the report cannot be written.
     """
+    from labeltune.evaluation.data_report import check_report, data_page, make_report
+
     check_report(path)
     stop_on_errors([rows.audit for rows in files], skip=True, fix="")
     report = make_report(files, config, tokenizer, model, progress=True)
