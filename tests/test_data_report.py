@@ -519,7 +519,7 @@ def test_a_plain_check_loads_nothing_of_the_report(tmp_path: Path) -> None:
         "from labeltune.commands.main import app\n"
         "try: app()\n"
         "except SystemExit: pass\n"
-        "found = ('datasketch', 'cleanlab', 'sklearn', 'labeltune.evaluation.data_report')\n"
+        "found = ('torch', 'datasketch', 'cleanlab', 'sklearn', 'labeltune.evaluation.data_report')\n"
         "print([name for name in found if name in sys.modules], file=sys.stderr)"
     )
     done = process(tmp_path, "-c", code)

@@ -156,7 +156,9 @@ def test_a_page_speaks_one_language_at_a_time(browser: Any, pages: dict[str, Pat
         assert view.evaluate("document.documentElement.lang") == "zh"
         told = own_words(view)
         # Names of files, folders and columns stand inside some sentences.
-        names = english_words(f"{RUN} {path} text train.jsonl --tokenizer FOLDER ms:qwen/Qwen2-1.5B-Instruct")
+        names = english_words(
+            f"{RUN} {path} text train.jsonl --tokenizer FOLDER --json report.near_duplicates.listed report.suspects.listed ms:qwen/Qwen2-1.5B-Instruct"
+        )
         assert english_words(told) - LATIN <= names, each
         view.click("#language")
         assert not CHINESE.search(re.sub("意图(分类|_train|-a)", "", own_words(view))), each

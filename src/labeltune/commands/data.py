@@ -234,7 +234,6 @@ def guess_task(spec: str, config: RunConfig) -> str:
 
 def _model_at_hand(tokenizer: str | None, config: RunConfig | None) -> Path | None:
     """The folder of the named tokenizer, else that of the config's model where that needs no download."""
-    from labeltune.models.hub import resolve_model
     from labeltune.models.pocket import POCKET_MODELS, is_cached
 
     if tokenizer is None and config is not None:
@@ -242,6 +241,8 @@ def _model_at_hand(tokenizer: str | None, config: RunConfig | None) -> Path | No
         tokenizer = config.model if at_hand else None
     if tokenizer is None:
         return None
+    from labeltune.models.hub import resolve_model
+
     folder = Path(tokenizer)
     hub = config.hub if config is not None else HubConfig()
     return folder if folder.is_dir() else resolve_model(tokenizer, hub).folder
