@@ -11,12 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import pyarrow as pa
-from datasets import Dataset, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
 from labeltune.config import DataConfig, HubConfig, TaskName
@@ -41,6 +39,10 @@ from labeltune.io.lock import OTHER_TEMPORARY, scratch_folder
 from labeltune.io.outputs import writing
 from labeltune.io.processes import worker_count
 from labeltune.types import Example
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+    from datasets.arrow_writer import ArrowWriter
 
 #: Characters of texts that wait to be written, at most (and one text more).
 _WAITING_CHARACTERS = 8_000_000
@@ -96,6 +98,8 @@ class Splits:
 
 def features() -> Features:
     """Arrow types of the columns of `Example.to_row`."""
+    from datasets import Features, List, Value
+
     entity = {
         "text": Value("string"),
         "label": Value("string"),
@@ -156,6 +160,8 @@ def load_rows(
         audit.faults.clear()
         audit.counts.clear()
         audit.add_fault(Fault("wrong_task", f"{printable(str(path))}:1", problem, whole=True))
+    from datasets import Dataset
+
     if audit.usable:
         dataset = Dataset.from_file(target)
     else:
@@ -201,6 +207,8 @@ def _audit_into(
             if path.suffix.lower() != ".parquet":
                 raise
             # A damaged file: one process, below, says from which row on.
+    from datasets.arrow_writer import ArrowWriter
+
     with ArrowWriter(path=target, features=schema, writer_batch_size=1000) as writer:
         audit = audit_file(
             path,

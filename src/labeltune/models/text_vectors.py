@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy
+import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import MultiLabelBinarizer, normalize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,9 +38,6 @@ def text_vectors(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TextVector
     file, name = place
 
     def vectors(texts: list[str]) -> NDArray[numpy.float32]:
-        from sklearn.decomposition import PCA
-        from sklearn.preprocessing import MultiLabelBinarizer, normalize
-
         ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
         tokens = MultiLabelBinarizer(sparse_output=True)
         holds = tokens.fit_transform(ids).astype(numpy.float32)
@@ -53,8 +54,6 @@ def text_vectors(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TextVector
 
 
 def _find(folder: Path) -> tuple[Path, str] | None:
-    from safetensors import SafetensorError, safe_open
-
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as tensors:
@@ -69,9 +68,6 @@ def _find(folder: Path) -> tuple[Path, str] | None:
 
 def _read(file: Path, name: str, tokens: NDArray[numpy.int64]) -> NDArray[numpy.float32]:
     """Rows of the embedding matrix, float32, shape [tokens, width]; zero for tokens it has no row for."""
-    import torch
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as tensors:
         weights = tensors.get_tensor(name)
         inside = tokens < weights.shape[0]

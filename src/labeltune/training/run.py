@@ -109,7 +109,6 @@ def run_training(
         Interrupted: Ctrl-C; a checkpoint has been saved.
         ModelError: one example alone does not fit into the device's memory.
     """
-    output = Path(config.output_dir)
     if precision.device == "cpu":
         connect(config.training.collective_timeout)
     validated = validation is not None
@@ -147,7 +146,7 @@ def run_training(
     try:
         with (
             checkpoint.failures_named(),
-            peer_errors(config.training.collective_timeout, lambda: how_to_go_on(output)),
+            peer_errors(config.training.collective_timeout, lambda: how_to_go_on(Path(config.output_dir))),
         ):
             if not done:
                 prepare(trainer, config, precision)
@@ -255,7 +254,8 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def _note(self, args: TrainingArguments) -> None:
+    def note_time(self, args: TrainingArguments) -> None:
+        """Once the device has done what it was given."""
         if args.device.type == "cuda":
             torch.cuda.synchronize(args.device)
         self.times.append(perf_counter())
@@ -265,13 +265,13 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Where the first step begins."""
-        self._note(args)
+        self.note_time(args)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Where a step ends and the next one begins."""
-        self._note(args)
+        self.note_time(args)
         if len(self.times) > 1 + TIMED_STEPS:
             control.should_training_stop = True
 
