@@ -28,7 +28,6 @@ from labeltune.inference import load as loading
 from labeltune.inference.files import PredictOptions, predict_file
 from labeltune.inference.load import load_predictor
 from labeltune.inference.ray import MOST_ATTEMPTS, Cluster, ray_session, ray_workers
-from labeltune.io import run_folder
 from labeltune.io.run_folder import RunInfo
 from labeltune.io.uris import Place
 
@@ -188,7 +187,7 @@ def test_what_cannot_be_done_is_said_before_ray_starts(
 ) -> None:
     monkeypatch.setattr(loading, "run_fingerprint", lambda run, changes: "fingerprint")
     monkeypatch.setattr(loading, "checkpoint_of", lambda run: run)
-    monkeypatch.setattr(run_folder, "files_read", lambda run: [])
+    monkeypatch.setattr("labeltune.commands.predict.files_read", lambda run: [])
     info = RunInfo.of(build_config({}), ("a",), "")
     monkeypatch.setattr(RunInfo, "load", lambda folder: info)
     (in_folder / "rows.csv").write_text("text\na\n")

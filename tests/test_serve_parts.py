@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -264,11 +265,8 @@ def test_ports_in_use_and_other_bases_are_refused(
 
 
 def test_the_command_needs_its_extra_and_help_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "uvicorn" else find(name, *a)
+        "labeltune.commands.serve.find_spec", lambda name: None if name == "uvicorn" else find_spec(name)
     )
     result = CliRunner().invoke(app, ["serve", "somewhere"])
     assert "labeltune[serve]" in str(result.exception)
