@@ -37,7 +37,7 @@ from labeltune.sweep.report import Trial, conclude, print_table
 from labeltune.sweep.run import run_sweep, validation_metric
 from labeltune.sweep.space import Sweep
 from labeltune.sweep.study import Study
-from labeltune.training.run import TrainResult
+from labeltune.training.record import TrainResult
 
 MEASURED_ON = "validation (used for selection)"
 

@@ -111,13 +111,13 @@ def compare(
     examples = [rows.example(i) for i in range(len(rows.dataset))]
     with opened(second, labels=about.labels) as predictor:
         if predictions is None:
-            predictions = list(track(predictor.stream(examples), len(examples), shown=progress))
+            predictions = _answers(predictor, examples, progress)
         if str(first) == BASE:
             with predictor.base_model():
-                answers_of_first = list(track(predictor.stream(examples), len(examples), shown=progress))
+                answers_of_first = _answers(predictor, examples, progress)
     for each in others:
         with opened(first, labels=each.labels) as predictor:
-            answers_of_first = list(track(predictor.stream(examples), len(examples), shown=progress))
+            answers_of_first = _answers(predictor, examples, progress)
     found = {
         "first": others[0].name if others else f"{about.name}{BARE}",
         "second": about.name,
@@ -134,6 +134,10 @@ def compare(
     if output is not None:
         _write(Path(output), found, examples, answers_of_first, predictions)
     return found
+
+
+def _answers(predictor: Predictor, examples: Sequence[Example], progress: bool) -> list[Prediction]:
+    return list(track(predictor.stream(examples), len(examples), shown=progress))
 
 
 def _check_second(second: str | os.PathLike[str] | Predictor) -> None:

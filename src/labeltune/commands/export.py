@@ -18,7 +18,7 @@ from labeltune.commands.evaluate import describe_run, labelled_rows
 from labeltune.commands.row_hashes import SELECTION_FILE, TRAINING_FILE
 from labeltune.errors import ConfigError, DataError
 from labeltune.io.outputs import is_hub_name, write_json, write_text
-from labeltune.io.progress import phase, tell, track
+from labeltune.io.progress import Say, phase, tell, track
 from labeltune.io.run_folder import RunInfo, public_name
 from labeltune.prompts import make_task
 from labeltune.prompts.template import ChatTemplate
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from labeltune.export.folder import Dtype
     from labeltune.export.parity import Parity
     from labeltune.export.vllm import Adapter
-
-Say = Callable[[str], None]
 
 
 def export_command(
@@ -71,7 +69,7 @@ def export_command(
 
     The commands to run next go to standard output.
     """
-    with phase("loading the model"):
+    with phase("exporting the model"):
         done = export(
             run,
             output,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,13 +24,11 @@ from labeltune.commands.preparing import (
 )
 from labeltune.config import RunConfig, load_config
 from labeltune.distributed import rank
-from labeltune.io.progress import begin, no_long_silence
+from labeltune.io.progress import Say, begin, no_long_silence
 from labeltune.messages import localize
 
 if TYPE_CHECKING:
     from labeltune.training.token_figures import TokenFigures
-
-Say = Callable[[str], None]
 
 
 def plan_command(

@@ -34,7 +34,7 @@ from labeltune.io.outputs import (
     open_stream,
     write_text,
 )
-from labeltune.io.progress import phase, row_progress, track
+from labeltune.io.progress import begin, phase, row_progress, track
 from labeltune.io.run_folder import RunInfo, encoding_of, files_read
 from labeltune.io.uris import Place
 from labeltune.types import Example, Prediction
@@ -143,6 +143,7 @@ def predict_command(
 
     texts = [with_labels(example, labels) for example in texts]
     with phase("loading the model"), load_predictor(run, merge=True) as predictor:
+        begin("predicting")
         predictor.change(**changes)
         if not text:
             encoding = used_encoding(encoding, predictor.encoding, str(path or "stdin"))

@@ -14,7 +14,7 @@ from labeltune.data.loading import Splits, load_splits, stratum
 from labeltune.data.schemas import Fault
 from labeltune.distributed import rank
 from labeltune.errors import MissingExtraError, PromptError, counted
-from labeltune.io.progress import begin, tell
+from labeltune.io.progress import Say, begin, tell
 from labeltune.io.run_folder import public_name
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from labeltune.models.precision import Precision
 
-Say = Callable[[str], None]
 
 #: Training rows that are looked at to tell what script they are written in.
 SCRIPT_ROWS = 200

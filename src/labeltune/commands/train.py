@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,7 +38,7 @@ from labeltune.errors import ConfigError, Interrupted
 from labeltune.evaluation.summary import SELECTION, headline
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import is_hub_name, remove_leftovers
-from labeltune.io.progress import begin, no_long_silence, track
+from labeltune.io.progress import Say, begin, no_long_silence, track
 from labeltune.io.run_folder import (
     RunInfo,
     check_inputs_kept,
@@ -55,10 +55,8 @@ if TYPE_CHECKING:
 
     from labeltune.inference.predictor import Predictor
     from labeltune.tracking.base import Tracker
-    from labeltune.training.record import Finished
-    from labeltune.training.run import TrainResult
+    from labeltune.training.record import TrainResult
 
-Say = Callable[[str], None]
 
 #: Validation rows that a temperature is fitted on, at most.
 CALIBRATION_ROWS = 2000
@@ -211,7 +209,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         ended = record.finished_run(resume_from, config, rows, splits.validation is not None)
         if ended is not None:
             say(record.nothing_left(ended, config, rows))
-            return _result_of(ended, folder)
+            return ended.result(folder)
     train_tokens, validation_tokens = tokenize_splits(config, splits, builder, say)
 
     tokenizer = builder.template.tokenizer
@@ -253,7 +251,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         tracker.finish(error)
         raise
     if rank() == 0:
-        _remember(result, folder)
+        record.Finished.of(result).save(folder)
     tracker.finish()
     took, best = time.monotonic() - started, result.best
     say(f"done in {took:.0f} s, {result.seconds:.0f} s of them training: {best} -> {best.resolve().name}")
@@ -328,38 +326,6 @@ class ShowOnBoard:
         self.tracker.log_predictions(step, list(zip(texts, rows, strict=True)))
 
 
-def _remember(result: TrainResult, output_dir: Path) -> None:
-    """Note that the run is finished, and with what."""
-    from labeltune.training.record import Finished
-
-    Finished(
-        result.steps,
-        result.last.name,
-        result.train_loss,
-        result.metric_name,
-        result.metric,
-        result.validation_loss,
-        result.unimproved,
-    ).save(output_dir)
-
-
-def _result_of(ended: Finished, output_dir: Path) -> TrainResult:
-    """The result of a run that was finished before."""
-    from labeltune.training.run import TrainResult
-
-    return TrainResult(
-        output_dir / ended.last,
-        output_dir / "best",
-        ended.steps,
-        ended.train_loss,
-        ended.metric_name,
-        ended.metric,
-        ended.validation_loss,
-        0.0,
-        ended.unimproved,
-    )
-
-
 def _next_steps(config: RunConfig) -> list[str]:
     """Commands for the run that was just trained."""
     run = shlex.quote(config.output_dir)
@@ -382,7 +348,10 @@ def _finish(
     tracker: Tracker,
     say: Say,
 ) -> None:
-    """With the best checkpoint's weights: fit a temperature, save hashes of the validation rows (`evaluate` says which rows were used for selection), and report."""
+    """With the best checkpoint's weights: fit a temperature, save hashes of the validation rows, and report on them.
+
+    `evaluate` tells by the hashes which of its rows were used for selection.
+    """
     from labeltune.inference.calibration import calibrate, calibration_figures
     from labeltune.inference.load import load_predictor
     from labeltune.models.lora import restore_adapter

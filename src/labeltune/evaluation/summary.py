@@ -23,6 +23,13 @@ LENGTH_SLICES = 4
 FREQUENCIES = ("rare", "middle", "frequent")
 
 
+def validation_figures(logged: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of a validation by name, from what Trainer logs of it (`eval_loss` ...), without its timings."""
+    names = (name for name in logged if name.startswith("eval_"))
+    kept = (name for name in names if not name.endswith(("runtime", "per_second")))
+    return {name.removeprefix("eval_"): float(logged[name]) for name in kept}
+
+
 def headline(examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, float]:
     """`macro_f1` and `accuracy`, or `span_f1`, `precision` and `recall`, without intervals; rounded as `evaluate` does."""
     if examples and examples[0].entities is not None:

@@ -25,6 +25,8 @@ SILENCE = 15.0
 _noted: set[str] = set()
 
 Row = TypeVar("Row")
+#: Tells the user a line.
+Say = Callable[[str], None]
 
 
 class _Now:

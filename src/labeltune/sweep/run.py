@@ -27,16 +27,16 @@ from labeltune.errors import ConfigError, Interrupted, LabeltuneError, SweepErro
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import write_text
 from labeltune.io.processes import worker_count
-from labeltune.io.progress import tell
+from labeltune.io.progress import Say, tell
 from labeltune.models.hub import resolve_model
 from labeltune.sweep.report import Trial, shown_value, write_results
 from labeltune.sweep.space import Choices, Sweep, with_values
-from labeltune.sweep.study import Say, Study, trial_name
+from labeltune.sweep.study import Study, trial_name
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
-    from labeltune.training.run import TrainResult
+    from labeltune.training.record import TrainResult
 
 
 def run_sweep(sweep: Sweep, say: Say = tell) -> list[Trial]:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from filelock import FileLock
 from labeltune.config import config_keys
 from labeltune.errors import MissingExtraError, OutputError, first_line
 from labeltune.io.outputs import file_hash
+from labeltune.io.progress import Say
 from labeltune.sweep.report import State, Trial, best_trial, figure, write_results
 from labeltune.sweep.space import STARTUP_TRIALS, Choices, Dimension, Sweep, Value
 
@@ -33,7 +34,6 @@ try:
 except ImportError as error:
     raise MissingExtraError("labeltune sweep", "sweep") from error
 
-Say = Callable[[str], None]
 
 #: How often a trial is trained again after the process that trained it has died.
 DEATHS_FORGIVEN = 1

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from labeltune.config import RunConfig
 from labeltune.data.loading import Splits
 from labeltune.distributed import rank
-from labeltune.evaluation.summary import SELECTION
+from labeltune.evaluation.summary import SELECTION, validation_figures
 from labeltune.types import Example, Prediction
 
 T = TypeVar("T")
@@ -176,12 +176,12 @@ class GuardedCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Passed on, but for the figures of a validation: their name says what they were used for, instead of `eval/`."""
         logs = logs or {}
-        validation = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
-        if not validation:
+        if not any(name.startswith("eval_") for name in logs):
             self.pass_on("on_log", args, state, control, logs=logs, **kwargs)
         elif state.is_world_process_zero:
-            kept = {k: v for k, v in validation.items() if not k.endswith(("runtime", "per_second"))}
-            self.tracker.log({f"{SELECTION}/{k}": float(v) for k, v in kept.items()}, state.global_step)
+            self.tracker.log(
+                {f"{SELECTION}/{k}": v for k, v in validation_figures(logs).items()}, state.global_step
+            )
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 
 from labeltune.distributed import all_reduce, world_size
 from labeltune.errors import DivergedError, Interrupted
+from labeltune.evaluation.summary import validation_figures
 from labeltune.io.outputs import write_text
 from labeltune.io.progress import SILENCE, bar_shown, begin, silent_for, spoke
 from labeltune.io.run_folder import checkpoints
@@ -293,12 +294,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Prints the figures of a validation."""
         if state.is_world_process_zero and metrics and "eval_loss" in metrics:
-            timings = ("runtime", "per_second")
-            figures = ", ".join(
-                f"{name.removeprefix('eval_')} {value:.4f}"
-                for name, value in metrics.items()
-                if name.startswith("eval_") and not name.endswith(timings)
-            )
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in validation_figures(metrics).items())
             self.say(f"step {state.global_step}: validation (used for selection): {figures}")
             begin_step(state)
 

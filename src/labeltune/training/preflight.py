@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from labeltune.config import RunConfig
 from labeltune.distributed import all_reduce, world_size
 from labeltune.errors import ConfigError, first_line
-from labeltune.io.progress import begin
+from labeltune.io.progress import Say, begin
 from labeltune.models.lora import attach_adapter
 from labeltune.models.precision import Precision, free_memory
 from labeltune.training.collate import attention_for, make_batch
@@ -33,7 +33,7 @@ from labeltune.training.packing import (
     useful_tokens,
 )
 from labeltune.training.self_check import choose_packing, sample_rows
-from labeltune.training.trainer import Say, StepSettings
+from labeltune.training.trainer import StepSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +188,31 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
+class TrainResult:
+    """Where the run ended.
+
+    Attributes:
+        last: the last checkpoint.
+        best: `output_dir/best`, the checkpoint with the best `metric` on validation rows (the last one without such rows).
+        metric_name: what picked it (`macro_f1`, `span_f1`, `accuracy` or `loss`), None without validation rows.
+        metric: its value there.
+        validation_loss: the loss there.
+        seconds: time spent in the training loop.
+        unimproved: checkpoints in a row without improvement at the end, where `eval.patience` counts them.
+    """
+
+    last: Path
+    best: Path
+    steps: int
+    train_loss: float
+    metric_name: str | None
+    metric: float | None
+    validation_loss: float | None
+    seconds: float
+    unimproved: int = 0
+
+
+@dataclass(frozen=True)
 class Finished:
     """How a run ended.
 
@@ -204,9 +229,23 @@ class Finished:
     validation_loss: float | None
     unimproved: int = 0
 
+    @staticmethod
+    def of(result: TrainResult) -> Finished:
+        """What to note of a run that ended like this."""
+        return Finished(last=result.last.name, **{name: getattr(result, name) for name in _AS_IN_A_RESULT})
+
+    def result(self, output_dir: Path) -> TrainResult:
+        """The same as the result of a training that had nothing to do."""
+        known = {name: getattr(self, name) for name in _AS_IN_A_RESULT}
+        return TrainResult(last=output_dir / self.last, best=output_dir / "best", seconds=0.0, **known)
+
     def save(self, output_dir: Path) -> None:
         """Write it, when everything is done."""
         write_json(output_dir / FINISHED_FILE, vars(self))
+
+
+#: Fields that say the same in a `TrainResult`.
+_AS_IN_A_RESULT = tuple(field.name for field in fields(Finished) if field.name != "last")
 
 
 def finished_run(checkpoint: Path, config: RunConfig, rows: int, validated: bool) -> Finished | None:

@@ -24,7 +24,7 @@ from transformers.trainer_utils import SaveStrategy
 from labeltune.config import RunConfig
 from labeltune.distributed import connect, peer_errors
 from labeltune.io.outputs import writing
-from labeltune.io.progress import begin
+from labeltune.io.progress import Say, begin
 from labeltune.io.run_folder import RunInfo, checkpoints
 from labeltune.models.precision import Precision, memory_in_use
 from labeltune.training.callbacks import (
@@ -38,9 +38,9 @@ from labeltune.training.callbacks import (
 from labeltune.training.checkpoints import Checkpoint, ContinueRun, LogSums, remove_old
 from labeltune.training.packing import Packing, run_order, to_rows
 from labeltune.training.preflight import prepare_steps, training_arguments
-from labeltune.training.record import best_loss, trained_already
+from labeltune.training.record import TrainResult, best_loss, trained_already
 from labeltune.training.sharded import WhenSharded
-from labeltune.training.trainer import LabelTrainer, Say
+from labeltune.training.trainer import LabelTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,31 +50,6 @@ if TYPE_CHECKING:
 #: Steps that are timed, after one that is not: memory is allocated and kernels are chosen in the first.
 TIMED_STEPS = 3
 _SECONDS_BETWEEN_LOOKS = 0.05
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where the run ended.
-
-    Attributes:
-        last: the last checkpoint.
-        best: `output_dir/best`, the checkpoint with the best `metric` on validation rows (the last one without such rows).
-        metric_name: what picked it (`macro_f1`, `span_f1`, `accuracy` or `loss`), None without validation rows.
-        metric: its value there.
-        validation_loss: the loss there.
-        seconds: time spent in the training loop.
-        unimproved: checkpoints in a row without improvement at the end, where `eval.patience` counts them.
-    """
-
-    last: Path
-    best: Path
-    steps: int
-    train_loss: float
-    metric_name: str | None
-    metric: float | None
-    validation_loss: float | None
-    seconds: float
-    unimproved: int = 0
 
 
 def run_training(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ import torch
 
 from labeltune.distributed import all_reduce
 from labeltune.errors import first_line
+from labeltune.io.progress import Say
 from labeltune.models.precision import Precision, weights_in
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import answer_loss
@@ -48,8 +49,6 @@ FELT = 1e-5
 ROWS = 3
 #: From the fastest way to the one that asks least of a model.
 PLAINER: tuple[Packing, ...] = ("shared_prefix", "packed", "padded")
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

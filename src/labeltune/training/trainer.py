@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from labeltune.distributed import all_reduce, all_reduce_gradients, join_uneven
 from labeltune.errors import DivergedError, ModelError
-from labeltune.io.progress import begin
+from labeltune.io.progress import Say, begin
 from labeltune.io.run_folder import checkpoints
 from labeltune.models.precision import memory_in_use
 from labeltune.training import sharded
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 #: Rows of one planning unit in validation; sorted rows are alike, so many share much.
 EVALUATION_ROWS = 64
-
-Say = Callable[[str], None]
 
 
 @dataclass
