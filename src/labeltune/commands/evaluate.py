@@ -144,7 +144,7 @@ def evaluate(
         overrides: `key=value` changes when `run` is a config file.
         train_data: training rows for the dictionary baseline of NER.
         decoding: `exact` or `free`; the run's own when None.
-        engine: `ray` predicts on Ray Data; figures are those of `local` up to rounding of probabilities.
+        engine: `ray` predicts on Ray actors; figures are those of `local` up to rounding of probabilities.
         workers: models that `ray` loads; one a GPU, or one a machine without GPUs, when None.
         address: a Ray cluster; this machine when None.
         predictions: what `run` answered to these rows, in their order; it is not asked again.
