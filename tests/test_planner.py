@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from labeltune.inference.scoring import common_prefix
+from labeltune.prompts.builder import common_prefix
 from labeltune.training.packing import Group, Pack, Packing, Row, divide, pack_step, step_order
 
 

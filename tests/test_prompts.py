@@ -16,7 +16,7 @@ from helpers.tiny_models import CHATML, make_tokenizer
 from labeltune.config import NER_LABELS, PromptConfig, build_config
 from labeltune.errors import PromptError
 from labeltune.prompts import make_task
-from labeltune.prompts.builder import PromptBuilder, encode_to_fit
+from labeltune.prompts.builder import PromptBuilder, common_prefix, encode_to_fit
 from labeltune.prompts.template import PLAIN_TEMPLATE, ChatTemplate, Conversation
 from labeltune.types import Entity, Example
 
@@ -290,3 +290,11 @@ def test_threads_leave_each_other_s_special_tokens_alone() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "length"),
+    [([], [1], 0), ([1, 2], (1, 2), 2), ((1, 2), (1, 2, 3), 2), ([1, 2, 3], [1, 4, 3], 1), ([1], [2], 0)],
+)
+def test_tokens_that_both_begin_with(a: Any, b: Any, length: int) -> None:
+    assert common_prefix(a, b) == common_prefix(b, a) == length

@@ -16,7 +16,7 @@ from helpers.packing import FP32, VOCABULARY, assert_equal, lora_model, packed, 
 from helpers.tiny_models import HYBRID_KINDS, make_model, make_tokenizer
 from helpers.training import adapter_weights, config_for, without_dropout
 from labeltune.models import precision, shared_prefix
-from labeltune.models.precision import Precision
+from labeltune.models.precision import Precision, moved_by, other_tokens
 from labeltune.training import self_check
 from labeltune.training.packing import pack_step
 from labeltune.training.preflight import compile_layers
@@ -206,6 +206,23 @@ def test_a_state_that_runs_from_row_to_row_is_no_rounding(
     choice, (warning,) = choose(model, precision=number_format)
     assert choice.packing == "padded"
     assert warning.count("relative difference") + warning.count("with the tokens of another row") == 2
+
+
+def test_every_token_of_a_changed_row_is_another_one() -> None:
+    for tokens in ([5], [0], [0, 0, 0], [3, 3, 4, 3], (7, 8, 7)):
+        changed = other_tokens(tokens)
+        assert len(changed) == len(tokens)
+        assert all(new != old for new, old in zip(changed, tokens, strict=True))
+
+
+def test_what_moves_no_more_than_repeating_has_not_moved() -> None:
+    before = torch.tensor([1.0, -4.0])
+    assert moved_by("row", before, before, before) is None
+    assert moved_by("row", before, before + 0.25, before - 0.25) is None
+    assert moved_by("row", before, before, before + 0.25, slack=0.1) is None
+    moved = moved_by("answer", before, before, before + 0.25, slack=0.05)
+    assert moved == "logits change by 2.5e-01 with the tokens of another answer"
+    assert moved_by("row", before, before, before * torch.nan) is not None
 
 
 def test_compiled_layers_agree_and_are_checked() -> None:

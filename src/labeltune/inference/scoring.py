@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from labeltune.models.precision import moved_by, other_tokens
 from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
+from labeltune.prompts.builder import common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -200,14 +202,6 @@ def plan_passes(
         yield rows, shared if len(rows) > 1 else begin
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of tokens that both begin with."""
-    for at, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return at
-    return min(len(a), len(b))
-
-
 def _segment(question: Question, shared: int, parent: KVCache) -> Segment:
     """The row's own part of the prompt and after it the trie, each node of which sees the prompt and its ancestors."""
     own, trie = list(question.prompt[shared:]), question.trie
@@ -251,8 +245,7 @@ def score_one_by_one(model: PreTrainedModel, question: Question) -> list[float]:
 
 
 def leak_between_rows(model: PreTrainedModel, questions: Sequence[Question]) -> str | None:
-    """Whether changing the tokens of one row, or of one of its answers, changes the logits of another by more than repeating
-    the computation does. None where rows do not influence each other; else what was seen, in words.
+    """How the tokens of one row, or of one of its answers, change the logits of another, in words; None if they do not.
 
     Shapes and places stay the same, so that rounding does too: it is compared without a tolerance.
     """
@@ -261,21 +254,18 @@ def leak_between_rows(model: PreTrainedModel, questions: Sequence[Question]) -> 
         segments = [_segment(question, 0, KVCache()) for question in asked]
         return list(run_segments(model, segments).split([len(question.trie) for question in asked]))
 
-    def others(tokens: Sequence[int]) -> list[int]:
-        return [tokens[at - 1] if tokens[at - 1] != token else 0 for at, token in enumerate(tokens)]
-
     with torch.inference_mode(), segment_attention_on(model):
         before, again = logits(questions), logits(questions)
         for changed, question in enumerate(questions):
             trie = question.trie
-            asked, branch = [*questions], [*questions]
-            asked[changed] = Question(others(question.prompt), trie)
-            branch[changed] = Question(question.prompt, replace(trie, tokens=(*trie.tokens[:-1], 0)))
-            for what, found in (("row", logits(asked)), ("answer", logits(branch))):
-                for k, rows in enumerate(found):
-                    # The last node of a trie has no children.
-                    kept = slice(None) if k != changed else slice(0, 0 if what == "row" else len(trie) - 1)
-                    difference = (rows - before[k])[kept].abs().amax() if len(rows[kept]) else 0.0
-                    if not difference <= (again[k] - before[k]).abs().amax():
-                        return f"logits change by {float(difference):.1e} with the tokens of another {what}"
+            row = replace(question, prompt=other_tokens(question.prompt))
+            # The last node of a trie has no children.
+            answer = replace(question, trie=replace(trie, tokens=(*trie.tokens[:-1], 0)))
+            for what, asked, own in (("row", row, slice(None)), ("answer", answer, slice(-1, None))):
+                after = logits([*questions[:changed], asked, *questions[changed + 1 :]])
+                after[changed][own] = before[changed][own]
+                for each in zip(before, again, after, strict=True):
+                    leak = moved_by(what, *each)
+                    if leak is not None:
+                        return leak
     return None

@@ -1,9 +1,9 @@
-"""Which number format a machine trains and predicts in, and a wider one to check it with."""
+"""Which number format a machine trains and predicts in, and what tells a wrong result from rounding."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,3 +102,23 @@ def weights_in(
     finally:
         for tensor, data in kept:
             tensor.data = data
+
+
+def other_tokens(tokens: Sequence[int]) -> list[int]:
+    """As many tokens, each another one than before: what is put into one row to see whether another row changes."""
+    return [tokens[at - 1] if tokens[at - 1] != token else int(token == 0) for at, token in enumerate(tokens)]
+
+
+def moved_by(
+    what: str, before: torch.Tensor, again: torch.Tensor, after: torch.Tensor, slack: float = 0.0
+) -> str | None:
+    """In words, how far other tokens in `what` moved these logits; None where it is no more than computing `before` again did.
+
+    Args:
+        slack: movement that is allowed besides, as a part of the largest logit.
+    """
+    moved = (after - before).abs().max()
+    # NaN counts as moved.
+    if moved <= (again - before).abs().max() + slack * before.abs().max():
+        return None
+    return f"logits change by {float(moved):.1e} with the tokens of another {what}"

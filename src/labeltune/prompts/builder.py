@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import ne
 from typing import Literal
 
 from labeltune.errors import PromptError
@@ -25,6 +27,11 @@ class View:
 
     ids: list[int]
     parts: tuple[tuple[int, int], ...]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of tokens that both begin with."""
+    return next((at for at, differs in enumerate(map(ne, a, b)) if differs), min(len(a), len(b)))
 
 
 class PromptBuilder:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from labeltune.config import TrainingConfig
+from labeltune.prompts.builder import common_prefix
 
 Packing = Literal["shared_prefix", "packed", "padded"]
 
@@ -195,11 +196,7 @@ def _divided(
     rows: Sequence[Row], order: list[int], packing: Packing, processes: int, pairs_per_token: int
 ) -> list[list[int]]:
     """The sorted rows, divided over processes."""
-    common = [0] * len(rows)
-    if packing == "shared_prefix":
-        for at, (a, b) in enumerate(itertools.pairwise(order), start=1):
-            longest = min(rows[a].answer_start, rows[b].answer_start)
-            common[at] = min(longest, _common(rows[a].prompt, rows[b].prompt))
+    common = _shareable(rows, order) if packing == "shared_prefix" else [0] * len(rows)
     ranges = divide([len(rows[i].ids) for i in order], common, processes, pairs_per_token)
     return [order[places.start : places.stop] for places in ranges]
 
@@ -228,12 +225,9 @@ def _as_many(packs: list[Pack], count: int, rows: Sequence[Row], packing: Packin
     return found
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    if a == b:
-        return len(a)
-    differing = (i for i, (left, right) in enumerate(zip(a, b, strict=False)) if left != right)
-    return next(differing, min(len(a), len(b)))
+def _shareable(rows: Sequence[Row], order: Sequence[int]) -> list[int]:
+    """For each of the sorted rows the prompt tokens that it has in common with the one before it."""
+    return [0, *(common_prefix(rows[a].prompt, rows[b].prompt) for a, b in itertools.pairwise(order))]
 
 
 def _share(rows: Sequence[Row], order: list[int], max_tokens: int) -> list[Group]:
@@ -244,7 +238,7 @@ def _share(rows: Sequence[Row], order: list[int], max_tokens: int) -> list[Group
     by dynamic programming over where the last range begins.
     """
     count = len(order)
-    common = [0] + [_common(rows[a].prompt, rows[b].prompt) for a, b in itertools.pairwise(order)]
+    common = _shareable(rows, order)
     # best[end] = (tokens, groups, tokens of the largest group, where the last group begins, its prefix)
     best: list[tuple[int, int, int, int, int]] = [(0, 0, 0, 0, 0)]
     for end in range(1, count + 1):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from labeltune.config import TrainingConfig
-from labeltune.prompts.builder import PromptBuilder
+from labeltune.prompts.builder import PromptBuilder, common_prefix
 from labeltune.training.dataset import token_columns
 from labeltune.training.packing import ENOUGH, SAMPLED_STEPS, pack_step, step_order, to_rows, useful_tokens
 
@@ -156,12 +156,8 @@ def _common_beginning(tokens: Dataset) -> int:
     first: list[int] | None = None
     for batch in tokens.select_columns(["input_ids", "answer_start"]).iter(batch_size=_BATCH):
         for ids, answer_start in zip(batch["input_ids"], batch["answer_start"], strict=True):
-            if first is None:
-                first = list(ids[:answer_start])
-            end = min(len(first), answer_start)
-            if ids[:end] != first[:end]:
-                end = next(i for i, (a, b) in enumerate(zip(ids, first, strict=False)) if a != b)
-            first = first[:end]
+            prompt = ids[:answer_start]
+            first = prompt if first is None else first[: common_prefix(first, prompt)]
     return len(first or ())
 
 
