@@ -173,7 +173,7 @@ def test_a_disk_that_is_full_leaves_the_last_good_checkpoint(
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
-        OutputError, match=r"checkpoint-3 cannot be written: .*checkpoint-2 is untouched"
+        OutputError, match=r"checkpoint-3 cannot be written: .*checkpoint-2 is saved, --resume continues it"
     ) as raised:
         labeltune.train(config)
     assert raised.value.exit_code == 2 and calls
@@ -242,7 +242,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run(
 
     monkeypatch.setattr(LabelTrainer, "sum_over_packs", broken)
     with pytest.raises(
-        DivergedError, match=rf"diverged at step 3: the {what}.*checkpoint-2 is the last good"
+        DivergedError, match=rf"diverged at step 3: the {what}.*checkpoint-2 was saved before that"
     ) as raised:
         labeltune.train(config)
     assert raised.value.exit_code == 2

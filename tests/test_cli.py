@@ -753,7 +753,7 @@ def test_ctrl_c_outside_the_steps_is_said(
     monkeypatch.setattr("labeltune.commands.preparing.load_splits", interrupted)
     stopped = labeltune("train", "--data", "rows.jsonl", "--model", str(model_folder))
     assert stopped.code == 130
-    assert stopped.err.splitlines()[-1] == ("stopped before the first checkpoint; nothing is saved")
+    assert stopped.err.splitlines()[-1] == "stopped; no checkpoint has been saved"
     monkeypatch.setattr("labeltune.commands.data.check_data", interrupted)
     stopped = labeltune("data", "check", "rows.jsonl")
     assert (stopped.code, stopped.err.splitlines()[-1]) == (130, "interrupted")

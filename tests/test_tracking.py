@@ -124,10 +124,12 @@ def test_predictions_are_shown_before_at_each_epoch_and_at_the_end(
     labeltune.train(tracked_config(in_folder, model_folder, mode="local"))
     assert [step for step, _ in seen] == [0, 3, 6]
     assert all(len(texts) == 3 for _, texts in seen)
-    first = [text.split("Ground truth:")[1] for text, _ in seen[0][1]]
-    last = [text.split("Ground truth:")[1] for text, _ in seen[-1][1]]
+    first = [text.split("Ground truth:")[1] for _, text in seen[0][1]]
+    last = [text.split("Ground truth:")[1] for _, text in seen[-1][1]]
     assert first == last, "the same rows every time"
-    assert seen[0][1][0][0].startswith("Prediction:") and "Document:" in first[0]
+    caption, text = seen[0][1][0]
+    assert caption.startswith("before training, row ")
+    assert text.startswith("Prediction:") and "Document:" in first[0]
 
 
 def test_auto_is_local_without_a_login(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,11 @@ NER_LABELS = ("地点", "人名", "地理实体", "组织")
 METRICS: dict[str, tuple[str, ...]] = {"classification": ("macro_f1", "accuracy"), "ner": ("span_f1",)}
 
 
+def higher_is_better(metric: str) -> bool:
+    """Of a figure that picks a checkpoint."""
+    return metric != "loss"
+
+
 #: No step, row, token or seed has a larger number: libraries keep them in 32 bits.
 LARGEST = 2**31 - 1
 

@@ -19,8 +19,8 @@ from labeltune.commands.evaluate import (
     is_config,
     labelled_rows,
     opened,
+    print_figures,
     right_answer,
-    wants_json,
     what_rows_are,
 )
 from labeltune.commands.options import FiguresAsJson, MaxRows, OnError
@@ -70,10 +70,7 @@ def compare_command(
     with phase("loading the model"):
         found = compare(first, second, data, on_error=on_error, max_rows=max_rows, output=output)
     _print_differences(found)
-    if output is not None:
-        print(f"report: {output / 'comparison.html'}", file=sys.stderr)
-    if wants_json(as_json, output):
-        print(json.dumps(found, ensure_ascii=False, indent=2))
+    print_figures(found, output and output / "comparison.html", as_json)
 
 
 def compare(

@@ -109,10 +109,7 @@ def evaluate_command(
             address=address,
         )
     print_summary(metrics)
-    if output is not None:
-        print(f"report: {output / 'report.html'}", file=sys.stderr)
-    if wants_json(as_json, output):
-        print(json.dumps(metrics, ensure_ascii=False, indent=2))
+    print_figures(metrics, output and output / "report.html", as_json)
 
 
 def evaluate(
@@ -481,9 +478,12 @@ def _test_data_of(run: str | os.PathLike[str], overrides: Sequence[str]) -> str 
     return found if isinstance(found, str) else None
 
 
-def wants_json(asked: bool, output: Path | None) -> bool:
-    """Whether figures go to standard output: on demand, else for programs that have no file to read them from."""
-    return asked or (output is None and not is_terminal())
+def print_figures(figures: dict[str, Any], page: Path | None, as_json: bool) -> None:
+    """Where the page is; and all figures on standard output: on demand, else for programs that have no file to read them from."""
+    if page is not None:
+        print(f"report: {page}", file=sys.stderr)
+    if as_json or (page is None and not is_terminal()):
+        print(json.dumps(figures, ensure_ascii=False, indent=2))
 
 
 def is_terminal() -> bool:

@@ -11,16 +11,12 @@ import typer
 
 from labeltune.commands.options import AsJson, Overrides
 from labeltune.commands.preparing import (
-    check_tracker,
     count_parameters,
     load_for_training,
-    load_prompts,
+    prepare,
     read_rows,
     tell_on_main,
     tokenize_splits,
-    validation_rows,
-    warn_of_rows,
-    without_too_long,
 )
 from labeltune.config import RunConfig, load_config
 from labeltune.distributed import rank
@@ -59,51 +55,44 @@ def plan(config: RunConfig, *, say: Say = tell_on_main) -> CostEstimate:
 
 
 def _plan(config: RunConfig, say: Say) -> CostEstimate:
-    check_tracker(config)
-    loaded = read_rows(config, say)
-    base, builder = load_prompts(config, loaded.labels)
+    prepared = prepare(config, read_rows(config, say), say)
     import torch
 
-    from labeltune.models.precision import free_memory, pick_precision
-    from labeltune.training.packing import steps_in_all
-    from labeltune.training.preflight import check_feasible
+    from labeltune.models.precision import free_memory
+    from labeltune.training.packing import steps_an_epoch, steps_in_all
     from labeltune.training.run import peak_memory, time_steps
     from labeltune.training.token_figures import token_figures
 
-    options = config.training
-    splits = without_too_long(loaded, builder, config, say)
-    warn_of_rows(config, splits, validation_rows(splits, config.eval.max_rows), say)
+    options, splits, builder = config.training, prepared.splits, prepared.builder
     tokens, _ = tokenize_splits(config, splits, builder, say)
-    precision = pick_precision(options.precision, full=options.method == "full")
-    check_feasible(config, precision, base, len(tokens), splits.validation is not None)
 
-    device = torch.device(precision.device)
+    device = torch.device(prepared.precision.device)
     free = free_memory(device)
-    tokenizer = builder.template.tokenizer
     with peak_memory(device) as memory:
-        model = load_for_training(config, base, precision, say)
+        model = load_for_training(config, prepared, say)
         trained, parameters = count_parameters(model)
         timed = time_steps(
             model,
-            tokenizer,
+            builder.template.tokenizer,
             config,
-            precision,
+            prepared.precision,
             tokens,
             say=say,
-            where=lambda number: str(splits.train[number]["source"]),
+            where=prepared.where,
         )
     begin("counting tokens")
     as_timed = options.model_copy(update={"max_tokens_per_pack": timed.max_tokens})
     figures = token_figures(splits.train, builder, as_timed)
     computed_per_row = figures.computed[timed.packing] / figures.planned_rows
-    steps, steps_an_epoch = steps_in_all(len(tokens), options), -(-len(tokens) // options.batch_size)
-    computed = round(computed_per_row * len(tokens) * steps / steps_an_epoch)
+    steps = steps_in_all(len(tokens), options)
+    epochs = steps / steps_an_epoch(len(tokens), options.batch_size)
+    computed = round(computed_per_row * len(tokens) * epochs)
     return CostEstimate(
         model=config.model,
         parameters=parameters,
         trained=trained,
         rows=len(tokens),
-        validation_rows=0 if splits.validation is None else len(splits.validation),
+        validation_rows=splits.held_out,
         steps=steps,
         tokens=figures,
         computed_per_row=round(computed_per_row, 2),
@@ -111,7 +100,7 @@ def _plan(config: RunConfig, say: Say) -> CostEstimate:
         packing=timed.packing,
         max_tokens_per_pack=timed.max_tokens,
         checkpointing=timed.checkpointing,
-        device=precision.device,
+        device=prepared.precision.device,
         memory=memory[0],
         free_memory=free,
         step_seconds=timed.seconds,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
-from labeltune.data.loading import Splits, load_splits, stratum
+from labeltune.data.loading import Splits, evenly, load_splits, stratum
 from labeltune.data.schemas import Fault
 from labeltune.distributed import rank
 from labeltune.errors import MissingExtraError, PromptError, counted
@@ -41,22 +41,56 @@ def tell_on_main(line: str) -> None:
         tell(line)
 
 
-def check_tracker(config: RunConfig) -> None:
-    """Raises MissingExtraError where the tracker is not installed."""
-    if config.tracking in ("wandb", "tensorboard") and importlib.util.find_spec(config.tracking) is None:
-        raise MissingExtraError(f"tracking={config.tracking}", config.tracking)
-
-
 def read_rows(config: RunConfig, say: Say) -> Splits:
     """The checked rows, split into training and validation.
 
     Raises:
         DataError: rows are faulty, and `data.on_error` is `stop`.
+        MissingExtraError: the tracker is not installed.
     """
+    if config.tracking in ("wandb", "tensorboard") and importlib.util.find_spec(config.tracking) is None:
+        raise MissingExtraError(f"tracking={config.tracking}", config.tracking)
     begin("checking the rows")
     splits = load_splits(config.task, config.data, config.hub, config.training.seed)
     report_splits(splits, say)
     return splits
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before any weight is loaded.
+
+    Attributes:
+        base: folder of the base model.
+        splits: the rows that fit `prompt.max_length`.
+        selection: the validation rows that are predicted again and again, whose figure picks the best checkpoint.
+    """
+
+    base: Path
+    builder: PromptBuilder
+    precision: Precision
+    splits: Splits
+    selection: list[Example]
+
+    def where(self, number: int) -> str:
+        """Place of a training row, for messages."""
+        return str(self.splits.train[number]["source"])
+
+
+def prepare(config: RunConfig, all_rows: Splits, say: Say) -> Prepared:
+    """Find the base model and its prompts, and leave out the rows that cannot fit.
+
+    Raises:
+        PromptError: a row cannot fit, and `data.on_error` is `stop`.
+    """
+    base, builder = load_prompts(config, all_rows.labels)
+    from labeltune.models.precision import pick_precision
+
+    precision = pick_precision(config.training.precision, full=config.training.method == "full")
+    splits = without_too_long(all_rows, builder, config, say)
+    selection = validation_rows(splits, config.eval.max_rows)
+    warn_of_rows(config, splits, selection, say)
+    return Prepared(base, builder, precision, splits, selection)
 
 
 def load_prompts(config: RunConfig, labels: tuple[str, ...]) -> tuple[Path, PromptBuilder]:
@@ -92,17 +126,24 @@ def tokenize_splits(
     return train, validation
 
 
-def load_for_training(config: RunConfig, folder: Path, precision: Precision, say: Say) -> PreTrainedModel:
-    """The model in `folder` with the weights that will be trained, and with the run's random state."""
+def load_for_training(config: RunConfig, prepared: Prepared, say: Say) -> PreTrainedModel:
+    """The base model with the weights that will be trained, and with the run's random state.
+
+    Raises:
+        ConfigError, ModelError: training as the config says is not possible, whatever the weights are.
+    """
     from transformers import set_seed
 
     from labeltune.models import hub, lora
+    from labeltune.training.preflight import check_feasible
 
+    precision, splits = prepared.precision, prepared.splits
+    check_feasible(config, precision, prepared.base, len(splits.train), splits.validation is not None)
     set_seed(config.training.seed)
     begin("loading the model", say)
     quantized = config.training.method == "qlora"
     model = hub.load_model(
-        folder, precision.weights, trust_remote_code=config.hub.trust_remote_code, four_bit=quantized
+        prepared.base, precision.weights, trust_remote_code=config.hub.trust_remote_code, four_bit=quantized
     )
     if config.training.method != "full":
         model = lora.attach_adapter(model, config.lora, quantized=quantized)
@@ -135,14 +176,14 @@ def summarize(config: RunConfig, splits: Splits) -> dict[str, Any]:
         "validation": None if validation is None else public_name(validation),
         "test": config.data.test,
         "train_rows": len(splits.train),
-        "validation_rows": 0 if splits.validation is None else len(splits.validation),
+        "validation_rows": splits.held_out,
         "labels": dict(counts.most_common()),
     }
 
 
 def report_splits(splits: Splits, say: Say) -> None:
     """Say how many rows there are, and how many were left out."""
-    held_out = 0 if splits.validation is None else len(splits.validation)
+    held_out = splits.held_out
     say(f"data: {len(splits.train)} training rows, {held_out} validation rows, {len(splits.labels)} labels")
     if held_out > len(splits.train):
         say("warning: there are more validation rows than training rows; are the two files swapped?")
@@ -151,11 +192,11 @@ def report_splits(splits: Splits, say: Say) -> None:
         say(f"data: {splits.skipped_rows} faulty rows were skipped (data.on_error=skip): {reasons}")
 
 
-def warn_of_rows(config: RunConfig, splits: Splits, measured: Sequence[Example], say: Say) -> None:
+def warn_of_rows(config: RunConfig, splits: Splits, selection: Sequence[Example], say: Say) -> None:
     """Say what is allowed and will disappoint."""
-    if config.metric == "span_f1" and measured and not any(example.entities for example in measured):
+    if config.metric == "span_f1" and selection and not any(example.entities for example in selection):
         say(
-            f"warning: none of the {len(measured)} validation rows holds an entity, and span_f1 on them picks `best`; "
+            f"warning: none of the {len(selection)} validation rows holds an entity, and span_f1 on them picks `best`; "
             "name rows with entities as data.validation, or set eval.metric=loss"
         )
     if config.model != "pocket":
@@ -172,8 +213,7 @@ def warn_of_rows(config: RunConfig, splits: Splits, measured: Sequence[Example],
 def fixed_handful(splits: Splits, count: int) -> list[Example]:
     """Rows spread evenly over the validation rows (the training rows when there are none); the same in every run."""
     source = splits.validation if splits.validation is not None else splits.train
-    count = min(count, len(source))
-    return [Example.from_row(source[i * len(source) // count]) for i in range(count)]
+    return [Example.from_row(source[i]) for i in evenly(len(source), count)]
 
 
 def validation_rows(splits: Splits, count: int) -> list[Example]:
@@ -187,7 +227,7 @@ def validation_rows(splits: Splits, count: int) -> list[Example]:
 
     names = [stratum(row) for row in source.select_columns(["label", "entities"])]
     order = sorted(range(len(source)), key=lambda i: (names[i], i))
-    chosen = sorted(order[i * len(order) // count] for i in range(count))
+    chosen = sorted(order[i] for i in evenly(len(order), count))
     return [Example.from_row(source[i]) for i in chosen]
 
 

@@ -18,17 +18,13 @@ from labeltune.commands.evaluate import all_metrics, write_evaluation
 from labeltune.commands.options import Overrides, OverwriteRun, ResumeTraining
 from labeltune.commands.plan import print_costs
 from labeltune.commands.preparing import (
-    check_tracker,
     fixed_handful,
     load_for_training,
-    load_prompts,
+    prepare,
     read_rows,
     summarize,
     tell_on_main,
     tokenize_splits,
-    validation_rows,
-    warn_of_rows,
-    without_too_long,
 )
 from labeltune.commands.row_hashes import TRAINING_FILE, hashes_file, save_selection
 from labeltune.config import RunConfig, load_config
@@ -43,7 +39,7 @@ from labeltune.io.run_folder import (
     RunInfo,
     check_inputs_kept,
     check_output,
-    checkpoints,
+    how_to_go_on,
     remove_checkpoints,
     remove_half_checkpoints,
 )
@@ -177,45 +173,30 @@ def train(
         try:
             return _train(config, resume, overwrite, say, command)
         except KeyboardInterrupt:
-            saved = checkpoints(Path(config.output_dir))
-            raise Interrupted(
-                f"stopped; {saved[-1].name} is saved, --resume continues it"
-                if saved
-                else "stopped before the first checkpoint; nothing is saved"
-            ) from None
+            raise Interrupted(f"stopped; {how_to_go_on(Path(config.output_dir))}") from None
 
 
 def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None) -> TrainResult:
     started, folder = time.monotonic(), Path(config.output_dir)
-    check_tracker(config)
     resume_from = _checked_folder(config, resume, overwrite, say)
-    loaded = read_rows(config, say)
+    all_rows = read_rows(config, say)
     from labeltune.training import record
 
     if resume_from is not None:
-        record.check_unchanged(resume_from, config, loaded, summarize(config, loaded))
-
-    base, builder = load_prompts(config, loaded.labels)
-    from labeltune.models.precision import pick_precision
-    from labeltune.tracking.base import start_tracker
-    from labeltune.training.preflight import check_feasible
-    from labeltune.training.run import run_training
-
-    splits = without_too_long(loaded, builder, config, say)
-    measured = validation_rows(splits, config.eval.max_rows)
-    warn_of_rows(config, splits, measured, say)
+        record.check_unchanged(resume_from, config, all_rows, summarize(config, all_rows))
+    prepared = prepare(config, all_rows, say)
+    splits, builder, selection = prepared.splits, prepared.builder, prepared.selection
     if resume_from is not None:
         rows = len(splits.train)
         ended = record.finished_run(resume_from, config, rows, splits.validation is not None)
         if ended is not None:
             say(record.nothing_left(ended, config, rows))
             return ended.result(folder)
-    train_tokens, validation_tokens = tokenize_splits(config, splits, builder, say)
+    from labeltune.tracking.base import start_tracker
+    from labeltune.training.run import run_training
 
-    tokenizer = builder.template.tokenizer
-    precision = pick_precision(config.training.precision, full=config.training.method == "full")
-    check_feasible(config, precision, base, len(train_tokens), validation_tokens is not None)
-    model = load_for_training(config, base, precision, say)
+    train_tokens, validation_tokens = tokenize_splits(config, splits, builder, say)
+    model, tokenizer = load_for_training(config, prepared, say), builder.template.tokenizer
     predictor = _predictor_of(model, builder, config)
 
     tracker = start_tracker(config, splits, resume_from, say)
@@ -229,24 +210,24 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
             model,
             tokenizer,
             config,
-            precision,
+            prepared.precision,
             RunInfo.of(config, splits.labels, tokenizer.chat_template, summarize(config, splits)),
             train=train_tokens,
             validation=validation_tokens,
             callbacks=tracker.callbacks(),
             resume_from=resume_from,
             say=say,
-            where=lambda number: str(splits.train[number]["source"]),
-            validate=Validate(predictor, measured) if measured else None,
+            where=prepared.where,
+            validate=Validate(predictor, selection) if selection else None,
             files={
-                record.RECORD_FILE: record.run_record(config, loaded),
+                record.RECORD_FILE: record.run_record(config, all_rows),
                 TRAINING_FILE: hashes_file(splits.train_texts),
             },
             go_on=f"{command} --resume" if command is not None else None,
             show=ShowOnBoard(predictor, shown, tracker, say) if shown else None,
         )
-        if measured:
-            _finish(predictor, result, config, splits, measured, tracker=tracker, say=say)
+        if selection:
+            _finish(predictor, result, config, splits, selection, tracker=tracker, say=say)
     except BaseException as error:
         tracker.finish(error)
         raise
@@ -272,7 +253,7 @@ def _predictor_of(model: PreTrainedModel, builder: PromptBuilder, config: RunCon
         calibrate=config.calibrate,
         source=config.model,
     )
-    predictor.distributed = True
+    predictor.shares_rows = True
     return predictor
 
 
@@ -322,8 +303,8 @@ class ShowOnBoard:
             f"Prediction:\n{p.answer}\n\nGround truth:\n{target(e)}\n\nDocument:\n{e.text}"
             for e, p in zip(self.rows, predictions, strict=True)
         ]
-        rows = [f"{when}, row {example.id}" for example in self.rows]
-        self.tracker.log_predictions(step, list(zip(texts, rows, strict=True)))
+        captions = [f"{when}, row {example.id}" for example in self.rows]
+        self.tracker.log_predictions(step, list(zip(captions, texts, strict=True)))
 
 
 def _next_steps(config: RunConfig) -> list[str]:
@@ -343,7 +324,7 @@ def _finish(
     result: TrainResult,
     config: RunConfig,
     splits: Splits,
-    measured: Sequence[Example],
+    selection: Sequence[Example],
     *,
     tracker: Tracker,
     say: Say,
@@ -363,7 +344,7 @@ def _finish(
         load_weights(predictor.model, best)
     elif config.training.method == "full":
         predictor = load_predictor(best, trust_remote_code=config.hub.trust_remote_code)
-        predictor.distributed = True
+        predictor.shares_rows = True
     else:
         restore_adapter(predictor.model, best)
     if config.calibrate.temperature and config.task == "classification":
@@ -372,16 +353,16 @@ def _finish(
         predictor.calibration = calibration
         tracker.log(calibration_figures(report), result.steps)
     assert splits.validation is not None
-    begin(f"predicting {len(measured)} validation rows with the best checkpoint", say)
-    predictions = predictor.predict(measured)
+    begin(f"predicting {len(selection)} validation rows with the best checkpoint", say)
+    predictions = predictor.predict(selection)
     if rank() != 0:
         return
     save_selection(best, splits.validation["text"])
     where = "validation rows of the training run"
     about = {"run": str(result.best), "base": False, "decoding": predictor.generation.decoding, "data": where}
-    about |= {"rows_are": SELECTION, "training_rows": 0, "selection_rows": len(measured)}
-    metrics = all_metrics(about, measured, predictions, predictor.task.labels)
+    about |= {"rows_are": SELECTION, "training_rows": 0, "selection_rows": len(selection)}
+    metrics = all_metrics(about, selection, predictions, predictor.task.labels)
     folder = Path(config.output_dir) / "validation"
-    write_evaluation(folder, metrics, measured, predictions)
+    write_evaluation(folder, metrics, selection, predictions)
     say(f"report on {SELECTION} rows: {folder / 'report.html'}")
-    tracker.log_charts(metrics, measured, predictions, result.steps)
+    tracker.log_charts(metrics, selection, predictions, result.steps)

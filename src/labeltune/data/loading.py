@@ -95,6 +95,11 @@ class Splits:
     train_texts: NDArray[numpy.uint64]
     fingerprints: dict[str, str]
 
+    @property
+    def held_out(self) -> int:
+        """Number of validation rows."""
+        return 0 if self.validation is None else len(self.validation)
+
 
 def features() -> Features:
     """Arrow types of the columns of `Example.to_row`."""
@@ -336,6 +341,12 @@ class _Part:
 def _stop_on_errors(audits: list[Audit], data: DataConfig) -> None:
     fix = "Repair them, or leave faulty rows out with data.on_error=skip; `labeltune data check` lists all of them"
     stop_on_errors(audits, data.on_error == "skip", fix)
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Numbers of at most `most` of `count` rows, spread evenly; all of them when they are no more."""
+    most = min(most, count)
+    return [at * count // most for at in range(most)]
 
 
 def stratum(row: Mapping[str, Any]) -> str:

@@ -75,7 +75,7 @@ class Predictor:
         encoding: of the text files of the run's data.
 
     Attributes:
-        distributed: all processes of a training run ask with the same examples, and each computes a part of them.
+        shares_rows: all processes of a training job ask with the same examples; each computes a part of them, and gets all answers.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Predictor:
         self.engine = Engine(model)
         self._grammars: Grammars | None = None
         self._tries: dict[tuple[str, ...], LabelTrie] = {}
-        self.distributed = False
+        self.shares_rows = False
 
     def predict(
         self,
@@ -121,9 +121,9 @@ class Predictor:
         """
         examples = list(self._examples(texts, labels))
         if self.generation.decoding == "free":
-            return self._in_units(examples, self._generated)
+            return self._answered(examples, self._generated)
         if isinstance(self.task, NerTask):
-            return self._in_units(examples, partial(self._extracted, self.task))
+            return self._answered(examples, partial(self._extracted, self.task))
         rows = self._probabilities(self.log_probabilities(examples))
         return [ranked(example.id, row) for example, row in zip(examples, rows, strict=True)]
 
@@ -143,13 +143,13 @@ class Predictor:
         """
         examples = self._examples(texts, labels)
         self.engine.reset_cache()
-        if self.distributed:
+        if self.shares_rows:
             examples = iter(known := list(examples))
             self.verify_fast_path(known)
-        if self.calibrate.prior == "batch" or (self.distributed and is_distributed()):
+        if self.calibrate.prior == "batch" or (self.shares_rows and is_distributed()):
             yield from self.predict(examples)
             return
-        count = UNIT if self.distributed else self.engine.call_rows
+        count = UNIT if self.shares_rows else self.engine.call_rows
         while rows := list(islice(examples, count)):
             yield from self.predict(rows)
 
@@ -200,7 +200,7 @@ class Predictor:
         """
         if not isinstance(self.task, ClassificationTask):
             raise ModelError("this run extracts entities; ask it with .predict or .extract")
-        return self._in_units(examples, partial(self._scored, self.task))
+        return self._answered(examples, partial(self._scored, self.task))
 
     def verify_fast_path(self, examples: Sequence[Example]) -> None:
         """Compare the fast path with plain forward passes on some of these examples, if that has not been done yet."""
@@ -217,11 +217,13 @@ class Predictor:
             questions.append(Question(self.builder.views(e, self.generation.long_text)[0].ids, trie))
         self.engine.verify_fast_path(questions)
 
-    def _in_units(
+    def _answered(
         self, examples: Sequence[Example], answer: Callable[[Sequence[Example]], list[Answer]]
     ) -> list[Answer]:
-        """`answer` for all examples, in order; with `distributed` each process computes some units and gets all answers."""
-        if not self.distributed or not examples:
+        """`answer` for all examples, in order. With `shares_rows` they are cut into units of `UNIT` rows, each answered by one process
+        with nothing kept from before, and all processes get all answers: these follow from the unit alone.
+        """
+        if not self.shares_rows or not examples:
             return answer(examples)
         units = [examples[at : at + UNIT] for at in range(0, len(examples), UNIT)]
         self.verify_fast_path(examples)  # one verdict, on the same prompts, for all processes
@@ -243,17 +245,17 @@ class Predictor:
         return [one for number in range(len(units)) for one in found[number]]
 
     def _scored(self, task: ClassificationTask, examples: Sequence[Example]) -> list[LabelScores]:
-        questions, shapes = [], []
+        questions, asked = [], []
         for example in examples:
             labels = task.candidates(example)
             trie = self._trie(example, labels)
             views = self.builder.views(example, self.generation.long_text)
-            shapes.append((labels, tuple(map(len, trie.paths)), len(views)))
+            asked.append((labels, tuple(map(len, trie.paths)), len(views)))
             questions += [Question(view.ids, trie) for view in views]
         found = iter(self.engine.score(questions))
         return [
             mean_scores([LabelScores(labels, tuple(next(found)), lengths) for _ in range(views)])
-            for labels, lengths, views in shapes
+            for labels, lengths, views in asked
         ]
 
     def check(self, example: Example) -> None:

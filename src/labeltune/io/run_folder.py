@@ -154,6 +154,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for path in folders if (path / MANIFEST_FILE).is_file() and (path / RUN_FILE).is_file()]
 
 
+def how_to_go_on(output_dir: Path) -> str:
+    """What to tell of a training that was ended by something else than itself."""
+    saved = checkpoints(output_dir)
+    return f"{saved[-1].name} is saved, --resume continues it" if saved else "no checkpoint has been saved"
+
+
 def checkpoint_folders(output_dir: Path) -> list[Path]:
     """Everything called checkpoint-N, by N."""
     found = []

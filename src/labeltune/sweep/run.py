@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import labeltune
-from labeltune.config import RunConfig
+from labeltune.config import RunConfig, higher_is_better
 from labeltune.data.loading import load_splits
 from labeltune.errors import ConfigError, Interrupted, LabeltuneError, SweepError, first_line
 from labeltune.io.lock import alone_with
@@ -251,4 +251,4 @@ def validation_metric(result: TrainResult) -> tuple[str, float, float]:
         raise SweepError(f"{name} is {value}: the training diverged")
     if not math.isfinite(result.train_loss):
         raise SweepError(f"the training loss is {result.train_loss}: the training diverged")
-    return name, value, -value if name == "loss" else value
+    return name, value, value if higher_is_better(name) else -value

@@ -34,7 +34,7 @@ class Tracker(Protocol):
         """Show numbers."""
 
     def log_predictions(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
-        """Show (text, caption) pairs under `Prediction`."""
+        """Show (caption, text) pairs under `Prediction`."""
 
     def log_charts(
         self,
@@ -211,7 +211,7 @@ def start_tracker(
         "labeltune": config.model_dump(mode="json"),
         "labels": list(splits.labels),
         "train_rows": len(splits.train),
-        "validation_rows": 0 if splits.validation is None else len(splits.validation),
+        "validation_rows": splits.held_out,
     }
     if config.tracking == "swanlab":
         from labeltune.tracking.swanlab import SwanlabTracker

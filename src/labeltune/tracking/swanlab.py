@@ -172,8 +172,7 @@ class SwanlabTracker:
 
     def log_predictions(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Texts."""
-        shown = [swanlab.Text(text, caption=caption) for text, caption in texts]
-        swanlab.log({"Prediction": shown}, step=step)
+        self._log_texts("Prediction", texts, step)
 
     def log_charts(
         self,
@@ -187,7 +186,10 @@ class SwanlabTracker:
             swanlab.log({name: swanlab.ECharts(chart)}, step=step)
         # The local dashboard draws numbers, texts and pictures, but no ECharts.
         for name, lines in texts(metrics).items():
-            swanlab.log({name: [swanlab.Text(text, caption=caption) for caption, text in lines]}, step=step)
+            self._log_texts(name, lines, step)
+
+    def _log_texts(self, name: str, lines: Sequence[tuple[str, str]], step: int) -> None:
+        swanlab.log({name: [swanlab.Text(text, caption=caption) for caption, text in lines]}, step=step)
 
     def finish(self, error: BaseException | None = None) -> None:
         """Close the run; an error shows it as crashed, Ctrl-C as aborted."""

@@ -51,7 +51,7 @@ class TensorboardTracker:
 
     def log_predictions(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """One text with all rows."""
-        self._log_text("Prediction", [(caption, text) for text, caption in texts], step)
+        self._log_text("Prediction", texts, step)
 
     def log_charts(
         self,

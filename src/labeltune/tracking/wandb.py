@@ -44,7 +44,7 @@ class WandbTracker:
 
     def log_predictions(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """A table of rows."""
-        self._log_table("Prediction", ("row", "text"), [(caption, text) for text, caption in texts], step)
+        self._log_table("Prediction", ("row", "text"), texts, step)
 
     def log_charts(
         self,

@@ -17,13 +17,14 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from labeltune.config import higher_is_better
 from labeltune.distributed import all_reduce, world_size
-from labeltune.errors import DivergedError, Interrupted
+from labeltune.errors import Interrupted
 from labeltune.evaluation.summary import validation_figures
 from labeltune.io.outputs import write_text
 from labeltune.io.progress import SILENCE, bar_shown, begin, silent_for, spoke
-from labeltune.io.run_folder import checkpoints
 from labeltune.messages import localize
+from labeltune.training.checkpoints import diverged
 from labeltune.training.record import best_loss, unimproved_in
 
 if TYPE_CHECKING:
@@ -145,12 +146,11 @@ class StopOnDivergence(TrainerCallback):  # type: ignore[misc]
             high.append(step)
         if len(high) < 3 or high[0] - begun < DIVERGED_STEPS:
             return
-        good = [c for c in checkpoints(Path(args.output_dir)) if int(c.name.rpartition("-")[2]) <= begun]
-        kept = f"{good[-1]} was saved before that" if good else "no checkpoint had been saved before that"
-        raise DivergedError(
+        raise diverged(
             f"training diverged: the loss was {losses[0][1]:.2f} at step {losses[0][0]}, and since step {high[-1]} it has been "
-            f"above {bound:.2f} (now {losses[-1][1]:.2f} at step {high[0]}), worse than guessing among all tokens. {kept}. "
-            f"Lower training.learning_rate (it is {args.learning_rate:g}) or add training.warmup_steps"
+            f"above {bound:.2f} (now {losses[-1][1]:.2f} at step {high[0]}), worse than guessing among all tokens",
+            args,
+            begun,
         )
 
     def on_train_end(
@@ -401,7 +401,7 @@ class TrackBest(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Compares a validation with the best one before it."""
         assert metrics is not None
         value, loss, best = metrics[f"eval_{self.metric}"], metrics["eval_loss"], state.best_metric
-        sign = -1 if self.metric == "loss" else 1
+        sign = 1 if higher_is_better(self.metric) else -1
         better = best is None or sign * value > sign * best
         if self.patience is not None:
             enough = best is None or (better and abs(value - best) > self.min_delta)

@@ -18,13 +18,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from labeltune.distributed import all_reduce
-from labeltune.errors import OutputError
+from labeltune.errors import DivergedError, OutputError
 from labeltune.io.outputs import file_hash, obey_umask, why_not_written, write_bytes, write_json
 from labeltune.io.run_folder import (
     MANIFEST_FILE,
     UNFINISHED_FILE,
     RunInfo,
     checkpoints,
+    how_to_go_on,
     remove_half_checkpoints,
     replaced,
 )
@@ -151,13 +152,17 @@ class Checkpoint(TrainerCallback):  # type: ignore[misc]
             if reason is None or self.folder is None:
                 raise
             remove_half_checkpoints(self.folder.parent)
-            found = checkpoints(self.folder.parent)
-            then = (
-                f"{found[-1].name} is untouched; make room and go on with --resume"
-                if found
-                else "no checkpoint was saved before it"
-            )
+            then = how_to_go_on(self.folder.parent)
             raise OutputError(f"{self.folder} cannot be written: {reason}. {then}") from error
+
+
+def diverged(what: str, args: TrainingArguments, step: int) -> DivergedError:
+    """The error of a run that went wrong behind this step: `what` it did, what is left of it, and what to change."""
+    good = [c for c in checkpoints(Path(args.output_dir)) if int(c.name.rpartition("-")[2]) <= step]
+    kept = f"{good[-1]} was saved before that" if good else "no checkpoint had been saved before that"
+    return DivergedError(
+        f"{what}. {kept}. Lower training.learning_rate (it is {args.learning_rate:g}) or add training.warmup_steps"
+    )
 
 
 class ContinueRun(TrainerCallback):  # type: ignore[misc]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from labeltune.models.shared_prefix import changing_shapes, make_layout, shared_prefix_attention_on
-from labeltune.training.packing import Pack, Packing, Row, step_order
+from labeltune.training.packing import Pack, Packing, Row, step_order, steps_an_epoch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ class StepBatches:
         return self
 
     def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
+        return steps_an_epoch(self.count, self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         return step_order(self.count, self.batch_size, self.seed, self.epoch)

@@ -123,9 +123,14 @@ def step_order(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[l
         yield order[start : start + batch_size]
 
 
+def steps_an_epoch(rows: int, batch_size: int) -> int:
+    """The last one may be smaller."""
+    return -(-rows // batch_size)
+
+
 def steps_in_all(rows: int, training: TrainingConfig) -> int:
     """Optimizer steps of a run, as transformers counts them."""
-    return training.max_steps or math.ceil(training.epochs * -(-rows // training.batch_size))
+    return training.max_steps or math.ceil(training.epochs * steps_an_epoch(rows, training.batch_size))
 
 
 def run_order(rows: int, training: TrainingConfig) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from labeltune.config import RunConfig
+from labeltune.config import RunConfig, higher_is_better
 from labeltune.distributed import all_reduce, world_size
 from labeltune.errors import ConfigError, first_line
 from labeltune.io.progress import Say, begin
@@ -78,7 +78,7 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
             eval_steps=every,
             prediction_loss_only=True,
             metric_for_best_model=f"eval_{config.metric}" if watched else None,
-            greater_is_better=config.metric != "loss" if watched else None,
+            greater_is_better=higher_is_better(config.metric) if watched else None,
             bf16=precision.name == "bf16",
             fp16=precision.name == "fp16",
             use_cpu=precision.device == "cpu",

@@ -25,7 +25,7 @@ from labeltune.config import RunConfig
 from labeltune.distributed import connect, peer_errors
 from labeltune.io.outputs import writing
 from labeltune.io.progress import Say, begin
-from labeltune.io.run_folder import RunInfo, checkpoints
+from labeltune.io.run_folder import RunInfo, how_to_go_on
 from labeltune.models.precision import Precision, memory_in_use
 from labeltune.training.callbacks import (
     Progress,
@@ -138,8 +138,8 @@ def _result(trainer: LabelTrainer, config: RunConfig, seconds: float, unimproved
     """Point `best` at the best checkpoint, and tell how the run ended."""
     output, state = Path(config.output_dir), trainer.state
     last = output / f"checkpoint-{state.global_step}"
-    measured = state.best_global_step is not None
-    chosen = output / f"checkpoint-{state.best_global_step}" if measured else last
+    validated = state.best_global_step is not None
+    chosen = output / f"checkpoint-{state.best_global_step}" if validated else last
     if trainer.is_world_process_zero():
         point_best(output, chosen)
         # A finished run is never resumed, so its last checkpoint may go: with save_total_limit=1 only the best one is kept.
@@ -150,9 +150,9 @@ def _result(trainer: LabelTrainer, config: RunConfig, seconds: float, unimproved
         best=output / "best",
         steps=state.global_step,
         train_loss=trainer.sums.mean(state.global_step),
-        metric_name=config.metric if measured else None,
-        metric=state.best_metric if measured else None,
-        validation_loss=best_loss(state.log_history, state.best_global_step) if measured else None,
+        metric_name=config.metric if validated else None,
+        metric=state.best_metric if validated else None,
+        validation_loss=best_loss(state.log_history, state.best_global_step) if validated else None,
         seconds=seconds,
         unimproved=unimproved,
     )
@@ -178,12 +178,6 @@ def prepare(trainer: LabelTrainer, config: RunConfig, precision: Precision) -> N
         trainer.callback_handler.callbacks.insert(len(ours), WhenSharded(settle))
     else:
         settle(trainer.model.to(trainer.args.device))
-
-
-def how_to_go_on(output_dir: Path) -> str:
-    """What to tell when another process was lost."""
-    saved = checkpoints(output_dir)
-    return f"{saved[-1].name} is saved, --resume continues it" if saved else "No checkpoint had been saved"
 
 
 def point_best(output_dir: Path, checkpoint: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from labeltune.config import TrainingConfig
+from labeltune.data.loading import evenly
 from labeltune.prompts.builder import PromptBuilder, common_prefix
 from labeltune.training.dataset import token_columns
 from labeltune.training.packing import ENOUGH, SAMPLED_STEPS, pack_step, step_order, to_rows, useful_tokens
@@ -99,8 +100,8 @@ def token_figures(dataset: Dataset, builder: PromptBuilder, training: TrainingCo
         PromptError: a row's instruction, candidates and answer do not fit the budget.
         OutputError: the cache folder cannot be written.
     """
-    count = min(len(dataset), MAX_ROWS)
-    chosen = dataset.select([i * len(dataset) // count for i in range(count)])
+    chosen = dataset.select(evenly(len(dataset), MAX_ROWS))
+    count = len(chosen)
     tokens = token_columns(chosen, builder)
     column = {
         name: numpy.asarray(tokens.with_format("numpy")[name][:], dtype=numpy.int64)

@@ -19,15 +19,23 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from labeltune.distributed import all_reduce, all_reduce_gradients, join_uneven
-from labeltune.errors import DivergedError, ModelError
+from labeltune.errors import ModelError
 from labeltune.io.progress import Say, begin
-from labeltune.io.run_folder import checkpoints
 from labeltune.models.precision import memory_in_use
 from labeltune.training import sharded
-from labeltune.training.checkpoints import Checkpoint, LogSums
+from labeltune.training.checkpoints import Checkpoint, LogSums, diverged
 from labeltune.training.collate import StepBatches, attention_for, make_batch
 from labeltune.training.loss import answer_loss
-from labeltune.training.packing import PAIRS_PER_TOKEN, Pack, Packing, Row, pack_step, step_order, to_rows
+from labeltune.training.packing import (
+    PAIRS_PER_TOKEN,
+    Pack,
+    Packing,
+    Row,
+    pack_step,
+    step_order,
+    steps_an_epoch,
+    to_rows,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -168,16 +176,14 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         """Raise `DivergedError`, with the rows of the step, when the value is infinite or no number."""
         if math.isfinite(value):
             return
-        steps = -(-len(self.train_dataset) // self.batch_size)
-        epoch, at = divmod(self.state.global_step, steps)
-        order = step_order(len(self.train_dataset), self.batch_size, self.args.seed, epoch)
-        rows = next(numbers for number, numbers in enumerate(order) if number == at)
-        saved = checkpoints(Path(self.args.output_dir))
-        kept = f"{saved[-1]} is the last good checkpoint" if saved else "no checkpoint had been saved"
-        raise DivergedError(
-            f"training diverged at step {self.state.global_step + 1}: the {what} is {value}. Rows of this step: "
-            f"{', '.join(map(self.where, rows))}. {kept}. Lower training.learning_rate (it is "
-            f"{self.args.learning_rate:g}) or add training.warmup_steps, and look at these rows"
+        count, step = len(self.train_dataset), self.state.global_step
+        epoch, at = divmod(step, steps_an_epoch(count, self.batch_size))
+        rows = list(step_order(count, self.batch_size, self.args.seed, epoch))[at]
+        raise diverged(
+            f"training diverged at step {step + 1}: the {what} is {value}. Look at the rows of this step: "
+            f"{', '.join(map(self.where, rows))}",
+            self.args,
+            step,
         )
 
     @property
@@ -186,7 +192,14 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         return bool(self.sharded or self.is_deepspeed_enabled)
 
     def sum_over_packs(self, model: PreTrainedModel, rows: list[Row]) -> torch.Tensor:
-        """This process's share of the loss of `rows`, with gradients."""
+        """Forward and backward of this process's packs of a step.
+
+        Args:
+            rows: of the whole step, on all processes.
+
+        Returns:
+            what these packs add to the step's loss: the sum over their answer tokens, divided by the answer tokens of `rows`.
+        """
         settings, processes = self.settings, self.accelerator.num_processes
         answers = sum(len(row.answer) for row in rows)
         total = torch.zeros((), device=self.args.device)
