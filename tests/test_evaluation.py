@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.rows import answered_rows
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.evaluation.confidence import expected_calibration_error
 from labeltune.evaluation.intervals import BOOTSTRAP_RESAMPLES, mcnemar, paired_bootstrap
@@ -32,14 +33,6 @@ PAIRS = st.lists(
 thorough = settings.get_profile("thorough")
 
 
-def labelled(pairs: list[tuple[str, str | None]]) -> tuple[list[Example], list[Prediction]]:
-    examples = [Example(str(i), "t" * (i + 1), tuple(LABELS), label) for i, (label, _) in enumerate(pairs)]
-    predictions = [
-        Prediction(str(i), p or "?", label=p, parsed=p is not None) for i, (_, p) in enumerate(pairs)
-    ]
-    return examples, predictions
-
-
 @pytest.mark.filterwarnings("ignore:A single label was found:UserWarning:sklearn")
 @thorough
 @given(PAIRS)
@@ -58,7 +51,7 @@ def test_figures_of_labels_are_scikit_learns(pairs: list[tuple[str, str | None]]
     assert matthews(right, answered, count) == pytest.approx(matthews_corrcoef(truth, filled), abs=1e-9)
     assert macro_f1_of(right, answered, count) == pytest.approx(f1("macro"))
     assert _weighted_f1(right, answered, count) == pytest.approx(f1("weighted"))
-    found = headline(*labelled(pairs))
+    found = headline(*answered_rows(pairs))
     assert found["accuracy"] == pytest.approx(accuracy_score(truth, filled), abs=1e-6)
     assert found["macro_f1"] == pytest.approx(f1("macro"), abs=1e-6)
     given_rows = sum(p is not None for _, p in pairs)
@@ -122,7 +115,7 @@ def test_figures_of_confidence_are_scikit_learns_and_brute_force(rows: list[tupl
 
 def test_without_probabilities_there_are_no_figures_of_confidence() -> None:
     assert confidence_metrics(["A"], [Prediction("0", "A", label="A")]) == {}
-    found = classification_metrics(*labelled([("A", "A"), ("B", None)]))
+    found = classification_metrics(*answered_rows([("A", "A"), ("B", None)]))
     assert "confidence" not in found and found["confusion"] == {"A": {"A": 1}, "B": {"": 1}}
 
 
@@ -262,8 +255,8 @@ def test_the_paired_bootstrap_sees_what_single_intervals_cannot() -> None:
 
 
 def test_a_comparison_finds_the_rows_that_changed() -> None:
-    examples, first = labelled([("A", "A"), ("A", "B"), ("B", "A"), ("B", None)])
-    _, second = labelled([("A", "B"), ("A", "A"), ("B", "B"), ("B", "A")])
+    examples, first = answered_rows([("A", "A"), ("A", "B"), ("B", "A"), ("B", None)])
+    _, second = answered_rows([("A", "B"), ("A", "A"), ("B", "B"), ("B", "A")])
     found = compare_predictions(examples, first, second)
     assert found["changed"] == {"gained": [1, 2], "lost": [0]}
     assert (found["both_right"], found["both_wrong"]) == (0, 1)
@@ -280,7 +273,7 @@ def test_a_comparison_finds_the_rows_that_changed() -> None:
 
 
 def test_slices_cover_every_row_once() -> None:
-    examples, predictions = labelled([("A", "A")] * 30 + [("B", "A")] * 6 + [("C", "C")] * 2)
+    examples, predictions = answered_rows([("A", "A")] * 30 + [("B", "A")] * 6 + [("C", "C")] * 2)
     found = slices(examples, predictions)
     assert sum(part["rows"] for part in found["by_length"]) == 38 and len(found["by_length"]) == 4
     assert [
@@ -290,7 +283,7 @@ def test_slices_cover_every_row_once() -> None:
         (["B"], 6, 0.0),
         (["A"], 30, 1.0),
     ]
-    same = slices(*labelled([("A", "A")]))
+    same = slices(*answered_rows([("A", "A")]))
     assert [part["rows"] for part in same["by_length"]] == [1]
     texts = [Example("0", "abcdef", entities=(Entity("a", "X", 0, 1),)), Example("1", "abc", entities=())]
     found = slices(texts, [Prediction("0", "", entities=()), Prediction("1", "", entities=())])

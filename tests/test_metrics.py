@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.rows import answered_rows
 from labeltune.config import load_config
 from labeltune.evaluation.intervals import bootstrap, wilson
 from labeltune.evaluation.metrics import (
@@ -40,14 +41,6 @@ PAIRS = st.lists(
 few = settings(max_examples=40, deadline=None)
 
 
-def rows(pairs: list[tuple[str, str | None]]) -> tuple[list[Example], list[Prediction]]:
-    examples = [Example(str(i), f"t{i}", tuple(LABELS), label) for i, (label, _) in enumerate(pairs)]
-    predictions = [
-        Prediction(str(i), p or "?", label=p, parsed=p is not None) for i, (_, p) in enumerate(pairs)
-    ]
-    return examples, predictions
-
-
 @few
 @given(PAIRS)
 def test_macro_f1_is_scikit_learns(pairs: list[tuple[str, str | None]]) -> None:
@@ -65,7 +58,7 @@ def test_macro_f1_is_scikit_learns(pairs: list[tuple[str, str | None]]) -> None:
 def test_classification_metrics_are_scikit_learns(pairs: list[tuple[str, str | None]]) -> None:
     from sklearn.metrics import accuracy_score, classification_report
 
-    examples, predictions = rows(pairs)
+    examples, predictions = answered_rows(pairs)
     found = classification_metrics(examples, predictions)
     truth, filled = [right for right, _ in pairs], [answer or "-" for _, answer in pairs]
     assert found["accuracy"]["value"] == pytest.approx(accuracy_score(truth, filled), abs=1e-6)
@@ -88,7 +81,7 @@ def test_baselines() -> None:
     assert majority_baseline(["A", "A", "B"]).value == pytest.approx(2 / 3)
     examples = [Example("0", "t", ("A", "B"), "A"), Example("1", "t", (), "A")]
     assert uniform_baseline(examples, ["A", "B", "C", "D"]).value == pytest.approx((1 / 2 + 1 / 4) / 2)
-    found = classification_metrics(*rows([("A", "A"), ("A", "B"), ("B", "A"), ("A", None)]))
+    found = classification_metrics(*answered_rows([("A", "A"), ("A", "B"), ("B", "A"), ("A", None)]))
     assert found["baselines"]["majority"]["value"] == 0.75
     assert found["baselines"]["uniform_guess"]["value"] == 0.25
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,23 +84,29 @@ def test_a_run_killed_behind_its_last_checkpoint_has_nothing_left_to_do(
     assert same_weights(again.last, in_folder / "kept") and again.best.resolve() == whole.best.resolve()
 
 
-def test_ctrl_c_keeps_its_checkpoint_when_only_one_is_kept(
-    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_for(in_folder, model_folder, save_steps=2, save_total_limit=1)
+@contextlib.contextmanager
+def pressed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, Ctrl-C is pressed in this step of a training."""
     moved = Progress.on_step_end
 
     def press(self: Progress, args: Any, state: Any, control: Any, **rest: Any) -> None:
         moved(self, args, state, control, **rest)
-        if state.global_step == 3:
+        if state.global_step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Progress, "on_step_end", press)
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "on_step_end", press)
+        yield
+
+
+def test_ctrl_c_keeps_its_checkpoint_when_only_one_is_kept(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(in_folder, model_folder, save_steps=2, save_total_limit=1)
     told = "^stopped at step 3 of 6; checkpoint-3 is saved, go on with: labeltune train c.yaml --resume$"
-    with pytest.raises(Interrupted, match=told):
+    with pressed_at(3, monkeypatch), pytest.raises(Interrupted, match=told):
         labeltune.train(config, command="labeltune train c.yaml")
     assert checkpoints(Path(config.output_dir))[-1].name == "checkpoint-3"
-    monkeypatch.setattr(Progress, "on_step_end", moved)
     result = labeltune.train(config, resume=True)
     assert result.last.is_dir() and result.best.is_dir()
 
@@ -119,19 +127,11 @@ def test_ctrl_c_predicts_and_validates_nothing_more(
         return [line.partition(" for the board: ")[2] for line in lines if "for the board" in line]
 
     assert shown(whole) == ["before training", "epoch 1", "epoch 2"]
-    moved = Progress.on_step_end
-
-    def press(self: Progress, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        moved(self, args, state, control, **rest)
-        if state.global_step == 9:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Progress, "on_step_end", press)
     said: list[str] = []
-    with pytest.raises(Interrupted, match=r"^stopped at step 9 of 12; checkpoint-9 is saved"):
+    told = r"^stopped at step 9 of 12; checkpoint-9 is saved"
+    with pressed_at(9, monkeypatch), pytest.raises(Interrupted, match=told):
         labeltune.train(config, overwrite=True, say=said.append)
     assert shown(said) == ["before training", "epoch 1"]
-    monkeypatch.setattr(Progress, "on_step_end", moved)
     labeltune.train(config, resume=True)
     assert log(Path(config.output_dir)) == expected
 

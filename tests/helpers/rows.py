@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from labeltune.types import Example, Prediction
+
 LABELS = ["Sports", "Space", "Art"]
 
 
@@ -32,6 +34,17 @@ def ner_rows(count: int) -> list[dict[str, Any]]:
         entity = {"start_idx": 2, "end_idx": 4, "entity_text": "南京", "entity_label": "GPE"}
         rows.append({"text": text, "entities": [{**entity, "entity_names": ["地缘政治实体", "地理实体"]}]})
     return rows
+
+
+def answered_rows(
+    pairs: list[tuple[str, str | None]], labels: str = "ABCD"
+) -> tuple[list[Example], list[Prediction]]:
+    """Examples and predictions from (right label, answer) pairs; an answer of None is off the list. Texts grow longer."""
+    examples = [Example(str(i), "t" * (i + 1), tuple(labels), label) for i, (label, _) in enumerate(pairs)]
+    predictions = [
+        Prediction(str(i), p or "?", label=p, parsed=p is not None) for i, (_, p) in enumerate(pairs)
+    ]
+    return examples, predictions
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from labeltune.commands.options import FiguresAsJson, MaxRows, OnError
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import BARE, compare_predictions, comparison_page
 from labeltune.evaluation.summary import headline, rows_line
-from labeltune.io.outputs import check_folder, write_json, write_text
+from labeltune.io.outputs import check_folder, write_json, write_jsonl, write_text
 from labeltune.io.progress import phase, track
 from labeltune.types import Example, Prediction
 
@@ -166,22 +165,20 @@ def _write(
     second: Sequence[Prediction],
 ) -> None:
     write_json(folder / "comparison.json", found)
-    lines = []
-    for how in ("gained", "lost"):
-        for i in found["changed"][how]:
-            row = {
-                "change": how,
-                "id": examples[i].id,
-                "source": examples[i].source,
-                "text": examples[i].text,
-            }
-            row |= {
-                "right": right_answer(examples[i]),
-                "first": first[i].to_dict(),
-                "second": second[i].to_dict(),
-            }
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(folder / "changed.jsonl", "".join(lines))
+    changed = [(how, i) for how in ("gained", "lost") for i in found["changed"][how]]
+    rows = [
+        {
+            "change": how,
+            "id": examples[i].id,
+            "source": examples[i].source,
+            "text": examples[i].text,
+            "right": right_answer(examples[i]),
+            "first": first[i].to_dict(),
+            "second": second[i].to_dict(),
+        }
+        for how, i in changed
+    ]
+    write_jsonl(folder / "changed.jsonl", rows)
     write_text(folder / "comparison.html", comparison_page(found, examples, first, second))
 
 

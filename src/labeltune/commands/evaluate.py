@@ -42,7 +42,7 @@ from labeltune.evaluation.summary import (
     slices,
     worse_than_constant,
 )
-from labeltune.io.outputs import check_folder, is_hub_name, write_json, write_text
+from labeltune.io.outputs import check_folder, is_hub_name, write_json, write_jsonl, write_text
 from labeltune.io.progress import phase, track
 from labeltune.io.run_folder import EVALUATION_FILES, RunInfo, files_read, find_checkpoint
 from labeltune.types import Example, Prediction
@@ -206,11 +206,8 @@ def write_evaluation(
 ) -> None:
     """Write `metrics.json`, `predictions.jsonl` and `report.html`."""
     write_json(folder / "metrics.json", metrics)
-    lines = [
-        json.dumps(_evaluated_row(e, p), ensure_ascii=False)
-        for e, p in zip(examples, predictions, strict=True)
-    ]
-    write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    rows = (_evaluated_row(e, p) for e, p in zip(examples, predictions, strict=True))
+    write_jsonl(folder / "predictions.jsonl", rows)
     write_text(folder / "report.html", report_page(metrics, examples, predictions))
 
 

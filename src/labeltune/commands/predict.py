@@ -65,6 +65,7 @@ Output = Annotated[
         help="jsonl to write, or csv by its name (ranking and entities as JSON in a cell); standard output when missing.",
     ),
 ]
+Texts = Annotated[list[str] | None, typer.Option("--text", "-t", help="A document (may be repeated).")]
 WithText = Annotated[bool, typer.Option("--with-text", help="Put the document into its row, as `text`.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an output that was left unfinished.")]
 MinConfidence = Annotated[
@@ -92,9 +93,7 @@ def predict_command(
     run: Annotated[str, typer.Argument(help="Run folder or checkpoint.")],
     file: File = None,
     *,
-    text: Annotated[
-        list[str] | None, typer.Option("--text", "-t", help="A document (may be repeated).")
-    ] = None,
+    text: Texts = None,
     category: Category = None,
     encoding: Encoding = None,
     output: Output = None,
@@ -122,8 +121,8 @@ def predict_command(
     check_engine(engine, workers, address)
     if encoding is not None:
         build_config({"data": {"encoding": encoding}}, "--encoding")
-    changes = {"decoding": decoding, "long_text": long_text}
-    changes = {key: value for key, value in changes.items() if value is not None}
+    given = {"decoding": decoding, "long_text": long_text}
+    changes = {key: value for key, value in given.items() if value is not None}
     output = None if output == "-" else output
     if engine == "ray":
         source, folder = _ray_files(run, file, output, bool(text or shard))

@@ -31,7 +31,7 @@ from labeltune.config import RunConfig, load_config
 from labeltune.data.loading import Splits
 from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
-from labeltune.evaluation.summary import SELECTION, headline
+from labeltune.evaluation.summary import SELECTION, Evaluation, headline
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import is_hub_name, remove_leftovers
 from labeltune.io.progress import Say, begin, no_long_silence, track
@@ -365,4 +365,4 @@ def _finish(
     folder = Path(config.output_dir) / "validation"
     write_evaluation(folder, metrics, selection, predictions)
     say(f"report on {SELECTION} rows: {folder / 'report.html'}")
-    tracker.log_charts(metrics, selection, predictions, result.steps)
+    tracker.log_charts(Evaluation(metrics, selection, predictions), result.steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -21,6 +22,15 @@ TRAINING = "training (seen by the model)"
 #: Parts that rows are cut into by length.
 LENGTH_SLICES = 4
 FREQUENCIES = ("rare", "middle", "frequent")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Labelled rows, what a run answered to them, and all figures of both, as `labeltune evaluate` writes them."""
+
+    metrics: Mapping[str, Any]
+    examples: Sequence[Example]
+    predictions: Sequence[Prediction]
 
 
 def validation_figures(logged: Mapping[str, Any]) -> dict[str, float]:

@@ -20,6 +20,7 @@ import torch
 from labeltune.errors import ConfigError, LabeltuneError, ModelError, first_line
 from labeltune.inference.predictor import Predictor
 from labeltune.inference.shards import Load, Work
+from labeltune.io.processes import usable_cores
 
 # Ray reads these when it is imported: it listens to this machine alone, and reports nothing anywhere.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -151,7 +152,7 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
         else:
             ray.init(
                 address="local",
-                num_cpus=cpus or _usable_cores(),
+                num_cpus=cpus or usable_cores(),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="error",
@@ -167,10 +168,6 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
         yield
     finally:
         ray.shutdown()
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _resources(workers: int | None) -> tuple[int, int, float]:

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ from labeltune.data.loading import load_splits
 from labeltune.errors import ConfigError, Interrupted, LabeltuneError, SweepError, first_line
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import write_text
-from labeltune.io.processes import worker_count
+from labeltune.io.processes import end_with_parent, worker_count
 from labeltune.io.progress import Say, tell
 from labeltune.models.hub import resolve_model
 from labeltune.sweep.report import Trial, shown_value, write_results
@@ -169,21 +168,13 @@ def _work(sweep: Sweep, device: str | None) -> None:
     """What a worker process does."""
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(max(1, worker_count("auto") // sweep.workers))
     try:
         _train_trials(Study(sweep, tell), log=True)
     except LabeltuneError as error:
         tell(f"error: {error}")
         sys.exit(1)
-
-
-def _end_with_parent() -> None:
-    """No worker goes on alone when the sweep was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _devices(workers: int) -> list[str | None]:

@@ -15,8 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from labeltune.config import RunConfig
 from labeltune.data.loading import Splits
 from labeltune.distributed import rank
-from labeltune.evaluation.summary import SELECTION, validation_figures
-from labeltune.types import Example, Prediction
+from labeltune.evaluation.summary import SELECTION, Evaluation, validation_figures
 
 T = TypeVar("T")
 
@@ -36,18 +35,8 @@ class Tracker(Protocol):
     def log_predictions(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Show (caption, text) pairs under `Prediction`."""
 
-    def log_charts(
-        self,
-        metrics: Mapping[str, Any],
-        examples: Sequence[Example],
-        predictions: Sequence[Prediction],
-        step: int,
-    ) -> None:
-        """Show an evaluation in detail.
-
-        Args:
-            metrics: as `labeltune evaluate` writes them.
-        """
+    def log_charts(self, evaluation: Evaluation, step: int) -> None:
+        """Show an evaluation in detail."""
 
     def finish(self, error: BaseException | None = None) -> None:
         """Close the run, also one that has failed: `error` is what ended the training."""
@@ -70,13 +59,7 @@ class SilentTracker:
     def log_predictions(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Ignored."""
 
-    def log_charts(
-        self,
-        metrics: Mapping[str, Any],
-        examples: Sequence[Example],
-        predictions: Sequence[Prediction],
-        step: int,
-    ) -> None:
+    def log_charts(self, evaluation: Evaluation, step: int) -> None:
         """Ignored."""
 
     def finish(self, error: BaseException | None = None) -> None:
@@ -131,16 +114,10 @@ class Guarded:
         if self.started and texts:
             self.attempt(self.tracker.log_predictions, step, texts)
 
-    def log_charts(
-        self,
-        metrics: Mapping[str, Any],
-        examples: Sequence[Example],
-        predictions: Sequence[Prediction],
-        step: int,
-    ) -> None:
+    def log_charts(self, evaluation: Evaluation, step: int) -> None:
         """Passed on."""
         if self.started:
-            self.attempt(self.tracker.log_charts, metrics, examples, predictions, step)
+            self.attempt(self.tracker.log_charts, evaluation, step)
 
     def finish(self, error: BaseException | None = None) -> None:
         """Close what was opened, also after a failure."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 
+from labeltune.evaluation.summary import Evaluation
 from labeltune.types import Example, Prediction
 
 #: Labels that get a precision-recall curve of their own, the most frequent ones.
@@ -17,18 +18,14 @@ CURVES = 10
 OFF_LIST = "(off the list)"
 
 
-def charts(
-    echarts: ModuleType,
-    metrics: Mapping[str, Any],
-    examples: Sequence[Example],
-    predictions: Sequence[Prediction],
-) -> dict[str, Any]:
+def charts(echarts: ModuleType, evaluation: Evaluation) -> dict[str, Any]:
     """Name -> chart: per-label figures; for labels a confusion matrix, precision-recall curves and a reliability diagram.
 
     Args:
         echarts: the module `swanlab.echarts`.
-        metrics: as `labeltune evaluate` writes them; its `rows_are` heads every name.
+        evaluation: its `rows_are` heads every name.
     """
+    metrics, examples, predictions = evaluation.metrics, evaluation.examples, evaluation.predictions
     found = {"per label": _bars(echarts, metrics["labels"], ("precision", "recall", "f1"))}
     if metrics["task"] == "classification":
         found["confusion matrix"] = _confusion(echarts, examples, predictions)

@@ -15,9 +15,9 @@ import swanlab
 
 from labeltune.config import SwanlabConfig
 from labeltune.errors import Interrupted
+from labeltune.evaluation.summary import Evaluation
 from labeltune.io.outputs import write_json
 from labeltune.tracking.charts import charts, texts
-from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -174,18 +174,12 @@ class SwanlabTracker:
         """Texts."""
         self._log_texts("Prediction", texts, step)
 
-    def log_charts(
-        self,
-        metrics: Mapping[str, Any],
-        examples: Sequence[Example],
-        predictions: Sequence[Prediction],
-        step: int,
-    ) -> None:
+    def log_charts(self, evaluation: Evaluation, step: int) -> None:
         """Charts, and the same as texts."""
-        for name, chart in charts(swanlab.echarts, metrics, examples, predictions).items():
+        for name, chart in charts(swanlab.echarts, evaluation).items():
             swanlab.log({name: swanlab.ECharts(chart)}, step=step)
         # The local dashboard draws numbers, texts and pictures, but no ECharts.
-        for name, lines in texts(metrics).items():
+        for name, lines in texts(evaluation.metrics).items():
             self._log_texts(name, lines, step)
 
     def _log_texts(self, name: str, lines: Sequence[tuple[str, str]], step: int) -> None:

@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from labeltune.evaluation.summary import Evaluation
 from labeltune.tracking.charts import texts
-from labeltune.types import Example, Prediction
 
 
 class TensorboardTracker:
@@ -53,15 +53,9 @@ class TensorboardTracker:
         """One text with all rows."""
         self._log_text("Prediction", texts, step)
 
-    def log_charts(
-        self,
-        metrics: Mapping[str, Any],
-        examples: Sequence[Example],
-        predictions: Sequence[Prediction],
-        step: int,
-    ) -> None:
+    def log_charts(self, evaluation: Evaluation, step: int) -> None:
         """Per-label figures, confusion matrix and reliability, each a text."""
-        for name, lines in texts(metrics).items():
+        for name, lines in texts(evaluation.metrics).items():
             self._log_text(name, lines, step)
 
     def _log_text(self, name: str, lines: Sequence[tuple[str, str]], step: int) -> None:

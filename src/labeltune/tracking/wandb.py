@@ -10,8 +10,8 @@ import wandb
 from transformers import TrainerCallback
 from transformers.integrations import WandbCallback
 
+from labeltune.evaluation.summary import Evaluation
 from labeltune.tracking.charts import texts
-from labeltune.types import Example, Prediction
 
 #: The axis that transformers' callback gives to everything.
 _STEP = "train/global_step"
@@ -46,15 +46,9 @@ class WandbTracker:
         """A table of rows."""
         self._log_table("Prediction", ("row", "text"), texts, step)
 
-    def log_charts(
-        self,
-        metrics: Mapping[str, Any],
-        examples: Sequence[Example],
-        predictions: Sequence[Prediction],
-        step: int,
-    ) -> None:
+    def log_charts(self, evaluation: Evaluation, step: int) -> None:
         """Per-label figures, confusion matrix and reliability, each a table."""
-        for name, lines in texts(metrics).items():
+        for name, lines in texts(evaluation.metrics).items():
             self._log_table(name, ("of", "figures"), lines, step)
 
     def _log_table(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -21,7 +20,7 @@ from labeltune.config import higher_is_better
 from labeltune.distributed import all_reduce, world_size
 from labeltune.errors import Interrupted
 from labeltune.evaluation.summary import validation_figures
-from labeltune.io.outputs import write_text
+from labeltune.io.outputs import write_jsonl
 from labeltune.io.progress import SILENCE, bar_shown, begin, silent_for, spoke
 from labeltune.messages import localize
 from labeltune.training.checkpoints import diverged
@@ -102,10 +101,8 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     def tell(self, state: TrainerState, go_on: str | None) -> None:
         """Raise `Interrupted` where a signal ended the training; `go_on` is the command that resumes it."""
         if self.interrupted:
-            at, last = (
-                f"stopped at step {state.global_step} of {state.max_steps}",
-                f"checkpoint-{state.global_step}",
-            )
+            step = state.global_step
+            at, last = f"stopped at step {step} of {state.max_steps}", f"checkpoint-{step}"
             then = f"go on with: {go_on}" if go_on is not None else "--resume continues it"
             raise Interrupted(f"{at}; {last} is saved, {then}")
 
@@ -183,21 +180,11 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """With every checkpoint."""
-        write_metrics(args, state)
+        """With every checkpoint, and at the end; on the main process."""
+        if state.is_world_process_zero:
+            write_jsonl(Path(args.output_dir) / "metrics.jsonl", state.log_history)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """And at the end."""
-        write_metrics(args, state)
-
-
-def write_metrics(args: TrainingArguments, state: TrainerState) -> None:
-    """Write `metrics.jsonl`, on the main process."""
-    if state.is_world_process_zero:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in state.log_history)
-        write_text(Path(args.output_dir) / "metrics.jsonl", lines)
+    on_train_end = on_save
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]

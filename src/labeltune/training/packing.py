@@ -14,12 +14,15 @@ import itertools
 import math
 import random
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from labeltune.config import TrainingConfig
 from labeltune.prompts.builder import common_prefix
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Packing = Literal["shared_prefix", "packed", "padded"]
 
@@ -121,6 +124,11 @@ def step_order(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[l
     random.Random(f"{seed}:{epoch}").shuffle(order)
     for start in range(0, count, batch_size):
         yield order[start : start + batch_size]
+
+
+def rows_of_steps(dataset: Dataset, steps: Iterable[Sequence[int]], count: int) -> list[list[Row]]:
+    """The rows of the first steps of an order, at most `count` of them."""
+    return [to_rows([dataset[i] for i in numbers]) for numbers in itertools.islice(steps, count)]
 
 
 def steps_an_epoch(rows: int, batch_size: int) -> int:

@@ -27,12 +27,12 @@ from labeltune.training.packing import (
     Packing,
     Row,
     pack_step,
+    rows_of_steps,
     step_order,
     steps_in_all,
-    to_rows,
     useful_tokens,
 )
-from labeltune.training.self_check import choose_packing, sample_rows
+from labeltune.training.self_check import choose_packing, random_state_kept, sample_rows
 from labeltune.training.trainer import StepSettings
 
 if TYPE_CHECKING:
@@ -156,12 +156,8 @@ def prepare_steps(
     Leaves the random state as it was.
     """
     options = config.training
-    steps = [
-        to_rows([train[i] for i in numbers])
-        for _, numbers in zip(
-            range(SAMPLED_STEPS), step_order(len(train), options.batch_size, options.seed, 0), strict=False
-        )
-    ]
+    order = step_order(len(train), options.batch_size, options.seed, 0)
+    steps = rows_of_steps(train, order, SAMPLED_STEPS)
     sample = sample_rows(steps[0])
     pad_id = tokenizer.pad_token_id
 
@@ -170,7 +166,7 @@ def prepare_steps(
 
     begin("checking packing on your rows", say)
     with random_state_kept():
-        head = chunkable_head(model, torch_ids(sample[0], device))
+        head = chunkable_head(model, torch.tensor([sample[0].ids], device=device))
         choice = choose_packing(model, sample, options.packing, precision, pad_id, head=head, say=say)
         tokens, checkpointing = options.max_tokens_per_pack, options.gradient_checkpointing
         memory = budget_memory(
@@ -207,18 +203,11 @@ def describe(settings: StepSettings, memory: MemoryBudget, steps: list[list[Row]
     )
 
 
-def torch_ids(row: Row, device: torch.device) -> Any:
-    """A row's tokens as a batch of one."""
-
-    return torch.tensor([row.ids], device=device)
-
-
 def compile_layers(model: PreTrainedModel) -> None:
     """torch.compile the decoder layers one by one, in place, for packs of any length.
 
     They are what the model calls most, and compiling them alone keeps parameter names and gradient checkpointing as they are.
     """
-
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
@@ -270,7 +259,6 @@ def activation_bytes(
 
     Weights are not counted, shared storages once. The random state moves; call it where that is put back.
     """
-
     device = next(model.parameters()).device
     weights = Weights()
     sizes: dict[int, tuple[Any, int]] = {}
@@ -355,12 +343,3 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.disable_input_require_grads()
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put torch's random state back, so that what is measured before a run does not change the run."""
-
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        yield

@@ -53,12 +53,8 @@ _LAST_LOGGED = "train_runtime"
 
 def run_record(config: RunConfig, splits: Splits) -> bytes:
     """Content of `RECORD_FILE`: the config, and number and fingerprint of the rows on each side of the split."""
-    return (
-        json.dumps(
-            {"config": config.model_dump(mode="json"), "rows": _rows(splits)}, ensure_ascii=False, indent=2
-        )
-        + "\n"
-    ).encode()
+    record = {"config": config.model_dump(mode="json"), "rows": _rows(splits)}
+    return (json.dumps(record, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def _rows(splits: Splits) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,7 @@ from labeltune.training.callbacks import (
     WriteMetrics,
 )
 from labeltune.training.checkpoints import Checkpoint, ContinueRun, LogSums, remove_old
-from labeltune.training.packing import Packing, run_order, to_rows
+from labeltune.training.packing import Packing, rows_of_steps, run_order
 from labeltune.training.preflight import prepare_steps, training_arguments
 from labeltune.training.record import TrainResult, best_loss, trained_already
 from labeltune.training.sharded import WhenSharded
@@ -292,11 +291,10 @@ def time_steps(
             prepare(trainer, unsaved, precision)
             trainer.train()
     settings = trainer.settings
-    steps = islice(run_order(len(train), config.training), 1 + TIMED_STEPS)
-    rows = [to_rows([train[i] for i in numbers]) for numbers in steps][-len(clock.seconds) :]
+    steps = rows_of_steps(train, run_order(len(train), config.training), 1 + TIMED_STEPS)
     return TimedSteps(
         seconds=clock.seconds,
-        computed=settings.computed(rows),
+        computed=settings.computed(steps[-len(clock.seconds) :]),
         packing=settings.packing,
         max_tokens=settings.max_tokens,
         checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),

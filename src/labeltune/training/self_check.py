@@ -273,10 +273,21 @@ def _everywhere(verdict: bool) -> bool:
 
 
 @contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put all random states back, so that what is measured before a run does not change the run."""
+    states = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextlib.contextmanager
 def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Training mode with every dropout off; random state, modes and gradients are put back."""
-    states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     modes = [(module, module.training) for module in model.modules()]
     rates = [
         (module, module.attention_dropout)
@@ -290,15 +301,11 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
                 module.eval()
         for module, _ in rates:
             module.attention_dropout = 0.0
-        yield
+        with random_state_kept():
+            yield
     finally:
         for module, rate in rates:
             module.attention_dropout = rate
         for module, mode in modes:
             module.training = mode
         model.zero_grad(set_to_none=True)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if on_cuda:
-            torch.cuda.set_rng_state_all(on_cuda)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -12,7 +11,14 @@ from labeltune.config import TrainingConfig
 from labeltune.data.loading import evenly
 from labeltune.prompts.builder import PromptBuilder, common_prefix
 from labeltune.training.dataset import token_columns
-from labeltune.training.packing import ENOUGH, SAMPLED_STEPS, pack_step, step_order, to_rows, useful_tokens
+from labeltune.training.packing import (
+    ENOUGH,
+    SAMPLED_STEPS,
+    pack_step,
+    rows_of_steps,
+    step_order,
+    useful_tokens,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -165,7 +171,7 @@ def _common_beginning(tokens: Dataset) -> int:
 def _packed(tokens: Dataset, training: TrainingConfig) -> tuple[int, int, dict[str, int]]:
     """(rows planned, tokens of a pack, tokens computed in each of the three ways), on one process with memory to spare."""
     order = step_order(len(tokens), training.batch_size, training.seed, 0)
-    steps = [to_rows([tokens[i] for i in numbers]) for numbers in islice(order, MAX_STEPS)]
+    steps = rows_of_steps(tokens, order, MAX_STEPS)
     if training.max_tokens_per_pack == "auto":
         max_tokens = useful_tokens(steps[:SAMPLED_STEPS], "shared_prefix", 1, ENOUGH["cuda"])
     else:
