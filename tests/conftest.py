@@ -12,6 +12,7 @@ from hypothesis import settings
 
 pytest.register_assert_rewrite("helpers")
 
+from helpers.browsing import chromium  # noqa: E402
 from helpers.commands import Result, command  # noqa: E402
 from helpers.tiny_models import make_model, make_tokenizer  # noqa: E402
 
@@ -87,3 +88,10 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     from helpers.runs import predictor_for
 
     monkeypatch.setattr("labeltune.inference.load.load_predictor", lambda *_, **__: predictor_for())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless; the test is skipped where none is installed."""
+    with chromium() as opened:
+        yield opened

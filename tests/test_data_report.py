@@ -16,7 +16,7 @@ import pytest
 
 import labeltune
 from helpers.commands import Result, process
-from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, ner_rows, read_jsonl, write_jsonl
 from helpers.tiny_models import make_tokenizer
 from labeltune.config import RunConfig, TrainingConfig, build_config
 from labeltune.data import label_issues, near_duplicates
@@ -40,10 +40,6 @@ def command(labeltune: Callable[..., Result]) -> Callable[..., Result]:
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "data"
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def load(folder: Path, *files: list[dict[str, Any]], task: Any = "classification") -> list[Rows]:
@@ -71,7 +67,7 @@ def relabel_entity(row: dict[str, Any]) -> dict[str, Any]:
 def test_planted_faults_are_all_found(
     name: str, relabel: Callable[[dict[str, Any]], dict[str, Any]], tmp_path: Path
 ) -> None:
-    rows = read(EXAMPLES / f"en_{name}_train.jsonl")
+    rows = read_jsonl(EXAMPLES / f"en_{name}_train.jsonl")
     generator = random.Random(0)
     with_answers = [i for i, row in enumerate(rows) if row.get("output") or row.get("entities")]
     chosen = generator.sample(with_answers, 70)
@@ -201,7 +197,7 @@ def test_flipped_labels_are_in_the_first_tenth(
     monkeypatch.setattr(label_issues, "MIN_TEXTS", 25)
     shares = []
     for seed in (2, 3, 4):
-        rows, chosen = flipped(read(EXAMPLES / f"{language}_classification_train.jsonl"), 0.05, seed)
+        rows, chosen = flipped(read_jsonl(EXAMPLES / f"{language}_classification_train.jsonl"), 0.05, seed)
         found = find_label_issues(load(tmp_path, rows))
         first = {int(s.where.rpartition(":")[2]) - 1 for s in found.issues[: len(rows) // 10]}
         shares.append(len(first & chosen) / len(chosen))
@@ -212,7 +208,7 @@ def test_flipped_labels_are_in_the_first_tenth(
 def test_right_labels_are_not_listed(tmp_path: Path) -> None:
     """Few rows a label are not judged, and a model that is unsure keeps quiet."""
     for language in ("en", "zh"):
-        rows = read(EXAMPLES / f"{language}_classification_train.jsonl")
+        rows = read_jsonl(EXAMPLES / f"{language}_classification_train.jsonl")
         found = find_label_issues(load(tmp_path, rows))
         assert found.judged == len(rows) and found.issues == ()
         few = [row for row in rows if row["output"] in sorted({r["output"] for r in rows})[:6]][:120]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 import labeltune
+from helpers.rows import read_jsonl
 from labeltune.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,7 @@ ENTITY_NAMES = {
 
 
 def rows(name: str, folder: Path = DATA) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_jsonl(folder / f"{name}.jsonl")
 
 
 def both(language: str, task: str) -> list[dict[str, Any]]:

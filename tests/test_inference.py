@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import labeltune
-from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, ner_rows, read_jsonl, write_jsonl
 from helpers.tiny_models import make_model
 from labeltune.config import NER_LABELS, PromptConfig, RunConfig, build_config
 from labeltune.errors import DataError, ModelError
@@ -112,7 +112,7 @@ def test_predict_file_keeps_ids_and_order(trained: RunConfig, in_folder: Path) -
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in (in_folder / "out.jsonl").read_text("utf-8").splitlines()]
+    found = read_jsonl(in_folder / "out.jsonl")
     assert [row["id"] for row in found] == [row["id"] for row in rows]
     assert set(found[0]) == {"id", "label", "confidence", "ranking", "answer", "parsed"}
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from helpers.commands import refused
-from helpers.rows import classification_rows, write_jsonl
+from helpers.rows import classification_rows, read_jsonl, write_jsonl
 from helpers.runs import run_without_weights
 from labeltune.config import build_config
 from labeltune.errors import OutputError
@@ -334,7 +334,7 @@ def test_predictions_as_csv_and_with_text(labeltune: Any, in_folder: Path, loade
     )
     assert labeltune("predict", "run", "rows.jsonl", "-o", "plain.jsonl", "--with-text").code == 1
     assert labeltune("predict", "run", "rows.jsonl", "-o", "table.csv", "--with-text").code == 1
-    plain = [json.loads(line) for line in (in_folder / "plain.jsonl").read_text("utf-8").splitlines()]
+    plain = read_jsonl(in_folder / "plain.jsonl")
     assert [row.get("text") for row in plain] == [
         "match number 0 match",
         "rocket number 1 rocket",
@@ -429,7 +429,7 @@ def test_names_that_are_not_utf8_reach_files_as_escapes(
     name = os.fsdecode(b"\321\265\301\267.jsonl")
     write_jsonl(in_folder / "rows.jsonl", [{"text": ""}]).rename(in_folder / name)
     assert labeltune("predict", "run", name, "-o", "out.jsonl").code == 1
-    (row,) = (json.loads(line) for line in (in_folder / "out.jsonl").read_text("utf-8").splitlines())
+    (row,) = read_jsonl(in_folder / "out.jsonl")
     assert row["source"] == "\u0475\\xc1\\xb7.jsonl:1"
     write_json(in_folder / "metrics.json", {"data": name})
     assert json.loads((in_folder / "metrics.json").read_text("utf-8")) == {"data": name}

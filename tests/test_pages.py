@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 import labeltune
-from helpers.browsing import broken_names, chromium, english_words, faint, overflow, own_words
+from helpers.browsing import broken_names, english_words, faint, overflow, own_words
 from helpers.rows import classification_rows, ner_rows, write_jsonl
 from helpers.tiny_models import make_tokenizer
 from labeltune.commands.evaluate import all_metrics
@@ -115,12 +114,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for number, html in enumerate(made.values()):
         (folder / f"{number}.html").write_text(html, encoding="utf-8")
     return {each: folder / f"{number}.html" for number, each in enumerate(made)}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as opened:
-        yield opened
 
 
 def opened(browser: Any, path: Path, width: int = 1440, locale: str = "en-US", scheme: str = "light") -> Any:

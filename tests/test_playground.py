@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from helpers.browsing import chromium
-from helpers.rows import classification_rows, write_jsonl
+from helpers.rows import classification_rows, read_jsonl, write_jsonl
 from helpers.runs import make_run, predictor_for
 from helpers.serving import Server, serving
 from labeltune import load_predictor
@@ -103,7 +102,7 @@ def test_a_browser_classifies_extracts_and_uploads(
     assert "100 / 100" in view.inner_text("#progress") and "1" in view.inner_text("#progress")
     with view.expect_download() as waiting:
         view.click("#download")
-    lines = [json.loads(line) for line in Path(waiting.value.path()).read_text(encoding="utf-8").splitlines()]
+    lines = read_jsonl(Path(waiting.value.path()))
     assert [line["id"] for line in lines] == [row["id"] for row in rows]
     assert "empty" in lines[7]["error"] and lines[0]["label"] == right.label
     # Entities by another run.

@@ -19,7 +19,7 @@ import torch
 
 import labeltune
 from helpers.rows import classification_rows, ner_rows, write_jsonl
-from helpers.training import adapter_weights, config_for, without_dropout
+from helpers.training import adapter_weights, config_for, logged, without_dropout
 from labeltune.config import RunConfig, load_config
 from labeltune.distributed import all_gather, all_reduce, assign, join_uneven
 from labeltune.io.run_folder import checkpoints
@@ -131,8 +131,7 @@ def runs(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def history(run: Path, key: str) -> list[float]:
     """A figure over the steps of a run."""
-    state = json.loads((checkpoints(run)[-1] / "trainer_state.json").read_text(encoding="utf-8"))
-    return [line[key] for line in state["log_history"] if key in line]
+    return [line[key] for line in logged(checkpoints(run)[-1], key)]
 
 
 def assert_same_run(found: Path, right: Path) -> None:

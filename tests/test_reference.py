@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 import labeltune
+from helpers.rows import read_jsonl
 from labeltune.config import load_config
 
 ARCHIVE = Path(__file__).parent / "reference" / "runs-0.1.0.tar.xz"
@@ -25,10 +25,6 @@ RUNS = {
     "runs/ner": "ner-best",
     "runs/ner/checkpoint-50": "ner-last",
 }
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -53,10 +49,10 @@ def figures(answer: dict[str, Any]) -> dict[str, float]:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_of_0_1_0_answers_as_it_did(run: str, reference: Path) -> None:
-    then = rows(reference / f"predictions/{RUNS[run]}.jsonl")
+    then = read_jsonl(reference / f"predictions/{RUNS[run]}.jsonl")
     given = [
         labeltune.Example(str(number), row["text"], tuple(row.get("category", ())))
-        for number, row in enumerate(rows(reference / f"rows-{RUNS[run].partition('-')[0]}.jsonl"))
+        for number, row in enumerate(read_jsonl(reference / f"rows-{RUNS[run].partition('-')[0]}.jsonl"))
     ]
     now = [prediction.to_dict() for prediction in labeltune.load_predictor(run).predict(given)]
     assert len(now) == 6
@@ -73,7 +69,7 @@ def test_a_run_of_0_1_0_goes_on(task: str, reference: Path) -> None:
     last = 180 if task == "classification" else 50
     result = labeltune.train(config, resume=True)
     assert result.steps == last + 5
-    steps = [row["step"] for row in rows(reference / f"runs/{task}/metrics.jsonl") if "loss" in row]
+    steps = [row["step"] for row in read_jsonl(reference / f"runs/{task}/metrics.jsonl") if "loss" in row]
     assert steps == sorted(set(steps)) and steps[-1] == last + 5
 
 

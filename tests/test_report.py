@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import labeltune
-from helpers.browsing import chromium
-from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, ner_rows, read_jsonl, write_jsonl
 from helpers.training import config_for
 from labeltune import load_predictor
 from labeltune.commands.evaluate import all_metrics, write_evaluation
@@ -103,12 +101,6 @@ def test_pages_hold_any_text() -> None:
     assert environment().from_string(source).render().strip() == '<div class="bars"></div>'
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as opened:
-        yield opened
-
-
 def opened(browser: Any, path: Path, scheme: str = "light") -> tuple[Any, list[str]]:
     """A page from disk without a network, and what its console says."""
     context = browser.new_context(color_scheme=scheme, viewport={"width": 1280, "height": 900}, offline=True)
@@ -187,7 +179,7 @@ def test_two_runs_are_compared(in_folder: Path, model_folder: Path) -> None:
         tuned["accuracy"]["value"],
     )
     assert found["headline"]["second"]["macro_f1"] == tuned["macro_f1"]["value"]
-    changed = [json.loads(line) for line in (in_folder / "c" / "changed.jsonl").read_text().splitlines()]
+    changed = read_jsonl(in_folder / "c" / "changed.jsonl")
     assert len(changed) == len(found["changed"]["gained"]) + len(found["changed"]["lost"])
     for row in changed:
         better = row["second"] if row["change"] == "gained" else row["first"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import labeltune
 from helpers.packing import lora_model, random_rows
 from helpers.rows import classification_rows, write_jsonl
 from helpers.tiny_models import make_tokenizer
-from helpers.training import adapter_weights, config_for, without_dropout
+from helpers.training import adapter_weights, config_for, logged, without_dropout
 from labeltune.config import build_config
 from labeltune.data.loading import load_splits
 from labeltune.errors import ModelError, OutputError
@@ -31,8 +30,7 @@ CPU = torch.device("cpu")
 
 
 def log(result: Any, key: str = "loss") -> list[float]:
-    state = json.loads((result.last / "trainer_state.json").read_text(encoding="utf-8"))
-    return [line[key] for line in state["log_history"] if key in line]
+    return [line[key] for line in logged(result.last, key)]
 
 
 def test_the_three_packings_give_the_same_curve(in_folder: Path, model_folder: Path) -> None:

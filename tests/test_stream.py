@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 import labeltune
-from helpers.rows import LABELS, classification_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, read_jsonl, write_jsonl
 from helpers.runs import predictor_for
 from helpers.training import config_for
 from labeltune.errors import DataError, OutputError
@@ -23,10 +23,6 @@ from labeltune.inference.files import PredictOptions, count_rows, predict_file
 from labeltune.inference.load import load_predictor
 from labeltune.inference.predictor import Predictor
 from labeltune.io.outputs import file_hash
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_rows_come_out_in_order_with_faults_in_their_places(
@@ -42,7 +38,7 @@ def test_rows_come_out_in_order_with_faults_in_their_places(
         file.write('no json\n{"id": "\\ud800", "text": "x"}\n')
     predictor = predictor_for()
     bad = predict_file(predictor, path, in_folder / "out.jsonl", PredictOptions(top_k=1))
-    found = lines(in_folder / "out.jsonl")
+    found = read_jsonl(in_folder / "out.jsonl")
     assert [row["id"] for row in found] == ["0", "1", "mine", "3", "4", "77", *map(str, range(6, 12)), "?"]
     assert [i for i, row in enumerate(found) if "error" in row] == [2, 5, 9, 11, 12] and bad == 5
     assert found[9]["source"].endswith("rows.jsonl:10") and "prompt.max_length" in found[9]["error"]
@@ -62,7 +58,7 @@ def test_killed_at_twenty_random_points_the_output_is_that_of_an_uninterrupted_r
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) >= 20
     assert (in_folder / "out.jsonl").read_bytes() == (in_folder / "out.whole").read_bytes()
-    assert len(lines(in_folder / "out.jsonl")) == 300
+    assert len(read_jsonl(in_folder / "out.jsonl")) == 300
 
 
 def test_resume_refuses_what_belongs_to_something_else(in_folder: Path) -> None:
@@ -102,7 +98,7 @@ def test_the_command(in_folder: Path, model_folder: Path) -> None:
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 1 and "1 row could not be predicted" in done.stderr
     assert "Traceback" not in done.stderr
-    found = lines(in_folder / "out.jsonl")
+    found = read_jsonl(in_folder / "out.jsonl")
     assert [row.get("label", "bad") for row in found] == [None, "bad", None]
     assert len(found[0]["ranking"]) == 2
     printed = subprocess.run(command, capture_output=True, text=True)
@@ -239,7 +235,7 @@ def test_rows_are_predicted_whatever_their_answers_are(in_folder: Path) -> None:
         predictor = predictor_for(task, max_new_tokens=4)
         for name, count in (("rows.parquet", 2), ("rows.jsonl", 4), ("rows.csv", 2)):
             assert predict_file(predictor, in_folder / name, in_folder / "out.jsonl") == 0
-            found = lines(in_folder / "out.jsonl")
+            found = read_jsonl(in_folder / "out.jsonl")
             assert len(found) == count and not any("error" in row for row in found)
 
 
@@ -274,7 +270,7 @@ def test_an_output_is_not_resumed_in_another_encoding(in_folder: Path) -> None:
         else:
             with pytest.raises(OutputError, match="made with another encoding;"):
                 predict_file(predictor, in_folder / "rows.csv", output, options, resume=True)
-    assert lines(output)[0]["text"] == "今天"
+    assert read_jsonl(output)[0]["text"] == "今天"
     predictor.encoding = "gb18030"
     predict_file(predictor, in_folder / "rows.csv", in_folder / "own.jsonl", PredictOptions(with_text=True))
     assert (in_folder / "own.jsonl").read_bytes() == output.read_bytes()

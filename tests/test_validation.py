@@ -12,7 +12,7 @@ import pytest
 
 import labeltune
 from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
-from helpers.training import config_for
+from helpers.training import config_for, logged
 from labeltune.commands import train as train_page
 from labeltune.commands.preparing import validation_rows, warn_of_rows
 from labeltune.config import RunConfig, load_config
@@ -37,8 +37,7 @@ def with_validation(folder: Path, model: Path, task: str = "classification", **t
 
 def history(run: Path) -> list[dict[str, Any]]:
     """What Trainer logged at every validation."""
-    state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
-    return [entry for entry in state["log_history"] if "eval_loss" in entry]
+    return logged(run, "eval_loss")
 
 
 @pytest.mark.parametrize("task", ["classification", "ner"])

@@ -58,3 +58,7 @@ def parts(folder: Path) -> list[Path]:
 
 def joined(folder: Path) -> bytes:
     return b"".join(part.read_bytes() for part in parts(folder))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,9 @@ def adapter_weights(folder: Path) -> dict[str, Any]:
 def same_weights(first: Path, second: Path) -> bool:
     one, two = adapter_weights(first), adapter_weights(second)
     return set(one) == set(two) and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def logged(checkpoint: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of Trainer's log, up to a checkpoint, that hold a figure of this name."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return [line for line in state["log_history"] if name in line]
