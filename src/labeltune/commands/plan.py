@@ -66,16 +66,17 @@ def _plan(config: RunConfig, say: Say) -> CostEstimate:
     options, splits, builder = config.training, prepared.splits, prepared.builder
     tokens, _ = tokenize_splits(config, splits, builder, say)
 
-    device = torch.device(prepared.precision.device)
+    precision = prepared.precision
+    device = torch.device(precision.device)
     free = free_memory(device)
     with peak_memory(device) as memory:
-        model = load_for_training(config, prepared, say)
+        model = load_for_training(prepared, say)
         trained, parameters = count_parameters(model)
         timed = time_steps(
             model,
             builder.template.tokenizer,
             config,
-            prepared.precision,
+            precision,
             tokens,
             say=say,
             where=prepared.where,
@@ -100,7 +101,7 @@ def _plan(config: RunConfig, say: Say) -> CostEstimate:
         packing=timed.packing,
         max_tokens_per_pack=timed.max_tokens,
         checkpointing=timed.checkpointing,
-        device=prepared.precision.device,
+        device=precision.device,
         memory=memory[0],
         free_memory=free,
         step_seconds=timed.seconds,
@@ -174,6 +175,7 @@ def _lines(found: CostEstimate) -> list[str]:
     parts = (tokens.prefix_tokens, tokens.text_tokens, tokens.other_tokens, tokens.answer_tokens)
     prefix, text, other, answers = (f"{part / tokens.tokens:.0%}" for part in parts)
     unshared = tokens.computed["packed"] / tokens.planned_rows
+    all_steps = f"{found.hours:.2f} h" if found.hours >= 1 else f"{found.seconds:.1f} s"
     timed = ", ".join(f"{seconds:.3g}" for seconds in found.step_seconds)
     return [
         f"rows: {found.rows:,} for training, {found.validation_rows:,} for validation; {found.steps:,} steps",
@@ -184,9 +186,5 @@ def _lines(found: CostEstimate) -> list[str]:
         f"computed: {found.computed_per_row:.1f} tokens a row with packing={found.packing}, {unshared:.1f} without sharing; "
         f"{found.computed_tokens:,} in all",
         f"memory: {found.memory / 1e9:.2f} GB on {found.device}; {found.free_memory / 1e9:.2f} GB were free",
-        f"time: {_duration(found.seconds)} for all steps (timed: {timed} s); validation and saving come on top",
+        f"time: {all_steps} for all steps (timed: {timed} s); validation and saving come on top",
     ]
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.1f} s"

@@ -66,11 +66,19 @@ class Prepared:
         selection: the validation rows that are predicted again and again, whose figure picks the best checkpoint.
     """
 
+    config: RunConfig
     base: Path
     builder: PromptBuilder
-    precision: Precision
     splits: Splits
     selection: list[Example]
+
+    @property
+    def precision(self) -> Precision:
+        """What is computed in on this machine. It starts CUDA, so ask when no more processes are forked."""
+        from labeltune.models.precision import pick_precision
+
+        options = self.config.training
+        return pick_precision(options.precision, full=options.method == "full")
 
     def where(self, number: int) -> str:
         """Place of a training row, for messages."""
@@ -84,13 +92,10 @@ def prepare(config: RunConfig, all_rows: Splits, say: Say) -> Prepared:
         PromptError: a row cannot fit, and `data.on_error` is `stop`.
     """
     base, builder = load_prompts(config, all_rows.labels)
-    from labeltune.models.precision import pick_precision
-
-    precision = pick_precision(config.training.precision, full=config.training.method == "full")
     splits = without_too_long(all_rows, builder, config, say)
     selection = validation_rows(splits, config.eval.max_rows)
     warn_of_rows(config, splits, selection, say)
-    return Prepared(base, builder, precision, splits, selection)
+    return Prepared(config, base, builder, splits, selection)
 
 
 def load_prompts(config: RunConfig, labels: tuple[str, ...]) -> tuple[Path, PromptBuilder]:
@@ -126,7 +131,7 @@ def tokenize_splits(
     return train, validation
 
 
-def load_for_training(config: RunConfig, prepared: Prepared, say: Say) -> PreTrainedModel:
+def load_for_training(prepared: Prepared, say: Say) -> PreTrainedModel:
     """The base model with the weights that will be trained, and with the run's random state.
 
     Raises:
@@ -137,7 +142,7 @@ def load_for_training(config: RunConfig, prepared: Prepared, say: Say) -> PreTra
     from labeltune.models import hub, lora
     from labeltune.training.preflight import check_feasible
 
-    precision, splits = prepared.precision, prepared.splits
+    config, precision, splits = prepared.config, prepared.precision, prepared.splits
     check_feasible(config, precision, prepared.base, len(splits.train), splits.validation is not None)
     set_seed(config.training.seed)
     begin("loading the model", say)

@@ -196,7 +196,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     from labeltune.training.run import run_training
 
     train_tokens, validation_tokens = tokenize_splits(config, splits, builder, say)
-    model, tokenizer = load_for_training(config, prepared, say), builder.template.tokenizer
+    model, tokenizer = load_for_training(prepared, say), builder.template.tokenizer
     predictor = _predictor_of(model, builder, config)
 
     tracker = start_tracker(config, splits, resume_from, say)

@@ -191,6 +191,7 @@ class _Check:
         """
         found: str | None = None
         with weights_in(self.model, torch.float32, _everywhere) as in_fp32:
+            slack = FELT if in_fp32 else 0.0
             before, again = (self._logits(self.rows, packs, packing, not in_fp32) for _ in range(2))
             for changed in range(len(self.rows)):
                 rows = [*self.rows]
@@ -198,8 +199,7 @@ class _Check:
                 after = self._logits(rows, packs, packing, not in_fp32)
                 # Every process makes all passes, as those whose weights are spread wait for each other.
                 for k in after.keys() - {changed}:
-                    moved = moved_by("row", before[k], again[k], after[k], FELT if in_fp32 else 0.0)
-                    found = found or moved
+                    found = found or moved_by("row", before[k], again[k], after[k], slack)
         return found
 
     def _logits(
