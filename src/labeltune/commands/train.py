@@ -57,6 +57,15 @@ if TYPE_CHECKING:
 #: Validation rows that a temperature is fitted on, at most.
 CALIBRATION_ROWS = 2000
 
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what training will cost: time three real steps, and save nothing."),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(help="Shorthand for task=...; guessed from the columns of --data without a config."),
+]
+
 
 def train_command(
     *,
@@ -69,21 +78,13 @@ def train_command(
     overrides: Overrides = None,
     resume: ResumeTraining = False,
     overwrite: OverwriteRun = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Say what training will cost: time three real steps, and save nothing."
-        ),
-    ] = False,
+    dry_run: DryRun = False,
     data: Annotated[
         str | None,
         typer.Option("--data", "-d", help="Shorthand for data.train=...; enough without a config."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Shorthand for model=...")] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(help="Shorthand for task=...; guessed from the columns of --data without a config."),
-    ] = None,
+    task: Task = None,
     accept_license: Annotated[
         str | None, typer.Option(help="Accept a model's terms by name, e.g. gemma.")
     ] = None,

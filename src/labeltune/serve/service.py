@@ -94,10 +94,8 @@ class Service:
         )
         answers = asyncio.gather(*map(asyncio.wrap_future, futures))
         answers.add_done_callback(_look_at)
-        waited: set[Any] = {answers}
         gone = asyncio.ensure_future(_until_gone(receive)) if receive is not None else None
-        if gone is not None:
-            waited.add(gone)
+        waited: set[Any] = {answers, gone} - {None}
         try:
             await asyncio.wait(waited, timeout=self.settings.timeout, return_when=asyncio.FIRST_COMPLETED)
             if answers.done():
