@@ -15,7 +15,7 @@ import pytest
 from helpers.rows import classification_rows, ner_rows, write_jsonl
 from labeltune import check_data
 from labeltune.config import ColumnsConfig, DataConfig, RunConfig, TaskName, build_config
-from labeltune.data.loading import Splits, load_rows, load_splits, stratified_split
+from labeltune.data.loading import Splits, evenly, load_rows, load_splits, stratified_split
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records
 from labeltune.errors import DataError
@@ -343,3 +343,8 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
         DataError, match=r"no column 'body'; the file has 'content', .* data\.columns\.text=COLUMN"
     ):
         split(path, columns={"text": "body"})
+
+
+def test_spread_rows_are_as_many_as_there_are_at_most() -> None:
+    assert evenly(10, 4) == [0, 2, 5, 7]
+    assert (evenly(3, 5), evenly(0, 3), evenly(5, 0)) == ([0, 1, 2], [], [])
