@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import labeltune
+from helpers import forks
 from helpers.tiny_models import make_tokenizer
 from helpers.training import adapter_weights, config_for, same_weights
 from labeltune.errors import DivergedError, ModelError, OutputError
@@ -36,9 +37,7 @@ SCRIPT = Path(__file__).parent / "helpers" / "kill_train.py"
 
 
 def process(config: Path, moment: str, number: int, *rest: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), str(config), moment, str(number), *rest]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return forks.run([SCRIPT, config, moment, str(number), *rest])
 
 
 def test_killed_while_saving_nothing_is_lost_and_nothing_half_is_picked(

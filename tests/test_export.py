@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 import labeltune
+from helpers import forks
 from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
 from helpers.tiny_models import make_model, make_tokenizer
 from helpers.training import config_for
@@ -242,10 +241,7 @@ def test_options_that_cannot_be(
 
 
 def test_errors_are_one_message(runs: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "labeltune", "export"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "none"), "out"], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = forks.run(["-m", "labeltune", "export", tmp_path / "none", "out"], cwd=tmp_path)
     said = [line for line in done.stderr.splitlines() if not line.startswith("... ")]
     assert done.returncode == 2 and len(said) == 1 and said[0].startswith("error: run folder")
     assert not done.stdout

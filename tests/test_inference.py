@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import labeltune
+from helpers import forks
 from helpers.rows import LABELS, classification_rows, ner_rows, read_jsonl, write_jsonl
 from helpers.tiny_models import make_model
 from labeltune.config import NER_LABELS, PromptConfig, RunConfig, build_config
@@ -100,17 +101,7 @@ def test_generation_stops_at_any_stop_id(tokenizer: Any) -> None:
 def test_predict_file_keeps_ids_and_order(trained: RunConfig, in_folder: Path) -> None:
     rows = [{"id": f"r{9 - i}", "text": f"rocket {'x' * (7 * i % 30)}", "category": LABELS} for i in range(9)]
     write_jsonl(in_folder / "in.jsonl", rows)
-    command = [
-        sys.executable,
-        "-m",
-        "labeltune",
-        "predict",
-        trained.output_dir,
-        "in.jsonl",
-        "-o",
-        "out.jsonl",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forks.run(["-m", "labeltune", "predict", trained.output_dir, "in.jsonl", "-o", "out.jsonl"])
     assert done.returncode == 0, done.stderr
     found = read_jsonl(in_folder / "out.jsonl")
     assert [row["id"] for row in found] == [row["id"] for row in rows]
@@ -134,10 +125,13 @@ def test_a_runs_column_names_are_remembered(in_folder: Path, model_folder: Path)
 
 
 def test_predict_text_and_stdin(trained: RunConfig, in_folder: Path) -> None:
-    command = [sys.executable, "-m", "labeltune", "predict", trained.output_dir]
-    by_text = subprocess.run([*command, "--text", "rocket one"], capture_output=True, text=True)
+    command = ["-m", "labeltune", "predict", trained.output_dir]
+    by_text = forks.run([*command, "--text", "rocket one"])
     by_stdin = subprocess.run(
-        command, input='rocket one\n{"id": "b", "text": "match"}\n', capture_output=True, text=True
+        [sys.executable, *command],
+        input='rocket one\n{"id": "b", "text": "match"}\n',
+        capture_output=True,
+        text=True,
     )
     assert by_text.returncode == by_stdin.returncode == 0, by_stdin.stderr
     alone, in_company = json.loads(by_text.stdout), json.loads(by_stdin.stdout.splitlines()[0])
@@ -155,9 +149,7 @@ def test_predict_errors_are_short(trained: RunConfig, in_folder: Path) -> None:
         ([trained.output_dir, "missing.jsonl"], "missing.jsonl"),
         ([trained.output_dir, "--text", " "], "empty"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "labeltune", "predict", *arguments], capture_output=True, text=True
-        )
+        done = forks.run(["-m", "labeltune", "predict", *arguments])
         assert done.returncode == 2
         assert message in done.stderr and "Traceback" not in done.stderr
 
@@ -202,14 +194,10 @@ def test_original_scripts(trained: RunConfig, in_folder: Path) -> None:
     """predict_qwen2.py finds the newest checkpoint in ./output/Qwen2 and reads its own document."""
     root = Path(__file__).resolve().parents[1]
     here = Path(trained.output_dir).parents[1]
-    done = subprocess.run(
-        [sys.executable, root / "predict_qwen2.py"], cwd=here, capture_output=True, text=True
-    )
+    done = forks.run([root / "predict_qwen2.py"], cwd=here)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    done = subprocess.run(
-        [sys.executable, root / "predict_qwen2.py"], cwd=in_folder, capture_output=True, text=True
-    )
+    done = forks.run([root / "predict_qwen2.py"], cwd=in_folder)
     assert done.returncode == 2 and "train first" in done.stderr
 
 
@@ -225,17 +213,8 @@ def test_original_training_scripts(
 ) -> None:
     root = Path(__file__).resolve().parents[1]
     write_jsonl(in_folder / file, rows)
-    command = [
-        sys.executable,
-        root / script,
-        "--model",
-        str(model_folder),
-        "training.max_steps=1",
-        "prompt.max_length=600",
-    ]
-    done = subprocess.run(
-        [*command, "generation.max_new_tokens=4"], cwd=in_folder, capture_output=True, text=True
-    )
+    settings = ("training.max_steps=1", "prompt.max_length=600", "generation.max_new_tokens=4")
+    done = forks.run([root / script, "--model", model_folder, *settings], cwd=in_folder)
     assert done.returncode == 0, done.stderr
     output = "Qwen2" if "ner" not in script else "Qwen2-NER"
     assert (in_folder / "output" / output / "checkpoint-1" / "labeltune.json").is_file()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers import forks
 from helpers.rows import classification_rows, ner_rows, write_jsonl
 from labeltune import check_data
 from labeltune.config import ColumnsConfig, DataConfig, RunConfig, TaskName, build_config
@@ -310,7 +309,7 @@ def test_a_killed_process_leaves_no_copy_of_its_rows(tmp_path: Path) -> None:
     )
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     environment = {**os.environ, "TMPDIR": str(scratch)}
-    run = lambda code: subprocess.run([sys.executable, "-c", code], env=environment).returncode  # noqa: E731
+    run = lambda code: forks.run(["-c", code], env=environment).returncode  # noqa: E731
     assert run(f"{loads}; assert len(rows.dataset) == 6; {kill}") == -signal.SIGKILL
     (left,) = scratch.iterdir()
     assert [path.name for path in left.iterdir()] == ["owner"]

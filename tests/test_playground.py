@@ -16,7 +16,6 @@ from labeltune import load_predictor
 from labeltune.serve.app import create_app
 from labeltune.serve.guard import Guard, Metrics
 from labeltune.serve.models import Models, Served
-from labeltune.serve.playground import add_playground, parts
 from labeltune.serve.settings import Settings
 from labeltune.types import Entity
 
@@ -45,6 +44,8 @@ def server(runs: dict[str, Path]) -> Iterator[Server]:
 
 
 def test_a_text_in_pieces() -> None:
+    from labeltune.serve.playground import parts  # an extra, which takes long to import
+
     found = [Entity("b", "X", 1, 2), Entity("bc", "Y", 1, 3), Entity("d", "Z", 3, 4), Entity("z", "Z")]
     assert parts("abcd", found) == [("a", None), ("b", "X"), ("c", None), ("d", "Z")]
     assert parts("abc", []) == [("abc", None)]
@@ -179,6 +180,8 @@ def test_the_page_speaks_the_browser_s_language_alone(
 
 def test_with_a_key_the_page_asks_for_it_first() -> None:
     from starlette.testclient import TestClient
+
+    from labeltune.serve.playground import add_playground
 
     settings = Settings(api_key=b"secret-key")
     metrics = Metrics()

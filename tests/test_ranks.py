@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,8 @@ import pytest
 import torch
 
 import labeltune
+from helpers import forks
+from helpers.forks import Fork
 from helpers.rows import classification_rows, ner_rows, write_jsonl
 from helpers.training import adapter_weights, config_for, logged, without_dropout
 from labeltune.config import RunConfig, load_config
@@ -46,14 +46,14 @@ def job(folder: Path, name: str, config: RunConfig, **more: Any) -> dict[str, An
     return {"config": str(path), "resume": False, "environment": {}, **more}
 
 
-def start(folder: Path, jobs: Sequence[dict[str, Any]]) -> list[subprocess.Popen[str]]:
+def start(folder: Path, jobs: Sequence[dict[str, Any]]) -> list[Fork]:
     """Two processes that run these jobs."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs), encoding="utf-8")
     return two_processes([str(Path(__file__).parent / "helpers" / "ranks_worker.py"), str(path)])
 
 
-def two_processes(arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
+def two_processes(arguments: Sequence[str]) -> list[Fork]:
     """Python twice, as torchrun would start it."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -65,12 +65,7 @@ def two_processes(arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
         "MASTER_PORT": str(port),
     }
     return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**os.environ, **job_of_two, "RANK": str(r), "LOCAL_RANK": str(r), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        forks.start(arguments, env={**os.environ, **job_of_two, "RANK": str(r), "LOCAL_RANK": str(r)})
         for r in range(2)
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 import labeltune
+from helpers import forks
 from helpers.rows import LABELS, classification_rows, read_jsonl, write_jsonl
 from helpers.runs import predictor_for
 from helpers.training import config_for
@@ -52,9 +52,7 @@ def test_killed_at_twenty_random_points_the_output_is_that_of_an_uninterrupted_r
     run = labeltune.train(config_for(in_folder, model_folder, max_steps=1)).best
     path = write_jsonl(in_folder / "rows.jsonl", [{"text": f"row {i} " * (1 + i % 7)} for i in range(300)])
     script = Path(__file__).parent / "helpers" / "kill_predict.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(run), str(path), "out.jsonl", "20"], capture_output=True, text=True
-    )
+    done = forks.run([script, run, path, "out.jsonl", "20"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) >= 20
     assert (in_folder / "out.jsonl").read_bytes() == (in_folder / "out.whole").read_bytes()
@@ -93,22 +91,22 @@ def test_rows_are_counted_where_that_is_quick(in_folder: Path) -> None:
 def test_the_command(in_folder: Path, model_folder: Path) -> None:
     run = labeltune.train(config_for(in_folder, model_folder, max_steps=1)).best
     path = write_jsonl(in_folder / "rows.jsonl", [{"text": "a"}, {"text": ""}, {"text": "b"}])
-    command = [sys.executable, "-m", "labeltune", "predict", str(run), str(path)]
+    command = ["-m", "labeltune", "predict", run, path]
     options = ["-o", "out.jsonl", "--top-k", "2", "--min-confidence", "1.0"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    done = forks.run([*command, *options])
     assert done.returncode == 1 and "1 row could not be predicted" in done.stderr
     assert "Traceback" not in done.stderr
     found = read_jsonl(in_folder / "out.jsonl")
     assert [row.get("label", "bad") for row in found] == [None, "bad", None]
     assert len(found[0]["ranking"]) == 2
-    printed = subprocess.run(command, capture_output=True, text=True)
+    printed = forks.run(command)
     assert printed.returncode == 1 and len(printed.stdout.splitlines()) == 3
     for options, message in (
         (["--resume"], "--resume needs"),
         (["--resume", "-o", "new.jsonl"], "nothing to resume"),
         (["--decoding", "fast"], "generation.decoding=fast"),
     ):
-        refused = subprocess.run([*command, *options], capture_output=True, text=True)
+        refused = forks.run([*command, *options])
         assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
 
 
@@ -140,9 +138,7 @@ def test_two_predicts_onto_one_file_are_told_apart(in_folder: Path) -> None:
             predict_file(predictor, path, in_folder / "out.jsonl")
         # Also from a process whose temporary folder is another.
         environment = {**os.environ, "TMPDIR": str(other)}
-        done = subprocess.run(
-            [sys.executable, "-c", predicts], env=environment, capture_output=True, text=True
-        )
+        done = forks.run(["-c", predicts], env=environment)
         assert f"OutputError: another predict writes it (process {os.getpid()})" in done.stderr
         seen.append(str(raised.value))
         predict_file(predictor, path, in_folder / "other.jsonl")

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import swanlab
 import torch
 
 import labeltune
+from helpers import forks
 from helpers.rows import classification_rows, write_jsonl
 from helpers.sweeps import config_for
 from labeltune.config import RunConfig, load_config
@@ -411,7 +411,7 @@ def command(folder: Path, model: Path, *options: str, **training: Any) -> list[s
     raw = config.model_dump(mode="json")
     raw["training"].update(training)
     (folder / "run.yaml").write_text(json.dumps(raw), encoding="utf-8")
-    return [sys.executable, "-m", "labeltune", "sweep", "run.yaml", *options]
+    return ["-m", "labeltune", "sweep", "run.yaml", *options]
 
 
 def sweep_here(*searches: str, **options: Any) -> Sweep:
@@ -421,9 +421,7 @@ def sweep_here(*searches: str, **options: Any) -> Sweep:
 def test_a_killed_sweep_goes_on(in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the middle of the second of two trials."""
     line = command(in_folder, model_folder, "--search", RATES, "--trials", "2", max_steps=12, epochs=12)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
+    process = forks.start(line)
     begun = False
     for text in process.stderr:
         begun = begun or text.startswith("trial 1: training.learning_rate")
@@ -455,8 +453,7 @@ def test_two_workers_train_what_one_would(in_folder: Path, model_folder: Path) -
     options = ("--search", "lora.target_modules=all-linear,none_such")
     line = command(in_folder, model_folder, *options, "--grid", "--workers", "2")
     sweep = sweep_here(*options[1::2], grid=True)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+    process = forks.start(line)
     said = []
     for text in process.stderr:
         said.append(text)

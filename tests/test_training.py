@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import labeltune
+from helpers import forks
 from helpers.commands import command
 from helpers.rows import classification_rows, ner_rows, write_jsonl
 from helpers.tiny_models import MODEL_KINDS, make_model, make_tokenizer
@@ -70,10 +71,7 @@ def test_ctrl_c_saves_and_resume_equals_uninterrupted(
     config = config_for(in_folder, model_folder, epochs=24, save_steps=1000)
     path = in_folder / "run.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "labeltune", "train", str(path)]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
+    process = forks.start(["-m", "labeltune", "train", path])
     for said in process.stderr:
         if said.startswith("step 5/"):
             break
@@ -128,18 +126,37 @@ def test_ner_trains_and_extracts(in_folder: Path, model_folder: Path) -> None:
     assert base["span_f1"]["value"] < 1.0
 
 
-@pytest.mark.parametrize(
-    "options", [{"max_tokens_per_pack": 90}, {"gradient_checkpointing": True}, {"compile": True}]
-)
-def test_memory_settings_do_not_change_the_result(
-    in_folder: Path, model_folder: Path, options: dict[str, Any]
-) -> None:
+def assert_the_same_result(folder: Path, model: Path, *settings: dict[str, Any]) -> None:
+    """As without these settings of training."""
     weights = []
-    for given in ({}, options):
-        config = without_dropout(config_for(in_folder, model_folder, max_steps=3, save_steps=1000, **given))
+    for given in ({}, *settings):
+        config = without_dropout(config_for(folder, model, max_steps=3, save_steps=1000, **given))
         weights.append(adapter_weights(labeltune.train(config, overwrite=True).last))
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4)
+        assert weights[0].keys() == weights[-1].keys()
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(tensor, weights[-1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_memory_settings_do_not_change_the_result(in_folder: Path, model_folder: Path) -> None:
+    assert_the_same_result(
+        in_folder, model_folder, {"max_tokens_per_pack": 90}, {"gradient_checkpointing": True}
+    )
+
+
+def test_compiling_does_not_change_the_result(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer, traced, and run as traced: that kernels agree is test_self_check.py's."""
+    compiled, layers = torch.nn.Module.compile, []
+
+    def traced(module: torch.nn.Module, **options: Any) -> None:
+        layers.append(module)
+        compiled(module, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer), layers=1).save_pretrained(in_folder / "model")
+    tokenizer.save_pretrained(in_folder / "model")
+    assert_the_same_result(in_folder, in_folder / "model", {"compile": True})
+    assert len(layers) == 1
 
 
 def test_an_earlier_run_is_not_overwritten_by_accident(in_folder: Path, model_folder: Path) -> None:

@@ -20,11 +20,11 @@ FP32 = Precision("fp32", torch.float32, "cpu")
 VOCABULARY = 300
 
 
-def lora_model(kind: str = "qwen2", **options: Any) -> Any:
-    """Two layers with a LoRA adapter that is not zero, so that every matrix has a gradient; no dropout."""
+def lora_model(kind: str = "qwen2", layers: int = 2, **options: Any) -> Any:
+    """Few layers with a LoRA adapter that is not zero, so that every matrix has a gradient; no dropout."""
     import peft
 
-    model = make_model(VOCABULARY, kind)
+    model = make_model(VOCABULARY, kind, layers=layers)
     for key, value in options.items():
         setattr(model.config, key, value)
     torch.manual_seed(1)

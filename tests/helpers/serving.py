@@ -14,11 +14,14 @@ from typing import Any
 
 import httpx
 
+from helpers import forks
+from helpers.forks import Fork
+
 
 class Server:
     """A running `labeltune serve`; its log, and what it said on standard output, are kept in memory."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: Fork | subprocess.Popen[str]) -> None:
         self.process = process
         self.lines: list[str] = []
         self.said: list[str] = []
@@ -82,12 +85,18 @@ def serving(run: Path, *options: str, key: str | None = None, playground: bool =
     environment = {k: v for k, v in os.environ.items() if k != "LABELTUNE_API_KEY"} | {"OMP_NUM_THREADS": "1"}
     if key is not None:
         environment["LABELTUNE_API_KEY"] = key
-    command = [sys.executable, "-m", "labeltune", "serve", str(run), "--port", "0", *options]
-    if not playground:
-        command.append("--no-playground")
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    command = ["-m", "labeltune", "serve", str(run), "--port", "0", *options]
+    process: Fork | subprocess.Popen[str]
+    if playground:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+    else:
+        process = forks.start([*command, "--no-playground"], env=environment)
     server = Server(process)
     try:
         server.wait()

@@ -78,8 +78,8 @@ def make_tokenizer(template: str | None = CHATML, pad: str = "<|endoftext|>") ->
     )
 
 
-def make_model(vocabulary: int, kind: str = "qwen2", seed: int = 0) -> Any:
-    """Two layers, random weights."""
+def make_model(vocabulary: int, kind: str = "qwen2", seed: int = 0, layers: int = 2) -> Any:
+    """Random weights."""
     import torch
     import transformers
 
@@ -87,7 +87,7 @@ def make_model(vocabulary: int, kind: str = "qwen2", seed: int = 0) -> Any:
         "vocab_size": vocabulary,
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 8192,
