@@ -43,10 +43,11 @@ class Fork:
             "folder": str(cwd or Path.cwd()),
             "environment": dict(env or os.environ),
         }
+        server = _server()
         self._watch, theirs = socket.socketpair()
         (out, out_end), (err, err_end), null = os.pipe(), os.pipe(), os.open(os.devnull, os.O_RDONLY)
         given = [null, out_end, err_end, theirs.detach()]
-        socket.send_fds(_server(), [b"."], given)
+        socket.send_fds(server, [b"."], given)
         for handle in given:
             os.close(handle)
         self.stdout: TextIO = os.fdopen(out, encoding="utf-8")
@@ -128,7 +129,7 @@ def _server() -> socket.socket:
         command = [sys.executable, __file__, str(theirs.fileno())]
         server = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, stdin=subprocess.DEVNULL)
     atexit.register(server.wait)
-    atexit.register(ours.close)
+    atexit.register(ours.shutdown, socket.SHUT_RDWR)
     return ours
 
 
@@ -137,7 +138,7 @@ def _next_task(control: socket.socket) -> list[str] | None:
     watching: list[int] = []
     while True:
         _, handles, *_ = socket.recv_fds(control, 1, 4)
-        watching = [child for child in watching if os.waitpid(child, os.WNOHANG if handles else 0)[0] == 0]
+        watching = [child for child in watching if os.waitpid(child, os.WNOHANG)[0] == 0]
         if not handles:
             return None
         child = os.fork()
