@@ -145,6 +145,7 @@ def test_memory_settings_do_not_change_the_result(in_folder: Path, model_folder:
 
 def test_compiling_does_not_change_the_result(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer, traced, and run as traced: that kernels agree is test_self_check.py's."""
+    torch.compiler.reset()
     compiled, layers = torch.nn.Module.compile, []
 
     def traced(module: torch.nn.Module, **options: Any) -> None:
