@@ -377,6 +377,13 @@ class TrackBest(TrainerCallback, ExportableState):  # type: ignore[misc]
         # Trainer saves the state of callbacks that the checkpoint knows, and fails at a new one.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The last step is validated, as it is saved; transformers 5.0 does not ask for that."""
+        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
     def on_evaluate(
         self,
         args: TrainingArguments,
