@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from labeltune.errors import MissingExtraError
+from labeltune.messages import localize
 
 #: What the extra `serve` installs.
 SERVE_MODULES = ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client")
@@ -88,7 +89,7 @@ def serve(
 
     def say(line: str) -> None:
         with contextlib.suppress(OSError):  # nobody reads it; the server goes on
-            print(f"{time.monotonic() - started:5.1f} s  {line}", flush=True)
+            print(f"{time.monotonic() - started:5.1f} s  {localize(line)}", flush=True)
 
     with bind(host, port) as bound:
         run_server(load_models(run, name, adapters, device, say), settings, bound, say)
