@@ -720,6 +720,19 @@ def test_doctor_loads_no_library_that_it_can_ask_without(tmp_path: Path) -> None
     assert done.stderr.strip().splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("command", [["serve", "nowhere"], ["predict", "nowhere", "--text", "a"]])
+def test_a_run_that_is_not_there_is_told_before_anything_is_loaded(
+    tmp_path: Path, command: list[str]
+) -> None:
+    code = (
+        f"import sys; sys.argv = ['labeltune', *{command}]\n"
+        "from labeltune.commands.main import run\n"
+        f"try: run()\nfinally: print([n for n in {HEAVY} if n in sys.modules], file=sys.stderr)"
+    )
+    done = process(tmp_path, "-c", code)
+    assert done.stderr.splitlines() == ["error: run folder nowhere does not exist; train first", "[]"]
+
+
 FAKE_SWANLAB = """
 import os, sys, time
 open("pid", "w").write(str(os.getpid()))

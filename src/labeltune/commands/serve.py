@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from labeltune.errors import MissingExtraError
+from labeltune.io.outputs import is_hub_name
+from labeltune.io.run_folder import find_checkpoint
 from labeltune.messages import localize
 
 #: What the extra `serve` installs.
@@ -66,6 +68,8 @@ def serve(
     started = time.monotonic()
     if not all(map(find_spec, (*SERVE_MODULES, "gradio") if playground else SERVE_MODULES)):
         raise MissingExtraError("labeltune serve", "serve")
+    if not is_hub_name(run):
+        find_checkpoint(run)  # a wrong name is told before anything is loaded
     from labeltune.serve.app import bind
     from labeltune.serve.app import serve as run_server
     from labeltune.serve.models import load_models, parse_adapter
