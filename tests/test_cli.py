@@ -605,7 +605,7 @@ def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: py
     )
     assert config.prompt.user == "Labels: {category}\n{text}"
     assert labeltune("train", "lora.r=4", "--data", "people.jsonl", "output_dir=here").code == 0
-    assert (seen[1].prompt.system[:7], seen[1].prompt.no_entities) == ("Extract", "none")
+    assert seen[1].prompt.no_entities == "没有找到任何实体", "the types are Chinese"
     assert (seen[1].task, seen[1].lora.r, seen[1].output_dir) == ("ner", 4, "here")
     found = labeltune("train", "--data", "people.jsonl", "--task", "classification")
     assert found.code == 0 and "task=classification (as --task says)" in found.err
@@ -657,6 +657,10 @@ def test_without_a_config_the_prompt_is_in_the_language_of_the_rows(
     found = labeltune("train", "--data", "rows.jsonl", *changes)
     assert found.code == 0 and f", {said}, " in found.err
     assert seen[0].prompt.user == prompt
+    entity = {"start_idx": 0, "end_idx": 3, "entity_text": "Ada", "entity_label": "PER"}
+    write_jsonl(in_folder / "people.jsonl", [{"text": "Ada", "entities": [entity]}])
+    assert labeltune("train", "--data", "people.jsonl").code == 0
+    assert seen.pop().prompt.no_entities == "none"
     (in_folder / "old.yaml").write_text("data: {train: rows.jsonl}\n")
     assert labeltune("train", "old.yaml").code == 0
     assert seen[1].prompt.user == CLASSIFICATION_USER, "a config means what it did"
