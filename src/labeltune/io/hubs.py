@@ -26,6 +26,8 @@ _NO_ANSWER = {
     "ConnectionError": "no connection",
     "TransportError": "no connection",
 }
+#: A longer text of a library, e.g. that of a connection pool, is not told.
+_SHORT = 80
 #: The same for what a hub answers.
 _ANSWERS = {
     "GatedRepoError": "its terms have to be accepted there first",
@@ -86,7 +88,8 @@ def _page(hub: str, address: str, kind: Literal["model", "dataset"], repo: str) 
 
 def why_unanswered(error: BaseException) -> str | None:
     """Why a host did not answer, in words; None where the error, and whatever caused it, says something else."""
-    return _in_words(error, _NO_ANSWER)
+    reason, said = _in_words(error, _NO_ANSWER), message_of(error)
+    return said if reason == "no connection" and len(said) <= _SHORT else reason
 
 
 def _in_words(error: BaseException | None, words: Mapping[str, str]) -> str | None:
