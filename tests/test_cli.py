@@ -19,7 +19,7 @@ from helpers.commands import process
 from helpers.hubs import fake_hub
 from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
 from labeltune.commands import main, original
-from labeltune.config import load_config
+from labeltune.config import CLASSIFICATION_USER, ENGLISH_PROMPTS, load_config
 from labeltune.data.sources import iter_records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -407,7 +407,9 @@ def test_convert_names_the_error_and_not_a_warning_before_it(labeltune: Any, in_
 
 
 @pytest.mark.parametrize("task", ["classification", "ner"])
-def test_init_writes_a_config_that_loads(labeltune: Any, in_folder: Path, task: str) -> None:
+def test_init_writes_a_config_that_loads(
+    labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
     found = labeltune("init", task, "new")
     assert found.code == 0, found.err
     config = load_config(in_folder / "new" / f"{task}.yaml")
@@ -419,6 +421,12 @@ def test_init_writes_a_config_that_loads(labeltune: Any, in_folder: Path, task: 
     )
     assert found.out.endswith(f"\n\ngo on with:\n  cd new\n{commands}"), "they are run inside the folder"
     assert labeltune("init", task).out.endswith(f"\n\ngo on with:\n{commands}"), "here"
+    monkeypatch.setenv("LABELTUNE_LANG", "zh")
+    found = labeltune("init", task, "neu")
+    assert "示例数据是英文的" in found.out and load_config(in_folder / "neu" / f"{task}.yaml") == config
+    comments = (in_folder / "neu" / f"{task}.yaml").read_text(encoding="utf-8")
+    assert "# 用自己的数据训练" in comments and "pocket-zh" in comments
+    monkeypatch.setenv("LABELTUNE_LANG", "en")
     (in_folder / "new" / f"{task}.yaml").write_text("task: ner\n")
     found = labeltune("init", task, "new")
     assert found.code == 2 and "exists already; --force replaces it" in found.err
@@ -481,7 +489,7 @@ def test_download(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPat
     assert found.err == (
         "fetching qgyd2021/chinese_ner_sft from Hugging Face (huggingface.co)\n"
         "error: qgyd2021/chinese_ner_sft could not be fetched: Hugging Face (huggingface.co) cannot be reached "
-        "(ConnectionError). Check the network, or download its files by hand from "
+        "(no connection). Check the network, or download its files by hand from "
         "https://huggingface.co/datasets/qgyd2021/chinese_ner_sft/tree/main and put them here: rows/ccfbdci.jsonl\n"
     )
 
@@ -573,7 +581,7 @@ def test_keys(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch) 
     found = labeltune("keys", "zzz")
     assert (found.code, found.out) == (2, "") and "no key has 'zzz'" in found.err
     monkeypatch.setenv("LABELTUNE_LANG", "zh")
-    assert labeltune("keys", "lora.r").out.startswith("lora.r  (default: 8)\n    秩\n")
+    assert labeltune("keys", "lora.r").out.startswith("lora.r（默认：8）\n    秩\n")
 
 
 def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -585,7 +593,7 @@ def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: py
     found = labeltune("train", "--data", "意图/客服 rows.v2.jsonl", "--model", "pocket")
     assert (found.code, found.out) == (0, ""), found.err
     assert found.err == (
-        "no config: task=classification (by its columns), model=pocket, output_dir=output/客服 rows\n"
+        "no config: task=classification (by its columns), an English prompt, model=pocket, output_dir=output/客服 rows\n"
     )
     (config,) = seen
     assert (config.task, config.model, config.data.train, config.output_dir, config.swanlab.project) == (
@@ -595,7 +603,9 @@ def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: py
         "output/客服 rows",
         "labeltune",
     )
+    assert config.prompt.user == "Labels: {category}\n{text}"
     assert labeltune("train", "lora.r=4", "--data", "people.jsonl", "output_dir=here").code == 0
+    assert seen[1].prompt.no_entities == "没有找到任何实体", "the types are Chinese"
     assert (seen[1].task, seen[1].lora.r, seen[1].output_dir) == ("ner", 4, "here")
     found = labeltune("train", "--data", "people.jsonl", "--task", "classification")
     assert found.code == 0 and "task=classification (as --task says)" in found.err
@@ -614,6 +624,46 @@ def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: py
         found = labeltune("train", *arguments)
         assert found.code == 2 and part in found.err and found.err.count("\n") == 1
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "prompt", "said"),
+    [
+        ({"text": "a goal", "label": "sport"}, (), ENGLISH_PROMPTS["classification"]["user"], "an English prompt"),
+        ({"文本": "a goal", "标签": "sport"}, (), ENGLISH_PROMPTS["classification"]["user"], "an English prompt"),
+        ({"text": "进球", "label": "sport"}, (), CLASSIFICATION_USER, "a Chinese prompt"),
+        ({"text": "a goal", "label": "体育"}, (), CLASSIFICATION_USER, "a Chinese prompt"),
+        ({"text": "a goal", "label": "sport"}, ("prompt.user={category} {text}",), "{category} {text}", "your own prompt"),
+        (
+            {"text": "a goal", "label": "sport"},
+            ("prompt.max_length=99",),
+            ENGLISH_PROMPTS["classification"]["user"],
+            "an English prompt",
+        ),
+    ],
+)  # fmt: skip
+def test_without_a_config_the_prompt_is_in_the_language_of_the_rows(
+    labeltune: Any,
+    in_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    row: dict[str, str],
+    changes: tuple[str, ...],
+    prompt: str,
+    said: str,
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("labeltune.commands.train.train", lambda config, **_: seen.append(config))
+    write_jsonl(in_folder / "rows.jsonl", [row])
+    found = labeltune("train", "--data", "rows.jsonl", *changes)
+    assert found.code == 0 and f", {said}, " in found.err
+    assert seen[0].prompt.user == prompt
+    entity = {"start_idx": 0, "end_idx": 3, "entity_text": "Ada", "entity_label": "PER"}
+    write_jsonl(in_folder / "people.jsonl", [{"text": "Ada", "entities": [entity]}])
+    assert labeltune("train", "--data", "people.jsonl").code == 0
+    assert seen.pop().prompt.no_entities == "none"
+    (in_folder / "old.yaml").write_text("data: {train: rows.jsonl}\n")
+    assert labeltune("train", "old.yaml").code == 0
+    assert seen[1].prompt.user == CLASSIFICATION_USER, "a config means what it did"
 
 
 def test_doctor_does_not_wait_for_a_network(labeltune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -637,9 +687,30 @@ def test_doctor_does_not_wait_for_a_network(labeltune: Any, monkeypatch: pytest.
     assert time.monotonic() - began < 25
     over.set()
     assert found.code == 0 and found.out.endswith("\nready\n")
-    for what in ("ModelScope (modelscope.cn)", "Hugging Face (huggingface.co)", "SwanLab"):
-        assert f"note  {what} cannot be reached: no answer in 0.2 s\n" in found.out
-    assert "no model hub" in found.out
+    assert found.out.endswith(
+        "note  ModelScope (modelscope.cn), Hugging Face (huggingface.co), SwanLab cannot be reached: no answer in 0.2 s\n"
+        "      use model=./folder with weights you copied here, or model=pocket; runs are kept locally; see them with "
+        "`labeltune board`\n\nready\n"
+    ), "one cause is one note"
+
+
+def test_doctor_says_in_words_what_cannot_be_reached(labeltune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    def answer(address: tuple[str, int], **_: Any) -> socket.socket:
+        if "huggingface" in address[0]:
+            raise socket.gaierror(-2, "Name or service not known")
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_connection", answer)
+    monkeypatch.setattr("labeltune.tracking.swanlab.logged_in", lambda: "no key found")
+    out = labeltune("doctor").out
+    assert (
+        "  ok  ModelScope (modelscope.cn) can be reached\n"
+        "note  Hugging Face (huggingface.co) cannot be reached: host name not found\n"
+        "      its models need a local folder instead\n"
+        "note  SwanLab: no key found\n"
+    ) in out
 
 
 def test_doctor_loads_no_library_that_it_can_ask_without(tmp_path: Path) -> None:
@@ -651,6 +722,19 @@ def test_doctor_loads_no_library_that_it_can_ask_without(tmp_path: Path) -> None
     )
     done = process(tmp_path, "-c", code)
     assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", [["serve", "nowhere"], ["predict", "nowhere", "--text", "a"]])
+def test_a_run_that_is_not_there_is_told_before_anything_is_loaded(
+    tmp_path: Path, command: list[str]
+) -> None:
+    code = (
+        f"import sys; sys.argv = ['labeltune', *{command}]\n"
+        "from labeltune.commands.main import run\n"
+        f"try: run()\nfinally: print([n for n in {HEAVY} if n in sys.modules], file=sys.stderr)"
+    )
+    done = process(tmp_path, "-c", code)
+    assert done.stderr.splitlines() == ["error: run folder nowhere does not exist; train first", "[]"]
 
 
 FAKE_SWANLAB = """

@@ -13,7 +13,7 @@ import pytest
 
 import labeltune
 from helpers.rows import read_jsonl
-from labeltune.config import load_config
+from labeltune.config import ENGLISH_PROMPTS, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "examples" / "data"
@@ -102,6 +102,9 @@ def test_the_check_finds_nothing(name: str) -> None:
 @pytest.mark.parametrize("task", ["classification", "ner"])
 def test_the_starter_measures_on_other_rows(task: str) -> None:
     config = load_config(STARTER / f"{task}.yaml")
+    assert load_config(STARTER / f"{task}.zh.yaml") == config
+    prompt = ENGLISH_PROMPTS[config.task]
+    assert {key: getattr(config.prompt, key) for key in prompt} == prompt, "as without a config"
     assert (config.data.train, config.data.test) == (f"{task}.jsonl", f"{task}_test.jsonl")
     train, test = rows(task, STARTER), rows(f"{task}_test", STARTER)
     others = [row["text"] for row in train + both("en", task)]

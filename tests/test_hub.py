@@ -17,6 +17,7 @@ import pytest
 from helpers.hubs import fake_hub
 from labeltune.config import HubConfig
 from labeltune.errors import HubError, LicenseError, ModelError
+from labeltune.io import progress
 from labeltune.io.progress import tell
 from labeltune.models import pocket
 from labeltune.models.hub import IGNORED_FILES, LocalModel, resolve_model
@@ -129,6 +130,28 @@ def test_pocket_zh_needs_its_terms_accepted(cache: Path, monkeypatch: pytest.Mon
     found = resolve_model("pocket-zh", HubConfig.model_validate({"accept_license": "gemma"}))
     assert found.folder == made[0] == cache / "pocket-zh-1" and found.spec == "pocket-zh"
     assert resolve_model("pocket").folder == cache / "pocket-1" and len(made) == 2
+
+
+@pytest.mark.parametrize(
+    ("accepted", "where"),
+    [(None, "when it was put into {folder}"), ("gemma", "with hub.accept_license=gemma")],
+)
+def test_terms_are_named_whenever_pocket_zh_is_used(
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    accepted: str | None,
+    where: str,
+) -> None:
+    monkeypatch.setattr(progress, "_noted", set())
+    folder = model_files(cache / "pocket-zh-1", "config.json", "model.safetensors")
+    model_files(cache / "pocket-1", "config.json", "model.safetensors")
+    for spec in ("pocket-zh", "pocket-zh", "pocket"):
+        resolve_model(spec, HubConfig.model_validate({"accept_license": accepted}))
+    assert capsys.readouterr().err == (
+        "note: pocket-zh is Gemma 3 270M, under the Gemma Terms of Use (https://ai.google.dev/gemma/terms), accepted "
+        f"{where.format(folder=folder)}\n"
+    )
 
 
 @pytest.mark.parametrize("model", POCKET_MODELS.values(), ids=list(POCKET_MODELS))

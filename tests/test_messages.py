@@ -62,6 +62,10 @@ COMPOSED = {
     ", the best is trial {number} with {value}, about {seconds} s left",
     "step {step}/{steps}  epoch {epoch}  loss {loss}  lr {rate}  {speed} examples/s  {left} s left",
     "confidence: temperature {temperature} is kept, {reason}; {rows} validation rows: {figures}",
+    "training {n} s",
+    "loading and checks {n} s",
+    "validation {n} s",
+    "confidence and report {n} s",
     "10th percentile {n}",
     "median {n}",
     "90th percentile {n}",
@@ -72,6 +76,10 @@ COMPOSED = {
     "{n} warning",
     "{n} warnings",
     "{reason} (column {n})",
+    "{name} ({word}) can be reached",
+    "{name} ({word}) cannot be reached: {reason}",
+    "{name} ({word}), {name2} ({word2}) cannot be reached: {reason}",
+    "{name} ({word}), {name2} ({word2}), SwanLab cannot be reached: {reason}",
     "the two differ only in case",
     "the two differ only in blanks",
     "{label} is not among {whose} ({labels})",
@@ -101,18 +109,19 @@ COMPOSED = {
 }
 #: What libraries say, in our messages.
 OTHERS = re.compile(
+    r"(Error|Usage|Try '|No such |Missing |Got unexpected |Option \{option\} |Invalid value).*|"
     r"Input should be .*|Field required|Expecting .*|Extra data|Unterminated string starting at|Invalid control character at|"
     r"Invalid \\escape|" + "|".join(re.escape(os.strerror(number)) for number in errno.errorcode)
 )
 #: Everything these print is in the catalogue, and every error they raise.
 CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doctor.py commands/evaluate.py commands/export.py
     commands/init.py commands/main.py commands/options.py commands/plan.py commands/predict.py commands/preparing.py
-    commands/sweep.py commands/train.py config.py data/check.py data/columns.py data/convert.py data/formats.py
+    commands/serve.py commands/sweep.py commands/train.py config.py data/check.py data/columns.py data/convert.py data/formats.py
     data/labels.py data/loading.py data/records.py data/schemas.py data/sources.py data/standard_input.py data/tables.py
     evaluation/data_report.py evaluation/summary.py export/card.py export/folder.py export/merge.py export/vllm.py
     inference/calibration.py inference/files.py inference/ray.py io/hubs.py io/lock.py io/outputs.py io/progress.py
     io/run_folder.py models/hub.py models/pocket.py prompts/classification.py prompts/ner.py prompts/template.py
-    sweep/report.py sweep/run.py sweep/space.py sweep/study.py tracking/swanlab.py training/callbacks.py
+    serve/models.py serve/settings.py sweep/report.py sweep/run.py sweep/space.py sweep/study.py tracking/swanlab.py training/callbacks.py
     training/checkpoints.py training/dataset.py training/preflight.py training/record.py training/run.py
     training/self_check.py training/trainer.py""".split()  # noqa: SIM905
 #: What they say that has no words of its own, or is for a programmer.
@@ -134,9 +143,8 @@ SILENT = {
     f"report on {HOLE} rows: {HOLE}",
     f"rows: {HOLE}",
     f"{HOLE} must be a list of objects{HOLE}",
-    # Commands, and keys with their default; their meaning is in config_keys.zh.yaml.
+    # Commands, and the names of keys.
     f"      labeltune evaluate output/{HOLE} --data {HOLE}_test.jsonl",
-    f"{HOLE}  (default: {HOLE})",
 }
 
 
@@ -274,6 +282,20 @@ def test_every_kind_of_fault_is_in_the_catalogue() -> None:
          "a.yaml：task：应为 'classification' 或 'ner'（当前为 'c'）；未知的配置项 'lora_rank'；是否想写 'lora.r'？lora_rank（LLaMA-Factory, ms-swift）在这里对应 lora.r：lora.r=3；未知的配置项 'flash_attn'：flash_attn（LLaMA-Factory）在这里无需配置：注意力实现自动选择"),
         ("error: the data holds 2 errors:\n  a:1: error: wrong_type: output must be a string, not int; integers are read as labels where all rows have them\n  a:2: error: empty_field: text is empty\n  ... and 7 more\nRepair them, or leave faulty rows out with data.on_error=skip; `labeltune data check` lists all of them",
          "错误：数据中有错误 2 个：\n  a:1：错误：wrong_type：output 应为字符串，而不是 int；仅当所有行都是整数时才按标签读取\n  a:2：错误：empty_field：text 为空\n  …… 另有 7 个\n请修正，或用 data.on_error=skip 跳过有问题的行；`labeltune data check` 可列出全部"),
+        ("done in 481 s (training 232 s, loading and checks 200 s): output/a/best -> checkpoint-7",
+         "训练完成，用时 481 秒（训练 232 秒，加载和检查 200 秒）：output/a/best -> checkpoint-7"),
+        ("  5.0 s  loading the run a b", "  5.0 s  loading the run a b"),
+        ("loading the run a b", "加载 a b"),
+        ("checking a: its first answer, against plain computation", "检查 a：用逐条计算核对首次回答"),
+        ("the page is ready: http://127.0.0.1:1/", "试用页面已就绪：http://127.0.0.1:1/"),
+        ("ready at http://127.0.0.1:1: documentation /docs; clients' base_url http://127.0.0.1:1/v1",
+         "已就绪：http://127.0.0.1:1，文档 /docs；客户端的 base_url 为 http://127.0.0.1:1/v1"),
+        ("serving a (ner, 4 labels)", "提供服务：a（ner，4 个标签）"),
+        ("Serve with vLLM", "用 vLLM 部署"),
+        ("note  ModelScope (modelscope.cn), Hugging Face (huggingface.co), SwanLab cannot be reached: no answer in 3 s, no connection",
+         "提示  无法访问 ModelScope（modelscope.cn）、Hugging Face（huggingface.co）和 SwanLab：3 秒内无响应，连接失败"),
+        ("Error: Invalid value for '--port': Input should be less than or equal to 65535", "错误：'--port' 的值无效：应小于或等于 65535"),
+        ("Error: No such option: --nope (Possible options: --model)", "错误：没有选项 --nope（相近的选项：--model）"),
         ("stopped at step 7 of 40; checkpoint-7 is saved, go on with: labeltune train a.yaml --resume",
          "已在第 7/40 步停止；checkpoint-7 已保存，继续训练：labeltune train a.yaml --resume"),
         ("a:1: warning: label_twins: these differ only in case, width, blanks or characters that cannot be seen: 'Art' (57 rows, first in line 1), 'art' (1 row, first in line 158)",
@@ -365,6 +387,11 @@ def test_the_command_line_speaks_chinese_and_its_json_does_not(
     code, out, err = labeltune("train", "nowhere.yaml")
     assert (code, out) == (2, "")
     assert err == "错误：配置文件 nowhere.yaml 不存在；`labeltune init classification` 可生成一个\n"
+    code, out, err = labeltune("predict")
+    assert (code, out) == (2, "") and err.startswith("用法：labeltune predict ")
+    assert "\n查看帮助：labeltune predict --help\n" in err and err.endswith("\n错误：缺少参数 'run'\n")
+    assert labeltune("predict", "run", "--top-k", "a")[2].endswith("\n错误：'--top-k' 的值无效：应为整数\n")
+    assert labeltune("nonsense")[2].endswith("\n错误：没有命令 'nonsense'\n")
     assert labeltune("train", "--help")[1] == labeltune("train", "--help", lang="en")[1]
     assert "下一步：\n  cd new\n  labeltune data check ner.jsonl\n" in labeltune("init", "ner", "new")[1]
     assert "一切就绪" in labeltune("doctor", "--offline")[1]

@@ -368,7 +368,17 @@ def test_predictions_as_csv_and_with_text(labeltune: Any, in_folder: Path, loade
         "table.csv",
     ]
     found = labeltune("predict", "run", "--text", "a match", "-o", "one.csv")
-    assert found.code == 0 and (in_folder / "one.csv").read_text("utf-8-sig").count("\n") == 2
+    assert found.code == 0
+    header, line = (in_folder / "one.csv").read_text("utf-8-sig").splitlines()
+    assert header == "id,label,confidence,ranking,answer,parsed", "no columns for errors where there are none"
+    assert line.startswith("0,")
+    write_jsonl(in_folder / "good.jsonl", [{"text": "a match", "note": '"error"'}, {"text": 'an "error"'}])
+    found = labeltune("predict", "run", "good.jsonl", "-o", "good.csv", "--with-text")
+    assert found.code == 0
+    lines = (in_folder / "good.csv").read_text("utf-8-sig").splitlines()
+    assert lines[0] == "id,label,confidence,ranking,answer,parsed,text" and lines[2].endswith(
+        ',"an ""error"""'
+    )
 
 
 def test_csv_of_entities() -> None:
@@ -377,6 +387,8 @@ def test_csv_of_entities() -> None:
     text = "".join(csv_of(json.dumps(row) for row in rows))
     table = list(csv.DictReader(text.removeprefix("\ufeff").splitlines()))
     assert list(table[0]) == ["id", "entities", "answer", "parsed", "truncated", "error", "source"]
+    (header, *_) = "".join(csv_of([json.dumps(rows[1])], faulty=False)).splitlines()
+    assert header == "\ufeffid,entities,answer,parsed,truncated"
     assert (table[0]["id"], table[0]["error"], table[0]["entities"]) == ("a", "x", "")
     assert json.loads(table[1]["entities"]) == [entity] and table[1]["parsed"] == "false"
 

@@ -14,7 +14,7 @@ import pytest
 
 import labeltune
 from helpers.rows import write_jsonl
-from labeltune.commands.data import guess_task
+from labeltune.commands.data import first_rows, guess_task
 from labeltune.config import ColumnsConfig, DataConfig, load_config
 from labeltune.data.check import Audit, add_duplicates, add_shared, audit_file, text_hash
 from labeltune.data.labels import parse_candidates
@@ -467,7 +467,8 @@ def test_rows_of_doccano_are_known_by_their_spans(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "他在南京", "label": [[2, 4, "地点"]]}] * 3)
     (fault,) = audit_file(path, "ner").faults
     assert fault.kind == "missing_field" and "'label' holds [start, end, type], as doccano" in fault.message
-    assert guess_task(str(path), load_config(None)) == "ner"
+    config = load_config(None)
+    assert guess_task(first_rows(str(path), config), config) == "ner"
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,11 @@ def test_the_start_says_its_steps_and_the_page_comes_after_it(tmp_path: Path, mo
         assert missing.status_code == 404 and missing.json()["error"]["code"] == "404"
         assert server.stop() == 0
     assert [line[9:] for line in server.said] == [
-        f"loading {run}\n",
+        f"loading the run {run}\n",
         "checking 意图: its first answer, against plain computation\n",
         "serving 意图 (classification, 3 labels)\n",
-        f"ready at {server.url}: documentation /docs, page /; clients' base_url {server.url}/v1\n",
+        f"ready at {server.url}: documentation /docs; clients' base_url {server.url}/v1\n",
+        f"the page is ready: {server.url}/\n",
     ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from labeltune.serve.guard import Guard, Metrics, check_host
 from labeltune.serve.schemas import ApiError
@@ -29,9 +30,8 @@ def ask(
         sent.append(message)
 
     headers = [(b"host", host.encode()), (b"content-type", b"application/json")]
-    asyncio.run(
-        guard({"type": "http", "method": method, "path": path, "headers": headers}, receive, send)  # type: ignore[arg-type]
-    )
+    scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b""}
+    asyncio.run(guard(scope, receive, send))  # type: ignore[arg-type]
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 
@@ -82,3 +82,32 @@ def test_names_are_let_in_by_option_key_or_open_address() -> None:
 def test_a_body_that_does_not_arrive_is_given_up() -> None:
     status, answer = ask(guard(timeout=0.05), "localhost", "POST", "/v1/classify", body=None)
     assert status == 408 and answer["error"]["param"] == "body"
+
+
+@pytest.mark.parametrize("with_page", [True, False])
+def test_an_unknown_address_outside_of_v1_names_those_there_are(with_page: bool) -> None:
+    """The page's library answers whatever no route of ours takes."""
+    app = FastAPI(docs_url="/docs")
+    page = FastAPI(openapi_url=None)
+    app.get("/healthz")(lambda: {"status": "ok"})
+    app.post("/v1/classify")(lambda: {})
+    page.get("/")(lambda: {"page": 1})
+    page.get("/own/{number}")(lambda number: {"number": number})
+    if with_page:
+        app.mount("/", page)
+    guarded = Guard(app, Settings(), Metrics())
+    assert ask(guarded, "localhost") == (200, {"status": "ok"})
+    if with_page:
+        assert ask(guarded, "localhost", path="/") == (200, {"page": 1})
+        assert ask(guarded, "localhost", path="/own/3") == (200, {"number": "3"})
+        status, answer = ask(guarded, "localhost", "POST", "/own/3")
+        assert (status, answer["error"]["message"]) == (405, "this address takes GET")
+    known = "/docs, /healthz, /v1/classify"
+    for method, path in (("GET", "/nope"), ("POST", "/classify"), ("GET", "/nope/deep")):
+        status, answer = ask(guarded, "localhost", method, path)
+        assert (status, answer["error"]["type"], answer["error"]["code"]) == (404, "not_found_error", "404")
+        assert answer["error"]["message"] == (
+            f"there is no such address; this server has {'/, ' if with_page else ''}{known}"
+        )
+    status, answer = ask(guarded, "localhost", "POST", "/healthz")
+    assert (status, answer["error"]["message"]) == (405, "this address takes GET")

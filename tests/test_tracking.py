@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 
 import labeltune
 from helpers.rows import classification_rows, write_jsonl
-from labeltune.config import RunConfig, build_config
+from labeltune.config import RunConfig, SwanlabConfig, build_config
 from labeltune.tracking import swanlab as tracking
 
 
@@ -254,6 +255,24 @@ def test_a_resumed_training_goes_on_in_its_run_or_says_what_it_continues(
     assert (
         "resumed_from" not in recorded.calls[-1]["config"] and recorded.calls[-1]["group"] != first["group"]
     )
+
+
+def test_swanlab_says_nothing_on_ctrl_c(in_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    tracker = tracking.SwanlabTracker(
+        SwanlabConfig(mode="local", log_dir=str(in_folder / "board")), {}, in_folder
+    )
+    tracker.start()
+    try:
+        assert signal.getsignal(signal.SIGINT) is before
+        with pytest.raises(KeyboardInterrupt) as pressed:
+            signal.raise_signal(signal.SIGINT)
+        assert tracking.swanlab.has_run(), "the run is ours to end"
+    finally:
+        tracker.finish(pressed.value)
+    assert not tracking.swanlab.has_run() and signal.getsignal(signal.SIGINT) is before
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
 
 
 def test_a_real_local_run_is_linked_to_the_one_before(in_folder: Path, model_folder: Path) -> None:

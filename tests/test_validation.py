@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
 from helpers.training import config_for, logged
 from labeltune.commands import train as train_page
 from labeltune.commands.preparing import validation_rows, warn_of_rows
+from labeltune.commands.train import where_time_went
 from labeltune.config import RunConfig, load_config
 from labeltune.data.loading import load_splits
 from labeltune.errors import ConfigError, DataError, ModelError
@@ -305,14 +307,22 @@ def test_no_phase_is_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said[-1].startswith("... in step 1 of 2 (") and 4 <= len(said) <= 8
 
 
+def test_a_training_says_where_its_time_went() -> None:
+    assert where_time_went(100.0, 90.0, 50.0, 8.0) == "training 42 s, loading and checks 40 s"
+    assert (
+        where_time_went(100.0, 80.0, 70.0, 12.0)
+        == "training 58 s, validation 12 s, confidence and report 20 s"
+    )
+
+
 def test_a_training_says_its_phases_and_what_comes_next(in_folder: Path, model_folder: Path) -> None:
     config = with_validation(in_folder, model_folder, max_steps=2, save_steps=2)
     said: list[str] = []
     labeltune.train(config, say=said.append, command="labeltune train c.yaml")
-    phases = ["loading the model", "checking packing on your rows"]
+    phases = ["loading the model", "checking that packed rows compute what single rows do"]
     phases += ["predicting 16 validation rows with the best checkpoint"]
     assert [line for line in said if line in phases] == phases
-    assert said[-5].startswith("done in ") and " s of them training: " in said[-5]
+    assert re.match(r"done in \d+ s \(training \d+ s(, [a-z ]+ \d+ s)*\): ", said[-5])
     assert said[-4:] == [
         "go on with:",
         f"  labeltune evaluate {config.output_dir} --data FILE",

@@ -30,6 +30,21 @@ NER_SYSTEM = (
     "按照在文本中出现的先后顺序输出。如果文本中一个实体也没有，只输出“{no_entities}”。"
 )
 NER_USER = "文本:{text}"
+#: For English rows; `prompt` of a config has to name them, as the original recipe's are the default.
+ENGLISH_PROMPTS: dict[str, dict[str, str]] = {
+    "classification": {
+        "system": "You are an expert in text classification. Choose the right label for the text.",
+        "user": "Labels: {category}\n{text}",
+    },
+    "ner": {
+        "system": (
+            "Extract all named entities of the types {labels}. Write one JSON object a line: "
+            '{"entity_text": ..., "entity_label": ...}. If there is none, write: {no_entities}'
+        ),
+        "user": "{text}",
+        "no_entities": "none",
+    },
+}
 NER_LABELS = ("地点", "人名", "地理实体", "组织")
 
 

@@ -12,6 +12,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
 
 
+def message_of(error: BaseException) -> str:
+    """First line of what an error that is not ours says; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def clipped(text: str, length: int) -> str:
     """A text for a message, its middle left out when it is longer than `length` characters."""
     if len(text) <= length:

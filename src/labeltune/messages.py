@@ -23,6 +23,7 @@ _DEPTH = 8
 #: What stands in front of a message that is whole without it.
 _BEGINNINGS = (
     "error",
+    "Error: ",
     "warning: ",
     "note: ",
     "ok  ",

@@ -14,7 +14,7 @@ import typer
 
 from labeltune.commands.options import AsJson, Labels, OnError
 from labeltune.commands.preparing import too_long
-from labeltune.config import HubConfig, RunConfig, load_config
+from labeltune.config import HubConfig, RunConfig, TaskName, load_config
 from labeltune.data import columns
 from labeltune.data.check import (
     Audit,
@@ -25,7 +25,7 @@ from labeltune.data.check import (
     stop_on_errors,
 )
 from labeltune.data.convert import convert_file
-from labeltune.data.labels import named_labels
+from labeltune.data.labels import by_count, named_labels
 from labeltune.data.loading import Rows, load_rows
 from labeltune.data.schemas import Fault
 from labeltune.data.sources import download_original, iter_records, resolve_data
@@ -40,6 +40,9 @@ from labeltune.types import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+#: Labels of a file that `data check` prints, the most frequent first.
+LABELS_SHOWN = 50
 
 app = typer.Typer(
     help="Check, convert and download data.",
@@ -207,7 +210,8 @@ def _check_target(
         names = named_labels("--labels", labels)
         keys.append(f"data.labels={json.dumps(names, ensure_ascii=False)}")
     if named_task(keys) is None:
-        keys.append(f"task={guess_task(file, reading_config(keys))}")
+        reading = reading_config(keys)
+        keys.append(f"task={guess_task(first_rows(file, reading), reading)}")
     return load_config(None, keys), file, test
 
 
@@ -224,11 +228,15 @@ def reading_config(changes: Sequence[str]) -> RunConfig:
     return load_config(None, [change for change in changes if re.match(r"\s*(hub|data)\s*[.=]", change)])
 
 
-def guess_task(spec: str, config: RunConfig) -> str:
-    """`ner` when the first readable rows have entities, else `classification`."""
+def first_rows(spec: str, config: RunConfig) -> list[dict[str, Any]]:
+    """The first rows that can be read."""
     first = islice(iter_records(resolve_data(spec, config.hub), config.data.encoding), columns.LOOKED_AT)
+    return [record.values for record in first if record.values is not None]
+
+
+def guess_task(rows: Sequence[dict[str, Any]], config: RunConfig) -> TaskName:
+    """`ner` when one of the rows has entities, else `classification`."""
     named = config.data.columns.entities
-    rows = (record.values for record in first if record.values is not None)
     return "ner" if any(named in row or columns.guess_task(row) for row in rows) else "classification"
 
 
@@ -304,7 +312,7 @@ def _print_audit(audit: Audit, limit: int) -> None:
         )
     total = sum(audit.labels.values())
     print(f"  labels ({len(audit.labels)}):")
-    for label, count in audit.labels.most_common(50):
+    for label, count in islice(by_count(audit.labels).items(), LABELS_SHOWN):
         line = f"  {count:8d}  {count / total:6.1%}  {printable(label)}"
         print(line, file=verbatim(sys.stdout))
     words = {"p10": "10th percentile", "p50": "median", "p90": "90th percentile", "p99": "99th percentile"}

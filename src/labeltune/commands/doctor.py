@@ -16,6 +16,8 @@ from typing import Annotated
 import psutil
 import typer
 
+from labeltune.errors import message_of
+from labeltune.io.hubs import why_unanswered
 from labeltune.messages import localize, spoken
 from labeltune.models.pocket import cache_folder
 
@@ -24,6 +26,7 @@ OK, NOTE, LACK = "ok", "note", "LACK"
 
 HUBS = (("ModelScope", "modelscope.cn"), ("Hugging Face", "huggingface.co"))
 NO_HUB = "its models need a local folder instead"
+NO_HUBS = "use model=./folder with weights you copied here, or model=pocket"
 LOCAL = "runs are kept locally; see them with `labeltune board`"
 #: Seconds until a hub or SwanLab counts as out of reach.
 PATIENCE = 3.0
@@ -39,11 +42,11 @@ def doctor(
     """
     lacks = 0
     # The network is asked meanwhile: torch takes seconds to load, and a name server that is not there takes longer.
-    network = [] if offline else [_Asked(_hub, *hub) for hub in HUBS]
-    swanlab = None if offline else _Asked(_swanlab)
+    network = [] if offline else [_Asked(_hub, host) for _, host in HUBS]
+    swanlab = None if offline else _Asked(_login)
     checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _accelerator, _memory, _disk]
     if swanlab is not None:
-        checks += [lambda: _hubs(network), swanlab.answer]
+        checks += [lambda: _network(network, swanlab)]
     for check in checks:
         for state, name, meaning in check():
             lacks += state == LACK
@@ -56,25 +59,16 @@ def doctor(
 class _Asked:
     """A question to somewhere else, asked in a thread that is left behind when it takes too long."""
 
-    def __init__(self, ask: Callable[..., Finding], *about: str) -> None:
-        self.about = about
-        self._found: list[Finding] = []
+    def __init__(self, ask: Callable[..., str], *about: str) -> None:
+        self._found: list[str] = []
         self._until = time.monotonic() + PATIENCE
         self._thread = threading.Thread(target=lambda: self._found.append(ask(*about)), daemon=True)
         self._thread.start()
 
-    def answer(self) -> Iterator[Finding]:
-        """The finding."""
+    def answer(self) -> str:
+        """What was found, or that nothing came in time."""
         self._thread.join(max(0.0, self._until - time.monotonic()))
-        if self._found:
-            yield self._found[0]
-        else:
-            what = f"{self.about[0]} ({self.about[1]})" if self.about else "SwanLab"
-            yield (
-                NOTE,
-                f"{what} cannot be reached: no answer in {PATIENCE:g} s",
-                NO_HUB if self.about else LOCAL,
-            )
+        return self._found[0] if self._found else f"cannot be reached: no answer in {PATIENCE:g} s"
 
 
 def _python() -> Iterator[Finding]:
@@ -143,23 +137,41 @@ def _disk() -> Iterator[Finding]:
             yield OK, name, ""
 
 
-def _hub(name: str, host: str) -> Finding:
+def _hub(host: str) -> str:
     try:
         socket.create_connection((host, 443), timeout=PATIENCE).close()
     except OSError as error:
-        return NOTE, f"{name} ({host}) cannot be reached: {error}", NO_HUB
-    return OK, f"{name} ({host}) can be reached", ""
+        return f"cannot be reached: {why_unanswered(error) or message_of(error)}"
+    return "yes"
 
 
-def _hubs(asked: list[_Asked]) -> Iterator[Finding]:
-    found = [finding for hub in asked for finding in hub.answer()]
-    yield from found
-    if all(state != OK for state, _, _ in found):
-        yield NOTE, "no model hub", "use model=./folder with weights you copied here, or model=pocket"
-
-
-def _swanlab() -> Finding:
+def _login() -> str:
     from labeltune.tracking.swanlab import logged_in
 
-    answer = logged_in()
-    return (OK, "SwanLab: logged in", "") if answer == "yes" else (NOTE, f"SwanLab: {answer}", LOCAL)
+    return logged_in()
+
+
+def _network(hubs: list[_Asked], swanlab: _Asked) -> Iterator[Finding]:
+    """A finding for each hub and SwanLab; one for all that are out of reach where no hub is in reach, as they have one cause."""
+    found = {f"{name} ({host})": asked.answer() for (name, host), asked in zip(HUBS, hubs, strict=True)}
+    login = swanlab.answer()
+    away = login.startswith("cannot be reached")
+    if "yes" in found.values():
+        for what, answer in found.items():
+            yield (
+                (OK, f"{what} can be reached", "") if answer == "yes" else (NOTE, f"{what} {answer}", NO_HUB)
+            )
+        if away:
+            yield NOTE, f"SwanLab {login}", LOCAL
+    else:
+        reasons = dict.fromkeys(
+            answer.partition(": ")[2] for answer in (*found.values(), *([login] if away else []))
+        )
+        names = ", ".join([*found, *(["SwanLab"] if away else [])])
+        yield (
+            NOTE,
+            f"{names} cannot be reached: {', '.join(reasons)}",
+            f"{NO_HUBS}; {LOCAL}" if away else NO_HUBS,
+        )
+    if not away:
+        yield (OK, "SwanLab: logged in", "") if login == "yes" else (NOTE, f"SwanLab: {login}", LOCAL)

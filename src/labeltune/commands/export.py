@@ -20,6 +20,7 @@ from labeltune.errors import ConfigError, DataError
 from labeltune.io.outputs import is_hub_name, write_json, write_text
 from labeltune.io.progress import Say, phase, tell, track
 from labeltune.io.run_folder import RunInfo, public_name
+from labeltune.messages import localize
 from labeltune.prompts import make_task
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example, Prediction
@@ -87,7 +88,7 @@ def export_command(
             overwrite=overwrite,
         )
     for purpose, command in done.commands.items():
-        print(f"# {purpose}\n{command}")
+        print(f"# {localize(purpose)}\n{command}")
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,17 @@ def init(
         raise ConfigError(f"unknown task {task!r}; it is classification or ner")
     check_folder(folder, [])
     source = resources.files("labeltune.starter")
+    chinese = language() == "zh"
     names = [f"{task}.yaml", f"{task}.jsonl", f"{task}_test.jsonl"]
     existing = [name for name in names if (folder / name).exists()]
     if existing and not force:
         raise OutputError(f"{folder / existing[0]} exists already; --force replaces it")
     for name in names:
-        write_text(folder / name, source.joinpath(name).read_text(encoding="utf-8"))
+        original = f"{task}.zh.yaml" if chinese and name.endswith(".yaml") else name
+        write_text(folder / name, source.joinpath(original).read_text(encoding="utf-8"))
         print(folder / name)
+    if chinese:
+        print("the sample is in English, as pocket reads English; for Chinese rows see `model` in the config")
     print("\ngo on with:")
     if folder.resolve() != Path.cwd().resolve():
         print(f"  cd {shlex.quote(str(folder))}")
@@ -64,7 +68,7 @@ def keys(
             )
     width = max(40, shutil.get_terminal_size().columns)
     for key, default, meaning in rows:
-        print(f"{key}" + (f"  (default: {default})" if default else ""))
+        print(localize(f"{key}  (default: {default})") if default else key)
         # Chinese has no blanks to wrap at; the terminal does it.
         indent = "    "
         wrapped = textwrap.fill(meaning, width, initial_indent=indent, subsequent_indent=indent)

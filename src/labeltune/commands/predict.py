@@ -320,18 +320,18 @@ def _answer(
                 advance(1)
                 yield line
 
-        lines = csv_of(answered()) if target is not None and is_csv(target) else answered()
         if target is None:
-            for line in lines:
+            for line in answered():
                 sys.stdout.write(line)
                 sys.stdout.flush()
         elif is_stream(target):
             with open_stream(target) as stream:
-                for line in lines:
+                for line in csv_of(answered()) if is_csv(target) else answered():
                     stream.write(line.encode())
                     stream.flush()
         else:
-            write_text(target, "".join(lines))
+            lines = list(answered())
+            write_text(target, "".join(csv_of(lines, bad > 0) if is_csv(target) else lines))
     return bad
 
 

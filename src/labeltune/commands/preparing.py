@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig
+from labeltune.data.labels import by_count
 from labeltune.data.loading import Splits, evenly, load_splits, stratum
 from labeltune.data.schemas import Fault
 from labeltune.distributed import rank
@@ -182,7 +183,7 @@ def summarize(config: RunConfig, splits: Splits) -> dict[str, Any]:
         "test": config.data.test,
         "train_rows": len(splits.train),
         "validation_rows": splits.held_out,
-        "labels": dict(counts.most_common()),
+        "labels": by_count(counts),
     }
 
 

@@ -11,6 +11,9 @@ from typing import Annotated
 import typer
 
 from labeltune.errors import MissingExtraError
+from labeltune.io.outputs import is_hub_name
+from labeltune.io.run_folder import find_checkpoint
+from labeltune.messages import localize
 
 #: What the extra `serve` installs.
 SERVE_MODULES = ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client")
@@ -65,6 +68,8 @@ def serve(
     started = time.monotonic()
     if not all(map(find_spec, (*SERVE_MODULES, "gradio") if playground else SERVE_MODULES)):
         raise MissingExtraError("labeltune serve", "serve")
+    if not is_hub_name(run):
+        find_checkpoint(run)  # a wrong name is told before anything is loaded
     from labeltune.serve.app import bind
     from labeltune.serve.app import serve as run_server
     from labeltune.serve.models import load_models, parse_adapter
@@ -88,7 +93,7 @@ def serve(
 
     def say(line: str) -> None:
         with contextlib.suppress(OSError):  # nobody reads it; the server goes on
-            print(f"{time.monotonic() - started:5.1f} s  {line}", flush=True)
+            print(f"{time.monotonic() - started:5.1f} s  {localize(line)}", flush=True)
 
     with bind(host, port) as bound:
         run_server(load_models(run, name, adapters, device, say), settings, bound, say)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Generic, ParamSpec, TypeVar
 
 import typer
 
-from labeltune.commands.data import guess_task, named_task, reading_config
+from labeltune.commands.data import first_rows, guess_task, named_task, reading_config
 from labeltune.commands.evaluate import all_metrics, write_evaluation
 from labeltune.commands.options import Overrides, OverwriteRun, ResumeTraining
 from labeltune.commands.plan import print_costs
@@ -27,7 +28,7 @@ from labeltune.commands.preparing import (
     tokenize_splits,
 )
 from labeltune.commands.row_hashes import TRAINING_FILE, hashes_file, save_selection
-from labeltune.config import RunConfig, load_config
+from labeltune.config import ENGLISH_PROMPTS, RunConfig, load_config
 from labeltune.data.loading import Splits
 from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
@@ -54,6 +55,11 @@ if TYPE_CHECKING:
     from labeltune.training.record import TrainResult
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: Chinese characters, which Japanese has too.
+_CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 #: Validation rows that a temperature is fitted on, at most.
 CALIBRATION_ROWS = 2000
 
@@ -95,12 +101,13 @@ def train_command(
         changes.insert(0, config)
         config = None
     defaults: list[str] = []
+    prompt = ""
     if config is None:
         if data is None:
             raise ConfigError(
                 "name a config (`labeltune init classification` writes one) or rows: --data FILE"
             )
-        defaults = _defaults(data, task, changes)
+        defaults, prompt = _defaults(data, task, changes)
     elif data is not None:
         changes.append(_change("data.train", data))
     for key, value in (("task", task), ("model", model), ("hub.accept_license", accept_license)):
@@ -112,7 +119,7 @@ def train_command(
         if task is not None or named_task(changes) is not None:
             how = "as --task says" if task is not None else "as task= says"
         print(
-            f"no config: task={loaded.task} ({how}), model={loaded.model}, output_dir={loaded.output_dir}",
+            f"no config: task={loaded.task} ({how}), {prompt}, model={loaded.model}, output_dir={loaded.output_dir}",
             file=sys.stderr,
         )
     if dry_run:
@@ -127,16 +134,28 @@ def train_command(
     train(loaded, resume=resume, overwrite=overwrite, command=command)
 
 
-def _defaults(data: str, task: str | None, changes: list[str]) -> list[str]:
-    """What stands in for a config: the task, the rows, and places named after the file."""
+def _defaults(data: str, task: str | None, changes: list[str]) -> tuple[list[str], str]:
+    """What stands in for a config: the task, the rows, places named after the file, and a prompt in the language of the rows.
+
+    Returns:
+        Changes of config keys, and what the prompt is, for a message.
+    """
     name = Path(data.partition(":")[2] if is_hub_name(data) else data).name.partition(".")[0] or "run"
-    guessed = task or named_task(changes) or guess_task(data, reading_config(changes))
-    return [
+    reading = reading_config(changes)
+    rows = first_rows(data, reading)
+    guessed = task or named_task(changes) or guess_task(rows, reading)
+    found = [
         f"task={guessed}",
         _change("data.train", data),
         _change("output_dir", f"output/{name}"),
         "swanlab.project=labeltune",
     ]
+    if any(re.match(r"\s*prompt\s*[.=]\s*(system|user|no_entities|\{|$)", change) for change in changes):
+        return found, "your own prompt"
+    if any(_CHINESE.search(str([*row.values()])) for row in rows):
+        return found, "a Chinese prompt"
+    found += [_change(f"prompt.{key}", text) for key, text in ENGLISH_PROMPTS.get(guessed, {}).items()]
+    return found, "an English prompt"
 
 
 def _change(key: str, text: str) -> str:
@@ -206,6 +225,8 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         if overwrite and not resume:
             remove_checkpoints(config.output_dir)
         (folder / record.FINISHED_FILE).unlink(missing_ok=True)
+    validate = _Timed(Validate(predictor, selection))
+    show = _Timed(ShowOnBoard(predictor, shown, tracker, say))
     try:
         result = run_training(
             model,
@@ -219,14 +240,15 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
             resume_from=resume_from,
             say=say,
             where=prepared.where,
-            validate=Validate(predictor, selection) if selection else None,
+            validate=validate if selection else None,
             files={
                 record.RECORD_FILE: record.run_record(config, all_rows),
                 TRAINING_FILE: hashes_file(splits.train_texts),
             },
             go_on=f"{command} --resume" if command is not None else None,
-            show=ShowOnBoard(predictor, shown, tracker, say) if shown else None,
+            show=show if shown else None,
         )
+        finishing = time.monotonic()
         if selection:
             _finish(predictor, result, config, splits, selection, tracker=tracker, say=say)
     except BaseException as error:
@@ -236,10 +258,47 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         record.Finished.of(result).save(folder)
     tracker.finish()
     took, best = time.monotonic() - started, result.best
-    say(f"done in {took:.0f} s, {result.seconds:.0f} s of them training: {best} -> {best.resolve().name}")
+    spent = where_time_went(took, finishing - started, result.seconds, validate.seconds + show.seconds)
+    say(f"done in {took:.0f} s ({spent}): {best} -> {best.resolve().name}")
     for line in _next_steps(config) if command is not None else ():
         say(line)
     return result
+
+
+class _Timed(Generic[P, T]):
+    """A function that remembers how long its calls took."""
+
+    def __init__(self, call: Callable[P, T]) -> None:
+        self._call, self.seconds = call, 0.0
+
+    def __call__(self, *given: P.args, **named: P.kwargs) -> T:
+        """Call it."""
+        began = time.monotonic()
+        try:
+            return self._call(*given, **named)
+        finally:
+            self.seconds += time.monotonic() - began
+
+
+def where_time_went(took: float, trained: float, loop: float, validation: float) -> str:
+    """Seconds of training, and of each other part that is more than a tenth of the run.
+
+    Args:
+        took: the whole run.
+        trained: until the best checkpoint was known.
+        loop: the training loop.
+        validation: the part of the loop in which rows were predicted.
+
+    >>> where_time_went(100.0, 90.0, 50.0, 8.0)
+    'training 42 s, loading and checks 40 s'
+    """
+    parts = {
+        "loading and checks": trained - loop,
+        "validation": validation,
+        "confidence and report": took - trained,
+    }
+    others = [f"{name} {seconds:.0f} s" for name, seconds in parts.items() if seconds > took / 10]
+    return ", ".join([f"training {loop - validation:.0f} s", *others])
 
 
 def _predictor_of(model: PreTrainedModel, builder: PromptBuilder, config: RunConfig) -> Predictor:

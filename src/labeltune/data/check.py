@@ -21,7 +21,7 @@ from labeltune.config import DataConfig, TaskName
 from labeltune.data.blocks import Block, cut_file, read_block
 from labeltune.data.columns import LOOKED_AT, FileColumns, columns_of_file
 from labeltune.data.formats import find_format
-from labeltune.data.labels import not_among, twins
+from labeltune.data.labels import by_count, not_among, twins
 from labeltune.data.records import Record
 from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record, readable_mentions
 from labeltune.data.sources import iter_records
@@ -145,7 +145,7 @@ class Audit:
             "errors": self.errors,
             "warnings": self.warnings,
             "faults": dict(self.counts.most_common()),
-            "labels": dict(self.labels.most_common()),
+            "labels": by_count(self.labels),
             "rows_without_entities": self.without_entities if self.task == "ner" else None,
             "rows_with_repeated_mentions": self.repeated_mentions if self.task == "ner" else None,
             "length_unit": self.length_unit,

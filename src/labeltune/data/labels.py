@@ -10,7 +10,7 @@ import re
 import tokenize
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from labeltune.errors import DataError, clipped
@@ -124,6 +124,15 @@ def _neighbours(text: str) -> tuple[str, str] | None:
 
 def _strings(value: object) -> list[str] | None:
     return value if isinstance(value, list) and all(isinstance(label, str) for label in value) else None
+
+
+def by_count(counts: Mapping[str, int]) -> dict[str, int]:
+    """Labels with their number, the most frequent first, those of one number by name.
+
+    >>> by_count({"b": 1, "a": 1, "c": 2})
+    {'c': 2, 'a': 1, 'b': 1}
+    """
+    return dict(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
 
 
 def seen_as(label: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from labeltune.data.labels import by_count
 from labeltune.messages import chinese
 
 #: The figures of a JSON element are as compact as they can be, and in their own order.
@@ -22,7 +23,7 @@ _JSON = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
 
 @cache
 def environment() -> Environment:
-    """The templates, with `both`, `name`, `chinese` and the tables of words as globals, `fmt` (`format`) and `interval` as filters."""
+    """The templates, with `both`, `name`, `chinese`, `by_count` and the tables of words as globals, `fmt` (`format`) and `interval` as filters."""
     made = Environment(
         loader=PackageLoader("labeltune.evaluation"),
         autoescape=True,
@@ -31,7 +32,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.policies["json.dumps_kwargs"] = _JSON
-    made.globals |= {"both": both, "name": name, "chinese": chinese}
+    made.globals |= {"both": both, "name": name, "chinese": chinese, "by_count": by_count}
     made.globals |= {"FIGURES": FIGURES, "BASELINES": BASELINES, "ERROR_KINDS": ERROR_KINDS}
     made.filters |= {"fmt": format, "interval": _interval}
     return made

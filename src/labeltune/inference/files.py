@@ -296,7 +296,9 @@ def _put_in_place(part: Path, output: Path) -> None:
         return
     table = output.with_name(f".{output.name}.part.csv")
     with part.open(encoding="utf-8") as lines, table.open("w", encoding="utf-8") as file:
-        file.writelines(csv_of(lines))
+        faulty = any('"error"' in line and "error" in json.loads(line) for line in lines)
+        lines.seek(0)
+        file.writelines(csv_of(lines, faulty))
         _to_disk(file)
     table.replace(output)
     part.unlink()
@@ -434,11 +436,14 @@ def is_csv(output: Path) -> bool:
     return suffix == ".csv"
 
 
-def csv_of(lines: Iterable[str]) -> Iterator[str]:
+def csv_of(lines: Iterable[str], faulty: bool = True) -> Iterator[str]:
     """Lines of predicted rows (JSON) as lines of csv, with a header and the byte order mark that spreadsheets look for.
 
     The columns are those of `Prediction.to_dict`, then `error` and `source` of rows that could not be predicted, then `text`
     where the first row that was predicted has it. `ranking` and `entities` are JSON, true and false are written so.
+
+    Args:
+        faulty: a row may be one that could not be predicted; otherwise its two columns are left out.
     """
     source = iter(lines)
     first: list[str] = []
@@ -449,8 +454,8 @@ def csv_of(lines: Iterable[str]) -> Iterator[str]:
         if "error" not in row:
             rows_are_entities, with_text = "entities" in row, "text" in row
             break
-    columns = [*(_ENTITIES if rows_are_entities else _LABEL), "error", "source"]
-    columns += ["text"] if with_text else []
+    columns = [*(_ENTITIES if rows_are_entities else _LABEL)]
+    columns += [*(["error", "source"] if faulty else []), *(["text"] if with_text else [])]
     held = io.StringIO()
     writer = csv.writer(held, lineterminator="\n")
     yield "\ufeff"

@@ -6,24 +6,34 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from labeltune.errors import HubError, ModelError, first_line
+from labeltune.errors import HubError, ModelError, message_of
 from labeltune.io.progress import tell
 
-#: Names of exceptions, of several libraries, that say that a host did not answer.
+#: Names of exceptions, of several libraries, that say that a host did not answer, in words; the first that fits is told.
 _NO_ANSWER = {
-    "ConnectionError",
-    "TimeoutError",
-    "Timeout",
-    "TransportError",
-    "gaierror",
-    "OfflineModeIsEnabled",
+    "OfflineModeIsEnabled": "offline mode is on",
+    "gaierror": "host name not found",
+    "ConnectionRefusedError": "the connection was refused",
+    "SSLError": "no secure connection",
+    "ProxyError": "the proxy cannot be used",
+    "TimeoutError": "no answer in time",
+    "TimeoutException": "no answer in time",
+    "Timeout": "no answer in time",
+    "ConnectionError": "no connection",
+    "TransportError": "no connection",
 }
-#: A longer reason is a library's own text, e.g. that of a connection pool, and only its kind is told.
+#: A longer text of a library, e.g. that of a connection pool, is not told.
 _SHORT = 80
+#: The same for what a hub answers.
+_ANSWERS = {
+    "GatedRepoError": "its terms have to be accepted there first",
+    "RepositoryNotFoundError": "there is no such repository, or you may not see it",
+    "RevisionNotFoundError": "there is no such revision",
+}
 
 
 @contextlib.contextmanager
@@ -49,16 +59,14 @@ def asking(hub: str, kind: Literal["model", "dataset"], repo: str, instead: str)
             yield
     except Exception as error:
         page = _page(hub, address, kind, repo)
-        unanswered = _unanswered(error)
-        if unanswered is not None:
-            reason = first_line(unanswered)
-            reason = reason if len(reason) <= _SHORT else type(unanswered).__name__
+        reason = why_unanswered(error)
+        if reason is not None:
             raise HubError(
                 f"{repo} could not be fetched: {name} ({host}) cannot be reached ({reason}). Check the network, "
                 f"or download its files by hand from {page} and {instead}"
             ) from error
         raise HubError(
-            f"{repo} could not be fetched from {name} ({first_line(error)}). Check the name and the revision, "
+            f"{repo} could not be fetched from {name} ({_in_words(error, _ANSWERS) or message_of(error)}). Check the name and the revision, "
             f"or download its files by hand from {page} and {instead}"
         ) from error
     finally:
@@ -78,11 +86,18 @@ def _page(hub: str, address: str, kind: Literal["model", "dataset"], repo: str) 
     return f"{address}/{'datasets/' if kind == 'dataset' else ''}{repo}/tree/main"
 
 
-def _unanswered(error: BaseException | None) -> BaseException | None:
-    """The exception, at whatever depth, that says that a host did not answer."""
-    while error is not None and not any(each.__name__ in _NO_ANSWER for each in type(error).__mro__):
+def why_unanswered(error: BaseException) -> str | None:
+    """Why a host did not answer, in words; None where the error, and whatever caused it, says something else."""
+    reason, said = _in_words(error, _NO_ANSWER), message_of(error)
+    return said if reason == "no connection" and len(said) <= _SHORT else reason
+
+
+def _in_words(error: BaseException | None, words: Mapping[str, str]) -> str | None:
+    found: set[str] = set()
+    while error is not None:
+        found |= {each.__name__ for each in type(error).__mro__}
         error = error.__cause__ or error.__context__
-    return error
+    return next((words[name] for name in words if name in found), None)
 
 
 #: Set to 1 by a user who trusts the code of the models whose checkpoints are loaded.

@@ -21,7 +21,7 @@ import platformdirs
 from filelock import FileLock
 
 from labeltune.errors import HubError, LicenseError, ModelError
-from labeltune.io.progress import begin, others_silent, tell
+from labeltune.io.progress import begin, note, others_silent, tell
 
 #: Changes when the conversion does, so that older conversions are not used.
 _FORMAT = "1"
@@ -118,6 +118,16 @@ def pocket_folder(spec: str, accept_license: str | None = None) -> Path:
     model = POCKET_MODELS[spec]
     target = _target(spec)
     if is_cached(spec):
+        if model.must_accept is not None:
+            accepted = accept_license == model.must_accept
+            note(
+                f"{spec} is {model.name}, under the {model.license} ({model.terms}), accepted "
+                + (
+                    f"with hub.accept_license={accept_license}"
+                    if accepted
+                    else f"when it was put into {target}"
+                )
+            )
         return target
     if model.must_accept and accept_license != model.must_accept:
         raise LicenseError(

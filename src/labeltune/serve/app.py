@@ -296,11 +296,12 @@ def serve(
     _raise_file_limit()
     metrics = Metrics()
     app, service = create_app(models, settings, metrics)
+    host, port = bound.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     page = None
     if settings.playground:
-        page = LaterApp(lambda: _make_page(service))
+        page = LaterApp(lambda: _make_page(service), lambda: say(f"the page is ready: {address}/"))
         app.mount("/", page)
-    host, port = bound.getsockname()[:2]
     local = ipaddress.ip_address(host).is_loopback
     guard = Guard(app, settings, metrics, local)
     config = uvicorn.Config(
@@ -311,15 +312,12 @@ def serve(
         timeout_graceful_shutdown=int(settings.timeout) + 5,
         backlog=2048,
     )
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def on_ready() -> None:
         log("ready", url=address, models=list(models.served))
         for served in models.served.values():
             say(f"serving {served.name} ({served.task}, {len(served.labels)} labels)")
-        say(
-            f"ready at {address}: documentation /docs{', page /' if page else ''}; clients' base_url {address}/v1"
-        )
+        say(f"ready at {address}: documentation /docs; clients' base_url {address}/v1")
 
     server = _Server(config, guard, on_ready, page)
     if not local and settings.api_key is None:
@@ -340,10 +338,13 @@ class LaterApp:
     """An application that is made in the background while the server answers already; requests wait until it is there.
 
     Importing the page's library takes about as long as importing everything else.
+
+    Args:
+        on_made: called when it is there.
     """
 
-    def __init__(self, make: Callable[[], FastAPI]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], FastAPI], on_made: Callable[[], None] = lambda: None) -> None:
+        self._make, self._on_made = make, on_made
         self._running: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -358,6 +359,7 @@ class LaterApp:
             # Its beginning and its end in one task, as some libraries want it.
             async with app.router.lifespan_context(app):
                 self._made.set_result(app)
+                self._on_made()
                 await self._end.wait()
         except Exception as error:
             log("error", logging.ERROR, error=frames(error))

@@ -15,10 +15,10 @@ import traceback
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NoReturn
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.routing import BaseRoute, Match, Route
+from starlette.routing import BaseRoute, Match, Mount, Route
 
 from labeltune.serve.schemas import ApiError, field_name
 from labeltune.serve.settings import Settings
@@ -331,7 +331,21 @@ class Guard:
             raise ApiError(401, "send the server's API key as authorization: Bearer KEY", "authorization")
 
     async def _page(self, scope: MutableMapping[str, Any], receive: Receive, answer: _Answer) -> None:
-        task = asyncio.ensure_future(self._inner(scope, receive, answer))
+        refused: MutableMapping[str, Any] = {}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            if message.get("status") in (404, 405):
+                refused.update(message)
+            if not refused:
+                await answer(message)
+
+        await self._run_page(self._inner(scope, receive, send))
+        if refused:
+            allowed = dict(refused.get("headers", ())).get(b"allow", b"").decode("latin-1")
+            refuse(getattr(self._inner, "routes", ()), scope, allowed.split(", ") if allowed else [])
+
+    async def _run_page(self, answering: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(answering)
         self._pages.add(task)
         try:
             await task
@@ -381,16 +395,32 @@ def check_route(routes: Sequence[BaseRoute], scope: MutableMapping[str, Any]) ->
         ApiError: there is no such address (404), or it takes other methods (405).
     """
     ours = [route for route in routes if isinstance(route, Route) and _below_v1(route.path)]
-    found = [(route.matches(scope)[0], route) for route in ours]
-    if not ours or any(match is Match.FULL for match, _ in found):
-        return
-    methods = sorted(
-        {name for match, route in found if match is Match.PARTIAL for name in route.methods or ()}
-    )
+    if ours and not any(route.matches(scope)[0] is Match.FULL for route in ours):
+        refuse(ours, scope)
+
+
+def refuse(
+    routes: Sequence[BaseRoute], scope: MutableMapping[str, Any], allowed: Sequence[str] = ()
+) -> NoReturn:
+    """Say which addresses there are, or which methods this one takes.
+
+    Args:
+        allowed: methods that an address outside of `routes` takes.
+
+    Raises:
+        ApiError: in any case (404 or 405).
+    """
+    ours = [route for route in routes if isinstance(route, Route)]
+    partly = [route for route in ours if route.matches(scope)[0] is Match.PARTIAL]
+    methods = sorted({name for route in partly for name in route.methods or ()}) or list(allowed)
     if methods:
         raise ApiError(405, f"this address takes {', '.join(methods)}", allow=methods)
-    addresses = ", ".join(dict.fromkeys(route.path for route in ours))
-    raise ApiError(404, f"there is no such address; this server has {addresses}")
+    # What belongs to the pages is no address to call.
+    named = [route.path for route in ours if _below_v1(route.path) or route.path in (*_STATE, "/docs")]
+    pages = ["/"] if any(isinstance(route, Mount) and route.path == "" for route in routes) else []
+    raise ApiError(
+        404, f"there is no such address; this server has {', '.join(dict.fromkeys([*pages, *named]))}"
+    )
 
 
 def _below_v1(path: str) -> bool:

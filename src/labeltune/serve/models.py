@@ -207,13 +207,13 @@ def load_models(
     folders = [find_checkpoint(other) for _, other in adapters]
     if folders:
         _check_bases(find_checkpoint(run), adapters, folders)
-    say(f"loading {run}")
+    say(f"loading the run {run}")
     # With company the adapters have to stay apart from the weights.
     predictor = load_predictor(run, device=device, merge=not folders)
     served = [Served(first, predictor, "default" if folders else "", _folder_of(predictor))]
     for number, ((other, _), folder) in enumerate(zip(adapters, folders, strict=True)):
         inside = f"served{number}"
-        say(f"loading {folder}")
+        say(f"loading the run {folder}")
         try:
             predictor.model.load_adapter(
                 str(folder), inside, is_trainable=False, torch_device=str(predictor.model.device)

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import swanlab
 
 from labeltune.config import SwanlabConfig
-from labeltune.errors import Interrupted
+from labeltune.errors import Interrupted, message_of
 from labeltune.evaluation.summary import Evaluation
+from labeltune.io.hubs import why_unanswered
 from labeltune.io.outputs import write_json
 from labeltune.tracking.charts import charts, texts
 
@@ -37,7 +40,12 @@ def logged_in() -> str:
             return "no key found; log in with `swanlab login` or set SWANLAB_API_KEY"
         swanlab.login(timeout=5)
     except Exception as error:
-        return f"the login failed ({type(error).__name__}); check the key and the network"
+        reason = why_unanswered(error)
+        return (
+            f"cannot be reached: {reason}"
+            if reason
+            else f"the login failed ({message_of(error)}); check the key"
+        )
     return "yes"
 
 
@@ -78,6 +86,17 @@ class Identity:
             return Identity(**json.loads((output_dir / IDENTITY_FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
+
+
+@contextlib.contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """What Ctrl-C does stays as it is: SwanLab would print lines of its own, and end its run before ours is saved."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 class SwanlabTracker:
@@ -124,7 +143,7 @@ class SwanlabTracker:
             step = self.resumed.name.rpartition("-")[2]
             first = name or (before.name.partition(_RESUMED)[0] if before is not None else "")
             name = f"{first or self.output_dir.resolve().name}{_RESUMED}{step})"
-        with self._quiet():
+        with self._quiet(), _own_interrupt():
             swanlab.init(
                 project=self.settings.project,
                 name=name,

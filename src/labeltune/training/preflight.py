@@ -150,6 +150,7 @@ def prepare_steps(
     *,
     device: torch.device,
     say: Say,
+    resumed: bool = False,
 ) -> StepSettings:
     """Decide how steps are computed: check the fast way on real rows, measure memory, compile.
 
@@ -164,7 +165,12 @@ def prepare_steps(
     def smallest(value: int) -> int:
         return int(all_reduce([value], "min")[0])
 
-    begin("checking packing on your rows", say)
+    begin(
+        "checking again, as this machine may be another one, that packed rows compute what single rows do"
+        if resumed
+        else "checking that packed rows compute what single rows do",
+        say,
+    )
     with random_state_kept():
         head = chunkable_head(model, torch.tensor([sample[0].ids], device=device))
         choice = choose_packing(model, sample, options.packing, precision, pad_id, head=head, say=say)

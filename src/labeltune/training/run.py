@@ -123,7 +123,7 @@ def run_training(
             peer_errors(config.training.collective_timeout, lambda: how_to_go_on(Path(config.output_dir))),
         ):
             if not done:
-                prepare(trainer, config, precision)
+                prepare(trainer, config, precision, resumed=resume_from is not None)
             ended = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         stopper.restore()
@@ -157,7 +157,7 @@ def _result(trainer: LabelTrainer, config: RunConfig, seconds: float, unimproved
     )
 
 
-def prepare(trainer: LabelTrainer, config: RunConfig, precision: Precision) -> None:
+def prepare(trainer: LabelTrainer, config: RunConfig, precision: Precision, resumed: bool = False) -> None:
     """Choose packing and pack size: at once, or with FSDP2 when training begins, as weights are sharded then."""
 
     def settle(model: PreTrainedModel) -> None:
@@ -169,6 +169,7 @@ def prepare(trainer: LabelTrainer, config: RunConfig, precision: Precision) -> N
             trainer.train_dataset,
             device=trainer.args.device,
             say=trainer.say,
+            resumed=resumed,
         )
 
     if trainer.sharded:
