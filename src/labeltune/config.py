@@ -6,10 +6,19 @@ import codecs
 import difflib
 import os
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from labeltune.errors import ConfigError, clipped, near_it
 from labeltune.io.safe_yaml import read_yaml
@@ -182,6 +191,29 @@ class PromptConfig(Section):
     truncation: Literal["head", "tail", "head_tail"] = Field(
         "head", description="which part of a long text is kept: its head, its tail, or half of each"
     )
+    thinking: Literal["off", "template"] = Field(
+        "off",
+        description="off: the answer follows at once, an empty thinking block or channel in front of it where the template has one; "
+        "template: the template's own generation prompt, whatever it ends in",
+    )
+    template_kwargs: dict[str, JsonValue] = Field(
+        {},
+        description="what the chat template is told beside the messages, e.g. `reasoning_effort: low`; saved with the adapter",
+    )
+
+    @field_validator("thinking", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        # YAML reads a bare `off` as false.
+        return "off" if value is False else value
+
+    @field_validator("template_kwargs", mode="before")
+    @classmethod
+    def _dates_are_words(cls, value: object) -> object:
+        # YAML reads 2026-07-01 as a date; templates want it as it is written.
+        if not isinstance(value, dict):
+            return value
+        return {name: str(each) if type(each) is date else each for name, each in value.items()}
 
     @model_validator(mode="after")
     def _text_has_a_place(self) -> PromptConfig:

@@ -34,8 +34,7 @@ from labeltune.io.outputs import check_file, write_text
 from labeltune.io.progress import phase
 from labeltune.messages import spoken, verbatim
 from labeltune.prompts import make_task
-from labeltune.prompts.builder import PromptBuilder
-from labeltune.prompts.template import ChatTemplate
+from labeltune.prompts.builder import builder_for_base
 from labeltune.types import Example
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def _add_too_long(files: Sequence[Rows], config: RunConfig, tokenizer: PreTraine
     from labeltune.training.dataset import rows_that_cannot_fit
 
     labels = config.data.labels or files[0].audit.label_set()
-    builder = PromptBuilder(make_task(config.task, labels, config.prompt), ChatTemplate(tokenizer))
+    builder = builder_for_base(config, labels, tokenizer)
     needed = [rows_that_cannot_fit(rows.dataset, builder) for rows in files]
     enough = max((tokens for found in needed for tokens in found.values()), default=0)
     for rows, found in zip(files, needed, strict=True):

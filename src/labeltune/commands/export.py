@@ -224,7 +224,8 @@ def _prepare(
     from labeltune.export.merge import stored_dtype
     from labeltune.export.ollama import modelfile
     from labeltune.export.vllm import read_adapter
-    from labeltune.models.hub import load_tokenizer, resolve_model
+    from labeltune.inference.load import run_template
+    from labeltune.models.hub import resolve_model
 
     if not info.adapter and not merged:
         raise ConfigError("this run trained all weights and has no adapter; export it with --merged")
@@ -235,9 +236,7 @@ def _prepare(
             f"the adapter's base is {info.model}, a folder of this machine that nobody else has; push the whole model "
             "(--merged), or train on a hub's model (ms: or hf:)"
         )
-    tokenizer = load_tokenizer(checkpoint, info.runs_code())
-    tokenizer.chat_template = info.chat_template
-    template = ChatTemplate(tokenizer)
+    template = run_template(checkpoint, info)
     return _Job(
         checkpoint,
         info,
@@ -285,7 +284,7 @@ class _Job:
         from labeltune.export import vllm
 
         task = make_task(self.info.task, self.info.labels, self.info.prompt)
-        return vllm.request(task, self.template.tokenizer, self.name, self.info.generation.max_new_tokens)
+        return vllm.request(task, self.template, self.name, self.info.generation.max_new_tokens)
 
     def write_model(self, folder: Path, say: Say) -> dict[str, str]:
         """Weights, and what labeltune needs to load them; returns the commands to run next."""

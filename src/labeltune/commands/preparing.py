@@ -16,9 +16,9 @@ from labeltune.data.schemas import Fault
 from labeltune.distributed import rank
 from labeltune.errors import MissingExtraError, PromptError, counted
 from labeltune.io.progress import Say, begin, tell
-from labeltune.io.run_folder import public_name
+from labeltune.io.run_folder import RunInfo, public_name
 from labeltune.prompts import make_task
-from labeltune.prompts.builder import PromptBuilder
+from labeltune.prompts.builder import PromptBuilder, builder_for_base
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example
 
@@ -81,31 +81,54 @@ class Prepared:
         options = self.config.training
         return pick_precision(options.precision, full=options.method == "full")
 
+    @property
+    def info(self) -> RunInfo:
+        """What prediction needs beside the weights."""
+        template = self.builder.template
+        about = summarize(self.config, self.splits)
+        return RunInfo.of(
+            self.config, self.splits.labels, template.tokenizer.chat_template, about, template.answer_lead
+        )
+
     def where(self, number: int) -> str:
         """Place of a training row, for messages."""
         return str(self.splits.train[number]["source"])
 
 
-def prepare(config: RunConfig, all_rows: Splits, say: Say) -> Prepared:
+def prepare(config: RunConfig, all_rows: Splits, say: Say, resume_from: Path | None = None) -> Prepared:
     """Find the base model and its prompts, and leave out the rows that cannot fit.
+
+    Args:
+        resume_from: the checkpoint whose template goes on.
 
     Raises:
         PromptError: a row cannot fit, and `data.on_error` is `stop`.
     """
-    base, builder = load_prompts(config, all_rows.labels)
+    base, builder = load_prompts(config, all_rows.labels, resume_from)
     splits = without_too_long(all_rows, builder, config, say)
     selection = validation_rows(splits, config.eval.max_rows)
     warn_of_rows(config, splits, selection, say)
     return Prepared(config, base, builder, splits, selection)
 
 
-def load_prompts(config: RunConfig, labels: tuple[str, ...]) -> tuple[Path, PromptBuilder]:
-    """The base model's folder, and the builder of prompts with its tokenizer."""
+def load_prompts(
+    config: RunConfig, labels: tuple[str, ...], resume_from: Path | None = None
+) -> tuple[Path, PromptBuilder]:
+    """The base model's folder, and the builder of prompts with its tokenizer.
+
+    Args:
+        resume_from: the checkpoint whose template goes on.
+    """
     begin("loading libraries and the tokenizer")
     from labeltune.models.hub import load_tokenizer, resolve_model
 
     folder = resolve_model(config.model, config.hub).folder
-    template = ChatTemplate(load_tokenizer(folder, config.hub.trust_remote_code))
+    tokenizer = load_tokenizer(folder, config.hub.trust_remote_code)
+    if resume_from is None:
+        return folder, builder_for_base(config, labels, tokenizer)
+    info = RunInfo.load(resume_from)
+    tokenizer.chat_template = info.chat_template
+    template = ChatTemplate(tokenizer, info.prompt, info.answer_lead)
     return folder, PromptBuilder(make_task(config.task, labels, config.prompt), template)
 
 

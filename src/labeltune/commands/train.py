@@ -37,7 +37,6 @@ from labeltune.io.lock import alone_with
 from labeltune.io.outputs import is_hub_name, remove_leftovers
 from labeltune.io.progress import Say, begin, no_long_silence, track
 from labeltune.io.run_folder import (
-    RunInfo,
     check_inputs_kept,
     check_output,
     how_to_go_on,
@@ -204,7 +203,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
 
     if resume_from is not None:
         record.check_unchanged(resume_from, config, all_rows, summarize(config, all_rows))
-    prepared = prepare(config, all_rows, say)
+    prepared = prepare(config, all_rows, say, resume_from)
     splits, builder, selection = prepared.splits, prepared.builder, prepared.selection
     if resume_from is not None:
         rows = len(splits.train)
@@ -233,7 +232,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
             tokenizer,
             config,
             prepared.precision,
-            RunInfo.of(config, splits.labels, tokenizer.chat_template, summarize(config, splits)),
+            prepared.info,
             train=train_tokens,
             validation=validation_tokens,
             callbacks=tracker.callbacks(),

@@ -22,9 +22,7 @@ from labeltune.errors import MissingExtraError, OutputError, PromptError
 from labeltune.evaluation.pages import render
 from labeltune.io.outputs import check_file, is_stream
 from labeltune.models.text_vectors import text_vectors
-from labeltune.prompts import make_task
-from labeltune.prompts.builder import PromptBuilder
-from labeltune.prompts.template import ChatTemplate
+from labeltune.prompts.builder import builder_for_base
 from labeltune.training.token_figures import TokenFigures, token_figures
 
 if TYPE_CHECKING:
@@ -127,7 +125,7 @@ def _tokens(
         return None, f"{rows.audit.path} holds no usable row."
     labels = config.data.labels or rows.audit.label_set()
     try:
-        builder = PromptBuilder(make_task(config.task, labels, config.prompt), ChatTemplate(tokenizer))
+        builder = builder_for_base(config, labels, tokenizer)
         return token_figures(rows.dataset, builder, config.training), ""
     except PromptError as error:
         # Training would stop here; the rest of the report is no worse for it.

@@ -79,25 +79,24 @@ def turns_of(template: ChatTemplate) -> Turns:
     Raises:
         PromptError: the template depends on more than the order of the messages, so no Modelfile can say the same.
     """
-    tokenizer = template.tokenizer
     system, *marks = _MARKS
     roles = ("user", "assistant", "user", "assistant", "user")
     turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    head, user_end, answer_end, *others, generation = _between(_render(tokenizer, turns), marks)
+    head, user_end, answer_end, *others, generation = _between(_render(template, turns), marks)
     if others != [user_end, answer_end]:
         raise _refused("it writes later turns otherwise than earlier ones")
     try:
         system_head, system_end, *_ = _between(
-            _render(tokenizer, [{"role": "system", "content": system}, *turns]), _MARKS
+            _render(template, [{"role": "system", "content": system}, *turns]), _MARKS
         )
         folded = False
     except PromptError:
         # As in training: a template that knows no system message gets it in front of the user's.
         system_head, system_end, folded = head, "\n\n", True
     padded = f" \n{system}\n "
-    strips = padded not in _render(tokenizer, [{"role": "user", "content": padded}])
+    strips = padded not in _render(template, [{"role": "user", "content": padded}])
     found = Turns(head, system_head, system_end, user_end, answer_end, generation, strips)
-    _check(tokenizer, found, folded)
+    _check(template, found, folded)
     return found
 
 
@@ -108,14 +107,10 @@ def _refused(reason: str) -> PromptError:
     )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+def _render(template: ChatTemplate, messages: Messages) -> str:
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        )
-    except Exception as error:
+        return template.render(messages)
+    except PromptError as error:
         raise _refused(f"it cannot render a conversation of several turns ({error})") from error
 
 
@@ -130,7 +125,7 @@ def _between(rendered: str, marks: list[str]) -> list[str]:
     return [*found, rendered]
 
 
-def _check(tokenizer: PreTrainedTokenizerBase, turns: Turns, folded: bool) -> None:
+def _check(template: ChatTemplate, turns: Turns, folded: bool) -> None:
     """Compare with the chat template on other conversations than those it was found with."""
     for system in ("", "Sort it. 分类"):
         for count in range(1, 5):
@@ -142,7 +137,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, turns: Turns, folded: bool) -> No
             real = talk
             if folded and system:
                 real = [{"role": "user", "content": f"{system}\n\n{talk[1]['content']}"}, *talk[2:]]
-            if _render(tokenizer, real) != turns.render(talk):
+            if _render(template, real) != turns.render(talk):
                 raise _refused("it depends on more than the order of the messages")
 
 
@@ -194,7 +189,7 @@ def modelfile(template: ChatTemplate, system: str, max_length: int) -> str:
     names = [template.tokenizer.convert_ids_to_tokens(number) for number in template.stop_ids]
     lines = [f"FROM ./{GGUF_FILE}", f"TEMPLATE {_quoted(go_template(turns))}"]
     if system:
-        lines.append(f"SYSTEM {_quoted(system)}")
+        lines.append(f"SYSTEM {_quoted(template.system_text(system))}")
     lines += [f"PARAMETER stop {json.dumps(str(name), ensure_ascii=False)}" for name in names]
     lines += ["PARAMETER temperature 0", f"PARAMETER num_ctx {max(_SMALLEST_CONTEXT, max_length)}"]
     if turns.strips:

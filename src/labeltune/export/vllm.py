@@ -16,6 +16,7 @@ from labeltune.io.outputs import is_hub_name, write_json
 from labeltune.models.lora import ADAPTER_FILE
 from labeltune.models.pocket import POCKET_MODELS
 from labeltune.prompts import Task
+from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example
 
 if TYPE_CHECKING:
@@ -112,8 +113,10 @@ def merged_command(folder: Path, name: str, trust_remote_code: bool = False) -> 
     return shlex.join(["vllm", "serve", str(folder), "--served-model-name", name, *trust])
 
 
-def request(task: Task, tokenizer: PreTrainedTokenizerBase, name: str, max_tokens: int) -> dict[str, Any]:
+def request(task: Task, template: ChatTemplate, name: str, max_tokens: int) -> dict[str, Any]:
     """A chat completion request: the run's prompt around a sample text, answers bound to its form.
+
+    It names what the template is told; a run's own template takes that for granted, one that a server was given may not.
 
     Args:
         name: the model or adapter that is asked.
@@ -123,12 +126,13 @@ def request(task: Task, tokenizer: PreTrainedTokenizerBase, name: str, max_token
     messages = task.conversation(Example("0", SAMPLE_TEXT)).messages()
     found: dict[str, Any] = {"model": name, "messages": messages, "temperature": 0}
     if task.name == "classification":
-        found["structured_outputs"] = {"choice": list(task.labels)}
+        found["structured_outputs"] = {"choice": [template.answer_lead + label for label in task.labels]}
     else:
         found["max_tokens"] = max_tokens
-        found["structured_outputs"] = {"regex": entity_pattern(task.labels, task.prompt.no_entities)}
-    if _thinks_by_default(tokenizer, messages):
-        found["chat_template_kwargs"] = {"enable_thinking": False}
+        pattern = re.escape(template.answer_lead) + entity_pattern(task.labels, task.prompt.no_entities)
+        found["structured_outputs"] = {"regex": pattern}
+    if template.options:
+        found["chat_template_kwargs"] = dict(template.options)
     return found
 
 
@@ -138,15 +142,6 @@ def entity_pattern(labels: tuple[str, ...], no_entities: str) -> str:
     text = r'([^"\\\x00-\x1f]|\\(["\\/bfnrt]|u[0-9a-fA-F]{4}))+'
     line = rf'\{{"entity_text": "{text}", "entity_label": "({types})"\}}'
     return rf"({re.escape(no_entities)}|{line}(\n{line})*)"
-
-
-def _thinks_by_default(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> bool:
-    """Whether the template needs to be told not to think, as training told it."""
-    ways = [
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-        for options in ({}, {"enable_thinking": False})
-    ]
-    return bool(ways[0] != ways[1])
 
 
 def request_command(folder: Path) -> str:

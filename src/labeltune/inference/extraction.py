@@ -55,12 +55,19 @@ class Grammars:
         labels: entity types, at least one.
         no_entities: the answer for a text without any.
         vocabulary: size of the output layer.
+        lead: in front of every answer, see `ChatTemplate`.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], no_entities: str, vocabulary: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        no_entities: str,
+        vocabulary: int,
+        lead: str = "",
     ) -> None:
         self.labels = tuple(labels)
+        self.lead = lead
         self.no_entities = no_entities
         self.vocabulary = vocabulary
         self.tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary)
@@ -82,7 +89,8 @@ class Grammars:
             if piece
         ]
         starts = [*(["none"] if first or not spans else []), *(["line"] if spans else [])]
-        lines = [f"start: {' | '.join(starts)}"]
+        lead = f"{_literal(self.lead)} " if first and self.lead else ""
+        lines = [f"start: {lead}({' | '.join(starts)})"]
         if "none" in starts:
             lines.append(f"none: {_literal(self.no_entities)}")
         if spans:
@@ -230,6 +238,8 @@ def _allowed(row: _Row, grammars: Grammars, end_ids: Sequence[int]) -> torch.Ten
 
 def _close_line(row: _Row, grammars: Grammars) -> None:
     line = grammars.tokenizer.decode_str(row.ids).rstrip("\n")
+    if not row.lines:
+        line = line.removeprefix(grammars.lead)
     row.lines.append(line)
     row.scores.append(sum(row.chosen) / len(row.chosen) if row.chosen else 0.0)
     if line != grammars.no_entities:

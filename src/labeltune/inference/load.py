@@ -18,6 +18,7 @@ from labeltune.models.hub import load_model, load_tokenizer, resolve_model, snap
 from labeltune.models.lora import load_adapter, merge_adapter
 from labeltune.models.precision import pick_precision
 from labeltune.prompts import make_task
+from labeltune.prompts.builder import builder_for_base
 from labeltune.prompts.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -72,13 +73,11 @@ def predictor_on(model: PreTrainedModel, folder: Path, trust_remote_code: bool =
         ModelError: the checkpoint is incomplete or damaged.
     """
     info = RunInfo.load(folder)
-    tokenizer = load_tokenizer(folder, info.runs_code(trust_remote_code))
-    tokenizer.chat_template = info.chat_template
     task = make_task(info.task, info.labels, info.prompt)
     return Predictor(
         model,
         task,
-        ChatTemplate(tokenizer),
+        run_template(folder, info, trust_remote_code),
         info.generation,
         columns=info.columns,
         calibrate=info.calibrate,
@@ -87,6 +86,17 @@ def predictor_on(model: PreTrainedModel, folder: Path, trust_remote_code: bool =
         weights=weights_file(folder, info),
         encoding=info.encoding,
     )
+
+
+def run_template(folder: Path, info: RunInfo, trust_remote_code: bool = False) -> ChatTemplate:
+    """The tokenizer of a checkpoint with the template that the run was trained with.
+
+    Raises:
+        ModelError: the tokenizer is missing or damaged.
+    """
+    tokenizer = load_tokenizer(folder, info.runs_code(trust_remote_code))
+    tokenizer.chat_template = info.chat_template
+    return ChatTemplate(tokenizer, info.prompt, info.answer_lead)
 
 
 def weights_file(folder: Path, info: RunInfo) -> Path:
@@ -122,6 +132,7 @@ def run_fingerprint(run: str, changes: dict[str, Any]) -> str:
         info.model,
         weights_file(folder, info),
         make_task(info.task, info.labels, info.prompt),
+        run_template(folder, info),
         changed_generation(info.generation, changes),
         info.calibrate,
         Calibration.load(folder),
@@ -146,12 +157,11 @@ def base_predictor(config: RunConfig, labels: Sequence[str]) -> Predictor:
     trust = config.hub.trust_remote_code
     model = load_model(local.folder, picked.weights, device=picked.device, trust_remote_code=trust)
     model.eval()
-    template = ChatTemplate(load_tokenizer(local.folder, trust))
-    task = make_task(config.task, labels, config.prompt)
+    builder = builder_for_base(config, labels, load_tokenizer(local.folder, trust))
     return Predictor(
         model,
-        task,
-        template,
+        builder.task,
+        builder.template,
         config.generation,
         columns=config.data.columns,
         calibrate=config.calibrate,

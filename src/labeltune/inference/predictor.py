@@ -292,7 +292,11 @@ class Predictor:
         if self._grammars is None:
             vocabulary = self.model.get_output_embeddings().weight.shape[0]
             self._grammars = Grammars(
-                self.template.tokenizer, task.labels, task.prompt.no_entities, vocabulary
+                self.template.tokenizer,
+                task.labels,
+                task.prompt.no_entities,
+                vocabulary,
+                self.template.answer_lead,
             )
         grammars = self._grammars
 
@@ -331,18 +335,25 @@ class Predictor:
             max_new_tokens=self._max_new_tokens(examples),
             batch_size=self.generation.batch_size,
         )
-        decode = self.template.tokenizer.decode
+        decode, lead = self.template.tokenizer.decode, self.template.answer_lead
+        written = [
+            decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in answers
+        ]
         return [
-            self.task.parse(
-                example, decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            )
-            for example, ids in zip(examples, answers, strict=True)
+            self.task.parse(example, answer.removeprefix(lead))
+            for example, answer in zip(examples, written, strict=True)
         ]
 
     def fingerprint(self) -> str:
         """Names everything that answers follow from but the rows: weights by their adapter or model file, and settings."""
         return fingerprint(
-            self.source, self.weights, self.task, self.generation, self.calibrate, self.calibration
+            self.source,
+            self.weights,
+            self.task,
+            self.template,
+            self.generation,
+            self.calibrate,
+            self.calibration,
         )
 
     def base_model(self) -> AbstractContextManager[None]:
@@ -410,6 +421,7 @@ def fingerprint(
     source: str,
     weights: Path | None,
     task: Task,
+    template: ChatTemplate,
     generation: GenerationConfig,
     calibrate: CalibrateConfig,
     calibration: Calibration,
@@ -419,5 +431,10 @@ def fingerprint(
     if weights is not None:
         known = file_hash(weights) if weights.exists() else str(weights.parent.resolve())
     settings = [generation, calibrate, task.prompt]
-    values = [f"{source} {known}", *(s.model_dump_json() for s in settings), repr(calibration)]
+    values = [
+        f"{source} {known}",
+        *(s.model_dump_json() for s in settings),
+        repr(calibration),
+        template.rendered,
+    ]
     return hashlib.sha256("\n".join([*values, *task.labels]).encode()).hexdigest()

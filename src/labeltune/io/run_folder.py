@@ -42,7 +42,9 @@ class RunInfo:
         model: the `model:` string of the base model.
         columns: names of the columns in the run's data files.
         encoding: of its text files.
-        chat_template: the template the run was trained with.
+        chat_template: the template the run was trained with, which says by itself what the run is asked: on what day, whether
+            to think, and up to where an answer begins.
+        answer_lead: see `ChatTemplate`; runs of version 0.1.0 have none, and a template as its model has it.
         adapter: True when the folder holds an adapter, False when it holds a whole model.
         data: what it was trained on, for model cards: file names without folders, numbers of rows, rows by label; empty
             when it is not known.
@@ -60,6 +62,7 @@ class RunInfo:
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     data: dict[str, Any] = field(default_factory=dict)
     encoding: str = "utf-8"
+    answer_lead: str = ""
 
     @staticmethod
     def of(
@@ -67,6 +70,7 @@ class RunInfo:
         labels: tuple[str, ...],
         chat_template: str,
         data: dict[str, Any] | None = None,
+        answer_lead: str = "",
     ) -> RunInfo:
         """For a run that is about to be trained."""
         return RunInfo(
@@ -82,6 +86,7 @@ class RunInfo:
             config.calibrate,
             data or {},
             config.data.encoding,
+            answer_lead,
         )
 
     def runs_code(self, agreed: bool = False) -> bool:
@@ -103,6 +108,7 @@ class RunInfo:
                 "columns": self.columns.model_dump(),
                 "encoding": self.encoding,
                 "chat_template": self.chat_template,
+                "answer_lead": self.answer_lead,
                 "adapter": self.adapter,
                 "calibrate": self.calibrate.model_dump(),
                 "data": self.data,
@@ -136,6 +142,7 @@ class RunInfo:
                 CalibrateConfig.model_validate(values.get("calibrate", {})),
                 dict(values.get("data", {})),
                 DataConfig(encoding=values.get("encoding", "utf-8")).encoding,
+                str(values.get("answer_lead", "")),
             )
         except FileNotFoundError:
             raise ModelError(f"{folder} holds no {RUN_FILE}; it is no labeltune checkpoint") from None

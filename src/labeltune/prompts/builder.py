@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import ne
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from labeltune.config import RunConfig
 from labeltune.errors import PromptError
-from labeltune.prompts import Task
+from labeltune.prompts import Task, make_task
 from labeltune.prompts.template import ChatTemplate, Conversation, Encoded
 from labeltune.types import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Answers whose tokens are kept; a server is asked about labels without end.
 KEPT_ANSWERS = 10_000
@@ -117,7 +121,7 @@ class PromptBuilder:
 
     def _answer_length(self, answer: str) -> int:
         if answer not in self._lengths:
-            alone = self.template.plain_ids(answer)
+            alone = self.template.plain_ids(self.template.answer_lead + answer)
             if len(self._lengths) >= KEPT_ANSWERS:
                 self._lengths.clear()
             self._lengths[answer] = len(alone) + self.template.closing_length
@@ -134,6 +138,20 @@ class PromptBuilder:
             where=example.where,
             reserve=self.reserve(example),
         )
+
+
+def builder_for_base(
+    config: RunConfig, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> PromptBuilder:
+    """The builder of a run that begins now: it settles the template of its base model's tokenizer, see `ChatTemplate`.
+
+    Raises:
+        PromptError: the template cannot be used with this model or these prompts.
+    """
+    task = make_task(config.task, labels, config.prompt)
+    template = ChatTemplate(tokenizer, config.prompt)
+    template.check(task.conversation(Example("0", "text", ("first", "second"))))
+    return PromptBuilder(task, template)
 
 
 def kept_parts(text: str, kept: str, side: Side) -> tuple[tuple[int, int], ...]:

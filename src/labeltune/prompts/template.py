@@ -6,18 +6,29 @@ string that `apply_chat_template` gives, and the place of every message in it is
 
 Special tokens (`<|im_end|>` ...) are structure only where the template put them. Inside a message they are data, and
 are tokenized as ordinary text; for messages that hold none, the ids are those of `tokenizer(apply_chat_template(...))`.
+
+What a template renders can follow from more than the messages: from a date, and from what it is told beside them. And where
+it ends a prompt is not always where its answers begin (gpt-oss names a channel first, GLM-4.5 breaks the line, DeepSeek-R1
+opens a thinking block). A run begins by settling this: it adds to the template what is missing, so that the template
+renders the run's prompts on any day and by itself, and saves it.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING
 
+from pydantic import JsonValue
+
 from labeltune.config import PromptConfig
-from labeltune.errors import PromptError
+from labeltune.errors import PromptError, clipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +43,16 @@ PLAIN_TEMPLATE = (
 
 #: Whether special tokens are split is a setting of the tokenizer, made before every call; threads must not come in between.
 _TOKENIZING = threading.Lock()
+
+#: How templates open a thinking block, and how they close it.
+_THINKING = {
+    "<think>": "</think>",
+    "<seed:think>": "</seed:think>",
+    "<thought>": "</thought>",
+    "[THINK]": "[/THINK]",
+    "◁think▷": "◁/think▷",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+}
 
 _SYSTEM, _USER, _ANSWER = "LabeltuneSystemMark", "LabeltuneUserMark", "LabeltuneAnswerMark"
 
@@ -106,57 +127,84 @@ class Encoded:
         return [-100] * start + self.ids[start:end] + [-100] * (len(self.ids) - end)
 
 
+#: Characters that a template strips from one side of a message; None for all white space.
+Stripped = str | None
+
+
 @dataclass(frozen=True)
 class _Frame:
-    """The strings a template puts around the messages."""
+    """The strings a template puts around the messages.
+
+    Attributes:
+        generation: behind the user message, where the model goes on.
+        before_answer: behind the user message, where the template has an answer.
+        end: behind the answer.
+        system_strips, user_strips: what the message loses at its left and at its right.
+    """
 
     head: str
     between: str
     generation: str
+    before_answer: str
     end: str
+    system_strips: tuple[Stripped, Stripped] = ("", "")
+    user_strips: tuple[Stripped, Stripped] = ("", "")
 
 
 class ChatTemplate:
     """How one tokenizer renders conversations.
 
     Args:
-        tokenizer: a fast tokenizer. A tokenizer without a chat template is given `PLAIN_TEMPLATE`.
+        tokenizer: a fast tokenizer. A tokenizer without a chat template is given `PLAIN_TEMPLATE`; that of a base model is
+            given its template as the run has settled it.
+        prompt: whether to think, and what else the template is told.
+        answer_lead: of a saved run, whose template is the tokenizer's and is used as it is; None for a base model.
+
+    Attributes:
+        options: what the template is told beside the messages, and looks at.
+        answer_lead: spaces in front of an answer. Tokenizers make one token of a space and the word behind it, so these are
+            the answer's, not the prompt's.
 
     Raises:
-        PromptError: the tokenizer has no offsets, or its template changes messages beyond stripping them.
+        PromptError: the tokenizer has no offsets, its template changes messages beyond stripping them, or it cannot be told
+            where an answer begins.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: PromptConfig | None = None,
+        answer_lead: str | None = None,
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise PromptError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer; labeltune needs character offsets"
             )
+        if isinstance(tokenizer.chat_template, dict):
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
         if not tokenizer.chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE
         self.tokenizer = tokenizer
+        prompt = prompt or PromptConfig()
+        self.options = _options(tokenizer, prompt)
+        self._structures: dict[str, list[int]] = {}
+        self.answer_lead = self._settle(prompt) if answer_lead is None else answer_lead
+        self._frames = self._probe_all()
+        self._merges_system = True not in self._frames
         specials = {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
         specials |= {str(token) for token in tokenizer.all_special_tokens}
-        self._frames: dict[bool, _Frame] = {}
-        self._structures: dict[str, list[int]] = {}
-        self._merges_system = False
-        self._strips = False
-        self._frames[False] = self._probe(False)
-        try:
-            self._frames[True] = self._probe(True)
-        except PromptError:
-            self._merges_system = True
-        padded = self._render([{"role": "user", "content": f" \n{_USER}\n "}], generation=True)
-        self._strips = f" \n{_USER}\n " not in padded
-        if self._strips and padded != self._frames[False].head + _USER + self._frames[False].generation:
-            raise PromptError(
-                "the chat template changes messages beyond stripping them; give the model another template"
-            )
         self._unflagged = self._unflagged_marks()
         longest_first = sorted(
             {token for token in specials if token} | self._unflagged, key=len, reverse=True
         )
         self._special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self.end_of_turn_ids, self._tail_ids = self._end_of_turn(self._frames[False].end)
+
+    @property
+    def rendered(self) -> str:
+        """Everything that the template puts around messages, and does to them: part of the keys of what prompts led to."""
+        frames = {str(with_system): astuple(frame) for with_system, frame in self._frames.items()}
+        return json.dumps([frames, self.answer_lead])
 
     @property
     def stop_ids(self) -> list[int]:
@@ -169,29 +217,100 @@ class ChatTemplate:
         """Tokens the template puts behind an answer: its end of turn and what follows."""
         return len(self.end_of_turn_ids) + len(self._tail_ids)
 
-    def _render(self, messages: list[dict[str, str]], generation: bool) -> str:
+    def render(self, messages: list[dict[str, str]], generation: bool = True) -> str:
+        """What the template makes of messages.
+
+        Raises:
+            PromptError: it cannot render them.
+        """
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=generation, enable_thinking=False
+                    messages, tokenize=False, add_generation_prompt=generation, **self.options
                 )
             )
         except Exception as error:
             raise PromptError(f"the model's chat template cannot render the conversation: {error}") from error
 
+    def _settle(self, prompt: PromptConfig) -> str:
+        """Add to the tokenizer's template what its prompts follow from and what they lack; returns the answer's lead.
+
+        Raises:
+            PromptError: the template contradicts itself about where an answer begins.
+        """
+        template = self.tokenizer.chat_template = _with_settings(
+            str(self.tokenizer.chat_template), self.options, datetime.now()
+        )
+        frames = self._probe_all()
+        found = {_missing(frame, prompt.thinking == "template") for frame in frames.values()}
+        if len(found) > 1:
+            raise PromptError(
+                "the chat template begins answers otherwise with a system message than without; give the model another template"
+            )
+        piece, lead = found.pop()
+        if piece:
+            added = f"{{{{ {piece!r} if add_generation_prompt else '' }}}}"
+            self.tokenizer.chat_template = template.removesuffix("\n") + added
+            wanted = {key: replace(f, generation=f.generation + piece) for key, f in frames.items()}
+            if self._probe_all() != wanted:
+                raise PromptError(
+                    f"{piece!r} cannot be added to the prompts of the chat template; set prompt.thinking=template, or give the "
+                    "model another template"
+                )
+        return lead
+
+    def _probe_all(self) -> dict[bool, _Frame]:
+        """The template's frames without and with a system message; without alone, where it takes no system message."""
+        found = {False: self._probe(False)}
+        with suppress(PromptError):
+            found[True] = self._probe(True)
+        return {with_system: self._with_strips(with_system, frame) for with_system, frame in found.items()}
+
     def _probe(self, with_system: bool) -> _Frame:
-        messages = [{"role": "system", "content": _SYSTEM}] if with_system else []
-        messages.append({"role": "user", "content": _USER})
-        prompt = self._render(messages, generation=True)
-        full = self._render([*messages, {"role": "assistant", "content": _ANSWER}], generation=False)
-        marks = [_SYSTEM, _USER] if with_system else [_USER]
+        messages = _marked(_SYSTEM if with_system else "", _USER)
+        prompt = self.render(messages)
+        full = self.render([*messages, {"role": "assistant", "content": _ANSWER}], generation=False)
+        marks = [message["content"] for message in messages]
         if any(prompt.count(mark) != 1 for mark in marks) or full.count(_ANSWER) != 1:
             raise PromptError("the chat template drops or repeats messages; give the model another template")
         head, rest = prompt.split(marks[0])
         between = ""
         if with_system:
-            between, rest = rest.split(_USER)
-        return _Frame(head, between, rest, full.split(_ANSWER)[1])
+            between, separator, rest = rest.partition(_USER)
+            if not separator:
+                raise PromptError("the chat template puts the system message behind the user's")
+        before, end = full.split(_ANSWER)
+        return _Frame(head, between, rest, before.rpartition(_USER)[2], end)
+
+    def _with_strips(self, with_system: bool, frame: _Frame) -> _Frame:
+        """The frame with what messages lose, found by rendering messages with white space around them."""
+
+        def rendered(system: str, user: str) -> str:
+            return self.render(_marked(system if with_system else "", user))
+
+        def loses(blank: str, mark: str, left: bool) -> bool:
+            text = blank + mark if left else mark + blank
+            found = rendered(text, _USER) if mark == _SYSTEM else rendered(_SYSTEM, text)
+            return text not in found
+
+        def stripped(mark: str, left: bool) -> Stripped:
+            if loses(" \n" if left else "\n ", mark, left):
+                return None
+            return "\n" if loses("\n", mark, left) else ""
+
+        if with_system:
+            frame = replace(frame, system_strips=(stripped(_SYSTEM, True), stripped(_SYSTEM, False)))
+        frame = replace(frame, user_strips=(stripped(_USER, True), stripped(_USER, False)))
+        for around in ("\n", " \n", "\n "):
+            system, user = (f"{around}{mark}{around}" for mark in (_SYSTEM, _USER))
+            inside = _strip(user, frame.user_strips) + frame.generation
+            if with_system:
+                inside = _strip(system, frame.system_strips) + frame.between + inside
+            if rendered(system, user) != frame.head + inside:
+                raise PromptError(
+                    "the chat template changes messages beyond stripping them; give the model another template"
+                )
+        return frame
 
     def _unflagged_marks(self) -> set[str]:
         """Added tokens that the template puts around messages and the tokenizer does not call special, such as `</think>`;
@@ -231,6 +350,7 @@ class ChatTemplate:
             answer_span = (start, start)
         else:
             end = self._frame(conversation).end
+            answer = self.answer_lead + answer
             whole = prompt + answer + end
             marks = [*structure, (len(prompt) + len(answer), len(whole))]
             closed_by_template = self.end_of_turn_ids + self._tail_ids == self._structure_ids(end)
@@ -252,6 +372,32 @@ class ChatTemplate:
             text_chars,
         )
 
+    def check(self, conversation: Conversation) -> None:
+        """Whether the template renders this conversation as its frame says.
+
+        Raises:
+            PromptError: it looks into the messages, as templates do that read `/no_think` there.
+        """
+        messages = conversation.messages()
+        if conversation.system and self._merges_system:
+            messages = _marked("", f"{conversation.system}\n\n{conversation.user}")
+        wanted, found = self._prompt_string(conversation)[0], self.render(messages)
+        if found != wanted:
+            at = next(
+                (at for at, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), len(wanted)
+            )
+            raise PromptError(
+                f"the chat template rewrites what prompt.system and prompt.user say: {clipped(wanted[at:], 80)!r} becomes "
+                f"{clipped(found[at:], 80)!r}; take out what it looks for there (such as /no_think), and set prompt.thinking or "
+                "prompt.template_kwargs instead"
+            )
+
+    def system_text(self, system: str) -> str:
+        """A system message as the template writes it."""
+        if self._merges_system:
+            return system.lstrip(self._frames[False].user_strips[0])
+        return _strip(system, self._frames[True].system_strips)
+
     def _frame(self, conversation: Conversation) -> _Frame:
         return self._frames[bool(conversation.system) and not self._merges_system]
 
@@ -267,25 +413,22 @@ class ChatTemplate:
         """(the rendered prompt, where it is the template's own, where it is the document's text), in characters."""
         frame = self._frame(conversation)
         system, before = conversation.system, conversation.before_text
-        if system and self._merges_system:
+        with_system = frame is not self._frames[False]
+        if system and not with_system:
             before = f"{system}\n\n{before}"
-            system = ""
         user = before + conversation.text + conversation.after_text
         text_start = len(before)
         text_end = text_start + len(conversation.text)
-        if self._strips:
-            system = system.strip()
-            shift = len(user) - len(user.lstrip())
-            user = user.strip()
-            text_start, text_end = (min(max(at - shift, 0), len(user)) for at in (text_start, text_end))
-        user_at = len(frame.head)
-        if system:
-            user_at += len(system) + len(frame.between)
-            rendered = frame.head + system + frame.between + user + frame.generation
-            structure = [(0, len(frame.head)), (len(frame.head) + len(system), user_at)]
-        else:
-            rendered = frame.head + user + frame.generation
-            structure = [(0, user_at)]
+        shift = len(user) - len(user.lstrip(frame.user_strips[0]))
+        user = _strip(user, frame.user_strips)
+        text_start, text_end = (min(max(at - shift, 0), len(user)) for at in (text_start, text_end))
+        rendered, structure = frame.head, [(0, len(frame.head))]
+        if with_system:
+            rendered += self.system_text(system)
+            structure.append((len(rendered), len(rendered) + len(frame.between)))
+            rendered += frame.between
+        user_at = len(rendered)
+        rendered += user + frame.generation
         structure.append((user_at + len(user), len(rendered)))
         return rendered, structure, (user_at + text_start, user_at + text_end)
 
@@ -334,6 +477,82 @@ class ChatTemplate:
                 at = match.start() + 1
         add_data(at, len(string))
         return ids, offsets
+
+
+def _marked(system: str, user: str) -> list[dict[str, str]]:
+    return Conversation(system, user, "", "").messages()
+
+
+def _strip(text: str, sides: tuple[Stripped, Stripped]) -> str:
+    return text.lstrip(sides[0]).rstrip(sides[1])
+
+
+def _options(tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig) -> dict[str, JsonValue]:
+    """What the template is told beside the messages, of the names that it knows.
+
+    Raises:
+        PromptError: the config names one that the template does not look at, or that is no value of its own.
+    """
+    template = str(tokenizer.chat_template)
+    known = {name for name in re.findall(r"\b[^\W\d]\w*\b", template) if name.isidentifier()}
+    taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    for name in prompt.template_kwargs:
+        if name in taken:
+            raise PromptError(f"prompt.template_kwargs.{name} cannot be set; every prompt has its own")
+        if name not in known:
+            raise PromptError(
+                f"prompt.template_kwargs.{name}: the model's chat template looks at no such name; take it out"
+            )
+    default: dict[str, JsonValue] = {} if prompt.thinking == "template" else {"enable_thinking": False}
+    return {name: value for name, value in (default | prompt.template_kwargs).items() if name in known}
+
+
+def _with_settings(template: str, options: Mapping[str, JsonValue], now: datetime) -> str:
+    """The template with the day of `now` for every day, and with the options for who renders it without any."""
+    settings = []
+    if "strftime_now" in template and "macro strftime_now" not in template:
+        parts = dict.fromkeys(re.findall(r"(?<!\{)%-?[a-zA-Z]", template))
+        day = "".join(f" | replace({part!r}, {now.strftime(part)!r})" for part in parts)
+        settings.append(f"{{% macro strftime_now(format) %}}{{{{ format{day} }}}}{{% endmacro %}}")
+    for name, value in options.items():
+        settings.append(f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}")
+    missing = [setting for setting in settings if setting not in template]
+    # What ends in a block would take a newline from the template's beginning.
+    return "".join([*missing, "{{ '' }}", template]) if missing else template
+
+
+def _missing(frame: _Frame, as_it_is: bool) -> tuple[str, str]:
+    """(what prompts lack before an answer can begin, spaces that belong to the answer).
+
+    Args:
+        as_it_is: the template's own prompts are wanted, whatever they end in.
+
+    Raises:
+        PromptError: the template begins answers otherwise than its prompts end.
+    """
+    prompt, answered = frame.generation, frame.before_answer
+    piece = answered.removeprefix(prompt) if answered.startswith(prompt) else ""
+    if as_it_is:
+        return "", piece if not piece.strip(" ") else ""
+    lead = piece[len(piece.rstrip(" ")) :]
+    piece = piece.removesuffix(lead) if lead else piece
+    closing = _closing(prompt + piece)
+    if not closing and not answered.startswith(prompt) and not prompt.startswith(answered):
+        raise PromptError(
+            f"the chat template ends prompts with {clipped(prompt, 80)!r} and begins answers with {clipped(answered, 80)!r}, so the "
+            "model would be trained on what it is never asked; set prompt.thinking=template to train on the former, or give the model "
+            "another template"
+        )
+    return piece + closing, lead
+
+
+def _closing(prompt: str) -> str:
+    """What ends a thinking block that a prompt leaves open, with as many blank lines as where a model has thought nothing."""
+    for begin, end in _THINKING.items():
+        _, opened, inside = prompt.rpartition(begin)
+        if opened and end not in inside:
+            return "\n\n".removeprefix(inside) + end + "\n\n" if inside.startswith("\n") else end
+    return ""
 
 
 def _overlap(offsets: list[tuple[int, int]], chars: tuple[int, int]) -> tuple[int, int]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 #: Part of the cache key; raised when the same rows are tokenized differently.
-VERSION = 3
+VERSION = 4
 #: Rows of a token file. Each file is held open while it is mapped, and 1,024 open files are a usual limit.
 SHARD_ROWS = 131_072
 #: Rows that a process tokenizes at once.
@@ -247,7 +247,7 @@ def _shard_keys(dataset: Dataset, builder: PromptBuilder, workers: int) -> Itera
     tokenizer, task = builder.template.tokenizer, builder.task
     common = hashlib.sha256()
     prompt = {"task": task.name, "labels": task.labels, "prompt": task.prompt.model_dump(mode="json")}
-    common.update(json.dumps([VERSION, prompt, tokenizer.chat_template], sort_keys=True).encode())
+    common.update(json.dumps([VERSION, prompt, builder.template.rendered], sort_keys=True).encode())
     common.update(json.dumps(sorted(map(str, tokenizer.all_special_tokens))).encode())
     common.update(tokenizer.backend_tokenizer.to_str().encode())
     starts = range(0, max(len(dataset), 1), _UNIT_ROWS)

@@ -4,12 +4,12 @@ recognised."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labeltune.config import RunConfig
+from labeltune.config import RunConfig, config_keys
 from labeltune.errors import ConfigError, ModelError, clipped
 from labeltune.io.outputs import write_json
 from labeltune.io.run_folder import RunInfo
@@ -80,9 +80,10 @@ def check_unchanged(checkpoint: Path, config: RunConfig, splits: Splits, summary
     """
     info = RunInfo.load(checkpoint)
     record = _read(checkpoint / RECORD_FILE)
-    now = dict(_leaves(config.model_dump(mode="json")))
+    now = _leaves(config.model_dump(mode="json"))
     if record is not None:
-        then = dict(_leaves(record["config"]))
+        # A record of an earlier version lacks the keys of `prompt` that came later.
+        then = _leaves({"prompt": info.prompt.model_dump(mode="json")}) | _leaves(record["config"])
         same_rows = record["rows"] == _rows(splits)
     else:
         then = _told(checkpoint, info)
@@ -148,16 +149,21 @@ def _told(checkpoint: Path, info: RunInfo) -> dict[str, Any]:
         known["lora"] = {ours: adapter[theirs] for ours, theirs in names.items() if theirs in adapter}
     if not info.adapter:
         known["training"] = {"method": "full"}
-    return dict(_leaves(known))
+    return _leaves(known)
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a nested mapping."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+def _leaves(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Config keys -> their values, of the keys that a nested mapping has."""
+    found = {}
+    for key, *_ in config_keys():
+        value: Any = values
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                break
+            value = value[part]
         else:
-            yield f"{prefix}{name}", value
+            found[key] = value
+    return found
 
 
 def _may_change(key: str) -> bool:
