@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from helpers.templates import PECULIAR
 from helpers.tiny_models import CHATML, make_tokenizer
 from labeltune.config import HubConfig, PromptConfig
 from labeltune.errors import ConfigError, HubError, ModelError, PromptError
@@ -257,7 +258,7 @@ def test_commands_for_hub_models() -> None:
 
 def test_a_request_for_entities_takes_exactly_the_answers_of_training() -> None:
     task = make_task("ner", ("GPE", 'odd "(x)"'), PromptConfig(user="{text}", system=""))
-    pattern = vllm.request(task, make_tokenizer(), "m", 64)["structured_outputs"]["regex"]
+    pattern = vllm.request(task, ChatTemplate(make_tokenizer()), "m", 64)["structured_outputs"]["regex"]
     several = (Entity('a "q" \\ \n', "GPE", 0, 8), Entity("南京🎉", 'odd "(x)"', 9, 12))
     for entities in ((), several[:1], several):
         assert re.fullmatch(pattern, task.target(Example("0", "t", entities=entities)))
@@ -267,8 +268,33 @@ def test_a_request_for_entities_takes_exactly_the_answers_of_training() -> None:
         '{"entity_text": "", "entity_label": "GPE"}',
     ):
         assert not re.fullmatch(pattern, wrong)
-    request = vllm.request(task, make_tokenizer(GEMMA), "m", 64)
+    request = vllm.request(task, ChatTemplate(make_tokenizer(GEMMA)), "m", 64)
     assert request["max_tokens"] == 64 and request["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("name", PECULIAR)
+def test_what_the_template_is_told_goes_into_requests_and_modelfiles(name: str) -> None:
+    source, ending, lead = PECULIAR[name]
+    told = {"reasoning_effort": "low"} if "effort" in name else {}
+    prompt = PromptConfig(user="{text} {category}", system=" Sort.\n", template_kwargs=told)
+    template = ChatTemplate(make_tokenizer(source), prompt)
+    task = make_task("classification", ("Space", "Art"), prompt)
+    request = vllm.request(task, template, "m", 64)
+    assert request["structured_outputs"] == {"choice": [f"{lead}Space", f"{lead}Art"]}
+    assert request.get("chat_template_kwargs", {}) == template.options
+    off = {"enable_thinking": False} if "enable_thinking" in source else {}
+    assert template.options == told | off
+    turns = ollama.turns_of(template)
+    assert turns.generation.endswith(ending)
+    system, question = request["messages"]
+    asked = turns.system_head + template.system_text(system["content"]) + turns.system_end
+    asked += question["content"] + turns.generation
+    assert asked == template.tokenizer.apply_chat_template(
+        request["messages"], tokenize=False, add_generation_prompt=True
+    )
+    assert f'SYSTEM """{template.system_text(system["content"])}"""' in ollama.modelfile(
+        template, system["content"], 384
+    )
 
 
 CLIENTS = {"hf": ("huggingface_hub", "HfApi"), "ms": ("modelscope.hub.api", "HubApi")}

@@ -48,6 +48,24 @@ def world() -> World:
     return World()
 
 
+def test_the_space_in_front_of_an_answer_is_decoded_and_left_out(world: World) -> None:
+    """Templates that begin answers with one (Mistral): training has a token of it and the first character."""
+    space = world.tokenizer(" ", add_special_tokens=False).input_ids
+    grammars = Grammars(world.tokenizer, LABELS, NONE, world.size, lead=" ")
+    model = make_model(world.size)
+    pieces = ("南京 in rain",)
+    for runner in (PlainRunner(model), SegmentRunner(model, PrefixCache(), 500)):
+        (found,) = extract(
+            runner, grammars, world.end, [(world.prompt(pieces[0]), pieces)], max_new_tokens=60, batch_size=1
+        )
+        check(found.answer, pieces)
+    for first, allowed in ((True, True), (False, False)):
+        assert bool(grammars.matcher(pieces, (), first=first).validate_tokens(space)) == allowed
+    answer = world.tokenizer(f" {NONE}", add_special_tokens=False).input_ids
+    matcher = grammars.matcher(pieces, (), first=True)
+    assert matcher.validate_tokens(answer) == len(answer)
+
+
 def check(answer: str, pieces: tuple[str, ...]) -> int:
     """Number of entities of an answer that is right in form."""
     if answer in ("", NONE):

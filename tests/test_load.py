@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers.utils import chat_template_utils
 
 from helpers.runs import make_run
+from helpers.templates import PECULIAR
 from labeltune import load_predictor
 from labeltune.errors import ModelError
-from labeltune.inference.load import weights_file
+from labeltune.inference.load import run_fingerprint, weights_file
 from labeltune.io.outputs import file_hash
 from labeltune.io.run_folder import RunInfo, find_checkpoint
 from labeltune.training.checkpoints import write_manifest
@@ -47,6 +51,29 @@ def test_weights_that_would_round_the_merge_keep_the_adapter_beside_them(
     with load_predictor(run, merge=True, precision="bf16", device="cpu") as predictor:
         assert predictor.model.get_base_model().dtype == torch.bfloat16
         assert hasattr(predictor.model, "disable_adapter")
+
+
+def test_a_template_that_moves_with_the_day_has_another_fingerprint(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of 0.1.0 did not keep its day; `predict --resume` does not put two days into one file."""
+    run = make_run(tmp_path / "run", model_folder)
+    info = RunInfo.load(find_checkpoint(run))
+    dated, _, _ = PECULIAR["a date (Llama 3.2)"]
+    replace(info, chat_template=dated).save(find_checkpoint(run))
+    found = []
+    for year in (2001, 2002):
+
+        class Day(datetime):
+            @classmethod
+            def now(cls, tz: Any = None, year: int = year) -> Day:
+                return cls(year, 1, 2)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Day)
+        with load_predictor(run) as predictor:
+            assert run_fingerprint(str(run), {}) == predictor.fingerprint()
+            found.append(predictor.fingerprint())
+    assert len(set(found)) == 2
 
 
 def test_retrained_weights_have_another_fingerprint(tmp_path: Path, model_folder: Path) -> None:

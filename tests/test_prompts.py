@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers.templates import CONTRADICTS_ITSELF, PECULIAR, READS_NO_THINK, on_day, template
 from helpers.tiny_models import CHATML, make_tokenizer
 from labeltune.config import NER_LABELS, PromptConfig, build_config
 from labeltune.errors import PromptError
 from labeltune.prompts import make_task
-from labeltune.prompts.builder import PromptBuilder, common_prefix, encode_to_fit
+from labeltune.prompts.builder import PromptBuilder, builder_for_base, common_prefix, encode_to_fit
 from labeltune.prompts.template import PLAIN_TEMPLATE, ChatTemplate, Conversation
 from labeltune.types import Entity, Example
 
@@ -241,6 +242,197 @@ def test_encode_to_fit_without_answer_reserves_room(tokenizer: Any) -> None:
     conversation = Conversation("s", "", "word " * 500, "")
     encoded = encode_to_fit(template, conversation, None, 100, reserve=30)
     assert len(encoded.ids) <= 70
+
+
+# --- templates with peculiarities ---
+
+
+def begun(tokenizer: Any, **prompt: Any) -> PromptBuilder:
+    """The builder of a run that begins, on rows of its own."""
+    values = {"system": "Sort it.", "user": "{text} {category}", **prompt}
+    return builder_for_base(build_config({"prompt": values}), LABELS, tokenizer)
+
+
+def asked_by_others(tokenizer: Any, made: PromptBuilder, example: Example) -> str:
+    """The prompt as transformers alone renders it, which is told nothing."""
+    messages = made.task.conversation(example).messages()
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+ROW = Example("0", "a rocket", LABELS, "Space")
+
+
+@pytest.mark.parametrize("name", PECULIAR)
+@pytest.mark.parametrize("system", ["Sort it.", ""])
+def test_training_and_prediction_ask_the_same_of_peculiar_templates(name: str, system: str) -> None:
+    source, ending, lead = PECULIAR[name]
+    tokenizer = make_tokenizer(source)
+    made = begun(tokenizer, system=system)
+    prompt, trained = made.prompt(ROW).ids, made.training(ROW)
+    start, end = trained.answer_span
+    assert trained.ids[:start] == prompt
+    assert trained.ids[start:end] == made.answer_ids(ROW, "Space")
+    assert tokenizer.decode(trained.ids[start:end]) == f"{lead}Space<|im_end|>"
+    assert tokenizer.decode(prompt) == asked_by_others(tokenizer, made, ROW)
+    assert tokenizer.decode(prompt).endswith(f"<|im_start|>{ending}")
+    if "always thinks" not in name and "blank line" not in name:
+        assert trained.ids == template_ids(tokenizer, made, ROW), "what the model was made with"
+
+
+@pytest.mark.parametrize("name", PECULIAR)
+def test_a_settled_template_stays_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is used by its run, or as the template of a base model, and on whatever day."""
+    on_day(monkeypatch, 2001)
+    tokenizer = make_tokenizer(PECULIAR[name][0])
+    made = begun(tokenizer)
+    settled = tokenizer.chat_template
+    on_day(monkeypatch, 2002)
+    for lead in (made.template.answer_lead, None):
+        again = ChatTemplate(make_tokenizer(settled), made.task.prompt, lead)
+        assert again.tokenizer.chat_template == settled
+        assert again.rendered == made.template.rendered
+        assert PromptBuilder(made.task, again).training(ROW).ids == made.training(ROW).ids
+
+
+def test_templates_without_peculiarities_are_saved_as_they_are() -> None:
+    for source in (CHATML, PLAIN_TEMPLATE, PECULIAR["nothing (Qwen2)"][0]):
+        tokenizer = make_tokenizer(source)
+        begun(tokenizer)
+        assert tokenizer.chat_template == source
+
+
+def test_a_run_that_has_not_settled_its_template_goes_on_as_it_began() -> None:
+    """labeltune 0.1.0 trained answers right behind the generation prompt."""
+    for name, (source, _, _) in PECULIAR.items():
+        tokenizer = make_tokenizer(source)
+        made = PromptBuilder(
+            make_task("classification", LABELS, PromptConfig()), ChatTemplate(tokenizer, PromptConfig(), "")
+        )
+        assert tokenizer.chat_template == source
+        messages = made.task.conversation(ROW).messages()
+        wanted = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        assert tokenizer.decode(made.prompt(ROW).ids) == wanted, name
+        assert tokenizer.decode(made.answer_ids(ROW, "Space")) == "Space<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("a date (Llama 3.2)", "Today: 02 Jan 2001"),
+        ("a date in a macro, and a channel (gpt-oss)", "Date: 2001-01-02, %d"),
+    ],
+)
+def test_the_day_is_that_on_which_the_run_began(
+    name: str, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_day(monkeypatch, 2001)
+    tokenizer = make_tokenizer(PECULIAR[name][0])
+    made = begun(tokenizer)
+    assert tokenizer.decode(made.prompt(ROW).ids).startswith(written)
+    on_day(monkeypatch, 2002)
+    assert begun(make_tokenizer(PECULIAR[name][0])).template.rendered != made.template.rendered
+
+
+def test_a_template_can_be_told_the_day_and_the_effort() -> None:
+    tokenizer = make_tokenizer(PECULIAR["a date (Llama 3.2)"][0])
+    made = begun(tokenizer, template_kwargs={"date_string": "26 Jul 2024"})
+    assert tokenizer.decode(made.prompt(ROW).ids).startswith("Today: 26 Jul 2024\n")
+    assert asked_by_others(tokenizer, made, ROW).startswith("Today: 26 Jul 2024\n")
+    tokenizer = make_tokenizer(PECULIAR["an effort (gpt-oss)"][0])
+    made = begun(tokenizer, template_kwargs={"reasoning_effort": "low }} 'x'"})
+    assert made.template.options == {"reasoning_effort": "low }} 'x'"}
+    assert asked_by_others(tokenizer, made, ROW).startswith("Reasoning: low }} 'x'\n")
+    assert tokenizer.decode(made.prompt(ROW).ids) == asked_by_others(tokenizer, made, ROW)
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("thinks unless it is told not to (Qwen3)", "assistant\n"),
+        ("always thinks, and drops the block (DeepSeek-R1)", "assistant<think>\n"),
+        ("a channel in front of answers (gpt-oss)", "assistant"),
+        ("a space in front of answers (Mistral v0.2, Llama 2)", "assistant"),
+    ],
+)
+def test_thinking_as_the_template_has_it(name: str, ending: str) -> None:
+    source, _, lead = PECULIAR[name]
+    tokenizer = make_tokenizer(source)
+    made = begun(tokenizer, thinking="template")
+    assert tokenizer.decode(made.prompt(ROW).ids).endswith(f"<|im_start|>{ending}")
+    assert tokenizer.decode(made.answer_ids(ROW, "Space")) == f"{lead}Space<|im_end|>"
+    assert tokenizer.chat_template == source and not made.template.options
+
+
+def test_enable_thinking_can_be_set_by_name() -> None:
+    tokenizer = make_tokenizer(PECULIAR["thinks unless it is told not to (Qwen3)"][0])
+    made = begun(tokenizer, template_kwargs={"enable_thinking": True})
+    assert made.template.options == {"enable_thinking": True}
+    assert made.training(ROW).ids == template_ids(tokenizer, made, ROW)
+
+
+@pytest.mark.parametrize(
+    ("source", "prompt", "part"),
+    [
+        (CHATML, {"template_kwargs": {"effort": 1}}, r"template_kwargs\.effort: .* looks at no such name"),
+        (CHATML, {"template_kwargs": {"messages": []}}, r"template_kwargs\.messages cannot be set"),
+        (CHATML, {"template_kwargs": {"add_generation_prompt": True}}, "every prompt has its own"),
+        (
+            CONTRADICTS_ITSELF,
+            {},
+            r"Question: ' and begins answers with .*Says: '.*prompt\.thinking=template",
+        ),
+        (
+            READS_NO_THINK,
+            {"system": "Sort. /no_think"},
+            r"rewrites .*: '/no_think.* becomes '<\|im_end\|>.*prompt\.thinking",
+        ),
+        (
+            template("'\n' + (messages | length | string)", "{{ '\n' }}"),
+            {},
+            "with a system message than without",
+        ),
+        (template(user="m['content'].strip(' ')"), {}, "beyond stripping"),
+        (template(system="m['content'].strip(' ')"), {}, "beyond stripping"),
+    ],
+)
+def test_what_cannot_be_asked_as_it_was_trained_is_refused(
+    source: str, prompt: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(PromptError, match=part):
+        begun(make_tokenizer(source), **prompt)
+
+
+def test_a_template_that_contradicts_itself_can_be_taken_as_it_is() -> None:
+    tokenizer = make_tokenizer(CONTRADICTS_ITSELF)
+    made = begun(tokenizer, thinking="template")
+    assert tokenizer.decode(made.prompt(ROW).ids).endswith("assistant\nQuestion: ")
+
+
+@pytest.mark.parametrize("name", [name for name in PECULIAR if "trim" in name or "strip" in name])
+@pytest.mark.parametrize("around", [" ", "\n", " \n ", "\n \n", "\u3000"])
+def test_white_space_around_a_message_is_what_the_template_leaves(name: str, around: str) -> None:
+    tokenizer = make_tokenizer(PECULIAR[name][0])
+    made = begun(tokenizer, system=f"{around}Sort it.{around}", user="{text}{category}" + around)
+    example = Example("0", f"{around}a rocket{around}", LABELS, "Space")
+    prompt = made.prompt(example)
+    assert tokenizer.decode(prompt.ids) == asked_by_others(tokenizer, made, example)
+    text = tokenizer.decode(prompt.ids[slice(*prompt.text_span)])
+    assert "a rocket" in text and text.strip() == "a rocket" and "Space" not in text
+
+
+def test_a_system_message_of_white_space_alone() -> None:
+    tokenizer = make_tokenizer(template("'\n'", "{{ '\n' }}", system="m['content'] | trim"))
+    made = begun(tokenizer, system=" \n")
+    assert tokenizer.decode(made.prompt(ROW).ids) == asked_by_others(tokenizer, made, ROW)
+
+
+def test_templates_by_name() -> None:
+    tokenizer = make_tokenizer(None)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "tools"}
+    ChatTemplate(tokenizer)
+    assert tokenizer.chat_template == CHATML
 
 
 REAL = os.environ.get("LABELTUNE_QWEN2_TOKENIZER", "")

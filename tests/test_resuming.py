@@ -17,16 +17,21 @@ import torch
 
 import labeltune
 from helpers.rows import classification_rows, write_jsonl
+from helpers.templates import PECULIAR, on_day
+from helpers.tiny_models import make_tokenizer
 from helpers.training import config_for, same_weights
 from labeltune.commands import export as export_page
 from labeltune.commands import train as train_page
 from labeltune.config import RunConfig, build_config
 from labeltune.errors import ConfigError, Interrupted, OutputError
+from labeltune.inference.load import run_fingerprint
 from labeltune.io.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage
 from labeltune.tracking.base import SilentTracker
-from labeltune.training import run
+from labeltune.training import dataset, run
 from labeltune.training.callbacks import Progress
 from labeltune.training.checkpoints import write_manifest
+from labeltune.training.dataset import tokenize_rows
+from labeltune.types import Example
 
 MEASURED = ("runtime", "per_second", "memory_gb")
 
@@ -179,6 +184,40 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_trained_on(in_folder: Path, 
     assert rates == pytest.approx([0.01, 0.005, 0.01 / 3]), "the schedule of three steps"
 
 
+def test_a_run_keeps_the_day_on_which_it_began(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its training, its predictions, and what a resumed run trains on; a template that lacks a channel besides."""
+    source, ending, _ = PECULIAR["a date in a macro, and a channel (gpt-oss)"]
+    tokenizer = make_tokenizer(source)
+    shutil.copytree(model_folder, in_folder / "model")
+    tokenizer.save_pretrained(in_folder / "model")
+    config = config_for(in_folder, in_folder / "model", max_steps=2, save_steps=1)
+    on_day(monkeypatch, 2001)
+    whole = labeltune.train(config)
+    ids = []
+
+    def tokenized(*given: Any, **options: Any) -> Any:
+        tokens, account = tokenize_rows(*given, **options)
+        ids.append(tokens[0]["input_ids"])
+        return tokens, account
+
+    monkeypatch.setattr(dataset, "tokenize_rows", tokenized)
+    shutil.rmtree(in_folder / "out" / "checkpoint-2")
+    on_day(monkeypatch, 2002)
+    resumed = labeltune.train(config, resume=True)
+    with labeltune.load_predictor(resumed.best) as predictor:
+        example = Example("0", "a rocket", tuple(predictor.labels))
+        prompt = tokenizer.decode(predictor.builder.prompt(example).ids)
+        known = run_fingerprint(str(resumed.best), {})
+        assert known == predictor.fingerprint()
+    assert resumed.train_loss == whole.train_loss
+    for text in (prompt, tokenizer.decode(ids[0])):
+        assert text.startswith("Date: 2001-01-02, %d<|im_start|>") and f"<|im_start|>{ending}" in text
+    on_day(monkeypatch, 2003)
+    assert run_fingerprint(str(resumed.best), {}) == known
+
+
 @pytest.mark.parametrize("remembered", [True, False])
 def test_resume_takes_no_other_config_and_no_other_rows(
     remembered: bool, in_folder: Path, model_folder: Path
@@ -201,6 +240,9 @@ def test_resume_takes_no_other_config_and_no_other_rows(
         assert raised.value.exit_code == 2 and everything(in_folder) == before
         return str(raised.value)
 
+    for key, value, was in (("thinking", "template", '"off"'), ("template_kwargs", {"a": 1}, "{}")):
+        found = refused(**{f"prompt__{key}": value})
+        assert f"\n  prompt.{key}: {was} in checkpoint-2, {json.dumps(value)} now\n" in found
     found = refused(lora__r=4, prompt__max_length=400)
     assert "\n  prompt.max_length: 512 in checkpoint-2, 400 now\n" in found
     assert "\n  lora.r: 8 in checkpoint-2, 4 now\n" in found and "max_steps" not in found

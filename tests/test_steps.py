@@ -11,9 +11,10 @@ import torch
 import labeltune
 from helpers.packing import lora_model, random_rows
 from helpers.rows import classification_rows, write_jsonl
+from helpers.templates import PECULIAR
 from helpers.tiny_models import make_tokenizer
 from helpers.training import adapter_weights, config_for, logged, without_dropout
-from labeltune.config import build_config
+from labeltune.config import PromptConfig, build_config
 from labeltune.data.loading import load_splits
 from labeltune.errors import ModelError, OutputError
 from labeltune.prompts import make_task
@@ -165,7 +166,13 @@ def test_tokens_are_made_anew_when_anything_they_follow_from_changes(in_folder: 
     ]
     other_tokenizer = PromptBuilder(builder.task, ChatTemplate(make_tokenizer(pad="<|im_end|>")))
     others.append(content_key(rows, other_tokenizer))
-    assert len({key, *others}) == 6
+    dated, _, _ = PECULIAR["a date (Llama 3.2)"]
+    for day in ("1 Jan", "2 Jan"):
+        prompt = PromptConfig(template_kwargs={"date_string": day})
+        template = ChatTemplate(make_tokenizer(dated), prompt)
+        # The day alone, as the next day's run has it: the task says nothing of it.
+        others.append(content_key(rows, PromptBuilder(builder.task, template)))
+    assert len({key, *others}) == 8
 
 
 def test_a_cache_that_cannot_be_written_is_named(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,32 +285,28 @@ class ChatTemplate:
     def _with_strips(self, with_system: bool, frame: _Frame) -> _Frame:
         """The frame with what messages lose, found by rendering messages with white space around them."""
 
-        def rendered(system: str, user: str) -> str:
-            return self.render(_marked(system if with_system else "", user))
-
-        def loses(blank: str, mark: str, left: bool) -> bool:
-            text = blank + mark if left else mark + blank
-            found = rendered(text, _USER) if mark == _SYSTEM else rendered(_SYSTEM, text)
-            return text not in found
+        def becomes(system: str, user: str, left_system: str, left_user: str) -> bool:
+            before = frame.head + left_system + frame.between if with_system else frame.head
+            found = self.render(_marked(system if with_system else "", user))
+            return found == before + left_user + frame.generation
 
         def stripped(mark: str, left: bool) -> Stripped:
-            if loses(" \n" if left else "\n ", mark, left):
-                return None
-            return "\n" if loses("\n", mark, left) else ""
+            for blank, lost in ((" \n" if left else "\n ", None), ("\n", "\n")):
+                text = blank + mark if left else mark + blank
+                both = (text, _USER) if mark == _SYSTEM else (_SYSTEM, text)
+                if not becomes(*both, *both):
+                    return lost
+            return ""
 
-        if with_system:
-            frame = replace(frame, system_strips=(stripped(_SYSTEM, True), stripped(_SYSTEM, False)))
-        frame = replace(frame, user_strips=(stripped(_USER, True), stripped(_USER, False)))
+        of_system = (stripped(_SYSTEM, True), stripped(_SYSTEM, False)) if with_system else ("", "")
+        of_user = stripped(_USER, True), stripped(_USER, False)
         for around in ("\n", " \n", "\n "):
             system, user = (f"{around}{mark}{around}" for mark in (_SYSTEM, _USER))
-            inside = _strip(user, frame.user_strips) + frame.generation
-            if with_system:
-                inside = _strip(system, frame.system_strips) + frame.between + inside
-            if rendered(system, user) != frame.head + inside:
+            if not becomes(system, user, _strip(system, of_system), _strip(user, of_user)):
                 raise PromptError(
                     "the chat template changes messages beyond stripping them; give the model another template"
                 )
-        return frame
+        return replace(frame, system_strips=of_system, user_strips=of_user)
 
     def _unflagged_marks(self) -> set[str]:
         """Added tokens that the template puts around messages and the tokenizer does not call special, such as `</think>`;
@@ -387,8 +383,8 @@ class ChatTemplate:
                 (at for at, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), len(wanted)
             )
             raise PromptError(
-                f"the chat template rewrites what prompt.system and prompt.user say: {clipped(wanted[at:], 80)!r} becomes "
-                f"{clipped(found[at:], 80)!r}; take out what it looks for there (such as /no_think), and set prompt.thinking or "
+                f"the chat template rewrites what prompt.system and prompt.user say: {wanted[at : at + 20]!r} becomes "
+                f"{found[at : at + 20]!r}; take out what it looks for there (such as /no_think), and set prompt.thinking or "
                 "prompt.template_kwargs instead"
             )
 
