@@ -428,6 +428,13 @@ def test_a_system_message_of_white_space_alone() -> None:
     assert tokenizer.decode(made.prompt(ROW).ids) == asked_by_others(tokenizer, made, ROW)
 
 
+def test_a_system_message_that_would_stand_behind_the_user_s_is_put_in_front_of_it() -> None:
+    ordered = "{% set messages = messages | sort(attribute='role', reverse=true) %}"
+    tokenizer = make_tokenizer(template("'\n'", "{{ '\n' }}", head=ordered))
+    found = tokenizer.decode(ChatTemplate(tokenizer).encode(Conversation("Sort it.", "", "a rocket", "")).ids)
+    assert found == "<|im_start|>user\nSort it.\n\na rocket<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_templates_by_name() -> None:
     tokenizer = make_tokenizer(None)
     tokenizer.chat_template = {"default": CHATML, "tool_use": "tools"}

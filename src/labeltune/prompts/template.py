@@ -271,14 +271,13 @@ class ChatTemplate:
         prompt = self.render(messages)
         full = self.render([*messages, {"role": "assistant", "content": _ANSWER}], generation=False)
         marks = [message["content"] for message in messages]
-        if any(prompt.count(mark) != 1 for mark in marks) or full.count(_ANSWER) != 1:
+        in_order = prompt.find(marks[0]) <= prompt.find(_USER)
+        if any(prompt.count(mark) != 1 for mark in marks) or not in_order or full.count(_ANSWER) != 1:
             raise PromptError("the chat template drops or repeats messages; give the model another template")
         head, rest = prompt.split(marks[0])
         between = ""
         if with_system:
-            between, separator, rest = rest.partition(_USER)
-            if not separator:
-                raise PromptError("the chat template puts the system message behind the user's")
+            between, rest = rest.split(_USER)
         before, end = full.split(_ANSWER)
         return _Frame(head, between, rest, before.rpartition(_USER)[2], end)
 
@@ -507,7 +506,7 @@ def _with_settings(template: str, options: Mapping[str, JsonValue], now: datetim
     """The template with the day of `now` for every day, and with the options for who renders it without any."""
     settings = []
     if "strftime_now" in template and "macro strftime_now" not in template:
-        parts = dict.fromkeys(re.findall(r"(?<!\{)%-?[a-zA-Z]", template))
+        parts = dict.fromkeys(re.findall(r"(?<!\{)%-?[a-zA-Z]", f"{template}{options}"))
         day = "".join(f" | replace({part!r}, {now.strftime(part)!r})" for part in parts)
         settings.append(f"{{% macro strftime_now(format) %}}{{{{ format{day} }}}}{{% endmacro %}}")
     for name, value in options.items():
