@@ -63,8 +63,14 @@ def warm() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for module in pkgutil.walk_packages(labeltune.__path__, "labeltune."):
-        if module.name not in _NOT_WARMED:
+        if module.name in _NOT_WARMED:
+            continue
+        try:
             importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            # An extra that is missing here is missing for its command too.
+            if str(error.name).startswith("labeltune"):
+                raise
     for name in (
         "peft",
         "datasets",
