@@ -3,12 +3,13 @@
     pip install "labeltune[bench]"
     python benchmarks/train_speed.py --data rows.jsonl --tokenizer FOLDER --layers 6 --json result.json
 
-Random weights in the shape of Qwen2-0.5B or 1.5B; the same rows, tokens, adapter, threads and number format for all. Each
+Random weights in the shape of Qwen2-0.5B or 1.5B, or with `--family` of a hybrid model, whose prefix `shared_prefix` shares through its
+cache; the same rows, tokens, adapter, threads and number format for all. Each
 variant runs in a process of its own, the rounds are interleaved, and ratios are medians over rounds of ratios taken within
 a round. The first step of a process warms up and is not counted. Every TRL setting is tried in the first round; the fastest
 one goes on to the others.
 
-Columns: examples a second; ratio to `original`; tokens that went through the layers for an example; peak memory above the
+Columns: examples a second; ratio to `original` and to `padded`; tokens that went through the layers for an example; peak memory above the
 weights; share of the matmul rate: matrix operations that were carried out, recomputed ones included, by the rate of a large
 matrix product measured in the same run; useful share: the same with the operations that `shared_prefix` needs.
 """
@@ -49,7 +50,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", default=str(HERE.parent / "examples" / "data" / "zh_ner_train.jsonl"))
     parser.add_argument("--tokenizer", help="folder with a tokenizer; that of the pocket model when left out")
-    parser.add_argument("--shape", choices=["0.5B", "1.5B"], default="0.5B")
+    parser.add_argument("--family", choices=["qwen2", "qwen3_5", "lfm2"], default="qwen2")
+    parser.add_argument("--shape", choices=["0.5B", "1.5B", "small"], default="0.5B")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
@@ -151,6 +153,7 @@ def summarize(found: dict[str, list[Any]], variants: list[str]) -> list[dict[str
                 "examples_per_second": round(speed, 4),
                 "ratio_to_original": ratio(found, variant, "original"),
                 "ratio_to_trl_best": ratio(found, variant, best),
+                "ratio_to_padded": ratio(found, variant, "padded"),
                 "tokens_per_example": round(runs[0]["tokens_per_example"], 1),
                 "peak_memory_above_weights_mb": round(
                     statistics.median(run["peak_memory_above_weights_mb"] for run in runs)
@@ -167,18 +170,18 @@ def summarize(found: dict[str, list[Any]], variants: list[str]) -> list[dict[str
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| variant | examples/s | to original | to best TRL | tokens/example | peak MB above weights | share of matmul rate | useful share |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | examples/s | to original | to best TRL | to padded | tokens/example | peak MB above weights | share of matmul rate | useful share |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         if "error" in record:
-            lines.append(f"| {record['variant']} | failed: {record['error']} | | | | | | |")
+            lines.append(f"| {record['variant']} | failed: {record['error']} | | | | | | | |")
             continue
         shown = [
             f"{record['examples_per_second']:.3f}",
             *(
                 f"{record[key]:.2f}" if record[key] else ""
-                for key in ("ratio_to_original", "ratio_to_trl_best")
+                for key in ("ratio_to_original", "ratio_to_trl_best", "ratio_to_padded")
             ),
             f"{record['tokens_per_example']:.0f}",
             str(record["peak_memory_above_weights_mb"]),
@@ -203,7 +206,7 @@ def main() -> None:
         if unknown:
             raise SystemExit(f"unknown variants {unknown}; there are {variants}")
         variants = [variant for variant in variants if variant in wanted]
-    keys = ("tokenizer", "shape", "layers", "device", "dropout", "threads", "compile", "profile")
+    keys = ("tokenizer", "family", "shape", "layers", "device", "dropout", "threads", "compile", "profile")
     options = {key: getattr(given, key) for key in keys}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -213,7 +216,7 @@ def main() -> None:
     records = summarize(found, variants)
     rate = statistics.median(run["matmul_rate"] for run in found["matmul"])
     print(
-        f"{given.shape}, {given.layers or 'all'} layers, {given.device}, {given.threads} threads, {platform.processor() or platform.machine()}; "
+        f"{given.family}, {given.shape}, {given.layers or 'all'} layers, {given.device}, {given.threads} threads, {platform.processor() or platform.machine()}; "
         f"{Path(given.data).name}: {lengths['tokens']:.0f} tokens an example, {lengths['answer_tokens']:.1f} of them answer; "
         f"matmul rate {rate / 1e9:.0f} GFLOP/s\n"
     )

@@ -79,11 +79,12 @@ def test_hidden_states_do_not_depend_on_neighbours() -> None:
             for other in others
         ]
         rows.insert(1, Row.of([*mine, 7], len(mine), len(mine) + 1))
-        batch = make_batch(rows, Pack((Group(len(prefix), tuple(range(len(rows)))),)), "shared_prefix", 0)
+        pack = Pack((Group(len(prefix), tuple(range(len(rows)))),))
+        (call,) = make_batch(rows, pack, "shared_prefix", 0).calls
         with torch.no_grad(), shared_prefix_attention_on(model):
-            states = model.model(**batch.inputs).last_hidden_state[0]
+            states = model.model(**call.inputs).last_hidden_state[0]
         start = len(prefix) + len(others[0])
-        assert batch.inputs["input_ids"][0, start : start + 4].tolist() == mine[-4:]
+        assert call.inputs["input_ids"][0, start : start + 4].tolist() == mine[-4:]
         return states[start : start + 4]
 
     first = hidden([[50, 51, 52], [60, 61]])

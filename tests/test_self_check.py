@@ -16,9 +16,9 @@ from helpers.packing import FP32, VOCABULARY, assert_equal, lora_model, packed, 
 from helpers.tiny_models import HYBRID_KINDS, make_model, make_tokenizer
 from helpers.training import adapter_weights, config_for, without_dropout
 from labeltune.models import precision, shared_prefix
-from labeltune.models.precision import Precision, moved_by, other_tokens
+from labeltune.models.precision import Precision
 from labeltune.training import self_check
-from labeltune.training.packing import pack_step
+from labeltune.training.packing import Row, pack_step
 from labeltune.training.preflight import compile_layers
 from labeltune.training.self_check import Choice, choose_packing, sample_rows
 
@@ -69,9 +69,10 @@ def test_a_backend_that_ignores_the_layout_is_caught(
     model = lora_model()
     if precision is BF16:
         model.to(torch.bfloat16)
-    choice, (warning,) = choose(model, precision=precision)
-    assert choice == Choice("packed")
-    assert "shared_prefix: relative difference" in warning and "packing=packed" in warning
+    choice, (said,) = choose(model, precision=precision)
+    assert choice == Choice("shared_cache")
+    assert said.startswith("the shared prefix goes through the model's own cache")
+    assert "shared_prefix: relative difference" in said
 
 
 @pytest.mark.parametrize("memory", [1 << 40, 0])
@@ -82,8 +83,8 @@ def test_rounding_alone_is_no_reason_to_go_another_way(memory: int, monkeypatch:
     assert choose(lora_model()) == (Choice("shared_prefix"), [])
     assert next(lora_model().parameters()).dtype == torch.float32
     monkeypatch.setattr(shared_prefix, "shared_prefix_attention", ignores_layout)
-    choice, (warning,) = choose(lora_model())
-    assert choice == Choice("packed") and "shared_prefix: relative difference" in warning
+    choice, (said,) = choose(lora_model())
+    assert choice == Choice("shared_cache") and "shared_prefix: relative difference" in said
 
 
 def test_a_model_that_drops_the_layout_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,9 +97,9 @@ def test_a_model_that_drops_the_layout_is_caught(monkeypatch: pytest.MonkeyPatch
         return plain_forward(*args, **options)
 
     monkeypatch.setattr(inner, "forward", forward)
-    choice, (warning,) = choose(model)
-    assert choice == Choice("packed")
-    assert "needs prefix_layout" in warning
+    choice, (said,) = choose(model)
+    assert choice == Choice("shared_cache")
+    assert "needs prefix_layout" in said
 
 
 def test_a_model_for_which_no_batch_is_exact_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +110,7 @@ def test_a_model_for_which_no_batch_is_exact_goes_row_by_row(monkeypatch: pytest
     assert "one example at a time" in warning
 
 
-def test_capped_attention_falls_back() -> None:
+def test_capped_attention_shares_through_the_cache() -> None:
     import peft
     from transformers import AutoModelForCausalLM, Gemma2Config
 
@@ -127,13 +128,13 @@ def test_capped_attention_falls_back() -> None:
     model = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    choice, (warning,) = choose(model)
-    assert choice.packing != "shared_prefix"
-    assert "softcap" in warning
+    choice, (said,) = choose(model)
+    assert choice == Choice("shared_cache")
+    assert "softcap" in said
 
 
 def test_a_state_that_runs_along_the_row_falls_back() -> None:
-    """A state-space model knows neither layout nor restarting positions."""
+    """Mamba knows neither layout nor restarting positions, and begins a text of several tokens with an empty state."""
     import peft
     from transformers import AutoModelForCausalLM, MambaConfig
 
@@ -145,7 +146,7 @@ def test_a_state_that_runs_along_the_row_falls_back() -> None:
     )
     choice, (warning,) = choose(model)
     assert choice.packing == "padded"
-    assert "shared_prefix" in warning and "packed" in warning
+    assert all(f"{way}: " in warning for way in ("shared_prefix", "shared_cache", "packed"))
 
 
 def test_nothing_is_left_behind() -> None:
@@ -203,26 +204,60 @@ def test_a_state_that_runs_from_row_to_row_is_no_rounding(
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     monkeypatch.setattr(precision, "free_memory", lambda device: memory)
     model = lora_model(kind).to(number_format.weights)
-    choice, (warning,) = choose(model, precision=number_format)
-    assert choice.packing == "padded"
-    assert warning.count("relative difference") + warning.count("with the tokens of another row") == 2
+    choice, (warning,) = choose(model, "packed", number_format)
+    assert choice == Choice("padded")
+    assert "relative difference" in warning or "with the tokens of another row" in warning
+    choice, (said,) = choose(model, precision=number_format)
+    assert choice == Choice("shared_cache")
+    assert "relative difference" in said or "with the tokens of another row" in said
 
 
-def test_every_token_of_a_changed_row_is_another_one() -> None:
-    for tokens in ([5], [0], [0, 0, 0], [3, 3, 4, 3], (7, 8, 7)):
-        changed = other_tokens(tokens)
-        assert len(changed) == len(tokens)
-        assert all(new != old for new, old in zip(changed, tokens, strict=True))
+def test_gradient_checkpointing_leaves_no_cache() -> None:
+    said: list[str] = []
+    rows = sample_rows(random_rows(prefixes=(12,)))
+    found = choose_packing(
+        lora_model("lfm2"), rows, "shared_prefix", FP32, 0, head=None, say=said.append, checkpointing=True
+    )
+    assert found == Choice("padded")
+    assert "shared_cache: gradient checkpointing gives up the model's cache" in said[0]
 
 
-def test_what_moves_no_more_than_repeating_has_not_moved() -> None:
-    before = torch.tensor([1.0, -4.0])
-    assert moved_by("row", before, before, before) is None
-    assert moved_by("row", before, before + 0.25, before - 0.25) is None
-    assert moved_by("row", before, before, before + 0.25, slack=0.1) is None
-    moved = moved_by("answer", before, before, before + 0.25, slack=0.05)
-    assert moved == "logits change by 2.5e-01 with the tokens of another answer"
-    assert moved_by("row", before, before, before * torch.nan) is not None
+@pytest.mark.parametrize("wanted", ["shared_prefix", "packed", "padded"])
+def test_a_model_with_dropout_of_its_own_is_compared_without_it(wanted: Any) -> None:
+    """Dropout that is no layer, its rate under any name: computing the same twice differs, by more than any limit here."""
+    model = lora_model()
+    for layer in model.get_base_model().model.layers:
+        plain_forward = layer.mlp.forward
+
+        def forward(hidden: Any, layer: Any = layer, plain_forward: Any = plain_forward) -> Any:
+            return torch.nn.functional.dropout(plain_forward(hidden), 0.1, training=layer.mlp.training)
+
+        layer.mlp.forward = forward
+    ids = torch.tensor([[5, 6, 7]])
+    assert not torch.equal(model(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    choice, (said,) = choose(model, wanted)
+    assert choice == Choice(wanted)
+    assert "dropout of its own" in said
+    assert model.training and all(layer.mlp.training for layer in model.get_base_model().model.layers)
+
+
+def test_wrong_packing_is_caught_in_a_model_with_dropout_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shared_prefix, "shared_prefix_attention", ignores_layout)
+    model = lora_model()
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.attention_dropout = 0.2
+    choice, said = choose(model)
+    assert choice == Choice("shared_cache")
+    assert len(said) == 2 and "dropout of its own" in said[0]
+
+
+def test_rows_of_all_lengths_are_checked_but_very_long_ones() -> None:
+    rows = [Row.of(range(3, 3 + length), length - 1, length) for length in (50, 9, 2000, 30, 9, 1000)]
+    assert [len(row.ids) for row in sample_rows(rows)] == [8, 29, 999]
+    assert [len(row.ids) for row in sample_rows(rows[:2])] == [8, 49]
+    assert [len(row.ids) for row in sample_rows([rows[2]])] == [1999]
 
 
 def test_compiled_layers_agree_and_are_checked() -> None:
@@ -237,7 +272,7 @@ def test_compiled_layers_agree_and_are_checked() -> None:
         assert_equal(found, right)
 
 
-def test_a_run_falls_back_with_one_warning_and_the_same_result(
+def test_a_run_goes_another_way_with_one_sentence_and_the_same_result(
     in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = without_dropout(config_for(in_folder, model_folder, max_steps=3, save_steps=1000))
@@ -245,8 +280,8 @@ def test_a_run_falls_back_with_one_warning_and_the_same_result(
     monkeypatch.setattr(shared_prefix, "shared_prefix_attention", ignores_layout)
     said: list[str] = []
     found = adapter_weights(labeltune.train(config, overwrite=True, say=said.append).last)
-    assert sum("warning: training.packing" in line for line in said) == 1
-    assert any("steps: packing=packed" in line for line in said)
+    assert sum("the shared prefix goes through the model's own cache" in line for line in said) == 1
+    assert any("steps: packing=shared_cache" in line for line in said)
     for name, tensor in right.items():
         torch.testing.assert_close(tensor, found[name], rtol=1e-3, atol=2e-5)
 

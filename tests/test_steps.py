@@ -56,10 +56,10 @@ def test_out_of_memory_halves_the_packs_and_repeats_the_step(
     expected, curve = adapter_weights(right.last), log(right)
     plain, refused = trainer.answer_loss, []
 
-    def small_device(model: Any, head: Any, inputs: Any, index: Any, targets: Any) -> Any:
-        loss = plain(model, head, inputs, index, targets)
-        if inputs["input_ids"].numel() > 250:
-            refused.append(inputs["input_ids"].numel())
+    def small_device(model: Any, head: Any, batch: Any) -> Any:
+        loss = plain(model, head, batch)
+        if batch.tokens > 250:
+            refused.append(batch.tokens)
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny_models import make_model
+from helpers.tiny_models import CACHE_KINDS, make_model
 from labeltune.models.precision import Precision
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import answer_loss
@@ -28,10 +28,18 @@ def lora_model(kind: str = "qwen2", layers: int = 2, **options: Any) -> Any:
     for key, value in options.items():
         setattr(model.config, key, value)
     torch.manual_seed(1)
+    targets: Any = adaptable(model) if kind in CACHE_KINDS else "all-linear"
     return peft.get_peft_model(
         model,
-        peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+        peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False),
     ).train()
+
+
+def adaptable(model: Any) -> list[str]:
+    """Linear layers but the output layer, routers, what stands beside experts, and those of Mamba that peft refuses."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = {name.rsplit(".", 1)[-1] for name in linear if "expert" not in name}
+    return sorted(names - {"lm_head", "out_proj", "gate", "layer"})
 
 
 def random_rows(
@@ -81,7 +89,7 @@ def packed(
     with attention_for(model, packing):
         for pack in packs:
             batch = make_batch(rows, pack, packing, pad_id=0)
-            loss = answer_loss(model, head, batch.inputs, batch.index, batch.targets) / count
+            loss = answer_loss(model, head, batch) / count
             loss.backward()
             total += float(loss.detach())
     return total, gradients(model)

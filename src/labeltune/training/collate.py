@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from labeltune.models.shared_prefix import changing_shapes, make_layout, shared_prefix_attention_on
-from labeltune.training.packing import Pack, Packing, Row, step_order, steps_an_epoch
+from labeltune.training.packing import Group, Pack, Packing, Row, step_order, steps_an_epoch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,36 +39,63 @@ class StepBatches:
 
 
 @dataclass(frozen=True)
-class PackBatch:
+class ModelCall:
     """One call of the model.
 
     Attributes:
         inputs: keyword arguments of the model; `input_ids` of shape [1, tokens], padded: [rows, longest].
         index: positions whose next token is predicted, over the flattened batch and row; shape [answer tokens].
         targets: these tokens, shape [answer tokens].
-        tokens: size of `input_ids`.
+        rows: the examples, in the order of their answer tokens.
     """
 
     inputs: dict[str, Any]
     index: torch.Tensor
     targets: torch.Tensor
-    tokens: int
+    rows: tuple[int, ...]
 
-    def to(self, device: torch.device) -> PackBatch:
+    def to(self, device: torch.device) -> ModelCall:
         """The same on another device."""
         moved = {
             key: value.to(device) if hasattr(value, "to") else value for key, value in self.inputs.items()
         }
-        return PackBatch(moved, self.index.to(device), self.targets.to(device), self.tokens)
+        return replace(self, inputs=moved, index=self.index.to(device), targets=self.targets.to(device))
+
+
+@dataclass(frozen=True)
+class PackBatch:
+    """A pack as tensors.
+
+    Attributes:
+        calls: all that is computed; one call, but for `shared_cache`.
+        prefix: tokens that the calls follow by way of the model's cache, shape [1, prefix]; None where they follow nothing.
+    """
+
+    calls: tuple[ModelCall, ...]
+    prefix: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model computes, padding included."""
+        calls = sum(call.inputs["input_ids"].numel() for call in self.calls)
+        return int(calls + (0 if self.prefix is None else self.prefix.numel()))
+
+    def to(self, device: torch.device) -> PackBatch:
+        """The same on another device."""
+        prefix = None if self.prefix is None else self.prefix.to(device)
+        return PackBatch(tuple(call.to(device) for call in self.calls), prefix)
 
 
 def make_batch(rows: Sequence[Row], pack: Pack, packing: Packing, pad_id: int) -> PackBatch:
     """Tensors of one pack of a step's rows."""
+    if packing == "shared_cache":
+        (group,) = pack.groups
+        prefix = torch.tensor([rows[group.rows[0]].ids[: group.prefix]]) if group.prefix else None
+        return PackBatch(tuple(_behind(rows, batch, group.prefix, pad_id) for batch in group.batches), prefix)
     if packing == "padded":
-        return _padded([rows[i] for i in pack.rows], pad_id)
-    if packing == "packed":
-        return _one_row([(0, [rows[i]]) for i in pack.rows], with_layout=False)
-    return _one_row([(g.prefix, [rows[i] for i in g.rows]) for g in pack.groups], with_layout=True)
+        return PackBatch((_padded(rows, pack.rows, pad_id),))
+    groups = pack.groups if packing == "shared_prefix" else [Group(0, (i,)) for i in pack.rows]
+    return PackBatch((_one_row(rows, groups, with_layout=packing == "shared_prefix"),))
 
 
 def attention_for(model: PreTrainedModel, packing: Packing) -> contextlib.AbstractContextManager[None]:
@@ -76,18 +103,18 @@ def attention_for(model: PreTrainedModel, packing: Packing) -> contextlib.Abstra
     return shared_prefix_attention_on(model) if packing == "shared_prefix" else changing_shapes()
 
 
-def _one_row(groups: Sequence[tuple[int, Sequence[Row]]], with_layout: bool) -> PackBatch:
+def _one_row(rows: Sequence[Row], groups: Sequence[Group], with_layout: bool) -> ModelCall:
     """Groups one behind the other; without prefixes that is plain packing, which transformers knows by the position ids
     that start again at 0."""
     ids: list[int] = []
     positions: list[int] = []
     index: list[int] = []
     targets: list[int] = []
-    for prefix, rows in groups:
-        start = len(ids)
-        ids += rows[0].ids[:prefix]
+    for group in groups:
+        start, prefix = len(ids), group.prefix
+        ids += rows[group.rows[0]].ids[:prefix]
         positions += range(prefix)
-        for row in rows:
+        for row in (rows[i] for i in group.rows):
             # Where position i of the example stands: in the shared prefix, or in its own part.
             shift = len(ids) - prefix
             ids += row.ids[prefix:]
@@ -102,19 +129,20 @@ def _one_row(groups: Sequence[tuple[int, Sequence[Row]]], with_layout: bool) -> 
     }
     if with_layout:
         inputs["prefix_layout"] = make_layout(
-            [(prefix, [len(row.ids) - prefix for row in rows]) for prefix, rows in groups]
+            [(g.prefix, [len(rows[i].ids) - g.prefix for i in g.rows]) for g in groups]
         )
-    return PackBatch(inputs, torch.tensor(index), torch.tensor(targets), len(ids))
+    together = tuple(i for group in groups for i in group.rows)
+    return ModelCall(inputs, torch.tensor(index), torch.tensor(targets), together)
 
 
-def _padded(rows: Sequence[Row], pad_id: int) -> PackBatch:
+def _padded(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> ModelCall:
     """Padding stands on the left, so that all answers are in the last columns."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    width = max(len(rows[i].ids) for i in chosen)
+    ids = torch.full((len(chosen), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     index: list[int] = []
     targets: list[int] = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows[i] for i in chosen):
         left = width - len(row.ids)
         ids[number, left:] = torch.tensor(row.ids)
         mask[number, left:] = 1
@@ -127,4 +155,20 @@ def _padded(rows: Sequence[Row], pad_id: int) -> PackBatch:
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
         "use_cache": False,
     }
-    return PackBatch(inputs, torch.tensor(index), torch.tensor(targets), ids.numel())
+    return ModelCall(inputs, torch.tensor(index), torch.tensor(targets), tuple(chosen))
+
+
+def _behind(rows: Sequence[Row], chosen: Sequence[int], prefix: int, pad_id: int) -> ModelCall:
+    """What stands behind a prefix. Padding is on the right, where neither attention nor a state comes from, so no mask is needed."""
+    width = max(len(rows[i].ids) - prefix for i in chosen)
+    ids = torch.full((len(chosen), width), pad_id, dtype=torch.long)
+    index: list[int] = []
+    targets: list[int] = []
+    for number, row in enumerate(rows[i] for i in chosen):
+        ids[number, : len(row.ids) - prefix] = torch.tensor(row.ids[prefix:])
+        first = number * width + row.answer_start - 1 - prefix
+        index += range(first, first + len(row.answer))
+        targets += row.answer
+    positions = torch.arange(prefix, prefix + width).expand(len(chosen), -1)
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    return ModelCall(inputs, torch.tensor(index), torch.tensor(targets), tuple(chosen))

@@ -15,7 +15,7 @@ import math
 import random
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from labeltune.config import TrainingConfig
@@ -24,7 +24,9 @@ from labeltune.prompts.builder import common_prefix
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Packing = Literal["shared_prefix", "packed", "padded"]
+#: `shared_prefix` by our attention function, `shared_cache` through the model's own cache; both are what a config calls `shared_prefix`.
+Packing = Literal["shared_prefix", "shared_cache", "packed", "padded"]
+SHARING: tuple[Packing, ...] = ("shared_prefix", "shared_cache")
 
 #: Without a model: attention counts for little.
 PAIRS_PER_TOKEN = 10_000
@@ -34,6 +36,11 @@ SLACK = 1.05
 SAMPLED_STEPS = 4
 #: Packs of this many tokens keep the device busy; more tokens bring no speed.
 ENOUGH = {"cuda": 8192, "mps": 2048, "cpu": 2048}
+#: Prompt tokens that `shared_cache` computes for every row: answers are predicted behind the prefix, and no batch has one column
+#: alone, of which models make a step of generation that writes into their cache.
+UNSHARED = 2
+#: A call of the model costs as much as this many tokens of padding, where the model is not known (`preflight.call_tokens`).
+CALL_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -76,14 +83,37 @@ class Group:
     Attributes:
         prefix: shared tokens; no answer begins before their end.
         rows: indices into the step's rows.
+        batches: the same rows, as they go through the model side by side behind the prefix; for `shared_cache` only.
     """
 
     prefix: int
     rows: tuple[int, ...]
+    batches: tuple[tuple[int, ...], ...] = ()
 
     def tokens(self, rows: Sequence[Row]) -> int:
-        """Tokens that the model computes for this group."""
-        return self.prefix + sum(len(rows[i].ids) - self.prefix for i in self.rows)
+        """Tokens that the model computes for this group, padding of batches included."""
+        if self.batches:
+            return self.prefix + sum(len(b) * max(self._own(rows, b)) for b in self.batches)
+        return self.prefix + sum(self._own(rows, self.rows))
+
+    def _own(self, rows: Sequence[Row], chosen: Sequence[int]) -> list[int]:
+        return [len(rows[i].ids) - self.prefix for i in chosen]
+
+    def in_batches(self, rows: Sequence[Row], call_tokens: int) -> Group:
+        """The group with batches of rows of similar lengths: the fewest tokens, where a batch costs `call_tokens` besides."""
+        order = sorted(self.rows, key=lambda i: (-len(rows[i].ids), i))
+        own = self._own(rows, order)
+        # best[end] = (cost, where the last batch begins), of the first `end` rows
+        best = [(0, 0)]
+        for end in range(1, len(order) + 1):
+            best.append(min((best[at][0] + (end - at) * own[at] + call_tokens, at) for at in range(end)))
+        batches: list[tuple[int, ...]] = []
+        end = len(order)
+        while end:
+            start = best[end][1]
+            batches.append(tuple(order[start:end]))
+            end = start
+        return replace(self, batches=tuple(reversed(batches)))
 
 
 @dataclass(frozen=True)
@@ -157,6 +187,7 @@ def pack_step(
     packing: Packing = "shared_prefix",
     processes: int = 1,
     pairs_per_token: int = PAIRS_PER_TOKEN,
+    call_tokens: int = CALL_TOKENS,
 ) -> list[list[Pack]]:
     """Cut one step into packs of at most `max_tokens` tokens (an example longer than that has a pack of its own).
 
@@ -164,6 +195,7 @@ def pack_step(
         rows: all examples of the step, the same list on every process.
         processes: number of processes that share the step.
         pairs_per_token: for dividing the rows over processes.
+        call_tokens: for `shared_cache`, tokens that cost as much as a call of the model.
 
     Returns:
         For every process its packs: the same number each, the largest first, with about the same work in all.
@@ -172,31 +204,41 @@ def pack_step(
         raise ValueError("a step without rows")
     order = sorted(range(len(rows)), key=lambda i: (rows[i].prompt, rows[i].answer, i))
     parts = [order] if processes == 1 else _divided(rows, order, packing, processes, pairs_per_token)
-    shares = [_packs(rows, part, max_tokens, packing) if part else [] for part in parts]
+    shares = [_packs(rows, part, max_tokens, packing, call_tokens) if part else [] for part in parts]
     most = max(map(len, shares))
+    shares = [_as_many(share, most, rows, packing) for share in shares]
+    if packing == "shared_cache":
+        shares = [[_in_batches(pack, rows, max_tokens, call_tokens) for pack in share] for share in shares]
     return [
         sorted(
-            _as_many(share, most, rows, packing),
+            share,
             key=lambda pack: (-pack.tokens(rows, packing), pack.rows, pack.counted),
         )
         for share in shares
     ]
 
 
-def useful_tokens(steps: Sequence[Sequence[Row]], packing: Packing, processes: int, enough: int) -> int:
-    """The smallest pack size with nearly the fewest tokens to compute that also keeps the device busy."""
+def useful_tokens(
+    steps: Sequence[Sequence[Row]],
+    packing: Packing,
+    processes: int,
+    enough: int,
+    call_tokens: int = CALL_TOKENS,
+) -> int:
+    """The smallest pack size with nearly the fewest tokens to compute that also keeps the device busy; calls of the model
+    behind a cache count as `call_tokens` each."""
 
     def computed(size: int) -> int:
         return sum(
-            pack.tokens(step, packing)
+            pack.tokens(step, packing) + call_tokens * sum(len(group.batches) for group in pack.groups)
             for step in steps
-            for share in pack_step(step, size, packing, processes)
+            for share in pack_step(step, size, packing, processes, call_tokens=call_tokens)
             for pack in share
             if pack.counted
         )
 
     whole = max(sum(len(row.ids) for row in step) for step in steps)
-    if packing != "shared_prefix":
+    if packing not in SHARING:
         return min(enough, whole)
     best = computed(whole)
     size = enough
@@ -209,15 +251,22 @@ def _divided(
     rows: Sequence[Row], order: list[int], packing: Packing, processes: int, pairs_per_token: int
 ) -> list[list[int]]:
     """The sorted rows, divided over processes."""
-    common = _shareable(rows, order) if packing == "shared_prefix" else [0] * len(rows)
+    common = _shareable(rows, order) if packing in SHARING else [0] * len(rows)
     ranges = divide([len(rows[i].ids) for i in order], common, processes, pairs_per_token)
     return [order[places.start : places.stop] for places in ranges]
 
 
-def _packs(rows: Sequence[Row], order: list[int], max_tokens: int, packing: Packing) -> list[Pack]:
+def _packs(
+    rows: Sequence[Row], order: list[int], max_tokens: int, packing: Packing, call_tokens: int
+) -> list[Pack]:
     """Packs of these rows, which come in the order of their tokens."""
     if packing == "shared_prefix":
         return _fill(_share(rows, order, max_tokens), rows, max_tokens)
+    if packing == "shared_cache":
+        groups = _share(rows, order, max_tokens, UNSHARED)
+        alone = tuple(i for group in groups if not group.prefix for i in group.rows)
+        groups = [group for group in groups if group.prefix] + ([Group(0, alone)] if alone else [])
+        return [pack for group in groups for pack in _within(Pack((group,)), rows, max_tokens, call_tokens)]
     longest_first = sorted(order, key=lambda i: -len(rows[i].ids))
     return _fill([Group(0, (i,)) for i in longest_first], rows, max_tokens, packing)
 
@@ -243,12 +292,35 @@ def _shareable(rows: Sequence[Row], order: Sequence[int]) -> list[int]:
     return [0, *(common_prefix(rows[a].prompt, rows[b].prompt) for a, b in itertools.pairwise(order))]
 
 
-def _share(rows: Sequence[Row], order: list[int], max_tokens: int) -> list[Group]:
+def _in_batches(pack: Pack, rows: Sequence[Row], max_tokens: int, call_tokens: int) -> Pack:
+    """The pack with its rows in batches; in more of them, with less padding, where it would not be within `max_tokens` otherwise."""
+    (group,) = pack.groups
+    found = group.in_batches(rows, call_tokens)
+    while call_tokens and found.tokens(rows) > max_tokens:
+        call_tokens //= 2
+        found = group.in_batches(rows, call_tokens)
+    return replace(pack, groups=(found,))
+
+
+def _within(pack: Pack, rows: Sequence[Row], max_tokens: int, call_tokens: int) -> list[Pack]:
+    """The rows of a pack in packs that have at most `max_tokens` tokens with their padding, or one row."""
+    if len(pack.rows) == 1 or _in_batches(pack, rows, max_tokens, call_tokens).tokens(rows) <= max_tokens:
+        return [pack]
+    (group,) = pack.groups
+    longest_first = sorted(group.rows, key=lambda i: (-len(rows[i].ids), i))
+    halves = _halves(Pack((replace(group, rows=tuple(longest_first)),)))
+    return [part for half in halves for part in _within(half, rows, max_tokens, call_tokens)]
+
+
+def _share(rows: Sequence[Row], order: list[int], max_tokens: int, unshared: int = 0) -> list[Group]:
     """Ranges of the sorted rows with the fewest tokens in all, each within `max_tokens`; of equals, the fewest and then
     the most even ranges.
 
     Prompts in the order of their tokens have their longest common prefixes with their neighbours. The best cut is found
     by dynamic programming over where the last range begins.
+
+    Args:
+        unshared: tokens before each answer that are not shared.
     """
     count = len(order)
     common = _shareable(rows, order)
@@ -261,7 +333,8 @@ def _share(rows: Sequence[Row], order: list[int], max_tokens: int) -> list[Group
             row = rows[order[start]]
             total += len(row.ids)
             size = end - start
-            shared = min(shared, row.answer_start, common[start + 1] if size > 1 else row.answer_start)
+            most = max(0, row.answer_start - unshared)
+            shared = min(shared, most, common[start + 1] if size > 1 else most)
             prefix = shared if size > 1 else 0
             tokens = total - (size - 1) * prefix
             if size > 1 and tokens > max_tokens:

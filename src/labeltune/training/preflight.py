@@ -21,6 +21,7 @@ from labeltune.models.precision import Precision, free_memory
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import CHUNK, answer_loss, chunkable_head
 from labeltune.training.packing import (
+    CALL_TOKENS,
     ENOUGH,
     PAIRS_PER_TOKEN,
     SAMPLED_STEPS,
@@ -32,7 +33,7 @@ from labeltune.training.packing import (
     steps_in_all,
     useful_tokens,
 )
-from labeltune.training.self_check import choose_packing, random_state_kept, sample_rows
+from labeltune.training.self_check import Choice, choose_packing, random_state_kept, sample_rows
 from labeltune.training.trainer import StepSettings
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ if TYPE_CHECKING:
 SHARE = {"cuda": 0.5, "mps": 0.5, "cpu": 0.3}
 #: Part of a layer's activations that checkpointing keeps (its input), seen from above.
 KEPT_BY_CHECKPOINTING = 0.15
+#: Weights of a layer times tokens that are computed in the time that a call of the layer costs besides: 20 ms on a busy core (measured
+#: for LFM2 and Qwen3.5 with adapters, forward and backward), 5 ms on a GPU, which computes about a thousand times as fast.
+CALL_WORK = {"cuda": 300_000_000_000, "mps": 30_000_000_000, "cpu": 600_000_000}
+#: No more than these, as a token costs something however few weights it passes.
+MOST_CALL_TOKENS = {"cuda": 1 << 15, "mps": 1 << 12, "cpu": 256}
 #: Schedules that watch a figure; Trainer hands it to them.
 WATCHING = ("reduce_lr_on_plateau", "greedy")
 
@@ -173,26 +179,40 @@ def prepare_steps(
     )
     with random_state_kept():
         head = chunkable_head(model, torch.tensor([sample[0].ids], device=device))
-        choice = choose_packing(model, sample, options.packing, precision, pad_id, head=head, say=say)
-        tokens, checkpointing = options.max_tokens_per_pack, options.gradient_checkpointing
-        memory = budget_memory(
-            steps,
-            choice.packing,
-            wanted_tokens=None if tokens == "auto" else tokens,
-            wanted_checkpointing=None if checkpointing == "auto" else checkpointing,
-            processes=world_size(),
-            bytes_per_token=smallest(activation_bytes(model, sample, choice.packing, pad_id, head)),
-            vocabulary=model.config.get_text_config().vocab_size,
-            device=device,
-            agree=smallest,
-        )
+        each_call = call_tokens(model, device)
+
+        def choose(wanted: Packing, checkpointing: bool) -> Choice:
+            given = (model, sample, wanted, precision, pad_id)
+            return choose_packing(*given, head=head, say=say, checkpointing=checkpointing)
+
+        def budget(packing: Packing, checkpointing: bool | None) -> MemoryBudget:
+            tokens = options.max_tokens_per_pack
+            return budget_memory(
+                steps,
+                packing,
+                wanted_tokens=None if tokens == "auto" else tokens,
+                wanted_checkpointing=checkpointing,
+                processes=world_size(),
+                call_tokens=each_call,
+                bytes_per_token=smallest(activation_bytes(model, sample, packing, pad_id, head)),
+                vocabulary=model.config.get_text_config().vocab_size,
+                device=device,
+                agree=smallest,
+            )
+
+        asked = options.gradient_checkpointing
+        choice = choose(options.packing, asked is True)
+        memory = budget(choice.packing, None if asked == "auto" else asked)
+        if memory.checkpointing and choice.packing == "shared_cache":
+            choice = choose(choice.packing, True)
+            memory = budget(choice.packing, True)
         if memory.checkpointing:
             enable_checkpointing(model)
         if options.compile:
             compile_layers(model)
-            choice = choose_packing(model, sample, choice.packing, precision, pad_id, head=head, say=say)
+            choice = choose(choice.packing, memory.checkpointing)
     most = 1 if choice.one_by_one else memory.max_tokens
-    settings = StepSettings(choice.packing, most, pad_id, head, pairs_per_token(model))
+    settings = StepSettings(choice.packing, most, pad_id, head, pairs_per_token(model), each_call)
     say(describe(settings, memory, steps))
     return settings
 
@@ -283,7 +303,7 @@ def activation_bytes(
         weights.watched(model),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        answer_loss(model, head, batch.inputs, batch.index, batch.targets)
+        answer_loss(model, head, batch)
     return max(1, sum(size for _, size in sizes.values()) // batch.tokens)
 
 
@@ -294,6 +314,7 @@ def budget_memory(
     wanted_tokens: int | None,
     wanted_checkpointing: bool | None,
     processes: int,
+    call_tokens: int = CALL_TOKENS,
     bytes_per_token: int,
     vocabulary: int,
     device: torch.device,
@@ -306,6 +327,7 @@ def budget_memory(
 
     Args:
         steps: the first steps of the run, to see what sharing brings.
+        call_tokens: tokens of padding that cost as much as a call of the model.
         vocabulary: columns of the output layer, for the logits of one chunk.
         agree: makes processes agree on the smallest of their numbers.
     """
@@ -313,7 +335,9 @@ def budget_memory(
     # Logits of a chunk, their softmax and the copy in the compute type.
     room = max(0, int(SHARE[device.type] * free) - 3 * 4 * CHUNK * vocabulary)
     longest = max(len(row.ids) for step in steps for row in step)
-    useful = wanted_tokens or max(longest, useful_tokens(steps, packing, processes, ENOUGH[device.type]))
+    useful = wanted_tokens or max(
+        longest, useful_tokens(steps, packing, processes, ENOUGH[device.type], call_tokens)
+    )
     checkpointing = bool(wanted_checkpointing)
     if wanted_checkpointing is None:
         # Worth it only when even a modest pack does not fit: it costs a second forward pass.
@@ -334,11 +358,26 @@ def pairs_per_token(model: PreTrainedModel) -> int:
     layers = getattr(shape, "num_hidden_layers", None)
     if not heads or not layers:
         return PAIRS_PER_TOKEN
+    return max(1, int(layer_weights(model) // (2 * layers * heads * (size or shape.hidden_size // heads))))
+
+
+def layer_weights(model: PreTrainedModel) -> int:
+    """Weights of all layers: those of the model without its embeddings and output layer."""
     embeddings = {
         id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())
     }
-    weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
-    return max(1, int(weights // (2 * layers * heads * (size or shape.hidden_size // heads))))
+    return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+
+
+def call_tokens(model: PreTrainedModel, device: torch.device) -> int:
+    """How many tokens of padding cost as much as one more call of the model, by the model's shape.
+
+    A call reads the weights once more, and starts every operation of every layer, which takes the longer for the fewer weights
+    a token passes.
+    """
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 1
+    work = CALL_WORK[device.type] * layers // layer_weights(model)
+    return 32 + min(work, MOST_CALL_TOKENS[device.type])
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

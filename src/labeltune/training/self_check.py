@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from labeltune.distributed import all_reduce
+from labeltune.distributed import all_reduce, is_sharded
 from labeltune.errors import first_line
 from labeltune.io.progress import Say
 from labeltune.models.precision import Precision, moved_by, other_tokens, weights_in
 from labeltune.training.collate import attention_for, make_batch
-from labeltune.training.loss import answer_loss
-from labeltune.training.packing import Group, Pack, Packing, Row, pack_step
+from labeltune.training.loss import answer_logits, answer_loss
+from labeltune.training.packing import SHARING, Group, Pack, Packing, Row, pack_step
 from labeltune.training.sharded import whole
 
 if TYPE_CHECKING:
@@ -47,8 +47,10 @@ LOOSE_TOLERANCE = 5e-2
 #: How far a row's logits may move in fp32 with the tokens of another row, as a part of the largest.
 FELT = 1e-5
 ROWS = 3
+#: Longer rows are left out of the check while there are shorter ones, as it computes its rows about twenty times.
+MOST_TOKENS = 1024
 #: From the fastest way to the one that asks least of a model.
-PLAINER: tuple[Packing, ...] = ("shared_prefix", "packed", "padded")
+PLAINER: tuple[Packing, ...] = ("shared_prefix", "shared_cache", "packed", "padded")
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,12 @@ class Choice:
 
 
 def sample_rows(rows: Sequence[Row], count: int = ROWS) -> list[Row]:
-    """A few different rows: the shortest ones, so that checking costs little."""
-    return sorted(dict.fromkeys(rows), key=lambda row: (len(row.ids), row.ids))[:count]
+    """A few different rows: the shortest, the longest that `MOST_TOKENS` allows, and evenly spread ones between them."""
+    different = sorted(dict.fromkeys(rows), key=lambda row: (len(row.ids), row.ids))
+    short = [row for row in different if len(row.ids) <= MOST_TOKENS]
+    if len(short) <= count:
+        return different[:count]
+    return [short[at * (len(short) - 1) // (count - 1)] for at in range(count)]
 
 
 def choose_packing(
@@ -99,29 +105,53 @@ def choose_packing(
     *,
     head: torch.nn.Module | None,
     say: Say,
+    checkpointing: bool = False,
 ) -> Choice:
     """The wanted way, or the next plainer one that agrees with rows computed one by one; a change is said once.
 
     The random state is as before, gradients are none.
+
+    Args:
+        checkpointing: activations will be recomputed, for which transformers gives up the model's cache.
     """
     with _undisturbed(model):
         check = _Check(model, rows, precision, pad_id, head)
         reasons: list[str] = []
         for packing in PLAINER[PLAINER.index(wanted) :]:
-            reason = check.disagreement(packing)
+            reason = _no_cache(model, checkpointing) if packing == "shared_cache" else None
+            reason = reason or check.disagreement(packing)
             if _everywhere(reason is None):
                 chosen = Choice(packing)
                 break
             reasons.append(f"{packing}: {reason or 'another process disagrees'}")
         else:
             chosen = Choice("padded", one_by_one=True)
-    if reasons:
+    if check.own_dropout:
+        say(
+            "this model has dropout of its own, which was off while packing was checked; in training, what a pack shares is "
+            "dropped once a pack instead of once a row"
+        )
+    if chosen.packing == "shared_cache" and reasons:
+        say(
+            f"the shared prefix goes through the model's own cache, as labeltune's attention does not compute what this model "
+            f"computes row by row ({reasons[0]})"
+        )
+    elif reasons:
+        wanted = "shared_prefix" if wanted in SHARING else wanted
         then = "one example at a time" if chosen.one_by_one else f"packing={chosen.packing}"
         say(
             f"warning: training.packing={wanted} does not compute what this model computes row by row "
             f"({'; '.join(reasons)}); training goes on with {then}, slower and exact"
         )
     return chosen
+
+
+def _no_cache(model: PreTrainedModel, checkpointing: bool) -> str | None:
+    """Why the model's cache cannot be used in this run, whatever the model computes."""
+    if checkpointing:
+        return "gradient checkpointing gives up the model's cache"
+    # A forward pass gathers the weights of all processes, which do not call the model equally often this way.
+    return "the weights are spread over processes" if is_sharded(model) else None
 
 
 class _Check:
@@ -137,11 +167,33 @@ class _Check:
     ) -> None:
         self.model, self.rows, self.precision, self.pad_id, self.head = model, rows, precision, pad_id, head
         self.alone = _one_by_one(rows)
+        self.own_dropout = self._leave_training_mode_if_random()
         self.plain = self._gradients(self.alone, "padded")
         self.exact: Gradients | None = None
         self.limit = TOLERANCE
         if precision.name != "fp32":
             self.exact = self._in_format(torch.float32, self.alone, "padded")
+
+    def _leave_training_mode_if_random(self) -> bool:
+        """Whether the model draws random numbers that no dropout layer stands for: it is then compared in evaluation mode.
+
+        Found by computing a row again: a rate may be an attribute of any name, or stand in the code.
+        """
+        modes = [(module, module.training) for module in self.model.modules()]
+        if self._repeats():
+            return False
+        self.model.eval()
+        if self._repeats():
+            return True
+        # This device does not add in the same order twice.
+        for module, mode in modes:
+            module.training = mode
+        return False
+
+    def _repeats(self) -> bool:
+        """Whether a row that is computed again has the same logits, to the last bit."""
+        first, second = (self._logits(self.rows, self.alone[:1], "padded", True) for _ in range(2))
+        return _everywhere(all(torch.equal(first[k], second[k]) for k in first))
 
     def disagreement(self, packing: Packing) -> str | None:
         """Why this way cannot be used, or None."""
@@ -166,7 +218,12 @@ class _Check:
 
         How far fp32 sums in another order come apart depends on the model, the rows and the processor's own kernels.
         """
-        exact = self._in_format(torch.float64, self.alone, "padded")
+        try:
+            exact = self._in_format(torch.float64, self.alone, "padded")
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operator that fp64 is unknown to, as that of grouped experts
+            exact = None
         own = UNKNOWN_ROUNDING if exact is None else ROUNDING * self.plain.error(exact)
         self.exact, self.limit = exact or self.plain, max(TOLERANCE, own)
 
@@ -211,9 +268,9 @@ class _Check:
             for pack in packs:
                 batch = make_batch(rows, pack, packing, self.pad_id).to(self.device)
                 with self._mixed(autocast):
-                    logits = self.model(**batch.inputs, logits_to_keep=batch.index).logits[0]
-                sizes = [len(rows[k].answer) for k in pack.rows]
-                found |= dict(zip(pack.rows, logits.split(sizes), strict=True))
+                    for numbers, logits in answer_logits(self.model, batch):
+                        sizes = [len(rows[k].answer) for k in numbers]
+                        found |= dict(zip(numbers, torch.split(logits, sizes), strict=True))
         return found
 
     @property
@@ -239,7 +296,7 @@ class _Check:
             for pack in packs:
                 batch = make_batch(self.rows, pack, packing, self.pad_id).to(self.device)
                 with self._mixed(autocast):
-                    loss = answer_loss(self.model, self.head, batch.inputs, batch.index, batch.targets)
+                    loss = answer_loss(self.model, self.head, batch)
                 (loss / count).backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach()) / count
         found = {
@@ -287,25 +344,16 @@ def random_state_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Training mode with every dropout off; random state, modes and gradients are put back."""
+    """Training mode with every dropout layer off; random state, modes and gradients are put back."""
     modes = [(module, module.training) for module in model.modules()]
-    rates = [
-        (module, module.attention_dropout)
-        for module in model.modules()
-        if isinstance(getattr(module, "attention_dropout", None), float)
-    ]
     try:
         model.train()
         for module, _ in modes:
             if isinstance(module, torch.nn.modules.dropout._DropoutNd):
                 module.eval()
-        for module, _ in rates:
-            module.attention_dropout = 0.0
         with random_state_kept():
             yield
     finally:
-        for module, rate in rates:
-            module.attention_dropout = rate
         for module, mode in modes:
             module.training = mode
         model.zero_grad(set_to_none=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy
 
@@ -14,6 +14,7 @@ from labeltune.training.dataset import token_columns
 from labeltune.training.packing import (
     ENOUGH,
     SAMPLED_STEPS,
+    Packing,
     pack_step,
     rows_of_steps,
     step_order,
@@ -52,8 +53,8 @@ class TokenFigures:
         batch_size: rows of a step.
         max_tokens: tokens of a pack.
         planned_rows: rows of the steps that were planned.
-        computed: tokens that the model computes for these: `shared_prefix`, `packed` (each row once, end to end) and
-            `padded`.
+        computed: tokens that the model computes for these: `shared_prefix`, `shared_cache`, `packed` (each row once, end to end)
+            and `padded`.
     """
 
     rows: int
@@ -169,7 +170,7 @@ def _common_beginning(tokens: Dataset) -> int:
 
 
 def _packed(tokens: Dataset, training: TrainingConfig) -> tuple[int, int, dict[str, int]]:
-    """(rows planned, tokens of a pack, tokens computed in each of the three ways), on one process with memory to spare."""
+    """(rows planned, tokens of a pack, tokens computed in each way), on one process with memory to spare."""
     order = step_order(len(tokens), training.batch_size, training.seed, 0)
     steps = rows_of_steps(tokens, order, MAX_STEPS)
     if training.max_tokens_per_pack == "auto":
@@ -178,6 +179,6 @@ def _packed(tokens: Dataset, training: TrainingConfig) -> tuple[int, int, dict[s
         max_tokens = training.max_tokens_per_pack
     computed = {
         way: sum(pack.tokens(step, way) for step in steps for pack in pack_step(step, max_tokens, way)[0])
-        for way in ("shared_prefix", "packed", "padded")
+        for way in get_args(Packing)
     }
     return sum(map(len, steps)), max_tokens, computed

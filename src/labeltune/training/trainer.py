@@ -27,6 +27,7 @@ from labeltune.training.checkpoints import Checkpoint, LogSums, diverged
 from labeltune.training.collate import StepBatches, attention_for, make_batch
 from labeltune.training.loss import answer_loss
 from labeltune.training.packing import (
+    CALL_TOKENS,
     PAIRS_PER_TOKEN,
     Pack,
     Packing,
@@ -53,6 +54,7 @@ class StepSettings:
     Attributes:
         head: output layer that is run in chunks, or None (see `answer_loss`).
         pairs_per_token: how many attention pairs (query, key) take as long as one token's linear layers; it weighs long rows.
+        call_tokens: for `shared_cache`, tokens of padding that take as long as a call of the model.
     """
 
     packing: Packing
@@ -60,14 +62,17 @@ class StepSettings:
     pad_id: int
     head: torch.nn.Module | None
     pairs_per_token: int = PAIRS_PER_TOKEN
+    call_tokens: int = CALL_TOKENS
+
+    def packs(self, rows: Sequence[Row], processes: int = 1) -> list[list[Pack]]:
+        """The packs of a step for every process."""
+        return pack_step(
+            rows, self.max_tokens, self.packing, processes, self.pairs_per_token, self.call_tokens
+        )
 
     def computed(self, steps: Sequence[Sequence[Row]]) -> int:
         """Tokens that one process computes for the rows of these steps."""
-        return sum(
-            pack.tokens(step, self.packing)
-            for step in steps
-            for pack in pack_step(step, self.max_tokens, self.packing)[0]
-        )
+        return sum(pack.tokens(step, self.packing) for step in steps for pack in self.packs(step)[0])
 
 
 class LabelTrainer(Trainer):  # type: ignore[misc]
@@ -203,8 +208,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         settings, processes = self.settings, self.accelerator.num_processes
         answers = sum(len(row.answer) for row in rows)
         total = torch.zeros((), device=self.args.device)
-        shares = pack_step(rows, settings.max_tokens, settings.packing, processes, settings.pairs_per_token)
-        packs = shares[self.accelerator.process_index]
+        packs = settings.packs(rows, processes)[self.accelerator.process_index]
         self.sums.given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
         self.sums.computed += sum(pack.tokens(rows, settings.packing) for pack in packs)
         quiet = (
@@ -223,7 +227,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         """Sum of the cross-entropies of a pack's answer tokens."""
         batch = make_batch(rows, pack, self.settings.packing, self.settings.pad_id).to(self.args.device)
         with self.compute_loss_context_manager():
-            return answer_loss(model, self.settings.head, batch.inputs, batch.index, batch.targets)
+            return answer_loss(model, self.settings.head, batch)
 
     def shrink(self, model: PreTrainedModel, longest: int) -> None:
         """Halve the packs, down to the longest row.
@@ -289,7 +293,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
             packing = self.settings.packing
             try:
                 with attention_for(self.model, packing):
-                    (packs,) = pack_step(rows, self.settings.max_tokens, packing)
+                    (packs,) = self.settings.packs(rows)
                     return math.fsum(float(self.pack_loss(model, rows, pack)) for pack in packs)
             except torch.OutOfMemoryError:
                 self.shrink(model, max(len(row.ids) for row in rows))
