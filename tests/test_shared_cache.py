@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
+import labeltune
 from helpers.packing import FP32, VOCABULARY, assert_equal, lora_model, packed, plain, random_rows
-from helpers.tiny_models import CACHE_KINDS, HYBRID_KINDS, MODEL_KINDS, make_model
+from helpers.tiny_models import CACHE_KINDS, HYBRID_KINDS, MODEL_KINDS, make_model, make_tokenizer
+from helpers.training import adapter_weights, config_for, logged, without_dropout
+from labeltune.io.run_folder import checkpoints
 from labeltune.models.precision import weights_in
 from labeltune.training.loss import chunkable_head
 from labeltune.training.packing import CALL_TOKENS, Pack, Row, pack_step
@@ -160,3 +165,40 @@ def test_a_capped_output_layer_is_noticed_however_small_the_logits_are() -> None
     ids = torch.tensor([[5, 6, 7]])
     assert float(model(ids).logits.detach().abs().max()) < 2
     assert chunkable_head(model, ids) is None
+
+
+@pytest.fixture
+def hybrid_folder(in_folder: Path) -> Path:
+    """A model of short convolutions and attention, with its tokenizer."""
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer), "lfm2").save_pretrained(in_folder / "hybrid")
+    tokenizer.save_pretrained(in_folder / "hybrid")
+    return in_folder / "hybrid"
+
+
+def test_a_run_shares_by_the_cache_and_ends_where_a_padded_run_does(
+    in_folder: Path, hybrid_folder: Path
+) -> None:
+    config = without_dropout(config_for(in_folder, hybrid_folder, max_steps=4, save_steps=1000))
+    said: list[str] = []
+    found = labeltune.train(config, say=said.append)
+    assert any("steps: packing=shared_cache" in line for line in said), "\n".join(said)
+    assert not any(line.startswith("warning: training.packing") for line in said)
+    saved = logged(found.last, "tokens_saved")[-1]["tokens_saved"]
+    assert saved > 0.2
+    shared = adapter_weights(found.last)
+    options = config.training.model_copy(update={"packing": "padded"})
+    padded = labeltune.train(config.model_copy(update={"training": options}), overwrite=True)
+    for name, tensor in adapter_weights(padded.last).items():
+        torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_a_resumed_run_is_the_same_to_the_last_bit(in_folder: Path, hybrid_folder: Path) -> None:
+    """With dropout, whose masks the prefix and the rows behind it draw one after the other."""
+    torch.set_num_threads(1)
+    config = config_for(in_folder, hybrid_folder, max_steps=4, save_steps=2)
+    assert config.lora.dropout > 0
+    whole = adapter_weights(labeltune.train(config).last)
+    shutil.rmtree(checkpoints(Path(config.output_dir))[-1])
+    resumed = adapter_weights(labeltune.train(config, resume=True).last)
+    assert set(resumed) == set(whole) and all(torch.equal(resumed[name], whole[name]) for name in whole)
