@@ -222,9 +222,14 @@ def test_every_kind_of_model_trains_and_predicts(kind: str, in_folder: Path) -> 
         assert len(predictor.predict(["rocket", "a longer match report"])) == 2
 
 
-def test_two_processes_train_like_one(in_folder: Path, model_folder: Path) -> None:
-    """The last step of the epoch has one row, so one of the processes has nothing of its own to compute."""
+@pytest.mark.parametrize("kind", ["qwen2", "lfm2"])
+def test_two_processes_train_like_one(in_folder: Path, kind: str) -> None:
+    """The last step of the epoch has one row, so one of the processes has nothing of its own to compute. Prefixes are shared by
+    attention and by the model's cache."""
     weights = []
+    tokenizer, model_folder = make_tokenizer(), in_folder / kind
+    make_model(len(tokenizer), kind).save_pretrained(model_folder)
+    tokenizer.save_pretrained(model_folder)
     for processes in (1, 2):
         config = without_dropout(config_for(in_folder, model_folder, batch_size=14, save_steps=1000))
         config = config.model_copy(update={"output_dir": str(in_folder / f"out{processes}")})
@@ -249,7 +254,11 @@ def test_two_processes_train_like_one(in_folder: Path, model_folder: Path) -> No
         weights.append((adapter_weights(folder), json.loads((folder / "trainer_state.json").read_text())))
     (first, one), (second, two) = weights
     for name, tensor in first.items():
-        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=2e-5)
+        # Short convolutions of random weights have next to no gradient, of whose rounding Adam makes whole steps.
+        if ".conv." not in name:
+            torch.testing.assert_close(
+                tensor, second[name], rtol=1e-3, atol=2e-5 if kind == "qwen2" else 1e-3
+            )
     for key in ("loss", "eval_loss", "grad_norm"):
         curves = [[line[key] for line in state["log_history"] if key in line] for state in (one, two)]
-        assert curves[0] and curves[0] == pytest.approx(curves[1], rel=1e-4), key
+        assert curves[0] and curves[0] == pytest.approx(curves[1], rel=1e-4 if kind == "qwen2" else 1e-3), key
