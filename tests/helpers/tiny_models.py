@@ -52,6 +52,61 @@ HYBRID_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+#: More models whose prefix is shared through their own cache: experts, Mamba-2, capped attention, sinks.
+CACHE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "head_dim": 8,
+            "attn_implementation": "eager",
+            "attn_logit_softcapping": 2.0,
+            "sliding_window": 8,
+        },
+    ),
+    "gpt_oss": ("GptOssConfig", {"head_dim": 8, "sliding_window": 8, "rope_parameters": None, **_EXPERTS}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            **HYBRID_KINDS["qwen3_5"][1],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 32, **_MAMBA2, **_EXPERTS},
+    ),
+    "falcon_h1": ("FalconH1Config", {"mamba_d_ssm": 64, "head_dim": 8, **_MAMBA2}),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {
+            "layers_block_type": ["mamba", "attention"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 16,
+            "head_dim": 8,
+        },
+    ),
+    "mamba2": (
+        "Mamba2Config",
+        {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+    ),
+}
+
+
 def make_tokenizer(template: str | None = CHATML, pad: str = "<|endoftext|>") -> Any:
     """A byte-level BPE tokenizer with Qwen2's pre-tokenizer and special tokens, about 600 tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -95,7 +150,7 @@ def make_model(vocabulary: int, kind: str = "qwen2", seed: int = 0, layers: int 
         "pad_token_id": 0,
         "bos_token_id": None,
     }
-    name, extra = (MODEL_KINDS | HYBRID_KINDS)[kind]
+    name, extra = (MODEL_KINDS | HYBRID_KINDS | CACHE_KINDS)[kind]
     torch.manual_seed(seed)
     config = getattr(transformers, name)(**shape, **extra)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

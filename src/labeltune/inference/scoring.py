@@ -1,24 +1,38 @@
-"""Exact log-probabilities of every candidate answer of a row, from one forward pass over the prompt and a trie of the answers."""
+"""Exact log-probabilities of every candidate answer of a row: one pass over the prompt and a trie of the answers, where the
+model's attention can be replaced (`score_answers`); else its answers behind the prompt in the model's own cache (`score_by_cache`);
+else whole rows side by side (`score_side_by_side`). `score_one_by_one` is what all of them must equal.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from labeltune.models.own_cache import OwnCache, run_behind
 from labeltune.models.precision import moved_by, other_tokens
 from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
 from labeltune.prompts.builder import common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Kept = TypeVar("Kept", KVCache, OwnCache)
+Item = TypeVar("Item")
+
 #: Memory that the logits of one pass may take.
 LOGITS_BYTES = 256 * 2**20
 #: Common tokens beyond what is kept already for which computing the beginning again is worth it.
 WORTH_KEEPING = 32
+#: Tokens at the beginning of a row that are watched for what is left of another row.
+FIRST_TOKENS = 8
+#: Memory that the rows of one pass may hold in a model's own cache, for every token of `max_tokens`: 4 GiB on CUDA.
+CACHED_BYTES = 256 * 2**10
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,24 @@ class LabelTrie:
             seen.append([*seen[self.parents[node]], node])
         return seen[1:]
 
+    @cached_property
+    def branches(self) -> tuple[tuple[int, ...], ...]:
+        """The nodes from behind node 0 to each node without children, shortest first; all nodes but 0 are in one of them."""
+        inner = set(self.parents)
+        return tuple(sorted((tuple(seen) for seen in self.ancestors() if seen[-1] not in inner), key=len))
+
+    @cached_property
+    def wanted(self) -> dict[int, list[int]]:
+        """The tokens whose probabilities are asked for at each node."""
+        found: dict[int, set[int]] = defaultdict(set)
+        for node, token in (step for path in self.paths for step in path):
+            found[node].add(token)
+        return {node: sorted(tokens) for node, tokens in found.items()}
+
+    def scores(self, steps: Mapping[tuple[int, int], float]) -> list[float]:
+        """The log-probability of every answer, from those of (node, next token)."""
+        return [math.fsum(steps[step] for step in path) for path in self.paths]
+
 
 @dataclass(frozen=True)
 class Question:
@@ -99,16 +131,21 @@ class Question:
     trie: LabelTrie
 
 
-class PrefixCache:
-    """Keys and values of the tokens that all prompts of a file begin with; kept from call to call."""
+class PrefixCache(Generic[Kept]):
+    """What a model keeps of the tokens that all prompts of a file begin with; kept from call to call.
 
-    def __init__(self) -> None:
+    Args:
+        run: computes it, for at least one token.
+    """
+
+    def __init__(self, run: Callable[[PreTrainedModel, Sequence[int]], Kept]) -> None:
+        self._run: Callable[[PreTrainedModel, Sequence[int]], Kept] = run
         self.clear()
 
     def clear(self) -> None:
         """Free the memory; needed when the weights have changed."""
         self.ids: tuple[int, ...] = ()
-        self._held = KVCache()
+        self._held: Kept | None = None
 
     def _shared(self, prompts: Sequence[Sequence[int]]) -> int:
         """How many tokens of these prompts to take from here; at least one of each prompt is left over."""
@@ -120,27 +157,38 @@ class PrefixCache:
             return held
         return common if len(prompts) > 1 else 0
 
-    def common(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> KVCache:
-        """What these prompts begin with, computed where it is not known yet; call inside `segment_attention_on`."""
-        return self._get(model, prompts[0][: self._shared(prompts)])
-
-    def _get(self, model: PreTrainedModel, ids: Sequence[int]) -> KVCache:
-        """Keys and values of exactly these tokens."""
-        wanted = tuple(ids)
+    def common(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Kept | None:
+        """What these prompts begin with (`ids`), computed where it is not known yet; None where that is nothing."""
+        wanted = tuple(prompts[0][: self._shared(prompts)])
         if wanted != self.ids:
             self.clear()
-            held = KVCache()
             if wanted:
-                run_segments(model, [Segment(wanted, held, keep=True)])
-            self.ids, self._held = wanted, held
+                held = self._run(model, wanted)
+                self.ids, self._held = wanted, held
         return self._held
+
+
+def segment_prefix() -> PrefixCache[KVCache]:
+    """Kept keys and values; to be used inside `segment_attention_on`."""
+
+    def run(model: PreTrainedModel, ids: Sequence[int]) -> KVCache:
+        held = KVCache()
+        run_segments(model, [Segment(ids, held, keep=True)])
+        return held
+
+    return PrefixCache(run)
+
+
+def own_prefix() -> PrefixCache[OwnCache]:
+    """Kept in the model's own cache."""
+    return PrefixCache(lambda model, ids: run_behind(model, None, [ids], 1)[1])
 
 
 def score_answers(
     model: PreTrainedModel,
     questions: Sequence[Question],
     max_tokens: int,
-    cache: PrefixCache,
+    cache: PrefixCache[KVCache],
 ) -> list[list[float]]:
     """Natural logarithm of the probability of every complete answer, end of turn included.
 
@@ -153,11 +201,10 @@ def score_answers(
     found: list[list[float]] = [[] for _ in questions]
     if not questions:
         return found
-    vocabulary = model.get_output_embeddings().weight.shape[0]
     with torch.inference_mode(), segment_attention_on(model):
-        prefix = cache.common(model, [question.prompt for question in questions])
+        prefix = cache.common(model, [question.prompt for question in questions]) or KVCache()
         begin = prefix.length
-        for rows, shared in plan_passes(questions, begin, max_tokens, LOGITS_BYTES // (4 * vocabulary)):
+        for rows, shared in plan_passes(questions, begin, max_tokens, _most_logits(model)):
             segments = []
             parent = prefix
             if shared > begin:
@@ -168,7 +215,7 @@ def score_answers(
             start = 0
             for row in rows:
                 trie = questions[row].trie
-                found[row] = path_scores(logits[start : start + len(trie)], trie)
+                found[row] = trie.scores(_steps(logits[start:], trie, range(len(trie))))
                 start += len(trie)
     return found
 
@@ -217,17 +264,143 @@ def _segment(question: Question, shared: int, parent: KVCache) -> Segment:
     )
 
 
-def path_scores(logits: torch.Tensor, trie: LabelTrie) -> list[float]:
-    """Sums of log-probabilities along the paths of a trie; logits of shape [nodes, vocabulary]."""
-    steps = [step for path in trie.paths for step in path]
-    nodes, tokens = (torch.tensor(column, device=logits.device) for column in zip(*steps, strict=True))
-    logits = logits.float()
-    values = (logits[nodes, tokens] - torch.logsumexp(logits, dim=-1)[nodes]).cpu().tolist()
-    scores, start = [], 0
-    for path in trie.paths:
-        scores.append(math.fsum(values[start : start + len(path)]))
-        start += len(path)
-    return scores
+def _steps(logits: torch.Tensor, trie: LabelTrie, nodes: Sequence[int]) -> dict[tuple[int, int], float]:
+    """Log-probabilities of (node, next token) for the tokens that are asked for.
+
+    Args:
+        logits: shape [at least as many as nodes, vocabulary], in the order of `nodes`.
+    """
+    steps = [(node, token) for node in nodes for token in trie.wanted[node]]
+    places = [at for at, node in enumerate(nodes) for _ in trie.wanted[node]]
+    logits = logits[: len(nodes)].float()
+    values = logits[places, [token for _, token in steps]] - logits.logsumexp(-1)[places]
+    return dict(zip(steps, values.cpu().tolist(), strict=True))
+
+
+def score_by_cache(
+    model: PreTrainedModel, questions: Sequence[Question], max_tokens: int, cache: PrefixCache[OwnCache]
+) -> list[list[float]]:
+    """The same through the model's own cache: what all prompts begin with is computed once, rows of equal length go on behind it
+    together, and every row's answers behind its state, padded on the right, where nothing that is read sees the padding.
+
+    Args:
+        max_tokens: as of `score_answers`; bounds the memory of the caches too.
+    """
+    found: list[list[float]] = [[] for _ in questions]
+    if not questions:
+        return found
+    with torch.inference_mode():
+        prefix = cache.common(model, [question.prompt for question in questions])
+        begin, size = (prefix.length, prefix.bytes_per_row) if prefix else (0, 1)
+        most = min(_most_logits(model), CACHED_BYTES * max_tokens // size)
+        order = sorted(
+            range(len(questions)), key=lambda i: (len(questions[i].prompt), list(questions[i].prompt))
+        )
+
+        def fits(rows: Sequence[int]) -> bool:
+            length = len(questions[rows[-1]].prompt)
+            equal = length == len(questions[rows[0]].prompt)
+            return equal and len(rows) <= most and len(rows) * (length - begin) <= max_tokens
+
+        for rows in passes(order, fits):
+            asked = [questions[row] for row in rows]
+            behind = prefix.repeated([0] * len(rows)) if prefix else None
+            logits, state = run_behind(model, behind, [question.prompt[begin:] for question in asked], 1)
+            for row, scores in zip(rows, _score_behind(model, asked, logits, state, max_tokens), strict=True):
+                found[row] = scores
+    return found
+
+
+def _score_behind(
+    model: PreTrainedModel,
+    questions: Sequence[Question],
+    logits: torch.Tensor,
+    state: OwnCache,
+    max_tokens: int,
+) -> list[list[float]]:
+    """Scores of the answers of questions whose prompts a cache holds.
+
+    Args:
+        logits: at the end of every prompt, shape [questions, 1, vocabulary].
+    """
+    steps = [_steps(logits[row], question.trie, [0]) for row, question in enumerate(questions)]
+    most = CACHED_BYTES * max_tokens // state.bytes_per_row
+    tokens = min(max_tokens, _most_logits(model))
+    todo = [(row, branch) for row, question in enumerate(questions) for branch in question.trie.branches]
+    todo.sort(key=lambda pair: len(pair[1]))
+    for part in passes(todo, lambda part: len(part) <= most and len(part) * len(part[-1][1]) <= tokens):
+        width = len(part[-1][1])
+        ids = [_padded([questions[row].trie.tokens[node] for node in branch], width) for row, branch in part]
+        logits, _ = run_behind(model, state.repeated([row for row, _ in part], last=True), ids, width)
+        for k, (row, branch) in enumerate(part):
+            steps[row].update(_steps(logits[k], questions[row].trie, branch))
+    return [question.trie.scores(known) for question, known in zip(questions, steps, strict=True)]
+
+
+def score_side_by_side(
+    model: PreTrainedModel, questions: Sequence[Question], max_tokens: int
+) -> list[list[float]]:
+    """The same with plain forward passes over whole rows, one answer behind each, padded on the right: for models that do not go
+    on exactly behind what they have kept.
+
+    Args:
+        max_tokens: as of `score_answers`.
+    """
+    steps: list[dict[tuple[int, int], float]] = [{} for _ in questions]
+    most, device = _most_logits(model), next(model.parameters()).device
+    todo = [
+        (row, branch) for row, question in enumerate(questions) for branch in question.trie.branches or ((),)
+    ]
+    todo.sort(key=lambda pair: (len(questions[pair[0]].prompt) + len(pair[1]), pair[0]))
+
+    def shape(part: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[int, int]:
+        """Tokens of the longest row, and those from the end of the shortest prompt on."""
+        longest = len(questions[part[-1][0]].prompt) + len(part[-1][1])
+        return longest, longest - min(len(questions[row].prompt) for row, _ in part) + 1
+
+    def fits(part: Sequence[tuple[int, tuple[int, ...]]]) -> bool:
+        longest, wanted = shape(part)
+        return len(part) * longest <= max_tokens and len(part) * wanted <= most
+
+    with torch.inference_mode():
+        for part in passes(todo, fits):
+            longest, wanted = shape(part)
+            ids = [
+                _padded(
+                    [*questions[row].prompt, *(questions[row].trie.tokens[node] for node in branch)], longest
+                )
+                for row, branch in part
+            ]
+            logits = model(
+                input_ids=torch.tensor(ids, device=device), logits_to_keep=wanted, use_cache=False
+            ).logits
+            for k, (row, branch) in enumerate(part):
+                end = len(questions[row].prompt) - 1 - (longest - wanted)
+                steps[row].update(_steps(logits[k, end:], questions[row].trie, (0, *branch)))
+    return [question.trie.scores(known) for question, known in zip(questions, steps, strict=True)]
+
+
+def _most_logits(model: PreTrainedModel) -> int:
+    """Tokens of one pass that logits may be computed for."""
+    vocabulary: int = model.get_output_embeddings().weight.shape[0]
+    return LOGITS_BYTES // (4 * vocabulary)
+
+
+def passes(items: Sequence[Item], fits: Callable[[Sequence[Item]], bool]) -> Iterator[list[Item]]:
+    """The items in their order, cut into parts that fit; one that does not fit by itself is a part too."""
+    part: list[Item] = []
+    for item in items:
+        if part and not fits([*part, item]):
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
+
+
+def _padded(ids: Sequence[int], length: int) -> list[int]:
+    """Tokens that are never read, behind the row's own."""
+    return [*ids, *[0] * (length - len(ids))]
 
 
 def score_one_by_one(model: PreTrainedModel, question: Question) -> list[float]:
@@ -244,28 +417,39 @@ def score_one_by_one(model: PreTrainedModel, question: Question) -> list[float]:
     return scores
 
 
-def leak_between_rows(model: PreTrainedModel, questions: Sequence[Question]) -> str | None:
+def leak_between_rows(
+    model: PreTrainedModel, questions: Sequence[Question], slack: float = 0.0
+) -> str | None:
     """How the tokens of one row, or of one of its answers, change the logits of another, in words; None if they do not.
 
-    Shapes and places stay the same, so that rounding does too: it is compared without a tolerance.
+    Shapes and places stay the same, so that rounding does too.
+
+    Args:
+        slack: as of `moved_by`.
     """
 
     def logits(asked: Sequence[Question]) -> list[Any]:
         segments = [_segment(question, 0, KVCache()) for question in asked]
-        return list(run_segments(model, segments).split([len(question.trie) for question in asked]))
+        for segment in segments:
+            # A state fades; the first tokens behind another row feel it most.
+            segment.wanted = [*range(min(FIRST_TOKENS, segment.wanted[0])), *segment.wanted]
+        return list(run_segments(model, segments).split([len(segment.wanted) for segment in segments]))
 
     with torch.inference_mode(), segment_attention_on(model):
         before, again = logits(questions), logits(questions)
         for changed, question in enumerate(questions):
             trie = question.trie
             row = replace(question, prompt=other_tokens(question.prompt))
-            # The last node of a trie has no children.
-            answer = replace(question, trie=replace(trie, tokens=(*trie.tokens[:-1], 0)))
-            for what, asked, own in (("row", row, slice(None)), ("answer", answer, slice(-1, None))):
+            # The nodes behind the end of a branch stand behind it in the segment, but do not see it.
+            end = next((node for node in range(1, len(trie)) if node not in trie.parents), None)
+            tokens = [0 if node == end else token for node, token in enumerate(trie.tokens)]
+            answer = replace(question, trie=replace(trie, tokens=tuple(tokens)))
+            own = len(before[changed]) - len(trie) + (end or 0)
+            for what, asked, places in (("row", row, slice(None)), ("answer", answer, slice(own, own + 1))):
                 after = logits([*questions[:changed], asked, *questions[changed + 1 :]])
-                after[changed][own] = before[changed][own]
+                after[changed][places] = before[changed][places]
                 for each in zip(before, again, after, strict=True):
-                    leak = moved_by(what, *each)
+                    leak = moved_by(what, *each, slack)
                     if leak is not None:
                         return leak
     return None
