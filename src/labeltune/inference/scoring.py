@@ -5,9 +5,10 @@ else whole rows side by side (`score_side_by_side`). `score_one_by_one` is what 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 Kept = TypeVar("Kept", KVCache, OwnCache)
 Item = TypeVar("Item")
+#: A question and a node of its trie, or nodes behind each other.
+Node = tuple[int, int]
+Branch = tuple[int, tuple[int, ...]]
 
 #: Memory that the logits of one pass may take.
 LOGITS_BYTES = 256 * 2**20
@@ -113,10 +117,6 @@ class LabelTrie:
             found[node].add(token)
         return {node: sorted(tokens) for node, tokens in found.items()}
 
-    def scores(self, steps: Mapping[tuple[int, int], float]) -> list[float]:
-        """The log-probability of every answer, from those of (node, next token)."""
-        return [math.fsum(steps[step] for step in path) for path in self.paths]
-
 
 @dataclass(frozen=True)
 class Question:
@@ -198,9 +198,9 @@ def score_answers(
     Args:
         max_tokens: tokens of one pass (a row that needs more has a pass of its own).
     """
-    found: list[list[float]] = [[] for _ in questions]
+    scores = _Scores(questions)
     if not questions:
-        return found
+        return []
     with torch.inference_mode(), segment_attention_on(model):
         prefix = cache.common(model, [question.prompt for question in questions]) or KVCache()
         begin = prefix.length
@@ -211,13 +211,11 @@ def score_answers(
                 parent = KVCache(prefix)
                 segments.append(Segment(questions[rows[0]].prompt[begin:shared], parent, keep=True))
             segments += [_segment(questions[row], shared, parent) for row in rows]
-            logits = run_segments(model, segments)
-            start = 0
-            for row in rows:
-                trie = questions[row].trie
-                found[row] = trie.scores(_steps(logits[start:], trie, range(len(trie))))
-                start += len(trie)
-    return found
+            scores.read(
+                run_segments(model, segments),
+                [(row, node) for row in rows for node in range(len(questions[row].trie))],
+            )
+    return scores.of_answers()
 
 
 def plan_passes(
@@ -264,17 +262,32 @@ def _segment(question: Question, shared: int, parent: KVCache) -> Segment:
     )
 
 
-def _steps(logits: torch.Tensor, trie: LabelTrie, nodes: Sequence[int]) -> dict[tuple[int, int], float]:
-    """Log-probabilities of (node, next token) for the tokens that are asked for.
+class _Scores:
+    """Log-probabilities of the tokens of answers, as they become known."""
 
-    Args:
-        logits: shape [at least as many as nodes, vocabulary], in the order of `nodes`.
-    """
-    steps = [(node, token) for node in nodes for token in trie.wanted[node]]
-    places = [at for at, node in enumerate(nodes) for _ in trie.wanted[node]]
-    logits = logits[: len(nodes)].float()
-    values = logits[places, [token for _, token in steps]] - logits.logsumexp(-1)[places]
-    return dict(zip(steps, values.cpu().tolist(), strict=True))
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self.questions = questions
+        self._known: list[dict[tuple[int, int], float]] = [{} for _ in questions]
+
+    def read(self, logits: torch.Tensor, nodes: Sequence[Node]) -> None:
+        """Take what is asked for from logits of shape [nodes, vocabulary].
+
+        Args:
+            nodes: (question, node of its trie).
+        """
+        steps = [(row, node, token) for row, node in nodes for token in self.questions[row].trie.wanted[node]]
+        places = [at for at, (row, node) in enumerate(nodes) for _ in self.questions[row].trie.wanted[node]]
+        logits = logits.float()
+        values = logits[places, [token for *_, token in steps]] - logits.logsumexp(-1)[places]
+        for (row, node, token), value in zip(steps, values.cpu().tolist(), strict=True):
+            self._known[row][node, token] = value
+
+    def of_answers(self) -> list[list[float]]:
+        """Those of complete answers."""
+        return [
+            [math.fsum(known[step] for step in path) for path in question.trie.paths]
+            for question, known in zip(self.questions, self._known, strict=True)
+        ]
 
 
 def score_by_cache(
@@ -286,9 +299,9 @@ def score_by_cache(
     Args:
         max_tokens: as of `score_answers`; bounds the memory of the caches too.
     """
-    found: list[list[float]] = [[] for _ in questions]
+    scores = _Scores(questions)
     if not questions:
-        return found
+        return []
     with torch.inference_mode():
         prefix = cache.common(model, [question.prompt for question in questions])
         begin, size = (prefix.length, prefix.bytes_per_row) if prefix else (0, 1)
@@ -303,38 +316,35 @@ def score_by_cache(
             return equal and len(rows) <= most and len(rows) * (length - begin) <= max_tokens
 
         for rows in passes(order, fits):
-            asked = [questions[row] for row in rows]
             behind = prefix.repeated([0] * len(rows)) if prefix else None
-            logits, state = run_behind(model, behind, [question.prompt[begin:] for question in asked], 1)
-            for row, scores in zip(rows, _score_behind(model, asked, logits, state, max_tokens), strict=True):
-                found[row] = scores
-    return found
+            logits, state = run_behind(model, behind, [questions[row].prompt[begin:] for row in rows], 1)
+            scores.read(logits[:, -1], [(row, 0) for row in rows])
+            _score_behind(model, scores, rows, state, max_tokens)
+    return scores.of_answers()
 
 
 def _score_behind(
-    model: PreTrainedModel,
-    questions: Sequence[Question],
-    logits: torch.Tensor,
-    state: OwnCache,
-    max_tokens: int,
-) -> list[list[float]]:
-    """Scores of the answers of questions whose prompts a cache holds.
-
-    Args:
-        logits: at the end of every prompt, shape [questions, 1, vocabulary].
-    """
-    steps = [_steps(logits[row], question.trie, [0]) for row, question in enumerate(questions)]
+    model: PreTrainedModel, scores: _Scores, rows: Sequence[int], state: OwnCache, max_tokens: int
+) -> None:
+    """The answers of questions whose prompts are the rows of a cache."""
+    tries = [scores.questions[row].trie for row in rows]
     most = CACHED_BYTES * max_tokens // state.bytes_per_row
-    tokens = min(max_tokens, _most_logits(model))
-    todo = [(row, branch) for row, question in enumerate(questions) for branch in question.trie.branches]
-    todo.sort(key=lambda pair: len(pair[1]))
-    for part in passes(todo, lambda part: len(part) <= most and len(part) * len(part[-1][1]) <= tokens):
+    wanted = _most_logits(model)
+    todo = [(at, branch) for at, trie in enumerate(tries) for branch in trie.branches]
+    todo.sort(key=lambda each: len(each[1]))
+    read: set[Node] = set()
+
+    def fits(part: Sequence[Branch]) -> bool:
+        padded = len(part) * len(part[-1][1])
+        return padded <= max_tokens and len(part) <= most and sum(len(nodes) for _, nodes in part) <= wanted
+
+    for part in passes(todo, fits):
         width = len(part[-1][1])
-        ids = [_padded([questions[row].trie.tokens[node] for node in branch], width) for row, branch in part]
-        logits, _ = run_behind(model, state.repeated([row for row, _ in part], last=True), ids, width)
-        for k, (row, branch) in enumerate(part):
-            steps[row].update(_steps(logits[k], questions[row].trie, branch))
-    return [question.trie.scores(known) for question, known in zip(questions, steps, strict=True)]
+        ids = [_padded([tries[at].tokens[node] for node in branch], width) for at, branch in part]
+        nodes, *places = _not_read(part, read)
+        with _logits_at(model, *places):
+            logits, _ = run_behind(model, state.repeated([at for at, _ in part], last=True), ids, width)
+        scores.read(logits[0], [(rows[at], node) for at, node in nodes])
 
 
 def score_side_by_side(
@@ -346,38 +356,67 @@ def score_side_by_side(
     Args:
         max_tokens: as of `score_answers`.
     """
-    steps: list[dict[tuple[int, int], float]] = [{} for _ in questions]
-    most, device = _most_logits(model), next(model.parameters()).device
+    scores, device = _Scores(questions), next(model.parameters()).device
+    most = _most_logits(model)
     todo = [
-        (row, branch) for row, question in enumerate(questions) for branch in question.trie.branches or ((),)
+        (row, (0, *branch))
+        for row, question in enumerate(questions)
+        for branch in question.trie.branches or [()]
     ]
-    todo.sort(key=lambda pair: (len(questions[pair[0]].prompt) + len(pair[1]), pair[0]))
 
-    def shape(part: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[int, int]:
-        """Tokens of the longest row, and those from the end of the shortest prompt on."""
-        longest = len(questions[part[-1][0]].prompt) + len(part[-1][1])
-        return longest, longest - min(len(questions[row].prompt) for row, _ in part) + 1
+    def length(each: Branch) -> int:
+        return len(questions[each[0]].prompt) - 1 + len(each[1])
 
-    def fits(part: Sequence[tuple[int, tuple[int, ...]]]) -> bool:
-        longest, wanted = shape(part)
-        return len(part) * longest <= max_tokens and len(part) * wanted <= most
+    def fits(part: Sequence[Branch]) -> bool:
+        return len(part) * length(part[-1]) <= max_tokens and sum(len(nodes) for _, nodes in part) <= most
 
+    todo.sort(key=length)
+    read: set[Node] = set()
     with torch.inference_mode():
         for part in passes(todo, fits):
-            longest, wanted = shape(part)
+            width = length(part[-1])
             ids = [
                 _padded(
-                    [*questions[row].prompt, *(questions[row].trie.tokens[node] for node in branch)], longest
+                    [*questions[row].prompt, *(questions[row].trie.tokens[node] for node in branch[1:])],
+                    width,
                 )
                 for row, branch in part
             ]
-            logits = model(
-                input_ids=torch.tensor(ids, device=device), logits_to_keep=wanted, use_cache=False
-            ).logits
-            for k, (row, branch) in enumerate(part):
-                end = len(questions[row].prompt) - 1 - (longest - wanted)
-                steps[row].update(_steps(logits[k, end:], questions[row].trie, (0, *branch)))
-    return [question.trie.scores(known) for question, known in zip(questions, steps, strict=True)]
+            nodes, places, columns = _not_read(part, read)
+            columns = [
+                len(questions[row].prompt) - 1 + column
+                for (row, _), column in zip(nodes, columns, strict=True)
+            ]
+            with _logits_at(model, places, columns):
+                logits = model(input_ids=torch.tensor(ids, device=device), use_cache=False).logits
+            scores.read(logits[0], nodes)
+    return scores.of_answers()
+
+
+def _not_read(part: Sequence[Branch], read: set[Node]) -> tuple[list[Node], list[int], list[int]]:
+    """The nodes of branches that are not in `read`, which gets them, with their rows and columns in the batch."""
+    found = []
+    for place, (row, branch) in enumerate(part):
+        for column, node in enumerate(branch):
+            if (row, node) not in read:
+                read.add((row, node))
+                found.append(((row, node), place, column))
+    nodes, places, columns = map(list, zip(*found, strict=True)) if found else ([], [], [])
+    return nodes, places, columns
+
+
+@contextlib.contextmanager
+def _logits_at(model: PreTrainedModel, rows: Sequence[int], columns: Sequence[int]) -> Iterator[None]:
+    """Inside the `with` the output layer runs on these tokens of a batch alone; logits have the shape [1, tokens, vocabulary]."""
+
+    def select(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return given[0][rows, columns][None], *given[1:]
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _most_logits(model: PreTrainedModel) -> int:
