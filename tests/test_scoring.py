@@ -44,6 +44,15 @@ def brute_force(model: Any, question: Question) -> list[float]:
     return scores
 
 
+def decided(model: Any) -> Any:
+    """Weights that make answers as certain as training does."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(6)
+    return model
+
+
 def questions(
     seed: int, count: int = 12, labels: int = 5, shared: tuple[int, ...] = (15, 9)
 ) -> list[Question]:
@@ -260,7 +269,7 @@ def test_a_cache_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> N
                 state.zero_()
         return repeated
 
-    model, asked = make_model(VOCABULARY, "lfm2").eval(), questions(5, count=6)
+    model, asked = decided(make_model(VOCABULARY, "lfm2").eval()), questions(5, count=6)
     monkeypatch.setattr(OwnCache, "repeated", forgetful)
     with pytest.warns(UserWarning, match="whole rows side by side.*own cache: log-probabilities differ"):
         found = Engine(model).score(asked)
@@ -288,11 +297,7 @@ def test_in_bf16_wrong_scores_are_no_rounding(
     """A state that runs from row to row shifts labels; with and without memory to compare in fp32, the model's own cache is taken,
     whose error is that of bf16."""
     monkeypatch.setattr(precision, "free_memory", lambda device: memory)
-    model, asked = make_model(VOCABULARY, kind).eval(), questions(7, count=8)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.mul_(6)  # as decided as a trained model
+    model, asked = decided(make_model(VOCABULARY, kind).eval()), questions(7, count=8)
     right = [brute_force(model, question) for question in asked]
     model.to(torch.bfloat16)
     plain = farthest([score_one_by_one(model, question) for question in asked], right)
