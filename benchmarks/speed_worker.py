@@ -17,9 +17,12 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
+    Lfm2Config,
+    PreTrainedConfig,
     Qwen2Config,
-    Qwen2ForCausalLM,
+    Qwen3_5TextConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -28,8 +31,14 @@ from transformers import (
 SHAPES = {
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "heads": 14, "layers": 24},
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "heads": 12, "layers": 28},
+    "small": {"hidden_size": 512, "intermediate_size": 1536, "heads": 8, "layers": 8},
 }
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+#: Layers with an adapter: all linear ones but the output layer, router and the like.
+MODULES: dict[str, Any] = {
+    "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "qwen3_5": "all-linear",
+    "lfm2": "all-linear",
+}
 VOCABULARY = 151936
 
 #: Settings of TRL's SFTTrainer that are tried. Its output layer always runs in chunks, on answer positions.
@@ -145,29 +154,49 @@ class PeakMemory:
         return (self.peak - self.start) / 1e6
 
 
+def model_config(options: dict[str, Any]) -> PreTrainedConfig:
+    """A family's config in a shape; hybrid layers stand as they do in the published models."""
+    shape = SHAPES[options["shape"]]
+    layers = options["layers"] or shape["layers"]
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": shape["hidden_size"],
+        "intermediate_size": shape["intermediate_size"],
+        "num_hidden_layers": layers,
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 32768,
+    }
+    if options["family"] == "qwen2":
+        return Qwen2Config(**common)
+    if options["family"] == "lfm2":
+        kinds = ["full_attention" if at % 3 == 2 else "conv" for at in range(layers)]
+        return Lfm2Config(**common, layer_types=kinds, block_auto_adjust_ff_dim=False)
+    size = shape["hidden_size"] // shape["heads"]
+    heads = {"linear_num_key_heads": shape["heads"], "linear_num_value_heads": shape["heads"]}
+    sizes = {"head_dim": size, "linear_key_head_dim": size, "linear_value_head_dim": size}
+    kinds = ["full_attention" if at % 4 == 3 else "linear_attention" for at in range(layers)]
+    return Qwen3_5TextConfig(**common, **heads, **sizes, layer_types=kinds)
+
+
 def build_model(options: dict[str, Any]) -> Any:
-    """Random weights in the shape of a Qwen2, with the original recipe's adapter."""
+    """Random weights in the shape of a published model, with the original recipe's adapter."""
     import peft
 
-    shape = SHAPES[options["shape"]]
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=shape["hidden_size"],
-        intermediate_size=shape["intermediate_size"],
-        num_hidden_layers=options["layers"] or shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        max_position_embeddings=32768,
-    )
+    config = model_config(options)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if options["device"] == "cuda" else torch.float32
     with torch.device(options["device"]):
         torch.set_default_dtype(dtype)
-        model = Qwen2ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         torch.set_default_dtype(torch.float32)
     lora = peft.LoraConfig(
-        r=8, lora_alpha=32, lora_dropout=options["dropout"], target_modules=MODULES, task_type="CAUSAL_LM"
+        r=8,
+        lora_alpha=32,
+        lora_dropout=options["dropout"],
+        target_modules=MODULES[options["family"]],
+        task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, lora)
 

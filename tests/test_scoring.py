@@ -290,7 +290,7 @@ def test_a_model_whose_rows_feel_each_other_is_run_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("memory", [1 << 40, 0])
-@pytest.mark.parametrize("kind", list(HYBRID_KINDS))
+@pytest.mark.parametrize("kind", [*HYBRID_KINDS, "lfm3", "falcon_h1"])
 def test_in_bf16_wrong_scores_are_no_rounding(
     kind: str, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
