@@ -33,8 +33,8 @@ Branch = tuple[int, tuple[int, ...]]
 LOGITS_BYTES = 256 * 2**20
 #: Common tokens beyond what is kept already for which computing the beginning again is worth it.
 WORTH_KEEPING = 32
-#: Tokens at the beginning of a row that are watched for what is left of another row.
-FIRST_TOKENS = 8
+#: Tokens of a row that are enough to see whether rows influence each other, and those of its beginning that are watched.
+LEAK_TOKENS, FIRST_TOKENS = 64, 8
 #: Memory that the rows of one pass may hold in a model's own cache, for every token of `max_tokens`: 4 GiB on CUDA.
 CACHED_BYTES = 256 * 2**10
 
@@ -394,14 +394,15 @@ def score_side_by_side(
 
 
 def _not_read(part: Sequence[Branch], read: set[Node]) -> tuple[list[Node], list[int], list[int]]:
-    """The nodes of branches that are not in `read`, which gets them, with their rows and columns in the batch."""
+    """The nodes of branches that are not in `read`, which gets them, with their rows and columns in the batch; the end of a
+    branch is always one."""
     found = []
     for place, (row, branch) in enumerate(part):
         for column, node in enumerate(branch):
             if (row, node) not in read:
                 read.add((row, node))
                 found.append(((row, node), place, column))
-    nodes, places, columns = map(list, zip(*found, strict=True)) if found else ([], [], [])
+    nodes, places, columns = map(list, zip(*found, strict=True))
     return nodes, places, columns
 
 
@@ -468,7 +469,8 @@ def leak_between_rows(
     """
 
     def logits(asked: Sequence[Question]) -> list[Any]:
-        segments = [_segment(question, 0, KVCache()) for question in asked]
+        short = [replace(question, prompt=question.prompt[-LEAK_TOKENS:]) for question in asked]
+        segments = [_segment(question, 0, KVCache()) for question in short]
         for segment in segments:
             # A state fades; the first tokens behind another row feel it most.
             segment.wanted = [*range(min(FIRST_TOKENS, segment.wanted[0])), *segment.wanted]

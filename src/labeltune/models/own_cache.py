@@ -58,12 +58,13 @@ class OwnCache:
 
     @property
     def bytes_per_row(self) -> int:
-        """Memory of one row."""
+        """Memory of one row, at least 1."""
         held = [value for layer in self.cache.layers for value in vars(layer).values()]
         tensors = [
             each for value in held for each in (value.values() if isinstance(value, dict) else [value])
         ]
-        return sum(each.nbytes // max(1, each.shape[0]) for each in tensors if _is_of_rows(each))
+        size: int = sum(each.nbytes // max(1, each.shape[0]) for each in tensors if _is_of_rows(each))
+        return max(1, size)
 
 
 def run_behind(
