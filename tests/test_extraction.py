@@ -61,7 +61,11 @@ def test_the_space_in_front_of_an_answer_is_decoded_and_left_out(world: World) -
     grammars = Grammars(world.tokenizer, LABELS, NONE, world.size, lead=" ")
     model = make_model(world.size)
     pieces = ("南京 in rain",)
-    for runner in (PlainRunner(model), SegmentRunner(model, PrefixCache(), 500)):
+    for runner in (
+        PlainRunner(model),
+        CacheRunner(model, own_prefix(), 500),
+        SegmentRunner(model, segment_prefix(), 500),
+    ):
         (found,) = extract(
             runner, grammars, world.end, [(world.prompt(pieces[0]), pieces)], max_new_tokens=60, batch_size=1
         )
