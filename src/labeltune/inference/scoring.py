@@ -35,6 +35,8 @@ LOGITS_BYTES = 256 * 2**20
 WORTH_KEEPING = 32
 #: Tokens of a row that are enough to see whether rows influence each other, and those of its beginning that are watched.
 LEAK_TOKENS, FIRST_TOKENS = 64, 8
+#: Tokens of a pass over answers, padding included, for every one that is none; a single token is also cheaper where a state is kept.
+PADDED = 1.5
 #: Memory that the rows of one pass may hold in a model's own cache, for every token of `max_tokens`: 4 GiB on CUDA.
 CACHED_BYTES = 256 * 2**10
 
@@ -335,8 +337,8 @@ def _score_behind(
     read: set[Node] = set()
 
     def fits(part: Sequence[Branch]) -> bool:
-        padded = len(part) * len(part[-1][1])
-        return padded <= max_tokens and len(part) <= most and sum(len(nodes) for _, nodes in part) <= wanted
+        padded, own = len(part) * len(part[-1][1]), sum(len(nodes) for _, nodes in part)
+        return padded <= min(max_tokens, PADDED * own) and len(part) <= most and own <= wanted
 
     for part in passes(todo, fits):
         width = len(part[-1][1])
