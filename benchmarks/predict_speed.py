@@ -6,6 +6,10 @@
 The same adapter and rows for all; every variant runs in a process of its own, rounds are interleaved, ratios are medians over
 rounds of ratios taken within a round. Classification rows are offered 20 candidates: the run's labels and made-up ones.
 
+    python benchmarks/predict_speed.py --family qwen3_5 --tokenizer FOLDER --data rows.jsonl
+
+No run, but random weights in a small shape of a hybrid model: `per_label` and `labeltune` alone, and ratios to `per_label`.
+
 `original`: one row at a time, the chat template applied, `generate` with up to 512 new tokens; `original_bf16` the same with
 the weights in bf16, as the original loads them (the others have fp32 on a CPU). `free_batched`: the same prompts in batches. `per_label`: one forward pass for every candidate. `labeltune`: label scoring, or constrained extraction.
 """
@@ -60,7 +64,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a run folder or checkpoint")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="a run folder or checkpoint")
+    model.add_argument(
+        "--family", choices=["qwen2", "qwen3_5", "lfm2"], help="random weights of such a model"
+    )
+    parser.add_argument("--tokenizer", help="folder with a tokenizer, for --family")
     parser.add_argument("--task", choices=list(VARIANTS), default="classification")
     parser.add_argument("--data", required=True, help="labelled rows of this task")
     parser.add_argument("--rows", type=int, default=32)
@@ -72,7 +81,29 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", help="write the result here")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.family and (given.task != "classification" or not given.tokenizer):
+        parser.error("--family needs --tokenizer, and measures classification")
+    return given
+
+
+def random_predictor(given: argparse.Namespace) -> Any:
+    """A predictor on random weights: what a pass costs does not depend on them."""
+    import torch
+    from speed_worker import model_config
+    from transformers import AutoModelForCausalLM
+
+    from labeltune.config import PromptConfig
+    from labeltune.inference.predictor import Predictor
+    from labeltune.models.hub import load_tokenizer
+    from labeltune.prompts import make_task
+    from labeltune.prompts.template import ChatTemplate
+
+    torch.manual_seed(0)
+    config = model_config({"family": given.family, "shape": "small", "layers": None})
+    model = AutoModelForCausalLM.from_config(config).eval().to(given.device)
+    task = make_task("classification", MADE_UP[:CANDIDATES], PromptConfig())
+    return Predictor(model, task, ChatTemplate(load_tokenizer(Path(given.tokenizer))))
 
 
 def run_variant(given: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +119,12 @@ def run_variant(given: argparse.Namespace) -> dict[str, Any]:
     from labeltune.prompts.builder import PromptBuilder
 
     # As `labeltune predict` loads it; the original leaves its adapter beside the weights.
-    predictor = load_predictor(given.model, device=given.device, merge=given.variant == "labeltune")
+    merge = given.variant == "labeltune"
+    predictor = (
+        random_predictor(given)
+        if given.family
+        else load_predictor(given.model, device=given.device, merge=merge)
+    )
     task = make_task(
         given.task, predictor.task.labels, predictor.task.prompt.model_copy(update={"layout": given.layout})
     )
@@ -159,8 +195,10 @@ def main() -> None:
         print(json.dumps(run_variant(given)))
         return
     found: dict[str, list[dict[str, float]]] = {}
+    variants = ("per_label", "labeltune") if given.family else VARIANTS[given.task]
+    base = variants[0]
     for number in range(given.repeats):
-        for variant in (v for v in VARIANTS[given.task] if v not in given.without):
+        for variant in (v for v in variants if v not in given.without):
             done = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], "--variant", variant],
                 capture_output=True,
@@ -180,23 +218,23 @@ def main() -> None:
     print(
         f"{given.task}, layout {given.layout}, {Path(given.data).name}, {given.rows} rows, {given.device}\n"
     )
-    print("| variant | rows/s | to original | peak MB |\n|---|---|---|---|")
+    print(f"| variant | rows/s | to {base} | peak MB |\n|---|---|---|---|")
     for variant, runs in found.items():
         ratios = [
-            run["rows_per_second"] / base["rows_per_second"]
-            for run, base in zip(runs, found["original"], strict=True)
+            run["rows_per_second"] / other["rows_per_second"]
+            for run, other in zip(runs, found[base], strict=True)
         ]
         record = {
             "task": given.task,
             "variant": variant,
             "rows_per_second": round(statistics.median(run["rows_per_second"] for run in runs), 3),
-            "ratio_to_original": round(statistics.median(ratios), 2),
+            f"ratio_to_{base}": round(statistics.median(ratios), 2),
             "peak_memory_mb": round(statistics.median(run["peak_memory_mb"] for run in runs)),
             "layout": given.layout,
         }
         records.append(record)
         print(
-            f"| {variant} | {record['rows_per_second']:.2f} | {record['ratio_to_original']:.2f} | {record['peak_memory_mb']} |"
+            f"| {variant} | {record['rows_per_second']:.2f} | {record[f'ratio_to_{base}']:.2f} | {record['peak_memory_mb']} |"
         )
     if given.json:
         Path(given.json).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -9,17 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.tiny_models import make_model, make_tokenizer
+from helpers.tiny_models import CACHE_KINDS, HYBRID_KINDS, MODEL_KINDS, make_model, make_tokenizer
+from labeltune.errors import ModelError
+from labeltune.inference.engine import Engine
 from labeltune.inference.extraction import (
+    CacheRunner,
     Grammars,
     PlainRunner,
+    Runner,
     SegmentRunner,
     escape_units,
     extract,
     nothing_left,
     occurrences,
 )
-from labeltune.inference.scoring import PrefixCache
+from labeltune.inference.scoring import own_prefix, segment_prefix
 
 LABELS = ["地点", 'a "quoted" label', "组织"]
 NONE = "没有找到任何实体"
@@ -36,8 +41,10 @@ class World:
         ids: list[int] = self.tokenizer("find " + text[:40] + " :", add_special_tokens=False).input_ids
         return ids
 
-    def run(self, model: Any, documents: list[tuple[str, ...]], plain: bool = False, **options: int) -> Any:
-        runner = PlainRunner(model) if plain else SegmentRunner(model, PrefixCache(), 500)
+    def run(
+        self, model: Any, documents: list[tuple[str, ...]], runner: Runner | None = None, **options: int
+    ) -> Any:
+        runner = runner or SegmentRunner(model, segment_prefix(), 500)
         limits = {"max_new_tokens": 60, "batch_size": 4, **options}
         prompts = [(self.prompt("".join(pieces)), pieces) for pieces in documents]
         return extract(runner, self.grammars, self.end, prompts, **limits)
@@ -54,7 +61,11 @@ def test_the_space_in_front_of_an_answer_is_decoded_and_left_out(world: World) -
     grammars = Grammars(world.tokenizer, LABELS, NONE, world.size, lead=" ")
     model = make_model(world.size)
     pieces = ("南京 in rain",)
-    for runner in (PlainRunner(model), SegmentRunner(model, PrefixCache(), 500)):
+    for runner in (
+        PlainRunner(model),
+        CacheRunner(model, own_prefix(), 500),
+        SegmentRunner(model, segment_prefix(), 500),
+    ):
         (found,) = extract(
             runner, grammars, world.end, [(world.prompt(pieces[0]), pieces)], max_new_tokens=60, batch_size=1
         )
@@ -127,20 +138,49 @@ def test_entities_are_found_with_a_model_that_wants_them(world: World) -> None:
     assert not found.truncated
 
 
-def test_side_by_side_equals_one_by_one(world: World) -> None:
-    """Rows of different lengths, entering and leaving a batch of two, against transformers' own cache."""
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3", "gemma3", *HYBRID_KINDS, *CACHE_KINDS])
+def test_side_by_side_equals_one_by_one(kind: str, world: World) -> None:
+    """Rows of different lengths, entering and leaving a batch of two, against transformers' own cache of one row."""
     documents = [
         (text,) for text in ("他在南京大学。", "a", 'say "hi" \\ twice', "今天下雨 " * 8, "x y z", "😀😀")
     ]
-    for kind in ("qwen2", "llama", "qwen3", "gemma3"):
-        model = make_model(world.size, kind, seed=5).eval()
-        right = world.run(model, documents, plain=True, batch_size=1)
-        for size in (1, 2, 6):
-            found = world.run(model, documents, batch_size=size)
-            assert [f.answer for f in found] == [r.answer for r in right]
-            assert [f.truncated for f in found] == [r.truncated for r in right]
-            for f, r in zip(found, right, strict=True):
-                assert f.scores == pytest.approx(r.scores, rel=1e-4, abs=1e-4)
+    model = make_model(world.size, kind, seed=5).eval()
+    right = world.run(model, documents, PlainRunner(model), batch_size=1)
+    runners: list[Runner] = [CacheRunner(model, own_prefix(), 500), CacheRunner(model, own_prefix(), 1)]
+    if kind in MODEL_KINDS:
+        runners.append(SegmentRunner(model, segment_prefix(), 500))
+    for runner, size in itertools.product(runners, (1, 2, 6)):
+        found = world.run(model, documents, runner, batch_size=size)
+        assert [f.answer for f in found] == [r.answer for r in right]
+        assert [f.truncated for f in found] == [r.truncated for r in right]
+        for f, r in zip(found, right, strict=True):
+            assert f.scores == pytest.approx(r.scores, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "lfm2", "mamba2"])
+def test_the_engine_finds_the_own_cache(kind: str, world: World) -> None:
+    model = make_model(world.size, kind, seed=5).eval()
+    prompts = [(world.prompt(text), (text,)) for text in ("他在南京大学。", "a", "x y z")]
+    limits = {"max_new_tokens": 40, "batch_size": 3}
+    right = extract(PlainRunner(model), world.grammars, world.end, prompts, **limits)
+    with pytest.warns(UserWarning, match="prediction uses the model's own cache"):
+        found = Engine(model).decode(
+            [prompt for prompt, _ in prompts],
+            lambda runner: extract(runner, world.grammars, world.end, prompts, **limits),
+        )
+    assert [f.answer for f in found] == [r.answer for r in right]
+
+
+def test_a_model_without_a_cache_is_refused(world: World) -> None:
+    model = make_model(world.size).eval()
+
+    def drop(_: Any, __: Any, output: Any) -> Any:
+        output.past_key_values = None
+        return output
+
+    model.register_forward_hook(drop)
+    with pytest.raises(ModelError, match=r"returns no cache.*generation\.decoding=free"):
+        world.run(model, [("ab",)], PlainRunner(model))
 
 
 def test_a_bounded_answer_is_closed_and_says_so(world: World) -> None:

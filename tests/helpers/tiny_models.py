@@ -100,6 +100,7 @@ CACHE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 8,
         },
     ),
+    "lfm3": ("Lfm3Config", {"layer_types": ["conv", "full_attention"]}),
     "mamba2": (
         "Mamba2Config",
         {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16},

@@ -1,27 +1,37 @@
-"""Runs one model for prediction: scores of answers and decoding, by the fast path where it is exact for this model."""
+"""Runs one model for prediction: scores of answers and decoding, by the fastest way that is exact for this model."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
 from labeltune.errors import ModelError, first_line
-from labeltune.inference.extraction import PlainRunner, Runner, SegmentRunner
+from labeltune.inference.extraction import (
+    CacheRunner,
+    PlainRunner,
+    Runner,
+    SegmentRunner,
+    decoded_scores,
+)
 from labeltune.inference.scoring import (
     LabelTrie,
-    PrefixCache,
     Question,
     leak_between_rows,
+    own_prefix,
     score_answers,
+    score_by_cache,
     score_one_by_one,
+    score_side_by_side,
+    segment_prefix,
 )
-from labeltune.models.precision import weights_in
+from labeltune.models.precision import FELT, weights_in
 from labeltune.models.shared_prefix import changing_shapes
 
 if TYPE_CHECKING:
@@ -32,14 +42,27 @@ if TYPE_CHECKING:
 PASS_TOKENS = {"cuda": 16384, "mps": 4096, "cpu": 1024}
 #: Rows of one call that keep the device busy; on slow devices fewer, so that a progress bar moves every few seconds.
 CALL_ROWS = {"cuda": 256, "mps": 64, "cpu": 64}
-#: Largest difference of an answer's log-probability per token between the fast path and plain forward passes, in fp32.
+#: Ways to run a model, the fastest first: attention over segments, the model's own cache, whole rows side by side, and one by one,
+#: which the others are compared with.
+Way = Literal["segments", "cache", "side_by_side", "one_by_one"]
+#: What each of them is said to do.
+IN_WORDS: dict[Way, str] = {
+    "segments": "replaced attention",
+    "cache": "the model's own cache",
+    "side_by_side": "whole rows side by side, slower",
+    "one_by_one": "every answer by itself, much slower",
+}
+#: Those there are for scoring and for decoding.
+SCORING: tuple[Way, ...] = ("segments", "cache", "side_by_side", "one_by_one")
+DECODING: tuple[Way, ...] = ("segments", "cache", "one_by_one")
+#: Largest difference of an answer's log-probability per token between a way and plain forward passes, in fp32.
 TOLERANCE = 1e-3
 #: In bf16 and fp16, once the two agree in fp32: this many times the difference of plain passes from fp32, or this much.
 OWN_ROUNDING, SMALL_ROUNDING = 2, 0.02
-#: In bf16 and fp16 where the weights cannot be had in fp32.
+#: At most, and in bf16 and fp16 where the weights cannot be had in fp32.
 MIXED_TOLERANCE = 0.1
-#: Prompts, and answers of each, on which the two are compared.
-CHECKED_PROMPTS, CHECKED_ANSWERS = 3, 2
+#: Prompts, answers of each, and tokens decoded behind each, on which ways are compared.
+CHECKED_PROMPTS, CHECKED_ANSWERS, CHECKED_TOKENS = 3, 2, 8
 
 Result = TypeVar("Result")
 
@@ -67,16 +90,18 @@ def predicting(model: PreTrainedModel) -> Iterator[None]:
 class Engine:
     """Runs a model for prediction. Calls from several threads wait for each other.
 
-    The first call compares the fast path with plain forward passes on some of its own prompts. A model for which they disagree
-    (capped attention, state-space layers, a backend that drops its arguments) is run plainly, with one warning.
+    The first call compares the ways to do it with plain forward passes on some of its own prompts, the fastest first, and takes the
+    first that agrees; where that is not the fastest (capped attention, state-space layers, a backend that drops its arguments) one
+    warning says which it is.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._max_tokens: int | None = None
-        self._cache = PrefixCache()
+        self._segments, self._own = segment_prefix(), own_prefix()
         self._lock = threading.RLock()
-        self._fast: bool | None = None
+        self._scoring: Way | None = None
+        self._decoding: Way | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -102,35 +127,35 @@ class Engine:
     def reset_cache(self) -> None:
         """Drop the keys and values of earlier prompts; needed when the model's weights have changed."""
         with self._lock:
-            self._cache.clear()
+            self._segments.clear()
+            self._own.clear()
 
-    def verify_fast_path(self, questions: Sequence[Question]) -> None:
-        """Compare the fast path with plain passes on some of these questions, if no call has done so yet."""
+    def verify_scoring(self, questions: Sequence[Question]) -> None:
+        """Choose how answers are scored by some of these questions, if no call has done so yet."""
         with self._lock, predicting(self.model):
-            self._is_fast(questions)
+            self._within_memory(lambda: self._way_to_score(questions))
+
+    def verify_decoding(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Choose how prompts are decoded by some of these, if no call has done so yet."""
+        with self._lock, predicting(self.model):
+            self._within_memory(lambda: self._way_to_decode(prompts))
 
     def score(self, questions: Sequence[Question]) -> list[list[float]]:
         """Log-probability of every answer of every question."""
         if not questions:
             return []
         with self._lock, predicting(self.model):
-            if self._is_fast(questions):
-                return self._within_memory(
-                    lambda: score_answers(self.model, questions, self.max_tokens, self._cache)
-                )
-            return self._plainly(questions)
+            return self._within_memory(lambda: self._scores(self._way_to_score(questions), questions))
 
     def decode(self, prompts: Sequence[Sequence[int]], run: Callable[[Runner], Result]) -> Result:
-        """Run something that decodes step by step, by the path that is exact for this model.
+        """Run something that decodes step by step, by the fastest way that is exact for this model.
 
         Args:
-            prompts: its prompts; the two paths are compared on some of them.
+            prompts: its prompts; the ways are compared on some of them.
             run: called with the runner; again after the device has run out of memory.
         """
         with self._lock, predicting(self.model):
-            if not self._is_fast([Question(prompt, PLACEHOLDER_ANSWERS) for prompt in prompts]):
-                return run(PlainRunner(self.model))
-            return self._within_memory(lambda: run(SegmentRunner(self.model, self._cache, self.max_tokens)))
+            return self._within_memory(lambda: run(self._runner(self._way_to_decode(prompts))))
 
     def _within_memory(self, run: Callable[[], Result]) -> Result:
         """Again with smaller passes when the device runs out of memory."""
@@ -138,7 +163,7 @@ class Engine:
             try:
                 return run()
             except torch.OutOfMemoryError as error:
-                self._cache.clear()
+                self.reset_cache()
                 torch.cuda.empty_cache()
                 if self.max_tokens <= 256:
                     raise ModelError(
@@ -146,50 +171,111 @@ class Engine:
                     ) from error
                 self.max_tokens //= 2
 
-    def _is_fast(self, questions: Sequence[Question]) -> bool:
-        if self._fast is None:
-            reason = self._disagreement(questions_to_check(questions))
-            self._fast = reason is None
-            if reason is not None:
-                warnings.warn(
-                    f"the fast way of predicting is not exact for this model ({reason}); it is run plainly, slower and exact",
-                    stacklevel=4,
-                )
-        return self._fast
+    def _way_to_score(self, questions: Sequence[Question]) -> Way:
+        if self._scoring is None:
+            asked = questions_to_check(questions)
 
-    def _disagreement(self, questions: Sequence[Question]) -> str | None:
-        """Why the fast path cannot be used, or None.
+            def measure(way: Way) -> list[float]:
+                self.reset_cache()
+                scores = self._scores(way, asked)
+                paths = [path for question in asked for path in question.trie.paths]
+                return [x / len(path) for x, path in zip(itertools.chain(*scores), paths, strict=True)]
 
-        Rounding must not hide a wrong result: weights in bf16 or fp16 are first compared in fp32; where that is impossible, no
-        row may be changed by the tokens of another one.
+            self._scoring = self._choose(SCORING, measure, asked)
+        return self._scoring
+
+    def _way_to_decode(self, prompts: Sequence[Sequence[int]]) -> Way:
+        if self._decoding is None:
+            asked = questions_to_check([Question(prompt, PLACEHOLDER_ANSWERS) for prompt in prompts])
+            rows = [(question.prompt, question.prompt[:CHECKED_TOKENS]) for question in asked]
+
+            def measure(way: Way) -> list[float]:
+                self.reset_cache()
+                return list(itertools.chain(*decoded_scores(self._runner(way), rows)))
+
+            self._decoding = self._choose(DECODING, measure, asked)
+        return self._decoding
+
+    def _scores(self, way: Way, questions: Sequence[Question]) -> list[list[float]]:
+        if way == "segments":
+            return score_answers(self.model, questions, self.max_tokens, self._segments)
+        if way == "cache":
+            return score_by_cache(self.model, questions, self.max_tokens, self._own)
+        if way == "side_by_side":
+            return score_side_by_side(self.model, questions, self.max_tokens)
+        return [score_one_by_one(self.model, question) for question in questions]
+
+    def _runner(self, way: Way) -> Runner:
+        if way == "segments":
+            return SegmentRunner(self.model, self._segments, self.max_tokens)
+        return (
+            CacheRunner(self.model, self._own, self.max_tokens) if way == "cache" else PlainRunner(self.model)
+        )
+
+    def _choose(
+        self, ways: Sequence[Way], measure: Callable[[Way], list[float]], questions: Sequence[Question]
+    ) -> Way:
+        """The first way that computes what the last one does.
+
+        Args:
+            measure: what is compared, a token.
+        """
+        reasons = []
+        known: dict[str, list[float]] = {}
+        for way in ways:
+            reason = None if way == ways[-1] else self._disagreement(way, ways[-1], measure, questions, known)
+            if reason is None:
+                break
+            reasons.append(f"{IN_WORDS[way].partition(',')[0]}: {reason}")
+        self.reset_cache()
+        if reasons:
+            warnings.warn(
+                f"prediction uses {IN_WORDS[way]}; what is faster is not exact for this model ({'; '.join(reasons)})",
+                stacklevel=5,
+            )
+        return way
+
+    def _disagreement(
+        self,
+        way: Way,
+        plain: Way,
+        measure: Callable[[Way], list[float]],
+        questions: Sequence[Question],
+        known: dict[str, list[float]],
+    ) -> str | None:
+        """Why a way cannot be used, or None.
+
+        Rounding must not hide a wrong result, nor a small effect that it has on these prompts: no segment may be changed by the
+        tokens of another one, and weights in bf16 or fp16 are compared in fp32 first, where that is possible.
+
+        Args:
+            known: what plain passes gave, in fp32 and in the model's own format; filled here.
         """
         rounded = next(self.model.parameters()).dtype != torch.float32
+        context = weights_in(self.model, torch.float32) if rounded else contextlib.nullcontext(True)
         try:
-            exact = None
-            if rounded:
-                with weights_in(self.model, torch.float32) as possible:
-                    if possible:
-                        exact = self._plainly(questions)
-                        reason = _too_far(self._fast_scores(questions), exact, questions, TOLERANCE)
-                        if reason is not None:
-                            return f"{reason} in fp32"
-            plain = self._plainly(questions)
-            if exact is None:
-                allowed = MIXED_TOLERANCE if rounded else TOLERANCE
-                leak = leak_between_rows(self.model, questions) if rounded else None
-                return leak or _too_far(self._fast_scores(questions), plain, questions, allowed)
-            allowed = max(OWN_ROUNDING * _difference(plain, exact, questions), SMALL_ROUNDING)
-            return _too_far(self._fast_scores(questions), exact, questions, allowed)
+            with context as in_fp32:
+                if way == "segments":
+                    leak = leak_between_rows(self.model, questions, FELT if in_fp32 else 0.0)
+                    if leak is not None:
+                        return leak
+                if in_fp32:
+                    if "exact" not in known:
+                        known["exact"] = measure(plain)
+                    reason = _too_far(measure(way), known["exact"], TOLERANCE)
+                    if reason is not None or not rounded:
+                        return reason and f"{reason} in fp32"
+            if "plain" not in known:
+                known["plain"] = measure(plain)
+            if "exact" not in known:
+                return _too_far(measure(way), known["plain"], MIXED_TOLERANCE)
+            own = OWN_ROUNDING * _difference(known["plain"], known["exact"])
+            allowed = min(max(own, SMALL_ROUNDING), MIXED_TOLERANCE)
+            return _too_far(measure(way), known["exact"], allowed)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a foreign model does with segments it does not know
+        except Exception as error:  # whatever a foreign model does with what it does not know
             return first_line(error)
-
-    def _fast_scores(self, questions: Sequence[Question]) -> list[list[float]]:
-        return score_answers(self.model, questions, self.max_tokens, PrefixCache())
-
-    def _plainly(self, questions: Sequence[Question]) -> list[list[float]]:
-        return [score_one_by_one(self.model, question) for question in questions]
 
 
 #: Answers for prompts that come without any.
@@ -198,14 +284,16 @@ PLACEHOLDER_ANSWERS = LabelTrie.of([(0, 1, 2), (0, 2, 1), (1, 0, 2)])
 
 def questions_to_check(questions: Sequence[Question]) -> list[Question]:
     """Different prompts, the shortest, the longest and one between, each with its longest and its shortest answer; a prompt that
-    is alone gets its own end backwards for company."""
+    is alone gets itself, the second half backwards, for company."""
     prompts = {tuple(question.prompt): question.trie for question in questions}
     ordered = sorted(prompts, key=lambda prompt: (len(prompt), prompt))
     count = min(CHECKED_PROMPTS, len(ordered))
     chosen = [ordered[at * (len(ordered) - 1) // max(1, count - 1)] for at in range(count)]
     asked = [(prompt, prompts[prompt]) for prompt in chosen]
     if len(asked) == 1:
-        asked.append((asked[0][0][: -64 - 1 : -1], asked[0][1]))
+        prompt, trie = asked[0]
+        half = len(prompt) // 2
+        asked.append(((*prompt[:half], *reversed(prompt[half:])), trie))
     return [Question(prompt, _few_answers(trie)) for prompt, trie in asked]
 
 
@@ -215,24 +303,13 @@ def _few_answers(trie: LabelTrie) -> LabelTrie:
     return LabelTrie.of([*answers[: CHECKED_ANSWERS - 1], *answers[1:][-1:]])
 
 
-def _difference(
-    found: Sequence[Sequence[float]], right: Sequence[Sequence[float]], questions: Sequence[Question]
-) -> float:
-    """The largest difference of an answer's log-probability, divided by its number of tokens; NaN where there is one."""
-    differences = [
-        abs(x - y) / len(path)
-        for xs, ys, question in zip(found, right, questions, strict=True)
-        for x, y, path in zip(xs, ys, question.trie.paths, strict=True)
-    ]
+def _difference(found: Sequence[float], right: Sequence[float]) -> float:
+    """The largest; NaN where there is one."""
+    differences = [abs(x - y) for x, y in zip(found, right, strict=True)]
     return max(differences) if all(d == d for d in differences) else math.nan
 
 
-def _too_far(
-    found: Sequence[Sequence[float]],
-    right: Sequence[Sequence[float]],
-    questions: Sequence[Question],
-    allowed: float,
-) -> str | None:
-    difference = _difference(found, right, questions)
+def _too_far(found: Sequence[float], right: Sequence[float], allowed: float) -> str | None:
+    difference = _difference(found, right)
     # NaN compares as a disagreement.
     return None if difference <= allowed else f"log-probabilities differ by {difference:.1e} a token"

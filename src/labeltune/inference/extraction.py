@@ -2,7 +2,7 @@
 
 A grammar per row says what may come next (llguidance, https://github.com/guidance-ai/llguidance); the model chooses among
 it, greedily. Rows at different places decode side by side, and waiting rows take the places of finished ones. A runner
-says how their tokens go through the model: several rows at once in segments, or each row by itself, plainly.
+says how their tokens go through the model: several rows at once in segments, several rows in its own cache, or each row by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from llguidance import LLMatcher
 
 from labeltune.errors import ModelError
-from labeltune.inference.scoring import PrefixCache
+from labeltune.inference.scoring import CACHED_BYTES, PrefixCache, passes
+from labeltune.models.own_cache import OwnCache, run_behind, run_side_by_side
 from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
 from labeltune.types import Entity
 
@@ -293,14 +294,14 @@ class Runner(Protocol):
 class SegmentRunner:
     """All sequences in one row; what their prompts begin with is computed once."""
 
-    def __init__(self, model: PreTrainedModel, cache: PrefixCache, max_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, cache: PrefixCache[KVCache], max_tokens: int) -> None:
         self.model, self.cache, self.max_tokens = model, cache, max_tokens
 
     @contextlib.contextmanager
     def session(self, prompts: Sequence[Sequence[int]]) -> Iterator[Session]:
         """Segment attention is switched on while the session is open."""
         with torch.inference_mode(), segment_attention_on(self.model):
-            prefix = self.cache.common(self.model, prompts) if prompts else KVCache()
+            prefix = (self.cache.common(self.model, prompts) if prompts else None) or KVCache()
             yield _Segments(self.model, prefix, self.max_tokens)
 
 
@@ -324,8 +325,80 @@ class _Segments:
         return torch.cat(parts)
 
 
+class CacheRunner:
+    """Through the model's own cache; sequences that go on by as many tokens go together, padded in front where they are shorter."""
+
+    def __init__(self, model: PreTrainedModel, cache: PrefixCache[OwnCache], max_tokens: int) -> None:
+        self.model, self.cache, self.max_tokens = model, cache, max_tokens
+
+    @contextlib.contextmanager
+    def session(self, prompts: Sequence[Sequence[int]]) -> Iterator[Session]:
+        """What the prompts begin with is computed first."""
+        with torch.inference_mode():
+            prefix = self.cache.common(self.model, prompts) if prompts else None
+            yield _Cached(self.model, prefix, self.max_tokens)
+
+
+@dataclass
+class _Held:
+    """A sequence in progress; None before its first token."""
+
+    cache: OwnCache | None
+
+
+class _Cached:
+    def __init__(self, model: PreTrainedModel, prefix: OwnCache | None, max_tokens: int) -> None:
+        self.model, self.prefix, self.max_tokens = model, prefix, max_tokens
+
+    def start(self, prompt: Sequence[int], capacity: int) -> tuple[_Held, list[int]]:
+        return _Held(self.prefix), list(prompt[self.prefix.length if self.prefix else 0 :])
+
+    def advance(self, rows: Sequence[tuple[_Held, Sequence[int]]]) -> torch.Tensor:
+        sizes = [state.cache.bytes_per_row if state.cache else 0 for state, _ in rows]
+        kinds = [(state.cache is None, len(ids)) for state, ids in rows]
+
+        def fits(part: Sequence[int]) -> bool:
+            return (
+                kinds[part[0]] == kinds[part[-1]]
+                and len(part) * kinds[part[0]][1] <= self.max_tokens
+                and len(part) * max(sizes[i] for i in part) <= CACHED_BYTES * self.max_tokens
+            )
+
+        found: dict[int, torch.Tensor] = {}
+        for part in passes(sorted(range(len(rows)), key=kinds.__getitem__), fits):
+            caches = [cache for i in part if (cache := rows[i][0].cache) is not None]
+            logits, behind = run_side_by_side(self.model, caches or None, [rows[i][1] for i in part])
+            for k, i in enumerate(part):
+                rows[i][0].cache, found[i] = behind[k], logits[k]
+        return torch.stack([found[i] for i in range(len(rows))])
+
+
+def decoded_scores(runner: Runner, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    """Log-probabilities of tokens behind prompts, decoded side by side; the rows go on by one token or two, at different times.
+
+    Args:
+        rows: prompts and at least one token behind each.
+    """
+    found: list[list[float]] = [[] for _ in rows]
+    with runner.session([prompt for prompt, _ in rows]) as session:
+        active = [
+            (number, *session.start(prompt, len(behind)), 0) for number, (prompt, behind) in enumerate(rows)
+        ]
+        while active:
+            logits = session.advance([(state, ids) for _, state, ids, _ in active])
+            still = []
+            for (number, state, _, at), row in zip(active, logits.float().log_softmax(-1), strict=True):
+                behind = rows[number][1]
+                found[number].append(float(row[behind[at]]))
+                end = at + 1 + (at + number) % 2
+                if end < len(behind):
+                    still.append((number, state, list(behind[at:end]), end))
+            active = still
+    return found
+
+
 class PlainRunner:
-    """Every sequence by itself through the model's own attention and cache: the reference, and for models that need it."""
+    """Every sequence by itself, and behind its prompt token by token, as `generate` does: the reference, and for models that need it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -341,21 +414,15 @@ class _Plain:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    def start(self, prompt: Sequence[int], capacity: int) -> tuple[dict[str, Any], list[int]]:
-        return {}, list(prompt)
+    def start(self, prompt: Sequence[int], capacity: int) -> tuple[_Held, list[int]]:
+        return _Held(None), list(prompt)
 
-    def advance(self, rows: Sequence[tuple[dict[str, Any], Sequence[int]]]) -> torch.Tensor:
-        device = next(self.model.parameters()).device
+    def advance(self, rows: Sequence[tuple[_Held, Sequence[int]]]) -> torch.Tensor:
         found = []
         for state, ids in rows:
-            output = self.model(
-                input_ids=torch.tensor([list(ids)], device=device),
-                past_key_values=state.get("cache"),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            state["cache"] = output.past_key_values
-            found.append(output.logits[0, -1])
+            for part in [ids] if state.cache is None else [[token] for token in ids]:
+                logits, state.cache = run_behind(self.model, state.cache, [part], 1)
+            found.append(logits[0, -1])
         return torch.stack(found)
 
 

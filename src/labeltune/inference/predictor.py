@@ -34,7 +34,7 @@ from labeltune.inference.calibration import (
     ranked,
     remove_prior,
 )
-from labeltune.inference.engine import PLACEHOLDER_ANSWERS, Engine
+from labeltune.inference.engine import Engine
 from labeltune.inference.extraction import Extracted, Grammars, Runner, extract, merge_entities
 from labeltune.inference.generation import generate_answers, stop_ids
 from labeltune.inference.scoring import LabelTrie, Question
@@ -203,19 +203,17 @@ class Predictor:
         return self._answered(examples, partial(self._scored, self.task))
 
     def verify_fast_path(self, examples: Sequence[Example]) -> None:
-        """Compare the fast path with plain forward passes on some of these examples, if that has not been done yet."""
+        """Choose the fastest way that is exact on some of these examples, if that has not been done yet."""
         if self.generation.decoding == "free" or not examples:
             return
         ordered, task = sorted(examples, key=lambda example: len(example.text)), self.task
-        questions = []
-        for e in (ordered[0], ordered[len(ordered) // 2], ordered[-1]):
-            trie = (
-                self._trie(e, task.candidates(e))
-                if isinstance(task, ClassificationTask)
-                else PLACEHOLDER_ANSWERS
-            )
-            questions.append(Question(self.builder.views(e, self.generation.long_text)[0].ids, trie))
-        self.engine.verify_fast_path(questions)
+        chosen = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+        prompts = [self.builder.views(example, self.generation.long_text)[0].ids for example in chosen]
+        if isinstance(task, ClassificationTask):
+            tries = [self._trie(example, task.candidates(example)) for example in chosen]
+            self.engine.verify_scoring([Question(*each) for each in zip(prompts, tries, strict=True)])
+        else:
+            self.engine.verify_decoding(prompts)
 
     def _answered(
         self, examples: Sequence[Example], answer: Callable[[Sequence[Example]], list[Answer]]

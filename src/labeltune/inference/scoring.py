@@ -1,24 +1,44 @@
-"""Exact log-probabilities of every candidate answer of a row, from one forward pass over the prompt and a trie of the answers."""
+"""Exact log-probabilities of every candidate answer of a row: one pass over the prompt and a trie of the answers, where the
+model's attention can be replaced (`score_answers`); else its answers behind the prompt in the model's own cache (`score_by_cache`);
+else whole rows side by side (`score_side_by_side`). `score_one_by_one` is what all of them must equal.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from labeltune.models.own_cache import OwnCache, run_behind
 from labeltune.models.precision import moved_by, other_tokens
 from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
 from labeltune.prompts.builder import common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Kept = TypeVar("Kept", KVCache, OwnCache)
+Item = TypeVar("Item")
+#: A question and a node of its trie, or nodes behind each other.
+Node = tuple[int, int]
+Branch = tuple[int, tuple[int, ...]]
+
 #: Memory that the logits of one pass may take.
 LOGITS_BYTES = 256 * 2**20
 #: Common tokens beyond what is kept already for which computing the beginning again is worth it.
 WORTH_KEEPING = 32
+#: Tokens of a row that are enough to see whether rows influence each other, and those of its beginning that are watched.
+LEAK_TOKENS, FIRST_TOKENS = 64, 8
+#: Tokens of a pass over answers, padding included, for every one that is none; a single token is also cheaper where a state is kept.
+PADDED = 1.5
+#: Memory that the rows of one pass may hold in a model's own cache, for every token of `max_tokens`: 4 GiB on CUDA.
+CACHED_BYTES = 256 * 2**10
 
 
 @dataclass(frozen=True)
@@ -85,6 +105,20 @@ class LabelTrie:
             seen.append([*seen[self.parents[node]], node])
         return seen[1:]
 
+    @cached_property
+    def branches(self) -> tuple[tuple[int, ...], ...]:
+        """The nodes from behind node 0 to each node without children, shortest first; all nodes but 0 are in one of them."""
+        inner = set(self.parents)
+        return tuple(sorted((tuple(seen) for seen in self.ancestors() if seen[-1] not in inner), key=len))
+
+    @cached_property
+    def wanted(self) -> dict[int, list[int]]:
+        """The tokens whose probabilities are asked for at each node."""
+        found: dict[int, set[int]] = defaultdict(set)
+        for node, token in (step for path in self.paths for step in path):
+            found[node].add(token)
+        return {node: sorted(tokens) for node, tokens in found.items()}
+
 
 @dataclass(frozen=True)
 class Question:
@@ -99,16 +133,21 @@ class Question:
     trie: LabelTrie
 
 
-class PrefixCache:
-    """Keys and values of the tokens that all prompts of a file begin with; kept from call to call."""
+class PrefixCache(Generic[Kept]):
+    """What a model keeps of the tokens that all prompts of a file begin with; kept from call to call.
 
-    def __init__(self) -> None:
+    Args:
+        run: computes it, for at least one token.
+    """
+
+    def __init__(self, run: Callable[[PreTrainedModel, Sequence[int]], Kept]) -> None:
+        self._run: Callable[[PreTrainedModel, Sequence[int]], Kept] = run
         self.clear()
 
     def clear(self) -> None:
         """Free the memory; needed when the weights have changed."""
         self.ids: tuple[int, ...] = ()
-        self._held = KVCache()
+        self._held: Kept | None = None
 
     def _shared(self, prompts: Sequence[Sequence[int]]) -> int:
         """How many tokens of these prompts to take from here; at least one of each prompt is left over."""
@@ -120,27 +159,38 @@ class PrefixCache:
             return held
         return common if len(prompts) > 1 else 0
 
-    def common(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> KVCache:
-        """What these prompts begin with, computed where it is not known yet; call inside `segment_attention_on`."""
-        return self._get(model, prompts[0][: self._shared(prompts)])
-
-    def _get(self, model: PreTrainedModel, ids: Sequence[int]) -> KVCache:
-        """Keys and values of exactly these tokens."""
-        wanted = tuple(ids)
+    def common(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Kept | None:
+        """What these prompts begin with (`ids`), computed where it is not known yet; None where that is nothing."""
+        wanted = tuple(prompts[0][: self._shared(prompts)])
         if wanted != self.ids:
             self.clear()
-            held = KVCache()
             if wanted:
-                run_segments(model, [Segment(wanted, held, keep=True)])
-            self.ids, self._held = wanted, held
+                held = self._run(model, wanted)
+                self.ids, self._held = wanted, held
         return self._held
+
+
+def segment_prefix() -> PrefixCache[KVCache]:
+    """Kept keys and values; to be used inside `segment_attention_on`."""
+
+    def run(model: PreTrainedModel, ids: Sequence[int]) -> KVCache:
+        held = KVCache()
+        run_segments(model, [Segment(ids, held, keep=True)])
+        return held
+
+    return PrefixCache(run)
+
+
+def own_prefix() -> PrefixCache[OwnCache]:
+    """Kept in the model's own cache."""
+    return PrefixCache(lambda model, ids: run_behind(model, None, [ids], 1)[1])
 
 
 def score_answers(
     model: PreTrainedModel,
     questions: Sequence[Question],
     max_tokens: int,
-    cache: PrefixCache,
+    cache: PrefixCache[KVCache],
 ) -> list[list[float]]:
     """Natural logarithm of the probability of every complete answer, end of turn included.
 
@@ -150,27 +200,24 @@ def score_answers(
     Args:
         max_tokens: tokens of one pass (a row that needs more has a pass of its own).
     """
-    found: list[list[float]] = [[] for _ in questions]
+    scores = _Scores(questions)
     if not questions:
-        return found
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+        return []
     with torch.inference_mode(), segment_attention_on(model):
-        prefix = cache.common(model, [question.prompt for question in questions])
+        prefix = cache.common(model, [question.prompt for question in questions]) or KVCache()
         begin = prefix.length
-        for rows, shared in plan_passes(questions, begin, max_tokens, LOGITS_BYTES // (4 * vocabulary)):
+        for rows, shared in plan_passes(questions, begin, max_tokens, _most_logits(model)):
             segments = []
             parent = prefix
             if shared > begin:
                 parent = KVCache(prefix)
                 segments.append(Segment(questions[rows[0]].prompt[begin:shared], parent, keep=True))
             segments += [_segment(questions[row], shared, parent) for row in rows]
-            logits = run_segments(model, segments)
-            start = 0
-            for row in rows:
-                trie = questions[row].trie
-                found[row] = path_scores(logits[start : start + len(trie)], trie)
-                start += len(trie)
-    return found
+            scores.read(
+                run_segments(model, segments),
+                [(row, node) for row in rows for node in range(len(questions[row].trie))],
+            )
+    return scores.of_answers()
 
 
 def plan_passes(
@@ -217,17 +264,185 @@ def _segment(question: Question, shared: int, parent: KVCache) -> Segment:
     )
 
 
-def path_scores(logits: torch.Tensor, trie: LabelTrie) -> list[float]:
-    """Sums of log-probabilities along the paths of a trie; logits of shape [nodes, vocabulary]."""
-    steps = [step for path in trie.paths for step in path]
-    nodes, tokens = (torch.tensor(column, device=logits.device) for column in zip(*steps, strict=True))
-    logits = logits.float()
-    values = (logits[nodes, tokens] - torch.logsumexp(logits, dim=-1)[nodes]).cpu().tolist()
-    scores, start = [], 0
-    for path in trie.paths:
-        scores.append(math.fsum(values[start : start + len(path)]))
-        start += len(path)
-    return scores
+class _Scores:
+    """Log-probabilities of the tokens of answers, as they become known."""
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self.questions = questions
+        self._known: list[dict[tuple[int, int], float]] = [{} for _ in questions]
+
+    def read(self, logits: torch.Tensor, nodes: Sequence[Node]) -> None:
+        """Take what is asked for from logits of shape [nodes, vocabulary].
+
+        Args:
+            nodes: (question, node of its trie).
+        """
+        steps = [(row, node, token) for row, node in nodes for token in self.questions[row].trie.wanted[node]]
+        places = [at for at, (row, node) in enumerate(nodes) for _ in self.questions[row].trie.wanted[node]]
+        logits = logits.float()
+        values = logits[places, [token for *_, token in steps]] - logits.logsumexp(-1)[places]
+        for (row, node, token), value in zip(steps, values.cpu().tolist(), strict=True):
+            self._known[row][node, token] = value
+
+    def of_answers(self) -> list[list[float]]:
+        """Those of complete answers."""
+        return [
+            [math.fsum(known[step] for step in path) for path in question.trie.paths]
+            for question, known in zip(self.questions, self._known, strict=True)
+        ]
+
+
+def score_by_cache(
+    model: PreTrainedModel, questions: Sequence[Question], max_tokens: int, cache: PrefixCache[OwnCache]
+) -> list[list[float]]:
+    """The same through the model's own cache: what all prompts begin with is computed once, rows of equal length go on behind it
+    together, and every row's answers behind its state, padded on the right, where nothing that is read sees the padding.
+
+    Args:
+        max_tokens: as of `score_answers`; bounds the memory of the caches too.
+    """
+    scores = _Scores(questions)
+    if not questions:
+        return []
+    with torch.inference_mode():
+        prefix = cache.common(model, [question.prompt for question in questions])
+        begin, size = (prefix.length, prefix.bytes_per_row) if prefix else (0, 1)
+        most = min(_most_logits(model), CACHED_BYTES * max_tokens // size)
+        order = sorted(
+            range(len(questions)), key=lambda i: (len(questions[i].prompt), list(questions[i].prompt))
+        )
+
+        def fits(rows: Sequence[int]) -> bool:
+            length = len(questions[rows[-1]].prompt)
+            equal = length == len(questions[rows[0]].prompt)
+            return equal and len(rows) <= most and len(rows) * (length - begin) <= max_tokens
+
+        for rows in passes(order, fits):
+            behind = prefix.repeated([0] * len(rows)) if prefix else None
+            logits, state = run_behind(model, behind, [questions[row].prompt[begin:] for row in rows], 1)
+            scores.read(logits[:, -1], [(row, 0) for row in rows])
+            _score_behind(model, scores, rows, state, max_tokens)
+    return scores.of_answers()
+
+
+def _score_behind(
+    model: PreTrainedModel, scores: _Scores, rows: Sequence[int], state: OwnCache, max_tokens: int
+) -> None:
+    """The answers of questions whose prompts are the rows of a cache."""
+    tries = [scores.questions[row].trie for row in rows]
+    most = CACHED_BYTES * max_tokens // state.bytes_per_row
+    wanted = _most_logits(model)
+    todo = [(at, branch) for at, trie in enumerate(tries) for branch in trie.branches]
+    todo.sort(key=lambda each: len(each[1]))
+    read: set[Node] = set()
+
+    def fits(part: Sequence[Branch]) -> bool:
+        padded, own = len(part) * len(part[-1][1]), sum(len(nodes) for _, nodes in part)
+        return padded <= min(max_tokens, PADDED * own) and len(part) <= most and own <= wanted
+
+    for part in passes(todo, fits):
+        width = len(part[-1][1])
+        ids = [_padded([tries[at].tokens[node] for node in branch], width) for at, branch in part]
+        nodes, *places = _not_read(part, read)
+        with _logits_at(model, *places):
+            logits, _ = run_behind(model, state.repeated([at for at, _ in part], last=True), ids, width)
+        scores.read(logits[0], [(rows[at], node) for at, node in nodes])
+
+
+def score_side_by_side(
+    model: PreTrainedModel, questions: Sequence[Question], max_tokens: int
+) -> list[list[float]]:
+    """The same with plain forward passes over whole rows, one answer behind each, padded on the right: for models that do not go
+    on exactly behind what they have kept.
+
+    Args:
+        max_tokens: as of `score_answers`.
+    """
+    scores, device = _Scores(questions), next(model.parameters()).device
+    most = _most_logits(model)
+    todo = [
+        (row, (0, *branch))
+        for row, question in enumerate(questions)
+        for branch in question.trie.branches or [()]
+    ]
+
+    def length(each: Branch) -> int:
+        return len(questions[each[0]].prompt) - 1 + len(each[1])
+
+    def fits(part: Sequence[Branch]) -> bool:
+        return len(part) * length(part[-1]) <= max_tokens and sum(len(nodes) for _, nodes in part) <= most
+
+    todo.sort(key=length)
+    read: set[Node] = set()
+    with torch.inference_mode():
+        for part in passes(todo, fits):
+            width = length(part[-1])
+            ids = [
+                _padded(
+                    [*questions[row].prompt, *(questions[row].trie.tokens[node] for node in branch[1:])],
+                    width,
+                )
+                for row, branch in part
+            ]
+            nodes, places, columns = _not_read(part, read)
+            columns = [
+                len(questions[row].prompt) - 1 + column
+                for (row, _), column in zip(nodes, columns, strict=True)
+            ]
+            with _logits_at(model, places, columns):
+                logits = model(input_ids=torch.tensor(ids, device=device), use_cache=False).logits
+            scores.read(logits[0], nodes)
+    return scores.of_answers()
+
+
+def _not_read(part: Sequence[Branch], read: set[Node]) -> tuple[list[Node], list[int], list[int]]:
+    """The nodes of branches that are not in `read`, which gets them, with their rows and columns in the batch; the end of a
+    branch is always one."""
+    found = []
+    for place, (row, branch) in enumerate(part):
+        for column, node in enumerate(branch):
+            if (row, node) not in read:
+                read.add((row, node))
+                found.append(((row, node), place, column))
+    nodes, places, columns = map(list, zip(*found, strict=True))
+    return nodes, places, columns
+
+
+@contextlib.contextmanager
+def _logits_at(model: PreTrainedModel, rows: Sequence[int], columns: Sequence[int]) -> Iterator[None]:
+    """Inside the `with` the output layer runs on these tokens of a batch alone; logits have the shape [1, tokens, vocabulary]."""
+
+    def select(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return given[0][rows, columns][None], *given[1:]
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _most_logits(model: PreTrainedModel) -> int:
+    """Tokens of one pass that logits may be computed for."""
+    vocabulary: int = model.get_output_embeddings().weight.shape[0]
+    return LOGITS_BYTES // (4 * vocabulary)
+
+
+def passes(items: Sequence[Item], fits: Callable[[Sequence[Item]], bool]) -> Iterator[list[Item]]:
+    """The items in their order, cut into parts that fit; one that does not fit by itself is a part too."""
+    part: list[Item] = []
+    for item in items:
+        if part and not fits([*part, item]):
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
+
+
+def _padded(ids: Sequence[int], length: int) -> list[int]:
+    """Tokens that are never read, behind the row's own."""
+    return [*ids, *[0] * (length - len(ids))]
 
 
 def score_one_by_one(model: PreTrainedModel, question: Question) -> list[float]:
@@ -244,28 +459,40 @@ def score_one_by_one(model: PreTrainedModel, question: Question) -> list[float]:
     return scores
 
 
-def leak_between_rows(model: PreTrainedModel, questions: Sequence[Question]) -> str | None:
+def leak_between_rows(
+    model: PreTrainedModel, questions: Sequence[Question], slack: float = 0.0
+) -> str | None:
     """How the tokens of one row, or of one of its answers, change the logits of another, in words; None if they do not.
 
-    Shapes and places stay the same, so that rounding does too: it is compared without a tolerance.
+    Shapes and places stay the same, so that rounding does too.
+
+    Args:
+        slack: as of `moved_by`.
     """
 
     def logits(asked: Sequence[Question]) -> list[Any]:
-        segments = [_segment(question, 0, KVCache()) for question in asked]
-        return list(run_segments(model, segments).split([len(question.trie) for question in asked]))
+        short = [replace(question, prompt=question.prompt[-LEAK_TOKENS:]) for question in asked]
+        segments = [_segment(question, 0, KVCache()) for question in short]
+        for segment in segments:
+            # A state fades; the first tokens behind another row feel it most.
+            segment.wanted = [*range(min(FIRST_TOKENS, segment.wanted[0])), *segment.wanted]
+        return list(run_segments(model, segments).split([len(segment.wanted) for segment in segments]))
 
     with torch.inference_mode(), segment_attention_on(model):
         before, again = logits(questions), logits(questions)
         for changed, question in enumerate(questions):
             trie = question.trie
             row = replace(question, prompt=other_tokens(question.prompt))
-            # The last node of a trie has no children.
-            answer = replace(question, trie=replace(trie, tokens=(*trie.tokens[:-1], 0)))
-            for what, asked, own in (("row", row, slice(None)), ("answer", answer, slice(-1, None))):
+            # The nodes behind the end of a branch stand behind it in the segment, but do not see it.
+            end = next((node for node in range(1, len(trie)) if node not in trie.parents), None)
+            tokens = [0 if node == end else token for node, token in enumerate(trie.tokens)]
+            answer = replace(question, trie=replace(trie, tokens=tuple(tokens)))
+            own = len(before[changed]) - len(trie) + (end or 0)
+            for what, asked, places in (("row", row, slice(None)), ("answer", answer, slice(own, own + 1))):
                 after = logits([*questions[:changed], asked, *questions[changed + 1 :]])
-                after[changed][own] = before[changed][own]
+                after[changed][places] = before[changed][places]
                 for each in zip(before, again, after, strict=True):
-                    leak = moved_by(what, *each)
+                    leak = moved_by(what, *each, slack)
                     if leak is not None:
                         return leak
     return None

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: The names by which models return their cache and take it.
 NAMES = ("past_key_values", "cache_params")
 
+#: What a layer's cache calls its tensors of shape [rows, ..., tokens, size], and the number of tokens it has read.
+ONE_PER_TOKEN, READ = ("keys", "values", "indexer_keys"), "cumulative_length"
+
 
 @dataclass(frozen=True)
 class OwnCache:
@@ -52,6 +55,16 @@ class OwnCache:
                 layer.record_past = True
                 layer.update_recurrent_state = _unchanged
         return OwnCache(self.name, repeated, self.length)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Memory of one row, at least 1."""
+        held = [value for layer in self.cache.layers for value in vars(layer).values()]
+        tensors = [
+            each for value in held for each in (value.values() if isinstance(value, dict) else [value])
+        ]
+        size: int = sum(each.nbytes // max(1, each.shape[0]) for each in tensors if _is_of_rows(each))
+        return max(1, size)
 
 
 def run_behind(
@@ -87,6 +100,44 @@ def run_behind(
     return output.logits, OwnCache(name, getattr(output, name), read + len(ids[0]))
 
 
+def run_side_by_side(
+    model: PreTrainedModel, caches: Sequence[OwnCache] | None, ids: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, list[OwnCache]]:
+    """Run as many tokens for each of some rows of different lengths, as one batch whose shorter rows are padded on their left.
+
+    Args:
+        caches: of one row each; they stay as they are. None for the beginning of rows.
+
+    Returns:
+        Logits of each row's last token, shape [rows, vocabulary], and the rows' caches behind it.
+    """
+    lengths = [cache.length for cache in caches] if caches else [0] * len(ids)
+    longest, added = max(lengths), len(ids[0])
+    options = {}
+    if min(lengths) < longest:
+        device = next(model.parameters()).device
+        starts = torch.tensor(lengths, device=device)[:, None]
+        places = torch.arange(longest + added, device=device)
+        options = {
+            "position_ids": starts + torch.arange(added, device=device),
+            "attention_mask": (places >= longest - starts).long(),
+        }
+    logits, behind = run_behind(model, _batch(caches, longest) if caches else None, ids, 1, **options)
+    found = []
+    for row, length in enumerate(lengths):
+        own = copy.copy(behind.cache)
+        own.layers = [_of_row(layer, row, length + added) for layer in behind.cache.layers]
+        found.append(OwnCache(behind.name, own, length + added))
+    return logits[:, -1], found
+
+
+def _batch(caches: Sequence[OwnCache], length: int) -> OwnCache:
+    """Caches of one row each as one; tensors are new."""
+    whole = copy.copy(caches[0].cache)
+    whole.layers = [_joined(layers) for layers in zip(*(each.cache.layers for each in caches), strict=True)]
+    return OwnCache(caches[0].name, whole, length)
+
+
 def _same_tensors(layer: Any) -> Any:
     """A layer's cache that can be assigned to without changing this one; tensors are the same."""
     copied = copy.copy(layer)
@@ -98,3 +149,42 @@ def _same_tensors(layer: Any) -> Any:
 
 def _unchanged(states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return states
+
+
+def _joined(layers: Sequence[Any]) -> Any:
+    """A layer's cache of several rows in one; tensors are new."""
+    whole = copy.copy(layers[0])
+    for name in vars(whole):
+        values = [getattr(layer, name) for layer in layers]
+        if isinstance(values[0], dict):
+            setattr(whole, name, {key: _rows_of([value[key] for value in values]) for key in values[0]})
+        else:
+            setattr(whole, name, max(values) if name == READ else _rows_of(values))
+    return whole
+
+
+def _rows_of(values: Sequence[Any]) -> Any:
+    """Tensors of one row each as one, its rows filled with zeros in front of the shorter ones' tokens; else the first value."""
+    if not _is_of_rows(values[0]):
+        return values[0]
+    widest = max(value.shape[-2] for value in values)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(value, (0, 0, widest - value.shape[-2], 0)) for value in values])
+
+
+def _of_row(layer: Any, row: int, length: int) -> Any:
+    """A layer's cache of one row that has read so many tokens; it shares memory with all rows."""
+    own = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(own, name, {k: v[row : row + 1] if _is_of_rows(v) else v for k, v in value.items()})
+        elif _is_of_rows(value):
+            kept = value[row : row + 1]
+            setattr(own, name, kept[..., -length:, :] if name in ONE_PER_TOKEN else kept)
+        elif name == READ:
+            setattr(own, name, length)
+    return own
+
+
+def _is_of_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 1

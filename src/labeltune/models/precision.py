@@ -16,6 +16,10 @@ from labeltune.distributed import is_sharded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: How far a row's logits may move in fp32 with the tokens of another row, as a part of the largest: experts are computed in shapes that
+#: follow the tokens.
+FELT = 1e-5
+
 
 @dataclass(frozen=True)
 class Precision:

@@ -22,7 +22,7 @@ import torch
 from labeltune.distributed import all_reduce, is_sharded
 from labeltune.errors import first_line
 from labeltune.io.progress import Say
-from labeltune.models.precision import Precision, moved_by, other_tokens, weights_in
+from labeltune.models.precision import FELT, Precision, moved_by, other_tokens, weights_in
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import answer_logits, answer_loss
 from labeltune.training.packing import SHARING, Group, Pack, Packing, Row, pack_step
@@ -44,8 +44,6 @@ OWN_ROUNDING = 2
 MIXED_TOLERANCE = 0.2
 #: Allowed in bf16 and fp16 between the two ways where the weights cannot be had in fp32.
 LOOSE_TOLERANCE = 5e-2
-#: How far a row's logits may move in fp32 with the tokens of another row, as a part of the largest.
-FELT = 1e-5
 ROWS = 3
 #: Longer rows are left out of the check while there are shorter ones, as it computes its rows about twenty times.
 MOST_TOKENS = 1024
