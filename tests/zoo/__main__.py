@@ -28,7 +28,9 @@ def main() -> None:
     for name in given.families or BY_NAME:
         with tempfile.TemporaryDirectory(prefix=f"zoo-{name}-") as folder:
             tasks = (given.task,) if given.task else TASKS
-            result = run_family(BY_NAME[name], Path(folder), tasks, (given.format,) if given.format else FORMATS)
+            result = run_family(
+                BY_NAME[name], Path(folder), tasks, (given.format,) if given.format else FORMATS
+            )
         (given.output / f"{name}.json").write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n")
         print(name, f"{result['seconds']} s", flush=True)
 

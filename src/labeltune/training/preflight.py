@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from labeltune.config import RunConfig, higher_is_better
 from labeltune.distributed import all_reduce, world_size
 from labeltune.errors import ConfigError, first_line
 from labeltune.io.progress import Say, begin
-from labeltune.models.lora import attach_adapter
+from labeltune.models.hub import model_shape
+from labeltune.models.lora import ALL_LINEAR, attach_adapter, language_model
 from labeltune.models.precision import Precision, free_memory
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import CHUNK, answer_loss, chunkable_head
@@ -37,7 +38,7 @@ from labeltune.training.trainer import StepSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 #: Share of the free memory that activations may take as they are counted. On the CPU the allocator was seen to take 2.3 times as
@@ -110,7 +111,7 @@ def check_feasible(
 
     Raises:
         ConfigError: the schedule is unknown, or needs what has no key here; warm-up takes the whole run.
-        ModelError: `lora.target_modules` names no layer of this model.
+        ModelError: the model is no causal language model; `lora.target_modules` names no layer of it.
     """
     training_arguments(config, precision, has_validation)
     options = config.training
@@ -122,7 +123,8 @@ def check_feasible(
             "reached. Lower it"
         )
     _check_scheduler(options.scheduler, options.warmup_steps, steps)
-    if options.method != "full" and config.lora.target_modules != "all-linear":
+    model_shape(model, config.hub.trust_remote_code)
+    if options.method != "full" and config.lora.target_modules != ALL_LINEAR:
         attach_adapter(_without_weights(model, config.hub.trust_remote_code), config.lora)
 
 
@@ -136,9 +138,9 @@ def _check_scheduler(name: str, warmup: int, steps: int) -> None:
 
 def _without_weights(folder: Path, trust_remote_code: bool) -> Any:
     """The model's layers on torch's meta device, where they take no memory."""
-    shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    shape, kind = model_shape(folder, trust_remote_code)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
+        return kind.from_config(shape, trust_remote_code=trust_remote_code)
 
 
 def prepare_steps(
@@ -329,16 +331,26 @@ def pairs_per_token(model: PreTrainedModel) -> int:
 
     A forward pass takes 2 operations a weight and token, and 4 a pair, layer and dimension of the heads.
     """
-    shape = model.config.get_text_config()
-    heads, size = getattr(shape, "num_attention_heads", None), getattr(shape, "head_dim", None)
-    layers = getattr(shape, "num_hidden_layers", None)
-    if not heads or not layers:
+    width = attention_width(model.config.get_text_config())
+    if not width:
         return PAIRS_PER_TOKEN
     embeddings = {
         id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())
     }
-    weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
-    return max(1, int(weights // (2 * layers * heads * (size or shape.hidden_size // heads))))
+    weights = sum(p.numel() for p in language_model(model).parameters() if id(p) not in embeddings)
+    return max(1, weights // (2 * width))
+
+
+def attention_width(shape: PreTrainedConfig) -> int:
+    """Dimensions of all query heads of all layers, which may differ from layer to layer (Gemma 4); 0 where the config does not say."""
+    layers = range(getattr(shape, "num_hidden_layers", None) or 0)
+    by_layer = shape.per_layer_config if getattr(shape, "is_heterogeneous", False) else None
+    width = 0
+    for number in layers:
+        layer = shape if by_layer is None else by_layer[number]
+        heads = getattr(layer, "num_attention_heads", None) or 0
+        width += heads * (getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0))
+    return width
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
