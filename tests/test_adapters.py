@@ -34,7 +34,7 @@ def adapted(name: str, **options: Any) -> Any:
 
 def adapter_names(model: Any) -> set[str]:
     found = {key.partition(".lora_A")[0] for key, _ in model.named_parameters() if ".lora_A" in key}
-    return {re.sub(r"\d+", "*", key.removeprefix("base_model.model.")) for key in found}
+    return {re.sub(r"\.\d+\.", ".*.", key.removeprefix("base_model.model.")) for key in found}
 
 
 def logits(model: Any) -> torch.Tensor:
