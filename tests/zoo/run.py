@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from helpers.rows import write_jsonl
 from labeltune.commands import main
@@ -86,12 +87,12 @@ def run_family(
         warnings.simplefilter("default")
         try:
             save_family(family, folder / "fp32")
-            plain_model(folder / "fp32", None, family.model, torch.float32)
+            kind = class_for_text(family, folder / "fp32")
         except Exception as error:  # what transformers itself cannot do is a finding too
             gone = f"{type(error).__name__}: {error}".splitlines()[0]
         for task in tasks if not gone else ():
             for number_format in formats:
-                cases.append(_run_case(family, folder, task, number_format))
+                cases.append(_run_case(family, kind, folder, task, number_format))
                 # The commands collect garbage many times; what imports made is not looked through again.
                 gc.collect()
                 gc.freeze()
@@ -105,7 +106,24 @@ def run_family(
     }
 
 
-def _run_case(family: Family, folder: Path, task: Task, number_format: Format) -> Case:
+def class_for_text(family: Family, folder: Path) -> str | None:
+    """The class that a family's folder is loaded with: None for transformers' causal language model, which is asked where it knows the
+    family. Of a model that reads images too it may be the text part alone, which must then answer as the whole does.
+    """
+    if family.model is None:
+        plain_model(folder, None, None, torch.float32)
+        return None
+    if type(AutoConfig.from_pretrained(folder)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return family.model
+    text, whole = (plain_model(folder, None, kind, torch.float32) for kind in (None, family.model))
+    ids = torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        found, right = (model(input_ids=ids, use_cache=False).logits for model in (text, whole))
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    return None
+
+
+def _run_case(family: Family, kind: str | None, folder: Path, task: Task, number_format: Format) -> Case:
     case = Case(task, number_format)
     base = folder / number_format
     if not base.is_dir():
@@ -113,8 +131,12 @@ def _run_case(family: Family, folder: Path, task: Task, number_format: Format) -
         plain_model(folder / "fp32", None, family.model, DTYPES[number_format]).save_pretrained(base)
     place = folder / f"{task}-{number_format}"
     place.mkdir()
-    with contextlib.suppress(Stopped):
-        _Walk(family, base, place, case).everything()
+    try:
+        _Walk(kind, base, place, case).everything()
+    except Stopped:
+        pass
+    except Exception:  # outside of a command: the library itself, or the brute force beside it
+        case.crashed = traceback.format_exc()
     return case
 
 
@@ -122,7 +144,7 @@ def _run_case(family: Family, folder: Path, task: Task, number_format: Format) -
 class _Walk:
     """The commands of one case, one after the other."""
 
-    family: Family
+    kind: str | None
     base: Path
     place: Path
     case: Case
@@ -218,7 +240,7 @@ class _Walk:
         for step in range(1, STEPS + 1):
             # The adapter's second matrix is zero at first, so that the first step leaves the first one as it was.
             checkpoint = self.run / f"checkpoint-{max(1, step - 1)}"
-            model = plain_model(self.base, checkpoint, self.family.model, torch.float32)
+            model = plain_model(self.base, checkpoint, self.kind, torch.float32)
             if step == 1:
                 _zero_second_matrices(model)
             loss, gradients = loss_and_gradients(model, rows)
@@ -227,7 +249,7 @@ class _Walk:
             self._note("loss_error", abs(losses[step] - loss) / abs(loss))
             self._note("gradient_error", distance(used, gradients))
             if mixed:
-                rough = plain_model(self.base, checkpoint, self.family.model, mixed)
+                rough = plain_model(self.base, checkpoint, self.kind, mixed)
                 if step == 1:
                     _zero_second_matrices(rough)
                 own_loss, own = loss_and_gradients(rough, rows, mixed)
@@ -256,11 +278,11 @@ class _Walk:
             answers = [tuple(predictor.builder.answer_ids(row, label)) for label in LABELS]
             asked.append((predictor.builder.prompt(row).ids, answers))
         best = self.run / "best"
-        exact = plain_model(self.base, best, self.family.model, torch.float32)
+        exact = plain_model(self.base, best, self.kind, torch.float32)
         right = [answer_scores(exact, *each) for each in asked]
         self.case.score_error = _largest(scores, right)
         if self.case.format == "bf16":
-            rough = plain_model(self.base, best, self.family.model, torch.bfloat16)
+            rough = plain_model(self.base, best, self.kind, torch.bfloat16)
             self.case.plain_score_error = _largest([answer_scores(rough, *each) for each in asked], right)
         else:
             self.case.same_answers = [_first(row) for row in scores] == [_first(row) for row in right]
@@ -291,7 +313,8 @@ class _Walk:
         data = ["--verify", str(self.place / "other.jsonl")]
         said = self.command("export", str(self.run), str(target), "--merged", *data, *tolerance)
         self.case.parity = next((line for line in said.splitlines() if "parity in" in line), "").strip()
-        kept = {path.name for path in self.base.iterdir() if "processor" in path.name}
+        whole = "vision_config" in json.loads((target / "config.json").read_text("utf-8"))
+        kept = {path.name for path in self.base.iterdir() if whole and "processor" in path.name}
         self.case.files_missing = sorted(kept - {path.name for path in target.iterdir()})
 
 

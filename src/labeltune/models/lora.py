@@ -47,15 +47,15 @@ def attach_adapter(model: PreTrainedModel, lora: LoraConfig, *, quantized: bool 
     """
     if quantized:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if lora.target_modules == ALL_LINEAR:
-        targets: str | list[str] = linear_layers(model)
-        if not targets:
-            raise ModelError(
-                "lora.target_modules=all-linear finds no layer of this model that can have an adapter; name layers, or train "
-                "all weights with training.method=full"
-            )
-    else:
+    fitting = linear_layers(model)
+    targets: str | list[str] = fitting
+    if lora.target_modules != ALL_LINEAR:
         targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    elif not fitting:
+        raise ModelError(
+            "lora.target_modules=all-linear finds no layer of this model that can have an adapter; name layers, or train "
+            "all weights with training.method=full"
+        )
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -71,7 +71,7 @@ def attach_adapter(model: PreTrainedModel, lora: LoraConfig, *, quantized: bool 
         with _without_warnings():
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
-        raise ModelError(_why_not(error, model, lora, config)) from error
+        raise ModelError(_why_not(error, fitting, lora, config)) from error
     # peft keeps the names in sets and saves them in their order, which changes from process to process; a checkpoint's
     # adapter_config.json has to have the same bytes whichever process wrote it.
     for names in ("target_modules", "target_parameters"):
@@ -162,8 +162,12 @@ def _outside_language_model(model: PreTrainedModel) -> str | None:
     return "|".join(rf"{re.escape(name)}(\..*)?" for name in sorted(outside)) or None
 
 
-def _why_not(error: ValueError, model: PreTrainedModel, lora: LoraConfig, config: peft.LoraConfig) -> str:
-    """What to tell of layers that peft refuses."""
+def _why_not(error: ValueError, fitting: list[str], lora: LoraConfig, config: peft.LoraConfig) -> str:
+    """What to tell of layers that peft refuses.
+
+    Args:
+        fitting: layers that can have an adapter.
+    """
     if getattr(config, "target_parameters", None) and (lora.dropout or lora.dora):
         unfit = f"lora.dropout={lora.dropout:g}" if lora.dropout else "lora.dora=true"
         return (
@@ -171,18 +175,20 @@ def _why_not(error: ValueError, model: PreTrainedModel, lora: LoraConfig, config
             f"work with them. Set {'lora.dropout=0' if lora.dropout else 'lora.dora=false'}, or lora.target_modules=all-linear, "
             "which leaves experts as they are"
         )
-    names = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in fitting}))
     return (
-        f"lora.target_modules={lora.target_modules!r} does not fit this model: {first_line(error)}; what fits: all-linear, or some "
-        f"of {', '.join(names)}"
+        f"lora.target_modules={lora.target_modules!r} does not fit this model: {first_line(error)}; "
+        f"what fits: all-linear, or some of {names}"
     )
 
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """peft asks transformers for things by names that transformers is about to drop; nobody else can do anything about it."""
+    """peft asks transformers for things by names that transformers is about to drop, and complains of patterns for experts that it made
+    itself; nobody else can do anything about it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
         yield
 
 
