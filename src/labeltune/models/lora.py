@@ -135,10 +135,10 @@ def _without_experts(model: PreTrainedModel, names: list[str]) -> list[str]:
 
 def language_model(model: PreTrainedModel) -> torch.nn.Module:
     """The part of a model that reads text; all of one that reads nothing else."""
-    if model.config.get_text_config() is model.config:
-        return model
-    decoder: torch.nn.Module | None = model.get_decoder()
-    return model if decoder is None else decoder
+    found: torch.nn.Module = model
+    if model.config.get_text_config() is not model.config:
+        found = model.get_decoder() or model
+    return found
 
 
 def _outside_language_model(model: PreTrainedModel) -> str | None:

@@ -100,18 +100,28 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
     return arguments
 
 
-def check_feasible(
-    config: RunConfig, precision: Precision, model: Path, rows: int, has_validation: bool
-) -> None:
+def check_layers(config: RunConfig, model: Path) -> None:
+    """Find what the model itself rules out, from its `config.json` alone.
+
+    Args:
+        model: the base model's folder.
+
+    Raises:
+        ModelError: it is no causal language model; `lora.target_modules` names no layer of it.
+    """
+    model_shape(model, config.hub.trust_remote_code)
+    if config.training.method != "full" and config.lora.target_modules != ALL_LINEAR:
+        attach_adapter(_without_weights(model, config.hub.trust_remote_code), config.lora)
+
+
+def check_feasible(config: RunConfig, precision: Precision, rows: int, has_validation: bool) -> None:
     """Find what the libraries would refuse only after the weights are loaded, and what would train nothing.
 
     Args:
-        model: the base model's folder, of which only `config.json` is read.
         rows: number of training rows.
 
     Raises:
         ConfigError: the schedule is unknown, or needs what has no key here; warm-up takes the whole run.
-        ModelError: the model is no causal language model; `lora.target_modules` names no layer of it.
     """
     training_arguments(config, precision, has_validation)
     options = config.training
@@ -123,9 +133,6 @@ def check_feasible(
             "reached. Lower it"
         )
     _check_scheduler(options.scheduler, options.warmup_steps, steps)
-    model_shape(model, config.hub.trust_remote_code)
-    if options.method != "full" and config.lora.target_modules != ALL_LINEAR:
-        attach_adapter(_without_weights(model, config.hub.trust_remote_code), config.lora)
 
 
 def _check_scheduler(name: str, warmup: int, steps: int) -> None:
