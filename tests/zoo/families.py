@@ -136,7 +136,11 @@ SIGLIP = {
 
 FAMILIES = (
     # Full attention, or windows of it.
-    Family("qwen2", "Qwen2Config", "full", fast=True),
+    Family(
+        "qwen2",
+        "Qwen2Config",
+        "full",
+    ),
     Family("qwen3", "Qwen3Config", "full"),
     Family("llama", "LlamaConfig", "full", template="a date"),
     Family("mistral", "MistralConfig", "windows", template="no space before answers"),
@@ -150,7 +154,6 @@ FAMILIES = (
         "windows and full, logits capped",
         MIXED,
         template="no system role",
-        fast=True,
     ),
     Family("gemma3_text", "Gemma3TextConfig", "windows and full", MIXED, template="no system role"),
     Family(
@@ -159,7 +162,6 @@ FAMILIES = (
         "windows and full, heads of two sizes",
         {**MIXED, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 600},
         template="no system role",
-        fast=True,
     ),
     Family("glm", "GlmConfig", "full"),
     Family("glm4", "Glm4Config", "full"),
@@ -254,7 +256,12 @@ FAMILIES = (
     Family("mimo_v2_flash", "MiMoV2FlashConfig", "windows and full, sinks, experts"),
     # Layers with a state of their own.
     Family("qwen3_next", "Qwen3NextConfig", "gated delta rule and full, experts", LINEAR),
-    Family("qwen3_5_text", "Qwen3_5TextConfig", "gated delta rule and full", LINEAR, fast=True),
+    Family(
+        "qwen3_5_text",
+        "Qwen3_5TextConfig",
+        "gated delta rule and full",
+        LINEAR,
+    ),
     Family("qwen3_5_moe_text", "Qwen3_5MoeTextConfig", "gated delta rule and full, experts", LINEAR),
     Family("olmo_hybrid", "OlmoHybridConfig", "gated delta rule and full", LINEAR),
     Family(
@@ -349,7 +356,6 @@ FAMILIES = (
         "Mistral3ForConditionalGeneration",
         "mistral",
         {"vision_config": {"model_type": "pixtral", **SIGLIP, "head_dim": 8}},
-        fast=True,
     ),
     Family(
         "llama4",

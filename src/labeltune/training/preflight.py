@@ -341,9 +341,8 @@ def pairs_per_token(model: PreTrainedModel) -> int:
     width = attention_width(model.config.get_text_config())
     if not width:
         return PAIRS_PER_TOKEN
-    embeddings = {
-        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {id(module.weight) for module in ends if module is not None}
     weights = sum(p.numel() for p in language_model(model).parameters() if id(p) not in embeddings)
     return max(1, weights // (2 * width))
 
