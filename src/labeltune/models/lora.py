@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,13 +85,15 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 
     Left out are layers that would be no linear layer with an adapter: those with a forward of their own (a router that returns
     several values), those whose weights another layer reads without calling them (a state-space layer's output, in its fused
-    kernel), and on mixtures of experts what peft takes for an expert's projection.
+    kernel), those that run without gradients (what chooses the tokens of sparse attention), and on mixtures of experts what peft takes for an expert's projection.
     """
     decoder = language_model(model)
     names = {id(module): name for name, module in model.named_modules()}
     output = model.get_output_embeddings()
     found = []
     for parent in decoder.modules():
+        if _runs_without_gradients(type(parent)):
+            continue
         read = _weights_read_by(type(parent))
         for name, layer in parent.named_children():
             if layer is not output and name not in read and _is_linear(layer):
@@ -115,13 +117,20 @@ def _weights_read_by(kind: type[torch.nn.Module]) -> set[str]:
     """Names of the layers of a module whose weights its methods read."""
     found: set[str] = set()
     for name, method in vars(kind).items():
-        if not inspect.isfunction(method) or name.startswith(("__init__", "_init", "reset_")):
-            continue
-        try:
-            found |= set(_READS_WEIGHT.findall(inspect.getsource(method)))
-        except (OSError, TypeError):  # no source: made at run time
-            continue
+        if inspect.isfunction(method) and not name.startswith(("__init__", "_init", "reset_")):
+            found |= set(_READS_WEIGHT.findall(_source(method)))
     return found
+
+
+def _runs_without_gradients(kind: type[torch.nn.Module]) -> bool:
+    return "no_grad" in _source(kind.forward).partition("def ")[0]
+
+
+def _source(method: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(method)
+    except (OSError, TypeError):  # made at run time
+        return ""
 
 
 def _without_experts(model: PreTrainedModel, names: list[str]) -> list[str]:

@@ -39,25 +39,27 @@ def answer_loss(
     rows, columns = inputs["input_ids"].shape
     if rows == 1:
         # The model itself keeps the wanted positions only.
-        inputs, picked = {**inputs, "logits_to_keep": index}, slice(None)
+        keep: int | torch.Tensor = index
+        count, picked = len(index), torch.arange(len(index), device=index.device)
     else:
         # A padded batch has its answers in its last columns.
         first = int((index % columns).min())
-        kept = columns - first
-        inputs, picked = (
-            {**inputs, "logits_to_keep": kept},
-            (index // columns) * kept + index % columns - first,
-        )
+        keep = count = columns - first
+        picked = (index // columns) * count + index % columns - first
+    inputs = {**inputs, "logits_to_keep": keep}
+
+    def wanted(found: torch.Tensor) -> torch.Tensor:
+        """Those of the wanted positions; some models keep them all whatever they are asked for (xLSTM)."""
+        return found.flatten(0, -2)[picked if found.shape[1] == count else index]
+
     if head is None:
-        logits = model(**inputs).logits
-        logits = logits.reshape(-1, logits.shape[-1])[picked]
+        logits = wanted(model(**inputs).logits)
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
     # Inside the output layer's own call, as that is where its weights are whole when they are shared out over processes.
     plain = head.forward
 
     def loss_for_logits(hidden: torch.Tensor) -> torch.Tensor:
-        states = hidden.reshape(-1, hidden.shape[-1])[picked]
-        return chunked_cross_entropy(head, states, targets, layer=plain).reshape(1, 1, 1).clone()  # type: ignore[no-any-return]
+        return chunked_cross_entropy(head, wanted(hidden), targets, layer=plain).reshape(1, 1, 1).clone()  # type: ignore[no-any-return]
 
     with _replaced(head, loss_for_logits):
         return model(**inputs).logits.sum()  # type: ignore[no-any-return]
@@ -161,8 +163,8 @@ def _replaced(head: torch.nn.Module, forward: Callable[[torch.Tensor], torch.Ten
 def chunkable_head(model: PreTrainedModel, ids: torch.Tensor) -> torch.nn.Module | None:
     """The model's output layer if the model returns its result unchanged, else None.
 
-    Some models cap or scale what the output layer gives (Gemma 2, Cohere, Granite); found out by comparing, on `ids` of
-    shape [1, tokens].
+    Some models cap or scale what the output layer gives (Gemma 2, Cohere, Granite). Found out on `ids` of shape [1, tokens] with
+    large numbers in place of logits, as a cap leaves small ones nearly as they are, and would cap the loss.
     """
     head = model.get_output_embeddings()
     if head is None or "forward" in vars(head):
@@ -170,8 +172,10 @@ def chunkable_head(model: PreTrainedModel, ids: torch.Tensor) -> torch.nn.Module
     plain, given = head.forward, []
 
     def remembered(hidden: torch.Tensor) -> torch.Tensor:
-        given.append(plain(hidden))
-        return given[-1]  # type: ignore[no-any-return]
+        logits = plain(hidden)
+        numbers = torch.linspace(-1000, 1000, logits.numel(), device=logits.device)
+        given.append(numbers.reshape(logits.shape).to(logits.dtype))
+        return given[-1]
 
     with torch.no_grad(), _replaced(head, remembered):
         logits = model(input_ids=ids, use_cache=False).logits
