@@ -45,8 +45,14 @@ def with_table(page: str, results: list[dict[str, Any]], language: Language) -> 
 
 
 def table(results: list[dict[str, Any]], language: Language) -> str:
-    """One line a family."""
-    lines = [HEADS[language], "|---|---|---|---|---|---|"]
+    """What was run, and one line a family."""
+    cases = [f"{case['task']} {case['format']}" for result in results for case in result["cases"]]
+    counts = ", ".join(f"{case}: {cases.count(case)}" for case in sorted(set(cases)))
+    said = {
+        "en": f"{len(results)} families; this table comes from runs of {counts}.",
+        "zh": f"共 {len(results)} 类模型；本表来自：{counts}。",
+    }[language]
+    lines = [said, "", HEADS[language], "|---|---|---|---|---|---|"]
     lines += [_line(result, language) for result in sorted(results, key=lambda result: result["family"])]
     return "\n".join(lines) + "\n"
 
@@ -104,7 +110,10 @@ def main() -> None:
             # What follows from the model's own layers, and texts with paths of this machine.
             for key in ("adapted", "crashed", "files_missing"):
                 del case[key]
-        known[result["family"]] = result
+        # A family's cases may come from several runs.
+        before = known.get(result["family"], {"cases": []})["cases"]
+        cases = {(case["task"], case["format"]): case for case in [*before, *result["cases"]]}
+        known[result["family"]] = {**result, "cases": [cases[key] for key in sorted(cases)]}
     results = [known[name] for name in sorted(known)]
     lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
     RESULTS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
