@@ -9,7 +9,7 @@ DEMO_READY := $(VENV)/.labeltune-demo-ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 DEMO ?= classification
 
-.PHONY: setup demo quick test oldest torture lint clean
+.PHONY: setup demo quick test zoo oldest torture lint clean
 
 setup: $(READY)
 
@@ -44,6 +44,13 @@ quick: $(READY)
 # A file's tests stay together; every process computes in one thread.
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Tiny models of all families through every command, for about an hour on two cores; then the table of docs/models.md. Some of them:
+# make zoo ZOO="qwen3 or gemma"
+ZOO ?= test_a_family
+zoo: $(READY)
+	ZOO_RESULTS=$(CURDIR)/build/zoo $(BIN)/python -m pytest -m zoo -k "$(ZOO)" --numprocesses auto --maxprocesses 4 tests/zoo
+	cd tests && PYTHONPATH=. $(abspath $(BIN))/python -m zoo.table $(CURDIR)/build/zoo
 
 # The oldest releases that pyproject.toml promises of what training stands on, and the tests that touch Trainer. On Linux torch's CPU
 # build is much smaller: make oldest PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu

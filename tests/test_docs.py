@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 
+import zoo.table
 from helpers.rows import classification_rows, ner_rows, write_jsonl
 from labeltune.config import config_keys
 from labeltune.config_table import PAGES as TABLE_PAGES
 from labeltune.config_table import Language, chinese_meanings, replace_table
+from zoo.families import BY_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Topics that have a page in each language.
-TOPICS = ("config", "data", "evaluate", "export", "predict", "scale", "serve", "sweep", "train")
+TOPICS = ("config", "data", "evaluate", "export", "models", "predict", "scale", "serve", "sweep", "train")
 #: English page -> the same in Chinese.
 PAGES = {"README.md": "README.zh-CN.md", **{f"docs/{t}.md": f"docs/zh/{t}.md" for t in TOPICS}}
 #: Pages that begin with a trained run, `output/classification`.
@@ -159,6 +161,13 @@ def test_the_first_page_is_short(page: str) -> None:
 def test_the_table_of_keys_is_current(language: Language, page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert replace_table(text, language) == text, "run: python -m labeltune.config_table"
+
+
+@pytest.mark.parametrize(("language", "page"), zoo.table.PAGES.items())
+def test_the_table_of_models_is_current(language: Language, page: Path) -> None:
+    text, results = page.read_text("utf-8"), json.loads(zoo.table.RESULTS.read_text("utf-8"))
+    assert {result["family"] for result in results} == set(BY_NAME)
+    assert zoo.table.with_table(text, results, language) == text, "run: make zoo"
 
 
 def test_every_key_is_explained_in_chinese() -> None:

@@ -9,6 +9,8 @@ import torch
 
 from helpers.packing import VOCABULARY, assert_equal, lora_model, packed, plain, random_rows
 from helpers.tiny_models import MODEL_KINDS, make_model
+from labeltune.config import LoraConfig
+from labeltune.models.lora import attach_adapter
 from labeltune.models.shared_prefix import (
     NAME,
     Attend,
@@ -21,6 +23,7 @@ from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import chunkable_head, chunked_cross_entropy
 from labeltune.training.packing import Group, Pack, Row, pack_step
 from labeltune.training.preflight import enable_checkpointing
+from zoo.families import BY_NAME, make_zoo_model
 
 KINDS = list(MODEL_KINDS)
 
@@ -236,3 +239,21 @@ def test_cudnn_is_kept_out_of_attention_over_changing_shapes(packing: Any) -> No
     with attention_for(make_model(VOCABULARY), packing):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "recurrent_gemma",  # caps its logits, which are small
+        "xlstm",  # keeps all positions, whatever it is asked for
+    ],
+)
+def test_the_loss_is_that_of_the_answers_whatever_a_model_does_with_logits(name: str) -> None:
+    model = attach_adapter(make_zoo_model(BY_NAME[name]), LoraConfig(r=4, dropout=0.0)).train()
+    rows = random_rows(each=2)
+    head = chunkable_head(model, torch.tensor([rows[0].ids]))
+    one_by_one = [Pack((Group(0, (at,)),)) for at in range(len(rows))]
+    found, right = packed(model, rows, one_by_one, "padded", head), plain(model, rows)
+    assert found[0] == pytest.approx(right[0], rel=1e-5)
+    for key, gradient in right[1].items():
+        torch.testing.assert_close(found[1][key], gradient, rtol=1e-3, atol=1e-5)

@@ -15,12 +15,15 @@ import labeltune
 from helpers.packing import FP32, VOCABULARY, assert_equal, lora_model, packed, plain, random_rows
 from helpers.tiny_models import HYBRID_KINDS, make_model, make_tokenizer
 from helpers.training import adapter_weights, config_for, without_dropout
+from labeltune.config import LoraConfig
 from labeltune.models import precision, shared_prefix
+from labeltune.models.lora import attach_adapter
 from labeltune.models.precision import Precision
 from labeltune.training import self_check
 from labeltune.training.packing import Row, pack_step
 from labeltune.training.preflight import compile_layers
 from labeltune.training.self_check import Choice, choose_packing, sample_rows
+from zoo.families import BY_NAME, make_zoo_model
 
 BF16 = Precision("bf16", torch.bfloat16, "cpu")
 
@@ -309,3 +312,11 @@ def test_a_run_that_can_only_go_row_by_row_does(in_folder: Path, monkeypatch: py
     monkeypatch.setattr(run, "prepare_steps", with_bad_attention)
     labeltune.train(config, say=said.append)
     assert any("packing=padded, at most 1 tokens at a time" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "nemotron_h"])
+def test_experts_whose_operator_knows_no_fp64_fall_back_all_the_same(name: str) -> None:
+    adapted = attach_adapter(make_zoo_model(BY_NAME[name]), LoraConfig(r=4, dropout=0.0))
+    found, said = choose(adapted)
+    assert found == Choice("padded")
+    assert len(said) == 1 and "Double" not in said[0] and "float64" not in said[0]

@@ -295,7 +295,7 @@ class _Job:
             say(f"writing the whole model in {self.dtype}")
             adapter = self.checkpoint if info.adapter else None
             model = merge.whole_model(self.base, adapter, self.dtype, info.runs_code())
-            merge.save_whole_model(model, self.template, folder)
+            merge.save_whole_model(model, self.template, folder, self.base)
             command = vllm.merged_command(self.target, self.name, info.runs_code())
         else:
             name = vllm.base_name(info.model)

@@ -102,9 +102,13 @@ def prepare(config: RunConfig, all_rows: Splits, say: Say, resume_from: Path | N
         resume_from: the checkpoint whose template goes on.
 
     Raises:
+        ModelError: the model cannot be found, or not be trained as the config says.
         PromptError: a row cannot fit, and `data.on_error` is `stop`.
     """
     base, builder = load_prompts(config, all_rows.labels, resume_from)
+    from labeltune.training.preflight import check_layers
+
+    check_layers(config, base)
     splits = without_too_long(all_rows, builder, config, say)
     selection = validation_rows(splits, config.eval.max_rows)
     warn_of_rows(config, splits, selection, say)
@@ -167,7 +171,7 @@ def load_for_training(prepared: Prepared, say: Say) -> PreTrainedModel:
     from labeltune.training.preflight import check_feasible
 
     config, precision, splits = prepared.config, prepared.precision, prepared.splits
-    check_feasible(config, precision, prepared.base, len(splits.train), splits.validation is not None)
+    check_feasible(config, precision, len(splits.train), splits.validation is not None)
     set_seed(config.training.seed)
     begin("loading the model", say)
     quantized = config.training.method == "qlora"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from labeltune.prompts.template import ChatTemplate
 
+#: processor_config.json, preprocessor_config.json, video_preprocessor_config.json
+PROCESSOR_FILES = "*processor_config.json"
 _STORED: dict[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -75,11 +78,12 @@ def whole_model(
     return model
 
 
-def save_whole_model(model: PreTrainedModel, template: ChatTemplate, folder: Path) -> None:
+def save_whole_model(model: PreTrainedModel, template: ChatTemplate, folder: Path, base: Path) -> None:
     """Write weights (safetensors), config, tokenizer and a generation config that ends answers as training did.
 
     Args:
         template: the run's `ChatTemplate`; its tokenizer is saved with its chat template.
+        base: folder of the base model; how one that reads images or sound too prepares them is copied from there.
     """
     tokenizer = template.tokenizer
     stop = stop_ids(model, template)
@@ -91,3 +95,6 @@ def save_whole_model(model: PreTrainedModel, template: ChatTemplate, folder: Pat
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if model.config.get_text_config() is not model.config:
+        for path in sorted(base.glob(PROCESSOR_FILES)):
+            shutil.copyfile(path, folder / path.name)

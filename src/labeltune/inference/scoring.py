@@ -453,7 +453,9 @@ def score_one_by_one(model: PreTrainedModel, question: Question) -> list[float]:
     with torch.inference_mode():
         for answer in answers:
             ids = torch.tensor([[*question.prompt, *answer[:-1]]], device=device)
-            logits = model(input_ids=ids, logits_to_keep=len(answer), use_cache=False).logits[0].float()
+            logits = model(input_ids=ids, logits_to_keep=len(answer), use_cache=False).logits[0]
+            # Some models keep all positions, whatever they are asked for (xLSTM).
+            logits = logits[-len(answer) :].float()
             picked = logits.log_softmax(-1)[range(len(answer)), answer]
             scores.append(math.fsum(picked.cpu().tolist()))
     return scores

@@ -9,17 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers.utils import logging
 
 from labeltune.config import HubConfig
-from labeltune.errors import MissingExtraError, ModelError
+from labeltune.errors import MissingExtraError, ModelError, first_line
 from labeltune.io.hubs import PICKLES, asking, check_inside
 from labeltune.io.outputs import is_hub_name
 from labeltune.models.pocket import POCKET_MODELS, pocket_folder
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
 
 #: What a snapshot is fetched with: weights in safetensors, configuration, tokenizer; never pickles.
@@ -136,6 +145,30 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def model_shape(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedConfig, Any]:
+    """The config of a model folder, and the auto class that makes its model: a causal language model, or one that reads images
+    too, whose text part is used.
+
+    Raises:
+        ModelError: the config is damaged or of an unknown kind, or what it describes does not go on with a text.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise ModelError(f"the model in {folder} cannot be loaded: {first_line(error)}") from error
+    own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config, AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:
+        return config, AutoModelForImageTextToText
+    raise ModelError(
+        f"the model in {folder} is of the kind {config.model_type!r}, for which transformers has no causal language model; "
+        "choose a model that goes on with a text, such as Qwen3"
+    )
+
+
 def load_model(
     folder: Path,
     dtype: torch.dtype,
@@ -161,8 +194,9 @@ def load_model(
     options: dict[str, Any] = {}
     if four_bit:
         options["quantization_config"] = _four_bit(dtype)
+    kind = model_shape(folder, trust_remote_code)[1]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,

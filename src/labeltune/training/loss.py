@@ -33,21 +33,21 @@ def answer_loss(model: PreTrainedModel, head: torch.nn.Module | None, batch: Pac
     """
     losses = []
     for call, inputs in model_calls(model, batch):
-        kept, picked = answer_positions(call)
+        kept, wanted = answer_positions(call)
         inputs = {**inputs, "logits_to_keep": kept}
         if head is None:
-            logits = model(**inputs).logits.flatten(0, 1)[picked]
+            logits = wanted(model(**inputs).logits)
             losses.append(torch.nn.functional.cross_entropy(logits.float(), call.targets, reduction="sum"))
         else:
-            losses.append(_loss_in_head(model, head, inputs, picked, call.targets))
+            losses.append(_loss_in_head(model, head, inputs, wanted, call.targets))
     return torch.stack(losses).sum()
 
 
 def answer_logits(model: PreTrainedModel, batch: PackBatch) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
     """For every call of a pack its examples, and the logits of their answer tokens, shape [answer tokens, vocabulary]."""
     for call, inputs in model_calls(model, batch):
-        kept, picked = answer_positions(call)
-        yield call.rows, model(**inputs, logits_to_keep=kept).logits.flatten(0, 1)[picked]
+        kept, wanted = answer_positions(call)
+        yield call.rows, wanted(model(**inputs, logits_to_keep=kept).logits)
 
 
 def model_calls(model: PreTrainedModel, batch: PackBatch) -> Iterator[tuple[ModelCall, dict[str, Any]]]:
@@ -61,26 +61,33 @@ def model_calls(model: PreTrainedModel, batch: PackBatch) -> Iterator[tuple[Mode
         yield call, {**call.inputs, behind.name: behind.cache, "use_cache": True}
 
 
-def answer_positions(call: ModelCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns whose logits are wanted, and for every answer token its place among these columns of all rows, flattened."""
+def answer_positions(call: ModelCall) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Columns whose logits are wanted, and what takes those of the answer tokens from [rows, positions, size] -> [answer tokens, size].
+
+    Some models give all positions whatever they are asked for (xLSTM).
+    """
     columns = call.inputs["input_ids"].shape[1]
     kept, place = torch.unique(call.index % columns, return_inverse=True)
-    return kept, call.index // columns * len(kept) + place
+    picked = call.index // columns * len(kept) + place
+
+    def wanted(found: torch.Tensor) -> torch.Tensor:
+        return found.flatten(0, 1)[picked if found.shape[1] == len(kept) else call.index]
+
+    return kept, wanted
 
 
 def _loss_in_head(
     model: PreTrainedModel,
     head: torch.nn.Module,
     inputs: dict[str, Any],
-    picked: torch.Tensor,
+    wanted: Callable[[torch.Tensor], torch.Tensor],
     targets: torch.Tensor,
 ) -> torch.Tensor:
     """Inside the output layer's own call, as that is where its weights are whole when they are shared out over processes."""
     plain = head.forward
 
     def loss_for_logits(hidden: torch.Tensor) -> torch.Tensor:
-        states = hidden.reshape(-1, hidden.shape[-1])[picked]
-        return chunked_cross_entropy(head, states, targets, layer=plain).reshape(1, 1, 1).clone()  # type: ignore[no-any-return]
+        return chunked_cross_entropy(head, wanted(hidden), targets, layer=plain).reshape(1, 1, 1).clone()  # type: ignore[no-any-return]
 
     with _replaced(head, loss_for_logits):
         return model(**inputs).logits.sum()  # type: ignore[no-any-return]
@@ -184,8 +191,8 @@ def _replaced(head: torch.nn.Module, forward: Callable[[torch.Tensor], torch.Ten
 def chunkable_head(model: PreTrainedModel, ids: torch.Tensor) -> torch.nn.Module | None:
     """The model's output layer if the model returns its result unchanged, else None.
 
-    Some models cap or scale what the output layer gives (Gemma 2, Cohere, Granite); found out by comparing, on `ids` of
-    shape [1, tokens].
+    Some models cap or scale what the output layer gives (Gemma 2, Cohere, Granite). Found out on `ids` of shape [1, tokens] with
+    large numbers in place of logits, as a cap leaves small ones nearly as they are, and would cap the loss.
     """
     head = model.get_output_embeddings()
     if head is None or "forward" in vars(head):
@@ -193,8 +200,10 @@ def chunkable_head(model: PreTrainedModel, ids: torch.Tensor) -> torch.nn.Module
     plain, given = head.forward, []
 
     def remembered(hidden: torch.Tensor) -> torch.Tensor:
-        given.append(plain(hidden))
-        return given[-1]  # type: ignore[no-any-return]
+        logits = plain(hidden)
+        numbers = torch.linspace(-1000, 1000, logits.numel(), device=logits.device)
+        given.append(numbers.reshape(logits.shape).to(logits.dtype))
+        return given[-1]
 
     with torch.no_grad(), _replaced(head, remembered):
         logits = model(input_ids=ids, use_cache=False).logits

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from labeltune.config import RunConfig, higher_is_better
 from labeltune.distributed import all_reduce, world_size
 from labeltune.errors import ConfigError, first_line
 from labeltune.io.progress import Say, begin
-from labeltune.models.lora import attach_adapter
+from labeltune.models.hub import model_shape
+from labeltune.models.lora import ALL_LINEAR, attach_adapter, language_model
 from labeltune.models.precision import Precision, free_memory
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import CHUNK, answer_loss, chunkable_head
@@ -38,7 +39,7 @@ from labeltune.training.trainer import StepSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 #: Share of the free memory that activations may take as they are counted. On the CPU the allocator was seen to take 2.3 times as
@@ -105,18 +106,28 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
     return arguments
 
 
-def check_feasible(
-    config: RunConfig, precision: Precision, model: Path, rows: int, has_validation: bool
-) -> None:
+def check_layers(config: RunConfig, model: Path) -> None:
+    """Find what the model itself rules out, from its `config.json` alone.
+
+    Args:
+        model: the base model's folder.
+
+    Raises:
+        ModelError: it is no causal language model; `lora.target_modules` names no layer of it.
+    """
+    model_shape(model, config.hub.trust_remote_code)
+    if config.training.method != "full" and config.lora.target_modules != ALL_LINEAR:
+        attach_adapter(_without_weights(model, config.hub.trust_remote_code), config.lora)
+
+
+def check_feasible(config: RunConfig, precision: Precision, rows: int, has_validation: bool) -> None:
     """Find what the libraries would refuse only after the weights are loaded, and what would train nothing.
 
     Args:
-        model: the base model's folder, of which only `config.json` is read.
         rows: number of training rows.
 
     Raises:
         ConfigError: the schedule is unknown, or needs what has no key here; warm-up takes the whole run.
-        ModelError: `lora.target_modules` names no layer of this model.
     """
     training_arguments(config, precision, has_validation)
     options = config.training
@@ -128,8 +139,6 @@ def check_feasible(
             "reached. Lower it"
         )
     _check_scheduler(options.scheduler, options.warmup_steps, steps)
-    if options.method != "full" and config.lora.target_modules != "all-linear":
-        attach_adapter(_without_weights(model, config.hub.trust_remote_code), config.lora)
 
 
 def _check_scheduler(name: str, warmup: int, steps: int) -> None:
@@ -142,9 +151,9 @@ def _check_scheduler(name: str, warmup: int, steps: int) -> None:
 
 def _without_weights(folder: Path, trust_remote_code: bool) -> Any:
     """The model's layers on torch's meta device, where they take no memory."""
-    shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    shape, kind = model_shape(folder, trust_remote_code)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
+        return kind.from_config(shape, trust_remote_code=trust_remote_code)
 
 
 def prepare_steps(
@@ -353,20 +362,29 @@ def pairs_per_token(model: PreTrainedModel) -> int:
 
     A forward pass takes 2 operations a weight and token, and 4 a pair, layer and dimension of the heads.
     """
-    shape = model.config.get_text_config()
-    heads, size = getattr(shape, "num_attention_heads", None), getattr(shape, "head_dim", None)
-    layers = getattr(shape, "num_hidden_layers", None)
-    if not heads or not layers:
+    width = attention_width(model.config.get_text_config())
+    if not width:
         return PAIRS_PER_TOKEN
-    return max(1, int(layer_weights(model) // (2 * layers * heads * (size or shape.hidden_size // heads))))
+    return max(1, layer_weights(model) // (2 * width))
+
+
+def attention_width(shape: PreTrainedConfig) -> int:
+    """Dimensions of all query heads of all layers, which may differ from layer to layer (Gemma 4); 0 where the config does not say."""
+    layers = range(getattr(shape, "num_hidden_layers", None) or 0)
+    by_layer = shape.per_layer_config if getattr(shape, "is_heterogeneous", False) else None
+    width = 0
+    for number in layers:
+        layer = shape if by_layer is None else by_layer[number]
+        heads = getattr(layer, "num_attention_heads", None) or 0
+        width += heads * (getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0))
+    return width
 
 
 def layer_weights(model: PreTrainedModel) -> int:
-    """Weights of all layers: those of the model without its embeddings and output layer."""
-    embeddings = {
-        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
-    return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    """Weights of all layers that read text: without embeddings and output layer."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {id(module.weight) for module in ends if module is not None}
+    return sum(p.numel() for p in language_model(model).parameters() if id(p) not in embeddings)
 
 
 def call_tokens(model: PreTrainedModel, device: torch.device) -> int:

@@ -1,0 +1,124 @@
+"""docs/models.md and its Chinese twin from the results of `make zoo`.
+
+`python -m zoo.table FOLDER`, in tests/, takes the families' results of a folder into docs/zoo-results.json and writes both pages.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+RESULTS = DOCS / "zoo-results.json"
+PAGES: dict[Language, Path] = {"en": DOCS / "models.md", "zh": DOCS / "zh" / "models.md"}
+Language = Literal["en", "zh"]
+MARK = "<!-- the table of the zoo: make zoo -->"
+
+#: What commands call a way -> what the table calls it.
+WAYS: dict[str, dict[Language, str]] = {
+    "shared_prefix": {"en": "shared by attention", "zh": "注意力共享"},
+    "shared_cache": {"en": "shared by cache", "zh": "缓存共享"},
+    "packed": {"en": "packed", "zh": "拼接"},
+    "padded": {"en": "padded", "zh": "填充"},
+    "one by one": {"en": "one by one", "zh": "逐条"},
+    "fast": {"en": "shared by attention", "zh": "注意力共享"},
+    "cache": {"en": "shared by cache", "zh": "缓存共享"},
+    "plain": {"en": "plain", "zh": "普通"},
+}
+HEADS: dict[Language, str] = {
+    "en": "| family | its layers see | training | prediction | largest difference of a label's score, fp32 / bf16 (plain bf16) | notes |",
+    "zh": "| 模型 | 注意力类型 | 训练 | 预测 | 标签得分的最大偏差，fp32 / bf16（bf16 逐条计算） | 备注 |",
+}
+
+
+def write(results: list[dict[str, Any]]) -> None:
+    """Put the table into both pages."""
+    for language, page in PAGES.items():
+        page.write_text(with_table(page.read_text(encoding="utf-8"), results, language), encoding="utf-8")
+
+
+def with_table(page: str, results: list[dict[str, Any]], language: Language) -> str:
+    """A page with the table behind its mark."""
+    return page[: page.index(MARK)] + MARK + "\n\n" + table(results, language)
+
+
+def table(results: list[dict[str, Any]], language: Language) -> str:
+    """What was run, and one line a family."""
+    cases = [f"{case['task']} {case['format']}" for result in results for case in result["cases"]]
+    counts = ", ".join(f"{case}: {cases.count(case)}" for case in sorted(set(cases)))
+    said = {
+        "en": f"{len(results)} families; this table comes from runs of {counts}.",
+        "zh": f"共 {len(results)} 类模型；本表来自：{counts}。",
+    }[language]
+    lines = [said, "", HEADS[language], "|---|---|---|---|---|---|"]
+    lines += [_line(result, language) for result in sorted(results, key=lambda result: result["family"])]
+    return "\n".join(lines) + "\n"
+
+
+def _line(result: dict[str, Any], language: Language) -> str:
+    cases = result["cases"]
+    name, attends = f"`{result['family']}`", result["attends"]
+    if result["unavailable"]:
+        note = {"en": "transformers cannot run it on a CPU", "zh": "transformers 无法在 CPU 上运行"}[language]
+        return f"| {name} | {attends} | - | - | - | {note}: {_cell(result['unavailable'])} |"
+    ways = [_ways(cases, key, language) for key in ("training", "predicting")]
+    scores = {
+        case["format"]: case for case in cases if case["task"] == "classification" and case["predicting"]
+    }
+    errors = ["-"] * 2
+    if "fp32" in scores:
+        errors[0] = f"{scores['fp32']['score_error']:.0e}"
+    if "bf16" in scores:
+        errors[1] = f"{scores['bf16']['score_error']:.2f} ({scores['bf16']['plain_score_error']:.2f})"
+    refused = {"en": "refused", "zh": "拒绝"}[language]
+    notes = dict.fromkeys(f"{refused}: {case['refused']}" for case in cases if case["refused"])
+    return f"| {name} | {attends} | {' | '.join(ways)} | {' / '.join(errors)} | {_cell('; '.join(notes))} |"
+
+
+def _ways(cases: list[dict[str, Any]], key: str, language: Language) -> str:
+    """The way of all cases, or each way with its number formats."""
+    found: dict[str, list[str]] = {}
+    for case in cases:
+        if case[key]:
+            found.setdefault(case[key], []).append(case["format"])
+    if len(found) == 1:
+        return WAYS[next(iter(found))][language]
+    return (
+        ", ".join(
+            f"{WAYS[way][language]} ({'/'.join(dict.fromkeys(formats))})" for way, formats in found.items()
+        )
+        or "-"
+    )
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())[:300]
+
+
+def main() -> None:
+    """Take the results of a folder, and write the pages."""
+    known = (
+        {each["family"]: each for each in json.loads(RESULTS.read_text("utf-8"))} if RESULTS.is_file() else {}
+    )
+    for path in sorted(Path(sys.argv[1]).glob("*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        for case in result["cases"]:
+            if case["crashed"]:
+                sys.exit(f"{path} holds a crash: mend it first")
+            # What follows from the model's own layers, and texts with paths of this machine.
+            for key in ("adapted", "crashed", "files_missing"):
+                del case[key]
+        # A family's cases may come from several runs.
+        before = known.get(result["family"], {"cases": []})["cases"]
+        cases = {(case["task"], case["format"]): case for case in [*before, *result["cases"]]}
+        known[result["family"]] = {**result, "cases": [cases[key] for key in sorted(cases)]}
+    results = [known[name] for name in sorted(known)]
+    lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
+    RESULTS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    write(results)
+
+
+if __name__ == "__main__":
+    main()
