@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import labeltune
+from labeltune.errors import MissingExtraError
 
 #: Exit code of a command that raised something other than its own errors.
 TRACEBACK = 70
@@ -67,9 +68,9 @@ def warm() -> None:
             continue
         try:
             importlib.import_module(module.name)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, MissingExtraError) as error:
             # An extra that is missing here is missing for its command too.
-            if str(error.name).startswith("labeltune"):
+            if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("labeltune"):
                 raise
     for name in (
         "peft",

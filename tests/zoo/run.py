@@ -50,7 +50,7 @@ class Case:
         crashed: the traceback of the first command that ended in one.
         training: `packing=` of the steps.
         reason: why it is not what was asked for.
-        predicting: `fast` or `plain`.
+        predicting: the engine's way.
     """
 
     task: Task
@@ -219,7 +219,7 @@ class _Walk:
         )
         found = re.search(r"steps: packing=(\w+), at most ([\d,]+) tokens", self.said)
         assert found is not None, self.said
-        self.case.training = "one by one" if found[2] == "1" else found[1]
+        self.case.training = "one_by_one" if found[2] == "1" else found[1]
         warned = re.search(
             r"does not compute what this model computes row by row \((.*)\); training goes on", self.said
         )
@@ -336,12 +336,12 @@ def run_command(*arguments: str) -> tuple[int | None, str]:
 
 def way_of(predictor: Predictor) -> str:
     """How the predictor runs its model."""
-    return "fast" if predictor.engine._fast else "plain"
+    return str(predictor.engine._scoring or predictor.engine._decoding)
 
 
 def run_plainly(predictor: Predictor) -> None:
     """One plain forward pass after the other."""
-    predictor.engine._fast = False
+    predictor.engine._scoring = predictor.engine._decoding = "one_by_one"
 
 
 def adam_momentum(checkpoint: Path, model: Any) -> dict[str, torch.Tensor]:

@@ -22,10 +22,10 @@ WAYS: dict[str, dict[Language, str]] = {
     "shared_cache": {"en": "shared by cache", "zh": "缓存共享"},
     "packed": {"en": "packed", "zh": "拼接"},
     "padded": {"en": "padded", "zh": "填充"},
-    "one by one": {"en": "one by one", "zh": "逐条"},
-    "fast": {"en": "shared by attention", "zh": "注意力共享"},
+    "segments": {"en": "shared by attention", "zh": "注意力共享"},
     "cache": {"en": "shared by cache", "zh": "缓存共享"},
-    "plain": {"en": "plain", "zh": "普通"},
+    "side_by_side": {"en": "rows side by side", "zh": "整行并排"},
+    "one_by_one": {"en": "one by one", "zh": "逐条"},
 }
 HEADS: dict[Language, str] = {
     "en": "| family | its layers see | training | prediction | largest difference of a label's score, fp32 / bf16 (plain bf16) | notes |",
