@@ -318,5 +318,5 @@ def test_a_run_that_can_only_go_row_by_row_does(in_folder: Path, monkeypatch: py
 def test_experts_whose_operator_knows_no_fp64_fall_back_all_the_same(name: str) -> None:
     adapted = attach_adapter(make_zoo_model(BY_NAME[name]), LoraConfig(r=4, dropout=0.0))
     found, said = choose(adapted)
-    assert found == Choice("padded")
+    assert found == Choice("shared_cache")
     assert len(said) == 1 and "Double" not in said[0] and "float64" not in said[0]

@@ -176,6 +176,7 @@ def hybrid_folder(in_folder: Path) -> Path:
     return in_folder / "hybrid"
 
 
+@pytest.mark.filterwarnings("ignore:prediction uses the model's own cache")
 def test_a_run_shares_by_the_cache_and_ends_where_a_padded_run_does(
     in_folder: Path, hybrid_folder: Path
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_run_shares_by_the_cache_and_ends_where_a_padded_run_does(
         torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:prediction uses the model's own cache")
 def test_a_resumed_run_is_the_same_to_the_last_bit(in_folder: Path, hybrid_folder: Path) -> None:
     """With dropout, whose masks the prefix and the rows behind it draw one after the other."""
     torch.set_num_threads(1)

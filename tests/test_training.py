@@ -223,6 +223,7 @@ def test_every_kind_of_model_trains_and_predicts(kind: str, in_folder: Path) -> 
         assert len(predictor.predict(["rocket", "a longer match report"])) == 2
 
 
+@pytest.mark.filterwarnings("ignore:prediction uses the model's own cache")
 @pytest.mark.parametrize("kind", ["qwen2", "lfm2"])
 def test_two_processes_train_like_one(in_folder: Path, kind: str) -> None:
     """The last step of the epoch has one row, so one of the processes has nothing of its own to compute. Prefixes are shared by
