@@ -131,11 +131,11 @@ def run_fingerprint(run: str, changes: dict[str, Any]) -> str:
     return fingerprint(
         info.model,
         weights_file(folder, info),
-        make_task(info.task, info.labels, info.prompt),
-        run_template(folder, info),
-        changed_generation(info.generation, changes),
-        info.calibrate,
-        Calibration.load(folder),
+        task=make_task(info.task, info.labels, info.prompt),
+        template=run_template(folder, info),
+        generation=changed_generation(info.generation, changes),
+        calibrate=info.calibrate,
+        calibration=Calibration.load(folder),
     )
 
 

@@ -347,11 +347,11 @@ class Predictor:
         return fingerprint(
             self.source,
             self.weights,
-            self.task,
-            self.template,
-            self.generation,
-            self.calibrate,
-            self.calibration,
+            task=self.task,
+            template=self.template,
+            generation=self.generation,
+            calibrate=self.calibrate,
+            calibration=self.calibration,
         )
 
     def base_model(self) -> AbstractContextManager[None]:
@@ -418,6 +418,7 @@ def changed_generation(generation: GenerationConfig, changes: Mapping[str, Any])
 def fingerprint(
     source: str,
     weights: Path | None,
+    *,
     task: Task,
     template: ChatTemplate,
     generation: GenerationConfig,
