@@ -237,8 +237,8 @@ FAMILIES = (
     Family(
         "glm_moe_dsa",
         "GlmMoeDsaConfig",
-        "sparse latent, experts",
-        {**LATENT, "index_topk": 16, "index_head_dim": 16, "index_n_heads": 2, **DENSE_THEN_EXPERTS},
+        "latent (2,048 tokens at most), experts",
+        {**LATENT, "index_head_dim": 16, "index_n_heads": 2, **DENSE_THEN_EXPERTS},
     ),
     Family(
         "longcat_flash",
