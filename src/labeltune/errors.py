@@ -68,9 +68,11 @@ def near_it(path: Path, wanted: Callable[[Path], bool]) -> str:
         there = sorted(each.name for each in path.parent.iterdir() if wanted(each))
     except (OSError, ValueError):
         return ""
-    names = get_close_matches(path.name, there, n=3, cutoff=0.5) or there[:5]
-    listed = ", ".join(printable(str(path.parent / name)) for name in names)
-    return f"; near it are: {listed}" if listed else ""
+    close = get_close_matches(path.name, there, n=3, cutoff=0.75)
+    if not there:
+        return ""
+    names = ", ".join(printable(str(path.parent / name)) for name in close or there[:4])
+    return f"; near it are: {names}" if close else f"; the folder holds: {names}"
 
 
 class LabeltuneError(Exception):
@@ -115,7 +117,8 @@ class MissingExtraError(LabeltuneError):
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(
-            f"{feature} needs an extra package. Install it with: pip install 'labeltune[{extra}]'"
+            f"{feature} needs an extra package; install it from the folder of the clone: "
+            f"pip install -c constraints.txt '.[{extra}]'"
         )
 
 

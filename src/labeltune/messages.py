@@ -16,6 +16,8 @@ import yaml
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 #: Places of a template that take one kind of text: `{n}`, `{n2}` ... a number, `{word}` ... no blanks. All others take any.
 _KINDS = {"n": r"-?[\d.,]*\d(?:e[-+]?\d+)?", "word": r"\S+?"}
+#: Several words in quotes, such as the names of columns.
+_QUOTED = re.compile(r"'[^']*'(?:(?:, | and )'[^']*')+")
 _ANY = ".*?)"
 _REST = "rest_"
 #: Messages in messages, such as a reason inside an error, are followed this deep.
@@ -115,7 +117,9 @@ def _translated(message: str, depth: int) -> str | None:
         match = pattern.fullmatch(message) if clue in message else None
         if match:
             given = {key: value for key, value in match.groupdict().items() if value is not None}
-            values = {key: _translated(value, depth - 1) or value for key, value in given.items()}
+            values = {
+                key: _translated(value, depth - 1) or _chinese_list(value) for key, value in given.items()
+            }
             told = _PLACEHOLDER.sub(lambda each: values[each[1]], target)  # noqa: B023
             return f"{told}；{values[_REST]}" if _REST in values else told
     if "\n" in message:
@@ -134,6 +138,11 @@ def _translated(message: str, depth: int) -> str | None:
         if all(known):
             return "，".join(filter(None, known))
     return None
+
+
+def _chinese_list(value: str) -> str:
+    """A list of quoted words with the comma that joins a list in Chinese; any other value as it is."""
+    return re.sub("', '|' and '", "'、'", value) if _QUOTED.fullmatch(value) else value
 
 
 def templates() -> dict[str, str]:

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from labeltune.errors import LabeltuneError
+from labeltune.errors import LabeltuneError, printable
+from labeltune.io.progress import tell
 
 
 def board(
@@ -32,6 +33,7 @@ def board(
             "the local dashboard is not installed; install it with: pip install 'swanlab[dashboard]'"
         )
     command = [sys.executable, "-m", "swanlab", "watch", str(folder), "--host", host, "--port", str(port)]
+    tell(f"runs in {printable(str(folder))}: open http://{host}:{port} in a browser; Ctrl-C ends the board")
     if os.name == "posix":
         # In the place of this process, so that a signal that stops it stops the server.
         sys.stdout.flush()

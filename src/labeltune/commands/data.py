@@ -278,9 +278,8 @@ def _report_line(path: Path | None, findings: dict[str, Any]) -> str:
             f"{findings['tokens']['shortened_share']:.1%} of the texts shortened, "
             f"{findings['tokens']['speed_up']:.2f} times fewer tokens with a shared prefix"
         )
-    else:
-        found.append("tokens were not counted (the page says why)")
-    return f"report: {printable(str(path))}: {', '.join(found)}"
+    why = "" if findings["tokens"] is not None else f"; {findings['no_tokens'].splitlines()[0]}"
+    return f"report: {printable(str(path))}: {', '.join(found)}{why}"
 
 
 @spoken("stdout")

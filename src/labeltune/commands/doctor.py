@@ -26,7 +26,7 @@ OK, NOTE, LACK = "ok", "note", "LACK"
 
 HUBS = (("ModelScope", "modelscope.cn"), ("Hugging Face", "huggingface.co"))
 NO_HUB = "its models need a local folder instead"
-NO_HUBS = "use model=./folder with weights you copied here, or model=pocket"
+NO_HUBS = "use model=./folder with weights you copied here, or model=pocket (for Chinese: model=pocket-zh)"
 LOCAL = "runs are kept locally; see them with `labeltune board`"
 #: Seconds until a hub or SwanLab counts as out of reach.
 PATIENCE = 3.0
@@ -94,7 +94,7 @@ def _accelerator() -> Iterator[Finding]:
         yield (
             NOTE,
             f"no CUDA GPU (PyTorch is {built})",
-            "training runs on the CPU in fp32: fine for model=pocket, far too slow for Qwen2-1.5B",
+            "training runs on the CPU in fp32: fine for the pocket models, far too slow for Qwen2-1.5B",
         )
         return
     for index in range(torch.cuda.device_count()):

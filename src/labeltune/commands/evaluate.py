@@ -495,6 +495,7 @@ def print_summary(metrics: dict[str, Any]) -> None:
         print(f"{key}: {value}", file=sys.stderr)
     if (worse := worse_than_constant(metrics)) is not None:
         print(f"accuracy: {worse}", file=sys.stderr)
+    figure = "accuracy" if metrics["task"] == "classification" else "span_f1"
     for name, m in metrics.get("baselines", {}).items():
-        print(f"baseline {name}: {m['value']:.3f}", file=sys.stderr)
+        print(f"baseline {name}: {figure} {m['value']:.3f}", file=sys.stderr)
     print(f"unparsable answers: {metrics['unparsable']:.1%} of {metrics['rows']} rows", file=sys.stderr)

@@ -18,7 +18,7 @@ from labeltune.commands.evaluate import describe_run, labelled_rows
 from labeltune.commands.row_hashes import SELECTION_FILE, TRAINING_FILE
 from labeltune.errors import ConfigError, DataError
 from labeltune.io.outputs import is_hub_name, write_json, write_text
-from labeltune.io.progress import Say, phase, tell, track
+from labeltune.io.progress import Say, begin, phase, tell, track
 from labeltune.io.run_folder import RunInfo, public_name
 from labeltune.messages import localize
 from labeltune.prompts import make_task
@@ -70,7 +70,7 @@ def export_command(
 
     The commands to run next go to standard output.
     """
-    with phase("exporting the model"):
+    with phase("preparing the export"):
         done = export(
             run,
             output,
@@ -182,10 +182,12 @@ def export(
         if ollama:
             commands |= job.write_for_ollama(folder, say)
         if exporter is not None:
-            say("writing onnx/ (the parity gate has not seen it)")
+            begin("writing onnx/ (the parity gate has not seen it)", say)
             onnx_form.write_onnx(exporter, folder)
         job.describe(folder, test_metrics, parity)
-    say(f"exported the {job.kind} to {target}")
+    say(f"exported the {'merged model' if job.adapter is None else 'adapter'} to {target}")
+    if push is not None:
+        begin(f"pushing to {push}", say)
     address = push_folder(target, push) if push is not None else None
     if address is not None:
         say(f"pushed to {address}")
@@ -292,8 +294,11 @@ class _Job:
 
         info = self.info
         if self.adapter is None:
-            say(f"writing the whole model in {self.dtype}")
             adapter = self.checkpoint if info.adapter else None
+            merging = adapter is not None
+            begin(
+                f"{'merging the adapter and ' if merging else ''}writing the whole model in {self.dtype}", say
+            )
             model = merge.whole_model(self.base, adapter, self.dtype, info.runs_code())
             merge.save_whole_model(model, self.template, folder, self.base)
             command = vllm.merged_command(self.target, self.name, info.runs_code())
@@ -324,7 +329,7 @@ class _Job:
             )
             commands["Convert with llama.cpp"] = ollama.convert_command(self.target, self.dtype)
         else:
-            say(f"writing {ollama.GGUF_FILE} with {converter} (the parity gate has not seen it)")
+            begin(f"writing {ollama.GGUF_FILE} with {converter} (the parity gate has not seen it)", say)
             ollama.convert(converter, folder, self.dtype)
         commands["Add to Ollama"] = ollama.create_command(self.target, self.name)
         commands["Ask Ollama"] = ollama.ask_command(self.name, self.request["messages"][-1]["content"])
@@ -385,7 +390,7 @@ def _verified(
         return None
     from labeltune.export.parity import compare_answers
 
-    say(f"verifying {len(rows)} rows with the run and with the export, in {form}")
+    begin(f"verifying {len(rows)} rows with the run and with the export, in {form}", say)
     before = _answers(checkpoint, base, form, rows, progress)
     after = _answers(folder, base, form, rows, progress)
     return compare_answers(rows, before, after)

@@ -20,11 +20,19 @@ from labeltune.other_names import KEYS, our_name, plain
 
 @spoken("stdout")
 def init(
-    task: Annotated[str, typer.Argument(help="classification or ner")],
+    task: Annotated[str | None, typer.Argument(help="What is learnt.", metavar="classification|ner")] = None,
     folder: Annotated[Path, typer.Argument(help="Where to write.")] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+    as_option: Annotated[str | None, typer.Option("--task", hidden=True)] = None,
 ) -> None:
     """Write a config and sample rows, to train and to test on."""
+    if task is None:
+        written = (
+            f"labeltune init {as_option}"
+            if as_option
+            else "labeltune init classification, or labeltune init ner"
+        )
+        raise ConfigError(f"name the task: {written}")
     if task not in ("classification", "ner"):
         raise ConfigError(f"unknown task {task!r}; it is classification or ner")
     check_folder(folder, [])
@@ -37,7 +45,9 @@ def init(
     for name in names:
         original = f"{task}.zh.yaml" if chinese and name.endswith(".yaml") else name
         write_text(folder / name, source.joinpath(original).read_text(encoding="utf-8"))
-        print(folder / name)
+        test = name.endswith("_test.jsonl")
+        rows = f"wrote {folder / name}: {'sample rows to test on' if test else 'sample rows to train on'}"
+        print(f"wrote {folder / name}: config" if name.endswith(".yaml") else rows)
     if chinese:
         print("the sample is in English, as pocket reads English; for Chinese rows see `model` in the config")
     print("\ngo on with:")

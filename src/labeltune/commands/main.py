@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -48,7 +49,14 @@ class _Verb(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """The context of the command itself, which is imported now."""
-        return load_verb(str(self.name)).make_context(info_name, args, parent, **extra)
+        try:
+            return load_verb(str(self.name)).make_context(info_name, args, parent, **extra)
+        except Exception as error:
+            # The closest of similar options is meant; the others only look like it.
+            if possibilities := getattr(error, "possibilities", None):
+                name = getattr(error, "option_name", "")
+                error.possibilities = get_close_matches(name, possibilities, n=1)  # type: ignore[attr-defined]
+            raise
 
 
 def load_verb(verb: str) -> Any:

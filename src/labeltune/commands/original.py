@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,10 +13,13 @@ from labeltune.commands.main import run_app, single
 from labeltune.commands.options import Overrides, OverwriteRun, ResumeTraining
 from labeltune.config import NER_LABELS, RunConfig, TaskName, load_config
 from labeltune.data.labels import named_labels
+from labeltune.errors import DataError
 from labeltune.io.run_folder import find_checkpoint
 from labeltune.types import Prediction
 
 TRAIN_FILES = {"classification": "train.jsonl", "ner": "ccfbdci.jsonl"}
+#: What `labeltune data download` calls their data.
+DATA = {"classification": "fudan", "ner": "ccfbdci"}
 PROJECTS = {"classification": "Qwen2-fintune", "ner": "Qwen2-NER-fintune"}
 
 DOCUMENT = (
@@ -53,6 +57,10 @@ def train_main(task: TaskName) -> None:
         if accept_license is not None:
             changes.append(f"hub.accept_license={accept_license}")
         config = original_config(task, changes)
+        if config.data.train == TRAIN_FILES[task] and not Path(config.data.train).exists():
+            raise DataError(
+                f"data file {config.data.train} does not exist; fetch it with: labeltune data download {DATA[task]}"
+            )
         labeltune.train(config, resume=resume, overwrite=overwrite)
 
     command.__doc__ = f"Fine-tune Qwen2 on {TRAIN_FILES[task]}, as the original script did."

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -142,7 +143,7 @@ def predict_command(
 
     texts = [with_labels(example, labels) for example in texts]
     with phase("loading the model"), load_predictor(run, merge=True) as predictor:
-        begin("predicting")
+        begin("predicting the rows")
         predictor.change(**changes)
         if not text:
             encoding = used_encoding(encoding, predictor.encoding, str(path or "stdin"))
@@ -195,7 +196,7 @@ def predict_on_ray(
         ConfigError, DataError, OutputError: see `begin_folder`, `list_sources` and `predict_shard`.
         ModelError: a worker could not load the model, or shards kept ending theirs.
     """
-    from labeltune.inference.files import alone_with_output, used_encoding
+    from labeltune.inference.files import alone_with_output, tell_written, used_encoding
     from labeltune.inference.load import checkpoint_of, load_changed, run_fingerprint
     from labeltune.inference.ray import ray_workers
     from labeltune.inference.shards import begin_folder, cut_sources, list_sources, predict_shard
@@ -206,7 +207,7 @@ def predict_on_ray(
     options = replace(options, encoding=encoding)
     data = DataConfig(columns=about.columns, encoding=encoding)
     load = partial(load_changed, absolute_run(run), changes)
-    bad = 0
+    bad, started = 0, time.monotonic()
     with contextlib.nullcontext() if target.remote else alone_with_output(Path(target.where), target.name):
         sources = list_sources(Place.of(source), about.task, data)
         begin_folder(target, sources, options, known, block_rows, resume)
@@ -217,6 +218,7 @@ def predict_on_ray(
                 for _, (rows, faults) in work(partial(predict_shard, target, options), shards):
                     bad += faults
                     advance(rows)
+    tell_written(output, total, bad, started)
     return bad
 
 
@@ -296,9 +298,17 @@ def _answer(
     resume: bool,
 ) -> int:
     """Predict what was given and write it; returns how many rows could not be predicted."""
-    from labeltune.inference.files import count_rows, predict_file, predict_lines, read_rows, read_stream
+    from labeltune.inference.files import (
+        count_rows,
+        predict_file,
+        predict_lines,
+        read_rows,
+        read_stream,
+        tell_written,
+    )
     from labeltune.inference.shards import shard_block
 
+    started = time.monotonic()
     encoding = options.encoding or predictor.encoding
     if path is not None and target is not None and not is_stream(target):
         block = shard_block(path, *part, encoding) if part is not None else None
@@ -332,6 +342,7 @@ def _answer(
         else:
             lines = list(answered())
             write_text(target, "".join(csv_of(lines, bad > 0) if is_csv(target) else lines))
+            tell_written(str(target), len(lines), bad, started)
     return bad
 
 

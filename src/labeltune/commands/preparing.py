@@ -17,6 +17,7 @@ from labeltune.distributed import rank
 from labeltune.errors import MissingExtraError, PromptError, counted
 from labeltune.io.progress import Say, begin, tell
 from labeltune.io.run_folder import RunInfo, public_name
+from labeltune.models.pocket import check_spec
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder, builder_for_base
 from labeltune.prompts.template import ChatTemplate
@@ -47,10 +48,12 @@ def read_rows(config: RunConfig, say: Say) -> Splits:
 
     Raises:
         DataError: rows are faulty, and `data.on_error` is `stop`.
+        LicenseError, ModelError: the model's name alone shows that it cannot be used.
         MissingExtraError: the tracker is not installed.
     """
     if config.tracking in ("wandb", "tensorboard") and importlib.util.find_spec(config.tracking) is None:
         raise MissingExtraError(f"tracking={config.tracking}", config.tracking)
+    check_spec(config.model, config.hub.accept_license)
     begin("checking the rows")
     splits = load_splits(config.task, config.data, config.hub, config.training.seed)
     report_splits(splits, say)

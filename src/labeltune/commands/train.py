@@ -29,11 +29,12 @@ from labeltune.commands.preparing import (
 )
 from labeltune.commands.row_hashes import TRAINING_FILE, hashes_file, save_selection
 from labeltune.config import ENGLISH_PROMPTS, RunConfig, load_config
+from labeltune.data.columns import tells_task
 from labeltune.data.loading import Splits
 from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.evaluation.summary import SELECTION, Evaluation, headline
-from labeltune.io.lock import alone_with
+from labeltune.io.lock import alone_with, ended_like_ctrl_c
 from labeltune.io.outputs import is_hub_name, remove_leftovers
 from labeltune.io.progress import Say, begin, no_long_silence, track
 from labeltune.io.run_folder import (
@@ -100,13 +101,13 @@ def train_command(
         changes.insert(0, config)
         config = None
     defaults: list[str] = []
-    prompt = ""
+    prompt = how = ""
     if config is None:
         if data is None:
             raise ConfigError(
                 "name a config (`labeltune init classification` writes one) or rows: --data FILE"
             )
-        defaults, prompt = _defaults(data, task, changes)
+        defaults, prompt, how = _defaults(data, task, changes)
     elif data is not None:
         changes.append(_change("data.train", data))
     for key, value in (("task", task), ("model", model), ("hub.accept_license", accept_license)):
@@ -114,9 +115,6 @@ def train_command(
             changes.append(f"{key}={value}")
     loaded = load_config(config, [*defaults, *changes])
     if config is None and rank() == 0:
-        how = "by its columns"
-        if task is not None or named_task(changes) is not None:
-            how = "as --task says" if task is not None else "as task= says"
         print(
             f"no config: task={loaded.task} ({how}), {prompt}, model={loaded.model}, output_dir={loaded.output_dir}",
             file=sys.stderr,
@@ -133,16 +131,20 @@ def train_command(
     train(loaded, resume=resume, overwrite=overwrite, command=command)
 
 
-def _defaults(data: str, task: str | None, changes: list[str]) -> tuple[list[str], str]:
+def _defaults(data: str, task: str | None, changes: list[str]) -> tuple[list[str], str, str]:
     """What stands in for a config: the task, the rows, places named after the file, and a prompt in the language of the rows.
 
     Returns:
-        Changes of config keys, and what the prompt is, for a message.
+        Changes of config keys; and, for a message, what the prompt is and how the task is known.
     """
     name = Path(data.partition(":")[2] if is_hub_name(data) else data).name.partition(".")[0] or "run"
     reading = reading_config(changes)
     rows = first_rows(data, reading)
     guessed = task or named_task(changes) or guess_task(rows, reading)
+    told = any(tells_task(row, reading.data.columns) for row in rows)
+    how = "by its columns" if told else "assumed, as no column tells"
+    if task is not None or named_task(changes) is not None:
+        how = "as --task says" if task is not None else "as task= says"
     found = [
         f"task={guessed}",
         _change("data.train", data),
@@ -150,11 +152,11 @@ def _defaults(data: str, task: str | None, changes: list[str]) -> tuple[list[str
         "swanlab.project=labeltune",
     ]
     if any(re.match(r"\s*prompt\s*[.=]\s*(system|user|no_entities|\{|$)", change) for change in changes):
-        return found, "your own prompt"
+        return found, "your own prompt", how
     if any(_CHINESE.search(str([*row.values()])) for row in rows):
-        return found, "a Chinese prompt"
+        return found, "a Chinese prompt", how
     found += [_change(f"prompt.{key}", text) for key, text in ENGLISH_PROMPTS.get(guessed, {}).items()]
-    return found, "an English prompt"
+    return found, "an English prompt", how
 
 
 def _change(key: str, text: str) -> str:
@@ -184,15 +186,16 @@ def train(
     """
     if rank() != 0:
         return _train(config, resume, overwrite, say, command)
-    writing = f"another training writes into {config.output_dir}"
+    folder, writing = Path(config.output_dir), f"another training writes into {config.output_dir}"
     with (
-        alone_with(Path(config.output_dir) / ".lock", writing, "wait for it, or choose another output_dir"),
+        alone_with(folder / ".lock", writing, "wait for it, or choose another output_dir", tidy=True),
+        ended_like_ctrl_c(),
         no_long_silence(say),
     ):
         try:
             return _train(config, resume, overwrite, say, command)
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped; {how_to_go_on(Path(config.output_dir))}") from None
+            raise Interrupted(f"stopped; {how_to_go_on(folder)}") from None
 
 
 def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None) -> TrainResult:

@@ -140,13 +140,21 @@ def find_columns(
         notes.append(f"column {found[0]!r} is read as {name}")
     if missing:
         problem = Record(
-            seen.first, None, "missing_field", _missing(missing, columns, seen, task), whole=True
+            _header(seen.first), None, "missing_field", _missing(missing, columns, seen, task), whole=True
         )
         return FileColumns(columns, problem=problem)
     columns = columns.model_copy(update=changes)
     labels = (record.values.get(columns.output) for record in records if record.values is not None)
     types = {type(label) for label in labels if label is not None}
     return FileColumns(columns, types == {int}, tuple(notes))
+
+
+def _header(first: str) -> str:
+    """Where the names of the columns stand, by the place of the first row: in the first line of a table, else in every row."""
+    path, _, place = first.rpartition(":")
+    if place.isdecimal() and path.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        return f"{path}:1"
+    return path or first
 
 
 def _candidates(role: str, seen: _Seen, taken: set[str]) -> list[str]:
@@ -169,6 +177,10 @@ def _missing(missing: dict[str, list[str]], columns: ColumnsConfig, seen: _Seen,
     problem = (
         f"no {'column' if len(missing) == 1 else 'columns'} {names}; the file has {there or 'no columns'}"
     )
+    for role in missing:
+        others = [alias for alias in ALIASES[role] if alias != role]
+        if getattr(columns, role) == getattr(_DEFAULTS, role) and others:
+            problem += f"; {role!r} may also be called {', '.join(map(repr, others))}"
     role = next(iter(missing))
     if len(missing) == 1 and role != "text":
         if seen.spans:
@@ -184,7 +196,14 @@ def _missing(missing: dict[str, list[str]], columns: ColumnsConfig, seen: _Seen,
         keys |= {"output": "category", "category": "candidates"}
         hint = "if 'category' holds the right label"
     given = " ".join(shlex.quote(f"data.columns.{role}={name}") for role, name in keys.items())
-    return f"{problem}; {hint}: add {given} to the command, or {rename}"
+    unnamed = ", with the column's name for COLUMN" if "COLUMN" in keys.values() else ""
+    return f"{problem}; {hint}: add {given} to the command{unnamed}, or {rename}"
+
+
+def tells_task(values: dict[str, Any], columns: ColumnsConfig) -> bool:
+    """Whether a row has a column that is read as an answer, so that its task need not be assumed."""
+    names = {columns.output, columns.entities, *ALIASES["output"]}
+    return guess_task(values) or any(name.strip().casefold() in names or name in names for name in values)
 
 
 def guess_task(values: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import shlex
 import zlib
 from dataclasses import dataclass, replace
 from typing import IO, Any, BinaryIO, Literal, cast
@@ -36,8 +37,8 @@ ROW_LISTS = frozenset(
 )
 #: Other names of a column, where it has its default name and the file does not.
 ALIASES = {
-    "text": ("text", "sentence", "content", "文本", "内容", "input"),
-    "output": ("output", "label", "标签", "类别", "标注"),
+    "text": ("text", "sentence", "content", "文本", "内容", "正文", "input"),
+    "output": ("output", "label", "标签", "类别", "类", "标注"),
     "entities": ("entities",),
 }
 #: Where rows of instruction, input and output have no input, their text is the instruction.
@@ -188,6 +189,18 @@ def _marked(error: UnicodeError) -> tuple[str | bytes, int]:
     return "\udcff" if isinstance(error, UnicodeDecodeError) else b"\xff", error.end
 
 
+def iconv(name: str, encoding: str, wanted: str = "UTF-8") -> str:
+    """The command that writes a file in another encoding beside it.
+
+    >>> iconv("my data/a.csv", "gb18030")
+    "iconv -f GB18030 -t UTF-8 'my data/a.csv' > 'my data/a.utf8.csv'"
+    """
+    end = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+    suffix = name[len(name) - len(end) :]
+    new = f"{name[: len(name) - len(end)]}.{wanted.lower().replace('-', '')}{suffix}"
+    return f"iconv -f {encoding.upper()} -t {wanted.upper()} {shlex.quote(name)} > {shlex.quote(new)}"
+
+
 def _base(name: str) -> str:
     return name.replace("\\", "/").rpartition("/")[2]
 
@@ -231,7 +244,7 @@ def _something_else(name: str, found: Format, head: bytes, file: BinaryIO) -> st
             if len(begins) >= 8 and nuls.count(0) > 0.6 * len(nuls) and begins.count(0) < 0.7 * len(begins):
                 return (
                     f"it seems to be UTF-16 without a byte order mark; set data.encoding={encoding}, "
-                    f"or convert it with: iconv -f {encoding.upper()} -t UTF-8 {base}"
+                    f"or convert it with: {iconv(name, encoding)}"
                 )
     return ""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-from labeltune.data.formats import DAMAGED, ROW_LISTS, is_row, row_lists
+from labeltune.data.formats import DAMAGED, ROW_LISTS, iconv, is_row, row_lists
 
 #: A line of a file, or a row of it, that is longer than this is no document; it is a fault, and never held in memory.
 MAX_LINE_BYTES = 16 * 2**20
@@ -89,7 +89,7 @@ def decoded_lines(
             offset += raw.size
             continue
         if at == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff") and encoding == "utf-8":
-            yield at, _encoding_fault(name, at, 0, "the file is UTF-16", "UTF-16")
+            yield at, _encoding_fault(name, at, "the file is UTF-16", "UTF-16")
             return
         if at == 1 and raw.startswith(b"\xef\xbb\xbf"):
             raw, offset = raw[3:], 3
@@ -109,28 +109,27 @@ def encoding_fault(name: str, line: int, offset: int, encoding: str = "utf-8") -
         offset: of the first wrong byte; not told where the encoding is not UTF-8.
     """
     if encoding == "utf-8":
-        return _encoding_fault(name, line, offset, "not valid UTF-8")
+        return _encoding_fault(name, line, f"not valid UTF-8 at byte {offset}")
     fix = _encoding_fix(name, "utf-8", encoding)
     return Record(f"{name}:{line}", None, "encoding", f"not valid {encoding}; {fix}; the rest was not read")
 
 
-def _encoding_fault(name: str, line: int, offset: int, what: str, encoding: str = "GB18030") -> Record:
+def _encoding_fault(name: str, line: int, what: str, encoding: str = "GB18030") -> Record:
     fix = _encoding_fix(name, encoding)
-    return Record(
-        f"{name}:{line}", None, "encoding", f"{what} at byte {offset}; {fix}; the rest was not read"
-    )
+    return Record(f"{name}:{line}", None, "encoding", f"{what}; {fix}; the rest was not read")
 
 
 def _encoding_fix(name: str, encoding: str, wanted: str = "utf-8") -> str:
-    last = name.replace("\\", "/").rpartition("/")[2]
     return (
-        f"set data.encoding={encoding.lower()}, or convert it with: iconv -f {encoding.upper()} -t {wanted.upper()} {last} "
+        f"set data.encoding={encoding.lower()}, or convert it with: {iconv(name, encoding, wanted)} "
         "(or from whatever encoding it has)"
     )
 
 
 _KEY = re.compile(r"set data\.encoding=([\w-]+), or (?=convert it with: iconv)")
-_COLUMN_KEY = re.compile(r"add .*data\.columns\..* to the command, or (?=rename th)")
+_COLUMN_KEY = re.compile(
+    r"add .*data\.columns\..* to the command(, with the column's name for COLUMN)?, or (?=rename th)"
+)
 
 
 def without_key(message: str, option: str | None = None) -> str:

@@ -150,7 +150,7 @@ def iter_records(path: Path, encoding: str = "utf-8") -> Iterator[Record]:
     """
     name = printable(str(path))
     with path.open("rb") as file:
-        form = find_format(path.name, file, encoding)
+        form = find_format(name, file, encoding)
         if form.kind == "parquet" and not form.problem:
             yield from _iter_parquet(path, name)
         else:
@@ -230,7 +230,7 @@ def download_original(name: str, folder: Path, hub: HubConfig | None = None) -> 
             hub or HubConfig(),
             local_dir=temporary,
             files=[f"*{f}" for f in files],
-            instead=f"put them here: {', '.join(map(str, targets))}",
+            instead=f"put them here: {', '.join(str(target.absolute()) for target in targets)}",
         )
         for source_name, target_name in files.items():
             if (folder / target_name).exists():

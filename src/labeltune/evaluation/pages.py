@@ -62,6 +62,9 @@ def name(value: object) -> Markup:
 
 
 def _interval(measure: Mapping[str, float]) -> str:
+    """Nothing where all resamples were alike: that says nothing of other rows."""
+    if measure["low"] == measure["high"]:
+        return "–"
     return f"{measure['low']:.3f} – {measure['high']:.3f}"
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -27,11 +28,11 @@ from labeltune.data.records import Record, bounded_lines, without_key
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records
 from labeltune.data.standard_input import input_records
-from labeltune.errors import ConfigError, DataError, OutputError, PromptError, printable
+from labeltune.errors import ConfigError, DataError, OutputError, PromptError, counted, printable
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import file_hash, link_target, remove_leftovers, write_json, writing
 from labeltune.io.progress import note as say_once
-from labeltune.io.progress import row_progress
+from labeltune.io.progress import row_progress, tell
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def predict_file(
 
     Args:
         block: the part of the file to predict (a shard); all of it when None.
-        progress: show a bar.
+        progress: show a bar, and say at the end what was written.
 
     Returns:
         The number of rows that could not be predicted.
@@ -237,6 +238,7 @@ def predict_file(
     Raises:
         OutputError: nothing to resume, the rest belongs to another input, run or setting, or another process writes it.
     """
+    started = time.monotonic()
     encoding = codecs.lookup(options.encoding or predictor.encoding).name
     target = link_target(output)
     part, note = (target.with_name(name) for name in unfinished_names(target.name))
@@ -260,12 +262,21 @@ def predict_file(
                     advance(done)
                 lines = predict_lines(predictor, islice(rows, done, None), options)
                 while chunk := list(_counting(islice(lines, CHUNK_ROWS), advance)):
+                    done += len(chunk)
                     bad += sum(not answered for _, answered in chunk)
                     file.write("".join(line for line, _ in chunk).encode())
                     _to_disk(file)
             _put_in_place(part, target)
         note.unlink(missing_ok=True)
+    if progress:
+        tell_written(str(output), done, bad, started)
     return bad
+
+
+def tell_written(output: str, rows: int, bad: int, started: float) -> None:
+    """Say what was written, and in how many seconds since `started` on the monotonic clock."""
+    took = time.monotonic() - started
+    tell(f"predictions: {printable(output)} ({counted(rows, 'row')}, {counted(bad, 'error')}, {took:.0f} s)")
 
 
 def _begin(part: Path, note: Path, mine: dict[str, Any], output: Path) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from labeltune.config import HubConfig
 from labeltune.errors import MissingExtraError, ModelError, first_line
 from labeltune.io.hubs import PICKLES, asking, check_inside
 from labeltune.io.outputs import is_hub_name
-from labeltune.models.pocket import POCKET_MODELS, pocket_folder
+from labeltune.models.pocket import ALTERNATIVES, POCKET_MODELS, check_spec, pocket_folder
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 #: What a snapshot is fetched with: weights in safetensors, configuration, tokenizer; never pickles.
 IGNORED_FILES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*"]
-
-ALTERNATIVES = "a local folder (model=./qwen/Qwen2-1___5B-Instruct) or the pocket model (model=pocket) work without a hub"
 
 
 @dataclass(frozen=True)
@@ -67,17 +65,13 @@ def resolve_model(spec: str, hub: HubConfig | None = None, *, weights: bool = Tr
         ModelError: the folder is missing, or has no safetensors weights.
     """
     hub = hub or HubConfig()
+    check_spec(spec, hub.accept_license)
     if spec in POCKET_MODELS:
         return LocalModel(pocket_folder(spec, hub.accept_license), spec)
     if is_hub_name(spec):
         folder = snapshot(spec, hub, weights=weights)
     else:
         folder = Path(spec).expanduser()
-        if not folder.is_dir():
-            raise ModelError(
-                f"model folder {spec} does not exist (looked in {Path.cwd()}). For a hub write ms:org/name or hf:org/name; "
-                f"{ALTERNATIVES}"
-            )
     _check_files(folder, spec, weights)
     return LocalModel(folder, spec, hub.revision, hub.cache_dir)
 
@@ -92,9 +86,8 @@ def snapshot(spec: str, hub: HubConfig, *, weights: bool = True) -> Path:
         HubError: the hub cannot be reached or has no such model.
         ModelError: the name has another form.
     """
+    check_spec(spec)
     repo = spec[3:]
-    if repo.count("/") != 1 or not all(repo.split("/")):
-        raise ModelError(f"model {spec!r} must look like {spec[:3]}org/name")
     ignored = IGNORED_FILES if weights else [*IGNORED_FILES, "*.safetensors"]
     with asking(spec[:2], "model", repo, f"name their folder as model=FOLDER; {ALTERNATIVES}"):
         folder = _fetch(spec, repo, hub, ignored)

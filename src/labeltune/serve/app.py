@@ -328,6 +328,7 @@ def serve(
     server.run(sockets=[bound])
     service.close()
     log("stopped")
+    say("stopped; what was accepted is answered")
 
 
 def _done(number: int, frame: FrameType | None) -> None:

@@ -226,7 +226,7 @@ def load_models(
         _make_exact(each)
     models = Models(served)
     for each in served:
-        say(f"checking {each.name}: its first answer, against plain computation")
+        say(f"checking {each.name}: whether its first answer is that of plain computation")
         _warm_up(models, each)
     return models
 

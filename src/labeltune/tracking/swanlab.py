@@ -20,6 +20,7 @@ from labeltune.errors import Interrupted, message_of
 from labeltune.evaluation.summary import Evaluation
 from labeltune.io.hubs import why_unanswered
 from labeltune.io.outputs import write_json
+from labeltune.io.run_folder import checkpoints
 from labeltune.tracking.charts import charts, texts
 
 if TYPE_CHECKING:
@@ -205,7 +206,9 @@ class SwanlabTracker:
         swanlab.log({name: [swanlab.Text(text, caption=caption) for caption, text in lines]}, step=step)
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Close the run; an error shows it as crashed, Ctrl-C as aborted."""
+        """Close the run; an error shows it as crashed, Ctrl-C as aborted. One without a checkpoint is never gone on with."""
+        if error is not None and not checkpoints(self.output_dir):
+            (self.output_dir / IDENTITY_FILE).unlink(missing_ok=True)
         if not swanlab.has_run():
             return
         with self._quiet():

@@ -38,7 +38,7 @@ SAME_PRESS = 1.0
 
 
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
-    """The first Ctrl-C finishes the step, saves and stops; the second one stops at once.
+    """The first Ctrl-C finishes the step, saves and stops; the second one, or one before any step, stops at once.
 
     Attributes:
         interrupted: this process got a signal, or another one did.
@@ -49,7 +49,7 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
         self.interrupted = self.stopping = False
         self._pressed = 0.0
         self._previous: Any = None
-        self._installed = self._inside_epoch = False
+        self._installed = self._inside_epoch = self._begun = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -66,6 +66,9 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The first signal is noted, a second one raises KeyboardInterrupt."""
+        if not self._begun and world_size() == 1:  # nothing to finish, and nothing to save
+            self.restore()
+            raise KeyboardInterrupt
         if self.interrupted:
             # Ctrl-C reaches a process twice when torchrun hands on what the terminal has sent already.
             if world_size() > 1 and time.monotonic() - self._pressed < SAME_PRESS:
@@ -77,6 +80,12 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
             "\nlabeltune: stopping after this step and saving; press Ctrl-C again to stop at once",
             file=sys.stderr,
         )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """From now on there is something to finish."""
+        self._begun = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -181,9 +181,9 @@ def prepare_steps(
         return int(all_reduce([value], "min")[0])
 
     begin(
-        "checking again, as this machine may be another one, that packed rows compute what single rows do"
+        "checking again, as this machine may be another one, whether packed rows compute what single rows do"
         if resumed
-        else "checking that packed rows compute what single rows do",
+        else "checking whether packed rows compute what single rows do",
         say,
     )
     with random_state_kept():
@@ -233,7 +233,8 @@ def describe(settings: StepSettings, memory: MemoryBudget, steps: list[list[Row]
     computed = settings.computed(steps)
     return (
         f"steps: packing={settings.packing}, at most {settings.max_tokens:,} tokens at a time; "
-        f"{computed / examples:.0f} tokens computed per example of {given / examples:.0f}; checkpointing {'on' if memory.checkpointing else 'off'} "
+        f"{computed / examples:.0f} tokens computed per example of {given / examples:.0f}; "
+        f"{'gradient checkpointing on' if memory.checkpointing else 'gradient checkpointing off'} "
         f"({memory.bytes_per_token / 1e3:.0f} kB of activations per token, {memory.free / 1e9:.1f} GB free)"
     )
 
