@@ -1,6 +1,6 @@
 """How fast a training step is, side by side: the original loop, TRL's SFTTrainer, and labeltune's three ways.
 
-    pip install "labeltune[bench]"
+    pip install -c constraints.txt '.[bench]'
     python benchmarks/train_speed.py --data rows.jsonl --tokenizer FOLDER --layers 6 --json result.json
 
 Random weights in the shape of Qwen2-0.5B or 1.5B, or with `--family` of a hybrid model, whose prefix `shared_prefix` shares through its

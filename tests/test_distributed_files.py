@@ -57,7 +57,7 @@ def test_accelerate_reads_the_deepspeed_files(stage: int) -> None:
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason='needs pip install "labeltune[deepspeed]"'
+    importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed"
 )
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_accepts_its_files_as_transformers_fills_them(stage: int, tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ COMPOSED = {
     "the file is UTF-16; {fix}; the rest was not read",
     "{where}: the file is UTF-16; {fix}; the rest was not read",
     "{where}: not valid {word}; {fix}; the rest was not read",
+    "{hint}: add {keys} to the command, or {how}",
+    "{hint}: add {keys} to the command, where COLUMN is its name in the file, or {how}",
     "it seems to be UTF-16 without a byte order mark; set data.encoding={encoding}, or convert it with: iconv -f {encoding2} -t UTF-8 {file} > {new}",
     "convert it with: iconv -f {encoding} -t {wanted} {file} > {new} (or from whatever encoding it has)",
     "{where}: error: {kind}: {message}",
@@ -125,7 +127,7 @@ CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doc
     commands/init.py commands/main.py commands/options.py commands/plan.py commands/predict.py commands/preparing.py
     commands/serve.py commands/sweep.py commands/train.py config.py data/check.py data/columns.py data/convert.py data/formats.py
     data/labels.py data/loading.py data/records.py data/schemas.py data/sources.py data/standard_input.py data/tables.py
-    evaluation/data_report.py evaluation/summary.py export/card.py export/folder.py export/merge.py export/vllm.py
+    evaluation/data_report.py evaluation/summary.py export/card.py export/folder.py export/merge.py export/onnx.py export/vllm.py
     inference/calibration.py inference/files.py inference/ray.py io/hubs.py io/lock.py io/outputs.py io/progress.py
     io/run_folder.py models/hub.py models/pocket.py prompts/classification.py prompts/ner.py prompts/template.py
     serve/models.py serve/settings.py sweep/report.py sweep/run.py sweep/space.py sweep/study.py tracking/swanlab.py training/callbacks.py

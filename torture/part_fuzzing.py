@@ -20,7 +20,7 @@ def run(settings: Settings) -> PartResult:
     result = PartResult("fuzzing")
     if importlib.util.find_spec("atheris") is None:
         result.notes.append(
-            "skipped: atheris is not installed for this Python (pip install 'labeltune[torture]')"
+            "skipped: atheris is not installed for this Python (pip install -c constraints.txt '.[torture]')"
         )
         return result
     for target in TARGETS:

@@ -158,13 +158,14 @@ def export(
     """
     merged = merged or ollama or onnx
     _check_options(merged, dtype, tolerance, push, verify, verify_data)
-    from labeltune.export import card
     from labeltune.export import onnx as onnx_form
+
+    exporter = onnx_form.exporter() if onnx else None  # before what takes seconds to import
+    from labeltune.export import card
     from labeltune.export.folder import check_target, push_folder, whole_folder
     from labeltune.export.parity import check_parity
     from labeltune.inference.load import checkpoint_of
 
-    exporter = onnx_form.exporter() if onnx else None
     checkpoint = checkpoint_of(run)
     info = RunInfo.load(checkpoint)
     target = Path(output).expanduser()

@@ -196,8 +196,9 @@ def _missing(missing: dict[str, list[str]], columns: ColumnsConfig, seen: _Seen,
         keys |= {"output": "category", "category": "candidates"}
         hint = "if 'category' holds the right label"
     given = " ".join(shlex.quote(f"data.columns.{role}={name}") for role, name in keys.items())
-    unnamed = ", with the column's name for COLUMN" if "COLUMN" in keys.values() else ""
-    return f"{problem}; {hint}: add {given} to the command{unnamed}, or {rename}"
+    named = "COLUMN" not in keys.values()
+    add = f"add {given} to the command{'' if named else ', where COLUMN is its name in the file'}"
+    return f"{problem}; {hint}: {add}, or {rename}"
 
 
 def tells_task(values: dict[str, Any], columns: ColumnsConfig) -> bool:

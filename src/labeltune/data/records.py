@@ -128,7 +128,7 @@ def _encoding_fix(name: str, encoding: str, wanted: str = "utf-8") -> str:
 
 _KEY = re.compile(r"set data\.encoding=([\w-]+), or (?=convert it with: iconv)")
 _COLUMN_KEY = re.compile(
-    r"add .*data\.columns\..* to the command(, with the column's name for COLUMN)?, or (?=rename th)"
+    r"add .*data\.columns\..* to the command(, where COLUMN is its name in the file)?, or (?=rename th)"
 )
 
 

@@ -127,7 +127,7 @@ class RunInfo:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["format"] > _FORMAT:
                 raise ModelError(
-                    f"{path} was written by a newer labeltune; upgrade with: pip install -U labeltune"
+                    f"{path} was written by a newer labeltune; upgrade in the folder of the clone: git pull && pip install -c constraints.txt ."
                 )
             return RunInfo(
                 values["task"],
