@@ -271,3 +271,8 @@ def test_a_run_folder_that_is_not_there_is_answered_with_those_near_it(tmp_path:
         (tmp_path / name / "best").mkdir(parents=True)
     with pytest.raises(ModelError, match=rf"; train first; near it are: {tmp_path}/news$"):
         find_checkpoint(tmp_path / "new")
+    for name in ("a", "b", "c"):
+        (tmp_path / name / "best").mkdir(parents=True)
+    holds = ", ".join(f"{tmp_path}/{name}" for name in ("a", "b", "c", "news"))
+    with pytest.raises(ModelError, match=rf"; train first; the folder holds: {holds}$"):
+        find_checkpoint(tmp_path / "mails")

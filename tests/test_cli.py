@@ -225,16 +225,16 @@ def test_check_against_a_test_file(labeltune: Any, in_folder: Path) -> None:
 
 
 def test_check_takes_keys_for_a_data_file(labeltune: Any, in_folder: Path) -> None:
-    raw = "正文,意图\n今天下雨,天气\n进球了,体育\n".encode("gb18030")
+    raw = "语句,意图\n今天下雨,天气\n进球了,体育\n".encode("gb18030")
     (in_folder / "rows.csv").write_bytes(raw)
     found = labeltune("data", "check", "rows.csv")
     assert found.code == 1 and "data.encoding=gb18030" in found.out
     found = labeltune("data", "check", "rows.csv", "data.encoding=gb18030")
     assert found.code == 1 and "\nrows.csv: no row can be read, 1 error, 0 warnings\n" in found.out
-    assert "no columns 'text', 'output'; the file has '意图', '正文'" in found.out
+    assert "no columns 'text', 'output'; the file has '意图', '语句'" in found.out
     assert "add data.columns.text=COLUMN data.columns.output=COLUMN to the command" in found.out
     assert "labels (" not in found.out and "text length" not in found.out
-    keys = ("data.encoding=gb18030", "data.columns.text=正文", "data.columns.output=意图")
+    keys = ("data.encoding=gb18030", "data.columns.text=语句", "data.columns.output=意图")
     found = labeltune("data", "check", "rows.csv", *keys)
     assert found.code == 0 and "rows.csv: 2 rows, 2 usable, 0 errors, 0 warnings" in found.out
     assert labeltune("data", "check", "rows.csv", "data.colums.text=a").code == 2
@@ -412,6 +412,8 @@ def test_init_writes_a_config_that_loads(
 ) -> None:
     found = labeltune("init", task, "new")
     assert found.code == 0, found.err
+    kinds = {".yaml": "config", ".jsonl": "sample rows to train on", "_test.jsonl": "sample rows to test on"}
+    assert found.out.startswith("".join(f"wrote new/{task}{end}: {what}\n" for end, what in kinds.items()))
     config = load_config(in_folder / "new" / f"{task}.yaml")
     assert config.task == task and (in_folder / "new" / config.data.train).is_file()
     assert config.data.test == f"{task}_test.jsonl" and (in_folder / "new" / config.data.test).is_file()
@@ -448,6 +450,8 @@ def test_init_writes_a_config_that_loads(
         (("sweep", "run.yaml", "data.validation_fraction=0", "--search", "lora.r=4,8"), "on validation rows"),
         (("evaluate", "run", "--on-error", "maybe"), "--on-error must be stop or skip"),
         (("init", "summary"), "classification or ner"),
+        (("init",), "name the task: labeltune init classification, or labeltune init ner"),
+        (("init", "--task", "ner"), "name the task: labeltune init ner"),
         (("data", "download", "imdb"), "fudan, ccfbdci"),
         (("data", "check", "run.yaml", "--task", "nre"), "'ner'"),
         (("data", "check", "ms:name"), "ms:org/name"),
@@ -689,7 +693,7 @@ def test_doctor_does_not_wait_for_a_network(labeltune: Any, monkeypatch: pytest.
     assert found.code == 0 and found.out.endswith("\nready\n")
     assert found.out.endswith(
         "note  ModelScope (modelscope.cn), Hugging Face (huggingface.co), SwanLab cannot be reached: no answer in 0.2 s\n"
-        "      use model=./folder with weights you copied here, or model=pocket; runs are kept locally; see them with "
+        "      use model=./folder with weights you copied here, or model=pocket (for Chinese: model=pocket-zh); runs are kept locally; see them with "
         "`labeltune board`\n\nready\n"
     ), "one cause is one note"
 
@@ -783,6 +787,26 @@ def test_the_original_scripts_have_a_quick_help(script: str, tmp_path: Path) -> 
     done = process(tmp_path, "-c", code)
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
     assert f"Usage: {script}" in done.stdout
+
+
+@pytest.mark.parametrize(("task", "name"), [("classification", "fudan"), ("ner", "ccfbdci")])
+def test_the_original_scripts_say_where_their_data_comes_from(
+    in_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    task: Any,
+    name: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_qwen2.py"])
+    with pytest.raises(SystemExit) as stopped:
+        original.train_main(task)
+    assert stopped.value.code == 2
+    assert f"does not exist; fetch it with: labeltune data download {name}\n" in capsys.readouterr().err
+
+
+def test_only_the_closest_option_is_suggested(labeltune: Any) -> None:
+    err = labeltune("train", "--dta", "rows.jsonl").err
+    assert "--data" in err and "--task" not in err
 
 
 def test_the_original_settings() -> None:

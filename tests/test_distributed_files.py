@@ -56,9 +56,7 @@ def test_accelerate_reads_the_deepspeed_files(stage: int) -> None:
     assert all(found.get_value(key) == "auto" for key in left_open), "labeltune's config decides"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed"
-)
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_accepts_its_files_as_transformers_fills_them(stage: int, tmp_path: Path) -> None:
     import torch

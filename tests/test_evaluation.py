@@ -23,7 +23,7 @@ from labeltune.evaluation.metrics import (
     reliability_bins,
 )
 from labeltune.evaluation.spans import ERRORS, match_entities, ner_metrics, partial_span_f1
-from labeltune.evaluation.summary import headline, slices
+from labeltune.evaluation.summary import headline, shown_headline, slices
 from labeltune.types import Entity, Example, Prediction
 
 LABELS = "ABCD"
@@ -31,6 +31,15 @@ PAIRS = st.lists(
     st.tuples(st.sampled_from(LABELS), st.sampled_from([*LABELS, None])), min_size=1, max_size=40
 )
 thorough = settings.get_profile("thorough")
+
+
+def test_a_bootstrap_of_right_answers_alone_is_shown_without_an_interval() -> None:
+    found = classification_metrics(*answered_rows([("A", "A"), ("B", "B")] * 8))
+    assert (found["macro_f1"]["low"], found["macro_f1"]["high"]) == (1.0, 1.0), "JSON keeps both ends"
+    assert shown_headline({**found, "task": "classification"}) == [
+        ("accuracy", "1.000  (95 % interval 0.806 to 1.000)"),
+        ("macro_f1", "1.000  (no interval: on these rows all resamples come out the same)"),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:A single label was found:UserWarning:sklearn")

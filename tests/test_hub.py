@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+import labeltune
 from helpers.hubs import fake_hub
-from labeltune.config import HubConfig
+from labeltune.config import HubConfig, load_config
 from labeltune.errors import HubError, LicenseError, ModelError
 from labeltune.io import progress
 from labeltune.io.progress import tell
@@ -45,6 +46,26 @@ def test_a_missing_folder_names_the_ways_out(in_folder: Path) -> None:
     message = str(raised.value)
     for part in ("does not exist", str(in_folder), "ms:org/name", "hf:org/name", "model=pocket"):
         assert part in message
+    assert "model=pocket-zh hub.accept_license=gemma" in message
+    with pytest.raises(ModelError, match=r"^unknown model 'pocketzh'; did you mean pocket-zh\?$"):
+        resolve_model("pocketzh")
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("pocketzh", "did you mean pocket-zh"),
+        ("pocket-zh", "--accept-license gemma"),
+        ("ms:qwen", "must look like ms:org/name"),
+    ],
+)
+def test_what_a_models_name_tells_is_told_before_the_data_is_read(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, model: str, told: str
+) -> None:
+    monkeypatch.setenv("LABELTUNE_CACHE", str(in_folder / "cache"))
+    config = load_config(None, ["data.train=nowhere.jsonl", f"model={model}"])
+    with pytest.raises(ModelError, match=told):
+        labeltune.train(config)
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def test_a_run_is_measured_on_files_in_the_encoding_and_with_the_numbers_of_its_
     with pytest.raises(DataError) as error:
         labeltune.evaluate(gb_run / "out", str(wrong), progress=False)
     # `evaluate RUN` has no key and no option for it.
-    assert "not valid gb18030; convert it with: iconv -f UTF-8 -t GB18030 wrong.jsonl" in str(error.value)
+    assert f"not valid gb18030; convert it with: iconv -f UTF-8 -t GB18030 {wrong} > " in str(error.value)
 
 
 def test_a_runs_encoding_is_saved_and_those_without_one_are_utf8(gb_run: Path) -> None:

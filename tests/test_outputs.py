@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import stat
 import sys
 import threading
@@ -369,12 +370,17 @@ def test_predictions_as_csv_and_with_text(labeltune: Any, in_folder: Path, loade
     ]
     found = labeltune("predict", "run", "--text", "a match", "-o", "one.csv")
     assert found.code == 0
+    assert re.search(r"^predictions: one\.csv \(1 row, 0 errors, \d+ s\)$", found.err, re.MULTILINE)
     header, line = (in_folder / "one.csv").read_text("utf-8-sig").splitlines()
     assert header == "id,label,confidence,ranking,answer,parsed", "no columns for errors where there are none"
     assert line.startswith("0,")
     write_jsonl(in_folder / "good.jsonl", [{"text": "a match", "note": '"error"'}, {"text": 'an "error"'}])
     found = labeltune("predict", "run", "good.jsonl", "-o", "good.csv", "--with-text")
     assert found.code == 0
+    assert re.search(r"^predictions: good\.csv \(2 rows, 0 errors, \d+ s\)$", found.err, re.MULTILINE)
+    assert "predictions" not in labeltune("predict", "run", "good.jsonl").err, (
+        "standard output needs no such line"
+    )
     lines = (in_folder / "good.csv").read_text("utf-8-sig").splitlines()
     assert lines[0] == "id,label,confidence,ranking,answer,parsed,text" and lines[2].endswith(
         ',"an ""error"""'

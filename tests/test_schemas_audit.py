@@ -428,8 +428,8 @@ def test_columns_by_other_names_are_read_and_said(
     [
         (
             {"body": "a", "output": "x"},
-            "no column 'text'; the file has 'body', 'output'; say which one holds it: add data.columns.text=COLUMN to the command, "
-            "or rename that column to 'text'",
+            "no column 'text'; the file has 'body', 'output'; 'text' may also be called 'sentence', 'content', '文本', '内容', '正文', 'input'; say which one "
+            "holds it: add data.columns.text=COLUMN to the command, where COLUMN is its name in the file, or rename that column to 'text'",
         ),
         (
             {"sentence": "a", "content": "b", "output": "x"},
@@ -438,8 +438,9 @@ def test_columns_by_other_names_are_read_and_said(
         ),
         (
             {"body": "a", "klass": "x"},
-            "no columns 'text', 'output'; the file has 'body', 'klass'; say which ones hold them: add "
-            "data.columns.text=COLUMN data.columns.output=COLUMN to the command, or rename those columns",
+            "; 'output' may also be called 'label', '标签', '类别', '类', '标注'; say which ones hold them: add "
+            "data.columns.text=COLUMN data.columns.output=COLUMN to the command, where COLUMN is its name in the file, or rename "
+            "those columns",
         ),
         ({"text": "a", "category": "x"}, "data.columns.output=category"),
         ({"text": "a", "label": [[0, 1, "T"]]}, "'label' is read as output"),
@@ -454,13 +455,20 @@ def test_a_missing_column_is_one_fault_of_the_file(row: dict[str, Any], part: st
         ].message
         return
     (fault,) = audit.faults
-    assert (fault.kind, fault.where) == ("missing_field", f"{path}:1") and part in fault.message
+    assert (fault.kind, fault.where) == ("missing_field", str(path)) and part in fault.message
     assert audit.unreadable is fault and (audit.rows, audit.errors) == (0, 1)
     columns = {"text": "absent"}
     data = DataConfig.model_validate({"columns": columns})
     (fault,) = audit_file(path, "classification", data).faults
     missing = "'absent'" if "output" in row else "'absent', 'output'"
     assert fault.message.startswith((f"no column {missing}; ", f"no columns {missing}; "))
+
+
+def test_a_missing_column_of_a_table_stands_in_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("body,label\na,x\n", encoding="utf-8")
+    (fault,) = audit_file(path, "classification").faults
+    assert (fault.kind, fault.where) == ("missing_field", f"{path}:1")
 
 
 def test_rows_of_doccano_are_known_by_their_spans(tmp_path: Path) -> None:

@@ -303,7 +303,7 @@ def test_columns_and_encodings_are_the_local_engines(in_folder: Path, kind: str)
 def test_inputs_are_refused_as_by_the_local_engine_and_a_manifest_of_another_reading(in_folder: Path) -> None:
     data = DataConfig()
     source = write_jsonl(in_folder / "rows.jsonl", [{"body": "a"}])
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: no column 'text'; the file has 'body'"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: no column 'text'; the file has 'body'"):
         list_sources(Place.of(str(source)), "classification", data)
     (in_folder / "bad.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match=r"bad\.parquet cannot be read"):

@@ -595,16 +595,17 @@ def test_a_message_about_an_encoding_names_what_a_command_has(tmp_path: Path) ->
     (utf8,) = iter_records(path)
     assert utf8.problem == (
         "not valid UTF-8 at byte 10; set data.encoding=gb18030, or convert it with: "
-        "iconv -f GB18030 -t UTF-8 rows.jsonl (or from whatever encoding it has); the rest was not read"
+        f"iconv -f GB18030 -t UTF-8 {path} > {tmp_path}/rows.utf8.jsonl (or from whatever encoding it has); the rest was not read"
     )
     path.write_bytes(b'{"text": "\x81\xff"}')
     (other,) = iter_records(path, "gb18030")
     assert other.problem == (
         "not valid gb18030; set data.encoding=utf-8, or convert it with: "
-        "iconv -f UTF-8 -t GB18030 rows.jsonl (or from whatever encoding it has); the rest was not read"
+        f"iconv -f UTF-8 -t GB18030 {path} > {tmp_path}/rows.gb18030.jsonl (or from whatever encoding it has); the rest was not read"
     )
     path.write_bytes('{"text": "a b c"}'.encode("utf-16-le"))
     (wide,) = iter_records(path)
+    assert wide.problem.endswith(f"iconv -f UTF-16-LE -t UTF-8 {path} > {tmp_path}/rows.utf8.jsonl")
     for found, encoding in ((utf8, "gb18030"), (other, "utf-8"), (wide, "utf-16-le")):
         assert f"; give --encoding {encoding}, or convert it with: iconv" in without_key(
             found.problem, "--encoding"

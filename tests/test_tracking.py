@@ -271,6 +271,7 @@ def test_swanlab_says_nothing_on_ctrl_c(in_folder: Path, capfd: pytest.CaptureFi
     finally:
         tracker.finish(pressed.value)
     assert not tracking.swanlab.has_run() and signal.getsignal(signal.SIGINT) is before
+    assert not (in_folder / "swanlab.json").exists(), "nothing goes on with a run that has no checkpoint"
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
 

@@ -22,8 +22,9 @@ from helpers.commands import command
 from helpers.rows import classification_rows, ner_rows, write_jsonl
 from helpers.tiny_models import MODEL_KINDS, make_model, make_tokenizer
 from helpers.training import adapter_weights, config_for, without_dropout
-from labeltune.errors import DataError, ModelError, OutputError
+from labeltune.errors import DataError, Interrupted, ModelError, OutputError
 from labeltune.io.run_folder import RunInfo, checkpoints, find_checkpoint
+from labeltune.training.callbacks import StopOnInterrupt
 
 
 def test_checkpoints_are_peft_folders_with_everything_prediction_needs(
@@ -90,6 +91,38 @@ def test_ctrl_c_saves_and_resume_equals_uninterrupted(
     assert command(monkeypatch, capsys, "train", str(path), "--overwrite").code == 0
     for name, tensor in adapter_weights(checkpoints(Path(config.output_dir))[-1]).items():
         assert torch.equal(tensor, found[name]), name
+
+
+def test_sigterm_before_the_first_step_stops_like_ctrl_c_and_leaves_no_lock(
+    in_folder: Path, model_folder: Path
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    config = config_for(in_folder, model_folder)
+
+    def say(line: str) -> None:
+        if line.startswith("checking whether packed rows"):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match=r"^stopped; no checkpoint has been saved$"):
+        labeltune.train(config, say=say)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not [path.name for path in Path(config.output_dir).iterdir()]
+
+
+def test_ctrl_c_finishes_a_step_only_once_one_has_begun(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    stopper = StopOnInterrupt()
+    nothing: Any = None
+    stopper.on_train_begin(nothing, nothing, nothing)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before and not stopper.interrupted
+    stopper.on_train_begin(nothing, nothing, nothing)
+    stopper.on_step_begin(nothing, nothing, nothing)
+    signal.raise_signal(signal.SIGINT)
+    stopper.restore()
+    assert stopper.interrupted and signal.getsignal(signal.SIGINT) is before
+    assert "stopping after this step" in capsys.readouterr().err
 
 
 def test_the_end_of_turn_is_learnt_when_it_is_also_the_pad_token(in_folder: Path) -> None:

@@ -44,7 +44,9 @@ def run(settings: Settings) -> PartResult:
         result.check("<" not in requirement, f"{requirement}: upper bounds belong into constraints.txt")
     result.notes.append(f"{len(pinned)} versions pinned")
     if importlib.util.find_spec("pip_audit") is None:
-        result.notes.append("pip-audit skipped: it is not installed (pip install -c constraints.txt '.[torture]')")
+        result.notes.append(
+            "pip-audit skipped: it is not installed (pip install -c constraints.txt '.[torture]')"
+        )
         return result
     listed = settings.folder / "pinned.txt"
     listed.write_text("".join(f"{name}=={version}\n" for name, version in pinned.items()), encoding="utf-8")

@@ -68,9 +68,10 @@ def near_it(path: Path, wanted: Callable[[Path], bool]) -> str:
         there = sorted(each.name for each in path.parent.iterdir() if wanted(each))
     except (OSError, ValueError):
         return ""
-    close = get_close_matches(path.name, there, n=3, cutoff=0.75)
     if not there:
         return ""
+    folded = {name.lower(): name for name in there}
+    close = [folded[name] for name in get_close_matches(path.name.lower(), folded, n=3, cutoff=0.75)]
     names = ", ".join(printable(str(path.parent / name)) for name in close or there[:4])
     return f"; near it are: {names}" if close else f"; the folder holds: {names}"
 
