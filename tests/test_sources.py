@@ -388,7 +388,7 @@ def test_reading_excel_files_needs_its_extra(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "openpyxl" else find(name, *rest)
     )
-    with pytest.raises(MissingExtraError, match=r"labeltune\[xlsx\]"):
+    with pytest.raises(MissingExtraError, match=r"\.\[xlsx\]"):
         records(tmp_path / "rows.xlsx", b"PK\x03\x04")
 
 

@@ -27,12 +27,9 @@ def init(
 ) -> None:
     """Write a config and sample rows, to train and to test on."""
     if task is None:
-        written = (
-            f"labeltune init {as_option}"
-            if as_option
-            else "labeltune init classification, or labeltune init ner"
-        )
-        raise ConfigError(f"name the task: {written}")
+        if as_option is not None:
+            raise ConfigError(f"name the task: labeltune init {as_option}")
+        raise ConfigError("name the task: labeltune init classification, or labeltune init ner")
     if task not in ("classification", "ner"):
         raise ConfigError(f"unknown task {task!r}; it is classification or ner")
     check_folder(folder, [])

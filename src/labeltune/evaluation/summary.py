@@ -89,10 +89,10 @@ def shown_headline(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     for name in names:
         m = metrics[name]
-        interval = f"95 % interval {m['low']:.3f} to {m['high']:.3f}"
+        shown = f"{m['value']:.3f}  (95 % interval {m['low']:.3f} to {m['high']:.3f})"
         if m["low"] == m["high"]:  # as a bootstrap of answers that are all right
-            interval = "no interval: on these rows all resamples come out the same"
-        found.append((name, f"{m['value']:.3f}  ({interval})"))
+            shown = f"{m['value']:.3f}  (no interval: on these rows all resamples come out the same)"
+        found.append((name, shown))
     return found
 
 
