@@ -757,8 +757,13 @@ def test_a_stopped_board_stops_its_server(tmp_path: Path) -> None:
     (tmp_path / "swanlog").mkdir()
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path / 'fake'}"}
     command = [sys.executable, "-m", "labeltune", "board", "swanlog", "--port", "5099"]
-    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as board:
-        assert board.stdout is not None
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as board:
+        assert board.stdout is not None and board.stderr is not None
+        assert board.stderr.readline() == (
+            "runs in swanlog: open http://127.0.0.1:5099 in a browser; Ctrl-C ends the board\n"
+        )
         assert board.stdout.readline() == "watching watch swanlog --host 127.0.0.1 --port 5099\n"
         server = int((tmp_path / "pid").read_text())
         board.terminate()

@@ -326,6 +326,7 @@ def test_every_kind_of_fault_is_in_the_catalogue() -> None:
         ("error: a.csv:1: not valid UTF-8 at byte 0; give --encoding gb18030, or convert it with: iconv -f GB18030 -t UTF-8 a.csv > a.utf8.csv (or from whatever encoding it has); the rest was not read",
          "错误：a.csv:1：字节 0 处不是合法的 UTF-8；请加上 --encoding gb18030，或转换编码：iconv -f GB18030 -t UTF-8 a.csv > a.utf8.csv（编码名以文件实际为准）；其后内容未读取"),
         ("Error: No such command 'trian'. Did you mean 'train'?", "错误：没有命令 'trian'，是否想写 'train'？"),
+        ("3.5 rows/s", "3.5 行/秒"),
         ("... predicting the rows (14 s)", "…… 正在预测（已用 14 秒）"),
         ("predictions: a.csv (12 rows, 1 error, 3 s)", "预测结果：a.csv（12 行，错误 1 个，用时 3 秒）"),
         ("exported the merged model to out", "合并后的模型已导出到 out"),

@@ -97,10 +97,11 @@ def test_the_start_says_its_steps_and_the_page_comes_after_it(tmp_path: Path, mo
         assert server.stop() == 0
     assert [line[9:] for line in server.said] == [
         f"loading the run {run}\n",
-        "checking 意图: its first answer, against plain computation\n",
+        "checking 意图: whether its first answer is that of plain computation\n",
         "serving 意图 (classification, 3 labels)\n",
         f"ready at {server.url}: documentation /docs; clients' base_url {server.url}/v1\n",
         f"the page is ready: {server.url}/\n",
+        "stopped; what was accepted is answered\n",
     ]
 
 

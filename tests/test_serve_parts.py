@@ -258,7 +258,10 @@ def test_ports_in_use_and_other_bases_are_refused(
         load_models(str(first), None, [("first", str(first))])
     said: list[str] = []
     models = load_models(str(first), "n.1", say=said.append)
-    assert said == [f"loading the run {first}", "checking n.1: its first answer, against plain computation"]
+    assert said == [
+        f"loading the run {first}",
+        "checking n.1: whether its first answer is that of plain computation",
+    ]
     assert models.served["n.1"].predictor.calibrate.prior == "none" and "left out" in capsys.readouterr().err
     assert documents(models.served["n.1"])[0] == "match number 0 match"
     assert models.served["n.1"].labels == tuple(LABELS)

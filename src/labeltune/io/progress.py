@@ -155,7 +155,8 @@ def row_progress(
         def advance(rows: int) -> None:
             nonlocal done
             done += rows
-            bar.update(task, advance=rows, rate=f"{done / max(time.monotonic() - started, 1e-9):.1f} rows/s")
+            rate = localize(f"{done / max(time.monotonic() - started, 1e-9):.1f} rows/s")
+            bar.update(task, advance=rows, rate=rate)
 
         yield advance
 

@@ -248,7 +248,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Moves the bar."""
         if self._bar is not None:
-            info = f"{self.rate(state):.1f} examples/s{self._loss}"
+            info = localize(f"{self.rate(state):.1f} examples/s") + self._loss
             self._bar.update(self._task, completed=state.global_step, info=info)
         elif state.is_world_process_zero and silent_for() >= SILENCE:
             self.say(self.line(state))
