@@ -437,6 +437,7 @@ def test_the_command_writes_page_and_json(command: Any, cache: Path, model_folde
     assert across["like"] == "train.jsonl:1" and across["across"]
     assert "train.jsonl:11" in [s["where"] for s in report["suspects"]["listed"]]
     assert report["tokens"] is None and "--tokenizer FOLDER" in report["no_tokens"]
+    assert found.err.endswith(f"to look at for their label; {report['no_tokens']}\n"), "the line says why"
     page = (cache / "new" / "page.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>") and "--tokenizer FOLDER" in page
     assert found.err.splitlines()[-1].startswith("report: new/page.html: ")
