@@ -494,7 +494,8 @@ def test_download(labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPat
         "fetching qgyd2021/chinese_ner_sft from Hugging Face (huggingface.co)\n"
         "error: qgyd2021/chinese_ner_sft could not be fetched: Hugging Face (huggingface.co) cannot be reached "
         "(no connection). Check the network, or download its files by hand from "
-        "https://huggingface.co/datasets/qgyd2021/chinese_ner_sft/tree/main and put them here: rows/ccfbdci.jsonl\n"
+        "https://huggingface.co/datasets/qgyd2021/chinese_ner_sft/tree/main and put them here: "
+        f"{in_folder}/rows/ccfbdci.jsonl\n"
     )
 
 
