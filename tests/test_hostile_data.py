@@ -284,7 +284,8 @@ def test_data_check_and_train_say_what_is_wrong_with_a_file(
     assert code == 1
     assert ("unparsable_line" in out) == faulty and "Traceback" not in out + error
     assert (f"{path}:1: error: no_rows: the file holds no rows" in out) == (not faulty)
-    config = hostile.write(in_folder, "run.yaml", f"data: {{train: {kind}}}\nmodel: nowhere\n".encode())
+    config = hostile.write(in_folder, "run.yaml", f"data: {{train: {kind}}}\nmodel: empty\n".encode())
+    (in_folder / "empty").mkdir()
     code, out, error = command(monkeypatch, capsys, "train", str(config))
     assert code == 2 and "Traceback" not in error
     assert error.startswith("error: ") and kind in error

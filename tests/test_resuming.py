@@ -177,7 +177,9 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_trained_on(in_folder: Path, 
     old = labeltune.train(config, resume=True)
     assert everything(in_folder) == before and replace(old, seconds=whole.seconds) == whole
     longer = labeltune.train(changed(config, training__max_steps=3), resume=True, say=said.append)
-    again = "checking again, as this machine may be another one, that packed rows compute what single rows do"
+    again = (
+        "checking again, as this machine may be another one, whether packed rows compute what single rows do"
+    )
     assert again in said
     assert longer.steps == 3 and (longer.last / "training.json").is_file()
     rates = [line["learning_rate"] for line in log(in_folder / "out") if "learning_rate" in line]

@@ -371,7 +371,7 @@ def test_faulty_rows_and_missing_models_stop_before_the_first_trial(
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delitem(sys.modules, "labeltune.sweep.study")
-    with pytest.raises(MissingExtraError, match=r"pip install 'labeltune\[sweep\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -c constraints.txt '\.\[sweep\]'"):
         importlib.import_module("labeltune.sweep.study")
 
 

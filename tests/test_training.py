@@ -96,16 +96,20 @@ def test_ctrl_c_saves_and_resume_equals_uninterrupted(
 def test_sigterm_before_the_first_step_stops_like_ctrl_c_and_leaves_no_lock(
     in_folder: Path, model_folder: Path
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    # Other tests of this process leave the handler of Ray.
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     config = config_for(in_folder, model_folder)
 
     def say(line: str) -> None:
         if line.startswith("checking whether packed rows"):
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match=r"^stopped; no checkpoint has been saved$"):
-        labeltune.train(config, say=say)
-    assert signal.getsignal(signal.SIGTERM) is before
+    try:
+        with pytest.raises(Interrupted, match=r"^stopped; no checkpoint has been saved$"):
+            labeltune.train(config, say=say)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert not [path.name for path in Path(config.output_dir).iterdir()]
 
 
@@ -215,6 +219,7 @@ def test_an_incomplete_checkpoint_is_not_picked(in_folder: Path, model_folder: P
 
 
 def test_faulty_rows_stop_before_weights_are_loaded(in_folder: Path, model_folder: Path) -> None:
+    (in_folder / "no-model").mkdir()
     config = config_for(in_folder, in_folder / "no-model")
     rows = [*classification_rows(6), {"text": "", "category": ["a"], "output": "a"}]
     write_jsonl(in_folder / "classification.jsonl", rows)

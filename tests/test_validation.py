@@ -319,7 +319,7 @@ def test_a_training_says_its_phases_and_what_comes_next(in_folder: Path, model_f
     config = with_validation(in_folder, model_folder, max_steps=2, save_steps=2)
     said: list[str] = []
     labeltune.train(config, say=said.append, command="labeltune train c.yaml")
-    phases = ["loading the model", "checking that packed rows compute what single rows do"]
+    phases = ["loading the model", "checking whether packed rows compute what single rows do"]
     phases += ["predicting 16 validation rows with the best checkpoint"]
     assert [line for line in said if line in phases] == phases
     assert re.match(r"done in \d+ s \(training \d+ s(, [a-z ]+ \d+ s)*\): ", said[-5])
