@@ -169,6 +169,25 @@ def test_a_name_that_is_not_utf8_is_printed_with_escapes(tmp_path: Path) -> None
         escapes = ("ѵ" + r"\udcc1\udcb7", "ѵ" + r"\xc1\xb7")
         assert done.returncode == 2 and any(name in done.stderr for name in escapes), done.stderr
         assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    write_jsonl(tmp_path / "rows.jsonl", classification_rows(6))
+    done = shell(tmp_path, r"cp rows.jsonl $'\321\265\301\267.jsonl'; L data check *.jsonl")
+    assert done.returncode == 0 and not done.stderr
+    checked = [line for line in done.stdout.splitlines() if line.endswith("6 usable, 0 errors, 0 warnings")]
+    assert [line.partition(":")[0] for line in checked] == ["rows.jsonl", "ѵ" + r"\xc1\xb7.jsonl"]
+
+
+def test_each_of_several_files_is_checked(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", classification_rows(6))
+    write_jsonl(tmp_path / "b.jsonl", [*classification_rows(6), {"text": ""}])
+    done = shell(tmp_path, "L data check a.jsonl b.jsonl data.on_error=skip")
+    assert done.returncode == 1 and "b.jsonl:7: error: empty_field" in done.stdout
+    assert "a.jsonl: 6 rows, 6 usable" in done.stdout and "b.jsonl: 7 rows, 6 usable" in done.stdout
+    for more, why in (
+        ("none.jsonl", "none.jsonl does not exist"),
+        ("b.jsonl --test a.jsonl", "take one file"),
+    ):
+        done = shell(tmp_path, f"L data check a.jsonl {more}")
+        assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_python_m_labeltune(tmp_path: Path) -> None:

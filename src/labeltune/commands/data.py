@@ -25,11 +25,12 @@ from labeltune.data.check import (
     stop_on_errors,
 )
 from labeltune.data.convert import convert_file
+from labeltune.data.formats import SUFFIXES
 from labeltune.data.labels import by_count, named_labels
 from labeltune.data.loading import Rows, load_rows
 from labeltune.data.schemas import Fault
 from labeltune.data.sources import download_original, iter_records, resolve_data
-from labeltune.errors import counted, printable
+from labeltune.errors import ConfigError, counted, printable
 from labeltune.io.outputs import check_file, write_text
 from labeltune.io.progress import phase
 from labeltune.messages import spoken, verbatim
@@ -64,8 +65,8 @@ def check(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Config keys, e.g. data.columns.text=content or data.encoding=gb18030.",
+            metavar="[FILE|KEY=VALUE]...",
+            help="More files, each checked by itself; config keys, e.g. data.columns.text=content or data.encoding=gb18030.",
         ),
     ] = None,
     test: Annotated[
@@ -93,7 +94,11 @@ def check(
         from labeltune.evaluation.data_report import check_report
 
         check_report(report, [given for given in (file, test) if given is not None])
-    config, train_file, test_file = _check_target(file, test, task, labels, overrides or [])
+    more = [given for given in overrides or [] if "=" not in given and given.lower().endswith(SUFFIXES)]
+    keys = [given for given in overrides or [] if given not in more]
+    if more and (test is not None or report is not None):
+        raise ConfigError("--test and --report take one file to check")
+    config, train_file, test_file = _check_target(file, test, task, labels, keys)
     if report is not None:
         read = (train_file, config.data.validation, test_file)
         check_report(report, [given for given in read if given is not None])
@@ -104,6 +109,9 @@ def check(
     counter = _token_counter(loaded) if loaded is not None else None
     with phase("checking the rows"):
         rows = check_data(config, train_file, test_file, counter, loaded)
+        for other in more:
+            settings, one, _ = _check_target(other, None, task, labels, keys)
+            rows += check_data(settings, one, None, counter, loaded)
     audits = [r.audit for r in rows]
     unreadable = next((a.path for a in audits if a.unreadable is not None), None)
     findings = None
@@ -120,7 +128,9 @@ def check(
             found["report"] = findings
         print(json.dumps(found, ensure_ascii=False, indent=2))
     else:
-        for audit in audits:
+        for number, audit in enumerate(audits):
+            if number:
+                print()
             _print_audit(audit, limit)
     if findings is not None:
         print(_report_line(report, findings), file=sys.stderr)
@@ -292,17 +302,16 @@ def _print_audit(audit: Audit, limit: int) -> None:
     for kind, count in shown.items():
         if limit and count > limit:
             print(f"... {count - limit} more of {kind} (--limit 0 lists all)")
+    if audit.faults:
+        print()
     counts = f"{counted(audit.errors, 'error')}, {counted(audit.warnings, 'warning')}"
     if audit.unreadable is not None and not audit.rows:
-        print(f"\n{printable(str(audit.path))}: no row can be read, {counts}")
+        print(f"{printable(str(audit.path))}: no row can be read, {counts}")
     else:
-        print(
-            f"\n{printable(str(audit.path))}: {counted(audit.rows, 'row')}, {audit.usable} usable, {counts}"
-        )
+        print(f"{printable(str(audit.path))}: {counted(audit.rows, 'row')}, {audit.usable} usable, {counts}")
     for kind, count in audit.counts.most_common():
         print(f"  {count:8d}  {kind}")
     if not audit.usable:
-        print()
         return
     if audit.task == "ner":
         print(
@@ -316,7 +325,7 @@ def _print_audit(audit: Audit, limit: int) -> None:
     words = {"p10": "10th percentile", "p50": "median", "p90": "90th percentile", "p99": "99th percentile"}
     lengths = audit.length_percentiles().items()
     line = ", ".join(f"{words.get(name, 'longest')} {value:,}" for name, value in lengths)
-    print(f"  text length in {audit.length_unit}: {line}\n")
+    print(f"  text length in {audit.length_unit}: {line}")
 
 
 @app.command()
