@@ -148,7 +148,7 @@ SILENT = {
     f"{HOLE}: {HOLE}; {HOLE}",
     f"--labels {HOLE}",
     # In the catalogue with each of the words that stand there (COMPOSED).
-    f"  text length in {HOLE}: {HOLE}\n",
+    f"  text length in {HOLE}: {HOLE}",
     f"rows: {HOLE}, {HOLE}",
     f"baseline {HOLE}: {HOLE} {HOLE}",
     f"report on {HOLE} rows: {HOLE}",

@@ -204,17 +204,17 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._bar: Any = None
         self._shown: Any = None
         self._task: Any = None
-        self._started = 0.0
+        self._started: float | None = None
         self._first_step = 0
         self._loss = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Starts the clock, and the bar on a terminal."""
+        """Starts the bar on a terminal."""
         if not state.is_world_process_zero:
             return
-        self._started = time.monotonic()
+        self._started = None
         self._first_step = state.global_step
         if 0 < state.global_step < state.max_steps:
             self.say(f"resuming at step {state.global_step} of {state.max_steps}")
@@ -238,10 +238,17 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 "train", total=state.max_steps, completed=state.global_step, info=""
             )
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Starts the clock, behind what is predicted before the first step."""
+        if self._started is None:
+            self._started = time.monotonic()
+
     def rate(self, state: TrainerState) -> float:
-        """Examples a second since training began."""
+        """Examples a second since the first step began."""
         rows = (state.global_step - self._first_step) * self.batch_size
-        return float(rows / max(time.monotonic() - self._started, 1e-9))
+        return float(rows / max(time.monotonic() - (self._started or 0.0), 1e-9))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -250,7 +257,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if self._bar is not None:
             info = localize(f"{self.rate(state):.1f} examples/s") + self._loss
             self._bar.update(self._task, completed=state.global_step, info=info)
-        elif state.is_world_process_zero and silent_for() >= SILENCE:
+        elif state.is_world_process_zero and silent_for() >= SILENCE and not control.should_log:
             self.say(self.line(state))
         begin_step(state)
 
@@ -353,7 +360,7 @@ class ShowPredictions(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """The last weights."""
-        self.show_once(state, "end")
+        self.show_once(state, "after training")
 
 
 class TrackBest(TrainerCallback, ExportableState):  # type: ignore[misc]
