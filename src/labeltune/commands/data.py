@@ -118,15 +118,7 @@ def check(
     if report is not None and unreadable is None:
         findings = report_data(rows, config, report, loaded, model)
     if as_json:
-        faults = [
-            {"kind": f.kind, "severity": f.severity, "where": f.where, "message": f.message}
-            for a in audits
-            for f in a.faults
-        ]
-        found: dict[str, Any] = {"files": [a.to_dict() for a in audits], "faults": faults}
-        if findings is not None:
-            found["report"] = findings
-        print(json.dumps(found, ensure_ascii=False, indent=2))
+        _print_json(audits, findings)
     else:
         for number, audit in enumerate(audits):
             if number:
@@ -293,6 +285,18 @@ def _report_line(path: Path | None, findings: dict[str, Any]) -> str:
 
 
 @spoken("stdout")
+def _print_json(audits: Sequence[Audit], findings: dict[str, Any] | None) -> None:
+    faults = [
+        {"kind": f.kind, "severity": f.severity, "where": f.where, "message": f.message}
+        for audit in audits
+        for f in audit.faults
+    ]
+    found: dict[str, Any] = {"files": [audit.to_dict() for audit in audits], "faults": faults}
+    if findings is not None:
+        found["report"] = findings
+    print(json.dumps(found, ensure_ascii=False, indent=2))
+
+
 def _print_audit(audit: Audit, limit: int) -> None:
     shown: dict[str, int] = {}
     for fault in audit.faults:

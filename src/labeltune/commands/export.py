@@ -166,8 +166,7 @@ def export(
     from labeltune.export.parity import check_parity
     from labeltune.inference.load import checkpoint_of
 
-    checkpoint = checkpoint_of(run)
-    info = RunInfo.load(checkpoint)
+    info = RunInfo.load(checkpoint := checkpoint_of(run))
     target = Path(output).expanduser()
     check_target(target, checkpoint, overwrite, [given for given in (verify_data, metrics) if given])
     test_metrics = card.read_metrics(Path(metrics), info.task) if metrics is not None else None
@@ -187,10 +186,10 @@ def export(
             onnx_form.write_onnx(exporter, folder)
         job.describe(folder, test_metrics, parity)
     say(f"exported the {'merged model' if job.adapter is None else 'adapter'} to {target}")
+    address = None
     if push is not None:
         begin(f"pushing to {push}", say)
-    address = push_folder(target, push) if push is not None else None
-    if address is not None:
+        address = push_folder(target, push)
         say(f"pushed to {address}")
     return Exported(target, job.kind, job.dtype, parity, commands, address)
 
