@@ -96,14 +96,14 @@ def check(
         check_report(report, [given for given in (file, test) if given is not None])
     more = [given for given in overrides or [] if "=" not in given and given.lower().endswith(SUFFIXES)]
     keys = [given for given in overrides or [] if given not in more]
+    if workers is not None:
+        keys.append(f"data.workers={workers}")
     if more and (test is not None or report is not None):
         raise ConfigError("--test and --report take one file to check")
     config, train_file, test_file = _check_target(file, test, task, labels, keys)
     if report is not None:
         read = (train_file, config.data.validation, test_file)
         check_report(report, [given for given in read if given is not None])
-    if workers is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     model = _model_at_hand(tokenizer, config if Path(file).suffix in (".yaml", ".yml") else None)
     loaded = _load_tokenizer(model) if model is not None else None
     counter = _token_counter(loaded) if loaded is not None else None

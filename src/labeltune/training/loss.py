@@ -209,5 +209,4 @@ def chunkable_head(model: PreTrainedModel, ids: torch.Tensor) -> torch.nn.Module
         logits = model(input_ids=ids, use_cache=False).logits
     if len(given) != 1 or given[0].shape != logits.shape or logits.shape[:2] != ids.shape:
         return None
-    # Equal to the last bit: a cap hardly changes the small logits of an untrained model.
     return head if torch.equal(given[0].to(logits.dtype), logits) else None
