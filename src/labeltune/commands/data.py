@@ -284,7 +284,6 @@ def _report_line(path: Path | None, findings: dict[str, Any]) -> str:
     return f"report: {printable(str(path))}: {', '.join(found)}{why}"
 
 
-@spoken("stdout")
 def _print_json(audits: Sequence[Audit], findings: dict[str, Any] | None) -> None:
     faults = [
         {"kind": f.kind, "severity": f.severity, "where": f.where, "message": f.message}
@@ -297,6 +296,7 @@ def _print_json(audits: Sequence[Audit], findings: dict[str, Any] | None) -> Non
     print(json.dumps(found, ensure_ascii=False, indent=2))
 
 
+@spoken("stdout")
 def _print_audit(audit: Audit, limit: int) -> None:
     shown: dict[str, int] = {}
     for fault in audit.faults:
