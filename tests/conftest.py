@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from helpers.tiny_models import make_model, make_tokenizer  # noqa: E402
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # what a shell begins in the background ignores Ctrl-C
 os.environ["LABELTUNE_LANG"] = "en"  # whatever the locale of who tests
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many threads as cores would wait for each other

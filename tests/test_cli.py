@@ -21,6 +21,7 @@ from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
 from labeltune.commands import main, original
 from labeltune.config import CLASSIFICATION_USER, ENGLISH_PROMPTS, load_config
 from labeltune.data.sources import iter_records
+from labeltune.io import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 #: A verb's page is imported when it is called, and with it what reads rows, but nothing that computes.
@@ -832,6 +833,31 @@ def test_the_original_scripts_say_where_their_data_comes_from(
 def test_only_the_closest_option_is_suggested(labeltune: Any) -> None:
     err = labeltune("train", "--dta", "rows.jsonl").err
     assert "--data" in err and "--task" not in err
+    assert "(Possible options: --test)" in labeltune("data", "check", "rows.jsonl", "--tset", "x.jsonl").err
+
+
+def test_the_first_rows_tell_no_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("labeltune.io.progress.time.monotonic", lambda: now)
+    with progress.row_progress(100, "predict") as advance:
+        for seconds, rows in ((60, 10), (10, 20), (10, 20), (20, 50)):  # a minute goes before the first row
+            now += seconds
+            advance(rows)
+    assert capsys.readouterr().err.splitlines() == [
+        "predict: 10/100 rows",
+        "predict: 30/100 rows, 2.00 rows/s, 35 s left",
+        "predict: 50/100 rows, 2.00 rows/s, 25 s left",
+        "predict: 100/100 rows, 1.00 rows/s, 0 s left",
+    ]
+
+
+def test_no_hidden_file_is_named_as_near(labeltune: Any, in_folder: Path) -> None:
+    (in_folder / ".pre-commit-config.yaml").touch()
+    assert "pre-commit" not in labeltune("train", "nowhere.yaml").err
+    (in_folder / "there.yaml").touch()
+    assert "there.yaml" in labeltune("train", "nowhere.yaml").err
 
 
 def test_the_original_settings() -> None:

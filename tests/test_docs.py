@@ -141,6 +141,8 @@ def test_commands_of_a_page_run(page: str, world: Path, run: Run, request: pytes
 def test_both_languages_have_the_same_commands(page: str, chinese: str) -> None:
     for language in ("bash", "python", "console"):
         first, second = (without_comments(blocks(each, language)) for each in (page, chinese))
+        if language == "python":  # a reader's own texts are in the reader's language
+            first, second = (re.sub(r'"[^"/]*[.。]"', '"TEXT"', str(each)) for each in (first, second))
         assert first == second, language
 
 

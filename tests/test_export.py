@@ -139,7 +139,7 @@ def test_an_adapted_output_layer_leaves_the_tied_input_alone(tmp_path: Path) -> 
         )
 
 
-@pytest.mark.filterwarnings("ignore:the fast way of predicting is not exact")
+@pytest.mark.filterwarnings("ignore:prediction uses")
 @pytest.mark.parametrize("merged", [True, False])
 def test_a_damaged_export_fails_the_gate(
     merged: bool, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

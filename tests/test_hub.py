@@ -22,7 +22,7 @@ from labeltune.io import progress
 from labeltune.io.progress import tell
 from labeltune.models import pocket
 from labeltune.models.hub import IGNORED_FILES, LocalModel, resolve_model
-from labeltune.models.pocket import POCKET, POCKET_MODELS, PocketModel, Wheel, pocket_folder
+from labeltune.models.pocket import POCKET, POCKET_MODELS, PocketModel, Wheel, pocket_folder, tell_terms
 
 
 def model_files(folder: Path, *names: str) -> Path:
@@ -157,7 +157,7 @@ def test_pocket_zh_needs_its_terms_accepted(cache: Path, monkeypatch: pytest.Mon
     ("accepted", "where"),
     [(None, "when it was put into {folder}"), ("gemma", "with hub.accept_license=gemma")],
 )
-def test_terms_are_named_whenever_pocket_zh_is_used(
+def test_terms_are_named_when_a_training_begins(
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -169,6 +169,9 @@ def test_terms_are_named_whenever_pocket_zh_is_used(
     model_files(cache / "pocket-1", "config.json", "model.safetensors")
     for spec in ("pocket-zh", "pocket-zh", "pocket"):
         resolve_model(spec, HubConfig.model_validate({"accept_license": accepted}))
+    assert capsys.readouterr().err == ""  # a run that was trained says nothing more of it
+    for spec in ("pocket-zh", "pocket-zh", "pocket", str(folder), "ms:org/name"):
+        tell_terms(spec, accepted)
     assert capsys.readouterr().err == (
         "note: pocket-zh is Gemma 3 270M, under the Gemma Terms of Use (https://ai.google.dev/gemma/terms), accepted "
         f"{where.format(folder=folder)}\n"

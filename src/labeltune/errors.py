@@ -60,12 +60,15 @@ def _escape(character: str) -> str:
 
 def near_it(path: Path, wanted: Callable[[Path], bool]) -> str:
     """What in the folder of a missing file or folder may have been meant, to end a message with; empty where nothing is there.
+    Hidden entries are named only where a hidden one is missing.
 
     Args:
         wanted: whether an entry is of the right kind.
     """
     try:
         there = sorted(each.name for each in path.parent.iterdir() if wanted(each))
+        if not path.name.startswith("."):
+            there = [name for name in there if not name.startswith(".")]
     except (OSError, ValueError):
         return ""
     if not there:

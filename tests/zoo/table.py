@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,30 @@ WAYS: dict[str, dict[Language, str]] = {
     "cache": {"en": "shared by cache", "zh": "缓存共享"},
     "side_by_side": {"en": "rows side by side", "zh": "整行并排"},
     "one_by_one": {"en": "one by one", "zh": "逐条"},
+}
+#: The words of "its layers see", in Chinese; what is missing here is a name.
+CHINESE = {
+    "full": "全注意力",
+    "shared full": "共享的全注意力",
+    "windows": "滑动窗口",
+    "chunks": "分块注意力",
+    "experts": "混合专家",
+    "latent": "潜在注意力（MLA）",
+    "latent (2,048 tokens at most)": "潜在注意力（MLA，至多看 2048 个 token）",
+    "delta attention": "Kimi Delta 注意力",
+    "gated delta rule": "Gated DeltaNet",
+    "lightning attention": "Lightning 注意力",
+    "linear recurrence": "线性循环",
+    "short convolutions": "短卷积",
+    "logits scaled": "logits 缩放",
+    "logits capped": "logits 截顶（softcap）",
+    "positions by bias": "位置用偏置表示",
+    "positions learned": "位置为可学习向量",
+    "heads of two sizes": "两种头维度",
+    "sinks": "注意力 sink",
+    " and ": "、",
+    " beside ": " 并联 ",
+    ", ": "，",
 }
 HEADS: dict[Language, str] = {
     "en": "| family | its layers see | training | prediction | largest difference of a label's score, fp32 / bf16 (plain bf16) | notes |",
@@ -60,6 +85,8 @@ def table(results: list[dict[str, Any]], language: Language) -> str:
 def _line(result: dict[str, Any], language: Language) -> str:
     cases = result["cases"]
     name, attends = f"`{result['family']}`", result["attends"]
+    if language == "zh":
+        attends = "".join(CHINESE.get(part, part) for part in re.split(r"(, | and | beside )", attends))
     if result["unavailable"]:
         note = {"en": "transformers cannot run it on a CPU", "zh": "transformers 无法在 CPU 上运行"}[language]
         return f"| {name} | {attends} | - | - | - | {note}: {_cell(result['unavailable'])} |"

@@ -187,6 +187,11 @@ def _print_differences(found: dict[str, Any]) -> None:
     print(f"rows: {rows_line(found)}", file=sys.stderr)
     for name, d in found["differences"].items():
         change = d["difference"]
+        if change["low"] == change["high"] == 0:
+            print(
+                f"{name}: {d['first']:.3f} -> {d['second']:.3f}, no row makes a difference", file=sys.stderr
+            )
+            continue
         print(
             f"{name}: {d['first']:.3f} -> {d['second']:.3f}, {change['value']:+.3f} "
             f"(95 % interval {change['low']:+.3f} to {change['high']:+.3f}, p = {d['p_value']:.2g})",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from labeltune.commands.options import AsJson, Labels, OnError
+from labeltune.commands.options import AsJson, Command, Labels, OnError
 from labeltune.commands.preparing import too_long
 from labeltune.config import HubConfig, RunConfig, TaskName, load_config
 from labeltune.data import columns
@@ -53,7 +53,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=Command)
 def check(
     *,
     file: Annotated[
@@ -332,7 +332,7 @@ def _print_audit(audit: Audit, limit: int) -> None:
     print(f"  text length in {audit.length_unit}: {line}")
 
 
-@app.command()
+@app.command(cls=Command)
 def convert(
     file: Annotated[str, typer.Argument(help="Rows in the classification or NER schema.")],
     output: Annotated[Path, typer.Argument(help="jsonl to write.")],
@@ -361,7 +361,7 @@ def _labels_of(source: str, config: RunConfig) -> tuple[str, ...]:
     return audit_file(resolve_data(source, config.hub), config.task, config.data).label_set()
 
 
-@app.command()
+@app.command(cls=Command)
 def download(
     name: Annotated[
         str, typer.Argument(help="fudan (swift/zh_cls_fudan-news) or ccfbdci (qgyd2021/chinese_ner_sft).")

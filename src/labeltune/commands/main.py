@@ -12,13 +12,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
 
 from labeltune import __version__
+from labeltune.commands.options import Command
 from labeltune.distributed import rank, world_size
 from labeltune.errors import ConfigError, DataError, Interrupted, LabeltuneError, OutputError, printable
 from labeltune.messages import localize, spoken
@@ -49,14 +49,7 @@ class _Verb(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """The context of the command itself, which is imported now."""
-        try:
-            return load_verb(str(self.name)).make_context(info_name, args, parent, **extra)
-        except Exception as error:
-            # The closest of similar options is meant; the others only look like it.
-            if possibilities := getattr(error, "possibilities", None):
-                name = getattr(error, "option_name", "")
-                error.possibilities = get_close_matches(name, possibilities, n=1)  # type: ignore[attr-defined]
-            raise
+        return load_verb(str(self.name)).make_context(info_name, args, parent, **extra)
 
 
 def load_verb(verb: str) -> Any:
@@ -69,7 +62,7 @@ def load_verb(verb: str) -> Any:
 def single(command: Callable[..., None], name: str | None = None) -> typer.Typer:
     """An application of one command."""
     found = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    found.command(name)(command)
+    found.command(name, cls=Command)(command)
     return found
 
 

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from difflib import get_close_matches
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from labeltune.errors import ConfigError
+
+
+class Command(TyperCommand):
+    """A command that answers a misspelt option with the one that is meant, not with all that look like it."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context, with the options read."""
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except Exception as error:
+            if possibilities := getattr(error, "possibilities", None):
+                name = getattr(error, "option_name", "")
+                error.possibilities = get_close_matches(name, possibilities, n=1)  # type: ignore[attr-defined]
+            raise
 
 
 def _stop_or_skip(given: str) -> str:

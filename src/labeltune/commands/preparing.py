@@ -17,7 +17,7 @@ from labeltune.distributed import rank
 from labeltune.errors import MissingExtraError, PromptError, counted
 from labeltune.io.progress import Say, begin, tell
 from labeltune.io.run_folder import RunInfo, public_name
-from labeltune.models.pocket import check_spec
+from labeltune.models.pocket import check_spec, tell_terms
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder, builder_for_base
 from labeltune.prompts.template import ChatTemplate
@@ -54,6 +54,7 @@ def read_rows(config: RunConfig, say: Say) -> Splits:
     if config.tracking in ("wandb", "tensorboard") and importlib.util.find_spec(config.tracking) is None:
         raise MissingExtraError(f"tracking={config.tracking}", config.tracking)
     check_spec(config.model, config.hub.accept_license)
+    tell_terms(config.model, config.hub.accept_license)
     begin("checking the rows")
     splits = load_splits(config.task, config.data, config.hub, config.training.seed)
     report_splits(splits, say)

@@ -140,7 +140,7 @@ def row_progress(
     if not console.is_terminal:
         yield _plain_lines(total, what, last_line)
         return
-    started, done = time.monotonic(), 0
+    rate, done = _Rate(), 0
     columns = (
         TextColumn(f"[bold]{what}"),
         BarColumn(),
@@ -155,8 +155,10 @@ def row_progress(
         def advance(rows: int) -> None:
             nonlocal done
             done += rows
-            rate = localize(f"{done / max(time.monotonic() - started, 1e-9):.1f} rows/s")
-            bar.update(task, advance=rows, rate=rate)
+            per_second = rate(done, total)
+            bar.update(
+                task, advance=rows, rate="" if per_second is None else localize(f"{per_second:.1f} rows/s")
+            )
 
         yield advance
 
@@ -183,27 +185,46 @@ def track(
             yield row
 
 
+class _Rate:
+    """Rows a second: of the whole work once it is done, before that without the first rows, which wait for what a model does once."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._first: tuple[int, float] | None = None
+
+    def __call__(self, done: int, total: int | None) -> float | None:
+        """None while it cannot be told.
+
+        Args:
+            done: rows until now.
+        """
+        now = time.monotonic()
+        first = (0, self._started) if done == total else self._first
+        self._first = self._first or (done, now)
+        if first is None or first[0] == done:
+            return None
+        return (done - first[0]) / max(now - first[1], 1e-9)
+
+
 def _plain_lines(total: int | None, what: str, last_line: bool) -> Callable[[int], None]:
-    started = last = time.monotonic()
-    done = 0
+    last = time.monotonic()
+    rate, done = _Rate(), 0
 
     def advance(rows: int) -> None:
         nonlocal done, last
         done += rows
-        now = time.monotonic()
+        now, per_second = time.monotonic(), rate(done, total)
         if now - last < _SECONDS_BETWEEN_LINES and not (last_line and done == total):
             return
         last = now
-        rate = done / max(now - started, 1e-9)
         _Now.phase = ""
-        # The first rows wait for what the model does once.
-        known = total and (done >= _ROWS_FOR_A_RATE or done == total)
-        left = f", {(total - done) / rate:.0f} s left" if total and known else ""
-        print(
-            f"{what}: {done}{f'/{total}' if total else ''} rows, {rate:.2f} rows/s{left}",
-            file=sys.stderr,
-            flush=True,
-        )
+        rows_done = f"{done}/{total}" if total else str(done)
+        if per_second is None:
+            print(f"{what}: {rows_done} rows", file=sys.stderr, flush=True)
+        else:
+            known = total and (done >= _ROWS_FOR_A_RATE or done == total)
+            left = f", {(total - done) / per_second:.0f} s left" if total and known else ""
+            print(f"{what}: {rows_done} rows, {per_second:.2f} rows/s{left}", file=sys.stderr, flush=True)
         spoke()
 
     return advance

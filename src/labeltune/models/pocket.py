@@ -144,6 +144,22 @@ def _check_accepted(spec: str, accept_license: str | None) -> None:
         )
 
 
+def tell_terms(spec: str, accept_license: str | None) -> None:
+    """Name the terms of a model that is in the cache already, and how they were accepted."""
+    model = POCKET_MODELS.get(spec)
+    if model is None or model.must_accept is None or not is_cached(spec):
+        return
+    accepted = accept_license == model.must_accept
+    note(
+        f"{spec} is {model.name}, under the {model.license} ({model.terms}), accepted "
+        + (
+            f"with hub.accept_license={accept_license}"
+            if accepted
+            else f"when it was put into {_target(spec)}"
+        )
+    )
+
+
 def pocket_folder(spec: str, accept_license: str | None = None) -> Path:
     """The folder of a pocket model in safetensors, made at first use.
 
@@ -157,16 +173,6 @@ def pocket_folder(spec: str, accept_license: str | None = None) -> Path:
     model = POCKET_MODELS[spec]
     target = _target(spec)
     if is_cached(spec):
-        if model.must_accept is not None:
-            accepted = accept_license == model.must_accept
-            note(
-                f"{spec} is {model.name}, under the {model.license} ({model.terms}), accepted "
-                + (
-                    f"with hub.accept_license={accept_license}"
-                    if accepted
-                    else f"when it was put into {target}"
-                )
-            )
         return target
     _check_accepted(spec, accept_license)
     try:
