@@ -263,13 +263,12 @@ def test_rows_of_all_lengths_are_checked_but_very_long_ones() -> None:
     assert [len(row.ids) for row in sample_rows([rows[2]])] == [1999]
 
 
-def test_compiled_layers_agree_and_are_checked() -> None:
-    """One layer: each is compiled by itself, several times, for half a minute."""
+def test_compiled_layers_agree() -> None:
+    """One layer, whose kernels are compiled for half a minute; that compiled layers are checked is test_training.py's."""
     torch.compiler.reset()  # what other tests compiled counts towards the limit, behind which nothing is compiled
     model, rows = lora_model(layers=1), random_rows()
     right = plain(model, rows)
     compile_layers(model)
-    assert choose(model) == (Choice("shared_prefix"), [])
     for budget in (40, 10_000):
         found = packed(model, rows, pack_step(rows, budget)[0], "shared_prefix", None)
         assert_equal(found, right)

@@ -165,11 +165,13 @@ def test_ner_trains_and_extracts(in_folder: Path, model_folder: Path) -> None:
 
 
 def assert_the_same_result(folder: Path, model: Path, *settings: dict[str, Any]) -> None:
-    """As without these settings of training."""
+    """As without these settings of training, with the prefix shared."""
     weights = []
     for given in ({}, *settings):
         config = without_dropout(config_for(folder, model, max_steps=3, save_steps=1000, **given))
-        weights.append(adapter_weights(labeltune.train(config, overwrite=True).last))
+        said: list[str] = []
+        weights.append(adapter_weights(labeltune.train(config, overwrite=True, say=said.append).last))
+        assert any("packing=shared_prefix" in line for line in said)
         assert weights[0].keys() == weights[-1].keys()
         for name, tensor in weights[0].items():
             torch.testing.assert_close(tensor, weights[-1][name], rtol=1e-3, atol=1e-4)
@@ -182,7 +184,7 @@ def test_memory_settings_do_not_change_the_result(in_folder: Path, model_folder:
 
 
 def test_compiling_does_not_change_the_result(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer, traced, and run as traced: that kernels agree is test_self_check.py's."""
+    """One layer, traced, checked, and run as traced: that kernels agree is test_self_check.py's."""
     torch.compiler.reset()
     compiled, layers = torch.nn.Module.compile, []
 
@@ -261,15 +263,9 @@ def test_every_kind_of_model_trains_and_predicts(kind: str, in_folder: Path) -> 
         assert len(predictor.predict(["rocket", "a longer match report"])) == 2
 
 
-@pytest.mark.filterwarnings("ignore:prediction uses the model's own cache")
-@pytest.mark.parametrize("kind", ["qwen2", "lfm2"])
-def test_two_processes_train_like_one(in_folder: Path, kind: str) -> None:
-    """The last step of the epoch has one row, so one of the processes has nothing of its own to compute. Prefixes are shared by
-    attention and by the model's cache."""
+def test_two_processes_train_like_one(in_folder: Path, model_folder: Path) -> None:
+    """By torchrun itself. The last step of the epoch has one row, so one of the processes has nothing of its own to compute."""
     weights = []
-    tokenizer, model_folder = make_tokenizer(), in_folder / kind
-    make_model(len(tokenizer), kind).save_pretrained(model_folder)
-    tokenizer.save_pretrained(model_folder)
     for processes in (1, 2):
         config = without_dropout(config_for(in_folder, model_folder, batch_size=14, save_steps=1000))
         config = config.model_copy(update={"output_dir": str(in_folder / f"out{processes}")})
@@ -294,11 +290,7 @@ def test_two_processes_train_like_one(in_folder: Path, kind: str) -> None:
         weights.append((adapter_weights(folder), json.loads((folder / "trainer_state.json").read_text())))
     (first, one), (second, two) = weights
     for name, tensor in first.items():
-        # Short convolutions of random weights have next to no gradient, of whose rounding Adam makes whole steps.
-        if ".conv." not in name:
-            torch.testing.assert_close(
-                tensor, second[name], rtol=1e-3, atol=2e-5 if kind == "qwen2" else 1e-3
-            )
+        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=2e-5)
     for key in ("loss", "eval_loss", "grad_norm"):
         curves = [[line[key] for line in state["log_history"] if key in line] for state in (one, two)]
-        assert curves[0] and curves[0] == pytest.approx(curves[1], rel=1e-4 if kind == "qwen2" else 1e-3), key
+        assert curves[0] and curves[0] == pytest.approx(curves[1], rel=1e-4), key

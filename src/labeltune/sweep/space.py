@@ -293,7 +293,7 @@ def _value_at(dimension: Dimension, u: float) -> Value:
     return math.floor(value + half) if dimension.integer else value
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _covering(seed: int, round_: int, dimensions: int) -> numpy.ndarray[Any, Any]:
     """[STARTUP_TRIALS, dimensions] points of the unit cube: the evenest of a few in which every dimension is `_nested`."""
     from scipy.stats import qmc
