@@ -846,7 +846,6 @@ def test_the_first_rows_tell_no_rate(
             now += seconds
             advance(rows)
     assert capsys.readouterr().err.splitlines() == [
-        "predict: 10/100 rows",
         "predict: 30/100 rows, 2.00 rows/s, 35 s left",
         "predict: 50/100 rows, 2.00 rows/s, 25 s left",
         "predict: 100/100 rows, 1.00 rows/s, 0 s left",

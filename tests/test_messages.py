@@ -26,6 +26,11 @@ CHINESE = re.compile("[\u3400-\u9fff]")
 HOLE = "7"
 #: Put together by the source from more than one string, so that no template stands there in one piece.
 COMPOSED = {
+    "step {step}/{steps}  epoch {epoch}",
+    "step {step}/{steps}  epoch {epoch}  loss {loss}  lr {rate}",
+    "step {step}/{steps}  epoch {epoch}  {speed} examples/s  {left} s left",
+    "say which one holds it: rename that column to {column}",
+    "say which ones hold them: rename those columns",
     "set data.encoding={name}, or convert it with: iconv -f {encoding} -t {wanted} {file} > {new} (or from whatever encoding it has)",
     "give {option} {name}, or convert it with: iconv -f {encoding} -t {wanted} {file} > {new} (or from whatever encoding it has)",
     "not valid UTF-8 at byte {n}; {fix}; the rest was not read",
@@ -254,9 +259,10 @@ def test_every_kind_of_fault_is_in_the_catalogue() -> None:
          "错误：配置文件 a b.yaml 不存在；`labeltune init classification` 可生成一个"),
         ("error on rank 1: training: no room", "错误（进程 1）：训练参数：no room"),
         ("rows.jsonl:5: error: empty_field: text is empty", "rows.jsonl:5：错误：empty_field：text 为空"),
+        ("rows.csv:5: error: empty_field: 文本 is empty", "rows.csv:5：错误：empty_field：文本为空"),
         ("\nrows.jsonl: 4 rows, 3 usable, 1 errors, 0 warnings\n", "\nrows.jsonl：共 4 行，可用 3 行，错误 1 个，警告 0 个\n"),
         ("error: the data holds 1 error:\n  a.csv:2: error: empty_field: text is empty\nRepair them, or evaluate with --on-error skip",
-         "错误：数据中有错误 1 个：\n  a.csv:2：错误：empty_field：text 为空\n请修正，或评测时加 --on-error skip"),
+         "错误：数据中有 1 处错误：\n  a.csv:2：错误：empty_field：text 为空\n请修正，或评测时加 --on-error skip"),
         ("x.yaml: unknown key 'lora.rank'; did you mean 'lora.r'?", "x.yaml：未知的配置项 'lora.rank'；是否想写 'lora.r'？"),
         ("accuracy: 0.800  (95 % interval 0.700 to 0.900)", "准确率：0.800（95% 置信区间 0.700 至 0.900）"),
         ("confidence: temperature 1.00 is kept, at least 100 rows are needed to fit one; 9 validation rows: ECE 0.1, NLL 0.2, Brier 0.3",
@@ -296,7 +302,7 @@ def test_every_kind_of_fault_is_in_the_catalogue() -> None:
         ("a.yaml: task: Input should be 'classification' or 'ner' (got 'c'); unknown key 'lora_rank'; did you mean 'lora.r'? lora_rank (LLaMA-Factory, ms-swift) is lora.r here: lora.r=3; unknown key 'flash_attn': flash_attn (LLaMA-Factory) needs no key here: the attention is picked by itself",
          "a.yaml：task：应为 'classification' 或 'ner'（当前为 'c'）；未知的配置项 'lora_rank'；是否想写 'lora.r'？lora_rank（LLaMA-Factory, ms-swift）在这里对应 lora.r：lora.r=3；未知的配置项 'flash_attn'：flash_attn（LLaMA-Factory）在这里无需配置：注意力实现自动选择"),
         ("error: the data holds 2 errors:\n  a:1: error: wrong_type: output must be a string, not int; integers are read as labels where all rows have them\n  a:2: error: empty_field: text is empty\n  ... and 7 more\nRepair them, or leave faulty rows out with data.on_error=skip; `labeltune data check` lists all of them",
-         "错误：数据中有错误 2 个：\n  a:1：错误：wrong_type：output 应为字符串，而不是 int；仅当所有行都是整数时才按标签读取\n  a:2：错误：empty_field：text 为空\n  …… 另有 7 个\n请修正，或用 data.on_error=skip 跳过有问题的行；`labeltune data check` 可列出全部"),
+         "错误：数据中有 2 处错误：\n  a:1：错误：wrong_type：output 应为字符串，而不是 int；仅当所有行都是整数时才按标签读取\n  a:2：错误：empty_field：text 为空\n  …… 另有 7 个\n请修正，或用 data.on_error=skip 跳过有问题的行；`labeltune data check` 可列出全部"),
         ("done in 481 s (training 232 s, loading and checks 200 s): output/a/best -> checkpoint-7",
          "训练完成，用时 481 秒（训练 232 秒，加载和检查 200 秒）：output/a/best -> checkpoint-7"),
         ("  5.0 s  loading the run a b", "  5.0 s  loading the run a b"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from labeltune.data.loading import load_rows
 from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.evaluation.pages import environment, render
 from labeltune.evaluation.report import LONGEST, SHORTEST, report_page
+from labeltune.io.outputs import write_json
 from labeltune.types import Entity, Example, Prediction
 
 ABOUT = {"run": "out", "base": False, "decoding": "exact", "data": "test.jsonl", "rows_are": "test"}
@@ -189,6 +191,13 @@ def test_two_runs_are_compared(in_folder: Path, model_folder: Path) -> None:
     assert same["changed"] == {"gained": [], "lost": []} and same["differences"]["accuracy"]["p_value"] == 1.0
     with pytest.raises(ConfigError, match="cannot be `base`"):
         labeltune.compare(result.best, "base", data)
+    with pytest.raises(ConfigError, match="pocket is a model, not a run; `base` stands for"):
+        labeltune.compare("pocket", result.best, data)
+    shutil.copytree(result.best.resolve(), in_folder / "others")
+    info = json.loads((in_folder / "others" / "labeltune.json").read_text(encoding="utf-8"))
+    write_json(in_folder / "others" / "labeltune.json", {**info, "labels": ["x", "y", "z"]})
+    with pytest.raises(DataError, match=r"others have no label in common \(Art, Space, Sports; x, y, z\)"):
+        labeltune.compare(result.best, in_folder / "others", data, progress=False)
     (in_folder / "ner").mkdir()
     other = labeltune.train(config_for(in_folder / "ner", model_folder, "ner", max_steps=1))
     with pytest.raises(ConfigError, match="cannot be compared"):

@@ -415,11 +415,11 @@ def test_columns_by_other_names_are_read_and_said(
     progress._noted.clear()
     rows = load_rows(str(path), "classification")
     assert [rows.example(n).text for n in (0, 1)] == ["a", "b"] and rows.example(0).label == "x"
-    told = [
-        f"note: {path}: column {old!r} is read as {new}" for old, new in ((text, "text"), (output, "output"))
-    ]
+    usual = ("text", "output", "label", "文本", "标签")  # as the README has them
     assert capsys.readouterr().err.splitlines() == [
-        line for line in told if "'text'" not in line and "'output'" not in line
+        f"note: {path}: column {old!r} is read as {new}"
+        for old, new in ((text, "text"), (output, "output"))
+        if old not in usual
     ]
 
 

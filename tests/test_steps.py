@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import labeltune
 from helpers.packing import lora_model, random_rows
@@ -21,6 +22,7 @@ from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate
 from labeltune.training import preflight, trainer
+from labeltune.training.callbacks import Progress
 from labeltune.training.collate import StepBatches
 from labeltune.training.dataset import content_key, tokenize_rows
 from labeltune.training.packing import Row, pack_step, useful_tokens
@@ -258,3 +260,30 @@ def test_packs_are_no_larger_than_sharing_asks_for() -> None:
     least = sum(pack.tokens(rows) for pack in pack_step(rows, whole)[0])
     assert found < whole / 2 and least <= cost <= 1.1 * least
     assert useful_tokens([rows], "packed", 1, enough=50) == 50
+
+
+def test_the_rate_leaves_out_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It waits for what is done once, and a resumed run has one of its own."""
+    now = 1000.0
+    monkeypatch.setattr("labeltune.training.callbacks.time.monotonic", lambda: now)
+    state, control, arguments = (
+        TrainerState(global_step=4, max_steps=10),
+        TrainerControl(),
+        TrainingArguments("out"),
+    )
+    shown = Progress(batch_size=8)
+    shown.on_train_begin(arguments, state, control)
+    lines = []
+    for seconds in (300, 4, 4):
+        now += seconds
+        state.global_step += 1
+        shown.on_step_end(arguments, state, control)
+        lines.append(shown.line(state))
+    assert lines == [
+        "step 5/10  epoch 0.00",
+        "step 6/10  epoch 0.00  2.00 examples/s  16 s left",
+        "step 7/10  epoch 0.00  2.00 examples/s  12 s left",
+    ]
+    assert capsys.readouterr().err.splitlines()[0] == "resuming at step 4 of 10"

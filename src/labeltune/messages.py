@@ -19,6 +19,7 @@ _KINDS = {"n": r"-?[\d.,]*\d(?:e[-+]?\d+)?", "word": r"\S+?"}
 #: Several words in quotes, such as the names of columns.
 _QUOTED = re.compile(r"'[^']*'(?:(?:, | and )'[^']*')+")
 _ANY = ".*?)"
+_HAN = re.compile("[\u3400-\u9fff]")
 _REST = "rest_"
 #: Messages in messages, such as a reason inside an error, are followed this deep.
 _DEPTH = 8
@@ -120,7 +121,7 @@ def _translated(message: str, depth: int) -> str | None:
             values = {
                 key: _translated(value, depth - 1) or _chinese_list(value) for key, value in given.items()
             }
-            told = _PLACEHOLDER.sub(lambda each: values[each[1]], target)  # noqa: B023
+            told = _filled(target, values)
             return f"{told}；{values[_REST]}" if _REST in values else told
     if "\n" in message:
         lines = message.split("\n")
@@ -138,6 +139,19 @@ def _translated(message: str, depth: int) -> str | None:
         if all(known):
             return "，".join(filter(None, known))
     return None
+
+
+def _filled(target: str, values: dict[str, str]) -> str:
+    """A template with its values; Chinese has no blank between two of its characters."""
+    told = ""
+    for at, part in enumerate(_PLACEHOLDER.split(target)):
+        piece = values[part] if at % 2 else part
+        if told[-1:] == " " and _HAN.match(told[-2:-1]) and _HAN.match(piece[:1]):
+            told = told[:-1]
+        elif piece[:1] == " " and _HAN.match(told[-1:]) and _HAN.match(piece[1:2]):
+            piece = piece[1:]
+        told += piece
+    return told
 
 
 def _chinese_list(value: str) -> str:

@@ -28,6 +28,7 @@ from labeltune.evaluation.compare import BARE, compare_predictions, comparison_p
 from labeltune.evaluation.summary import headline, rows_line
 from labeltune.io.outputs import check_folder, write_json, write_jsonl, write_text
 from labeltune.io.progress import phase, track
+from labeltune.models.pocket import POCKET_MODELS
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def compare_command(
     A summary goes to standard error. All figures go as JSON to comparison.json with --output, else to standard output unless
     that is a terminal.
     """
-    _check_second(second)
+    _check_names(first, second)
     read = [*(files_of(first) if first != BASE else []), *files_of(second)]
     data = data_to_measure(second, data)
     if output is not None:
@@ -98,7 +99,7 @@ def compare(
         DataError: as `evaluate`.
         ModelError: there is no such run, or `base` of a run without an adapter.
     """
-    _check_second(second)
+    _check_names(first, second)
     about = describe_run(second)
     others = [] if str(first) == BASE else [describe_run(first)]
     for other in others:
@@ -136,15 +137,28 @@ def _answers(predictor: Predictor, examples: Sequence[Example], progress: bool) 
     return list(track(predictor.stream(examples), len(examples), shown=progress))
 
 
-def _check_second(second: str | os.PathLike[str] | Predictor) -> None:
+def _check_names(
+    first: str | os.PathLike[str] | Predictor, second: str | os.PathLike[str] | Predictor
+) -> None:
     if str(second) == BASE:
         raise ConfigError("the second model cannot be `base`; write: labeltune compare base RUN --data FILE")
+    for name in (first, second):
+        if str(name) in POCKET_MODELS:
+            raise ConfigError(
+                f"{name} is a model, not a run; `base` stands for the model of the second run without its adapter: "
+                "labeltune compare base RUN --data FILE"
+            )
 
 
 def _check_comparable(first: RunDescription, second: RunDescription) -> None:
     if first.task != second.task:
         raise ConfigError(
             f"{first.name} does {first.task}, {second.name} does {second.task}; they cannot be compared"
+        )
+    if first.labels and second.labels and not set(first.labels) & set(second.labels):
+        some, others = (", ".join(run.labels[:8]) for run in (first, second))
+        raise DataError(
+            f"{first.name} and {second.name} have no label in common ({some}; {others}); they cannot be compared on the same rows"
         )
     if first.task == "ner" and set(first.labels) != set(second.labels):
         raise DataError(

@@ -176,15 +176,17 @@ def _lines(found: CostEstimate) -> list[str]:
     prefix, text, other, answers = (f"{part / tokens.tokens:.0%}" for part in parts)
     unshared = tokens.computed["packed"] / tokens.planned_rows
     all_steps = f"{found.hours:.2f} h" if found.hours >= 1 else f"{found.seconds:.1f} s"
-    timed = ", ".join(f"{seconds:.3g}" for seconds in found.step_seconds)
+    timed = ", ".join(f"{seconds:.3g} s" for seconds in found.step_seconds)
+    shortened, most, every = f"{tokens.shortened_share:.1%}", tokens.needed["p99"], tokens.needed["max"]
     return [
         f"rows: {found.rows:,} for training, {found.validation_rows:,} for validation; {found.steps:,} steps",
         f"tokens: {tokens.tokens / tokens.rows:.1f} a row; {prefix} common beginning, {text} text, {other} rest of the prompt, "
         f"{answers} answer",
-        f"budget: {tokens.shortened_share:.1%} of the texts are shortened; prompt.max_length={tokens.needed['p99']} keeps 99 % of the "
-        f"rows whole, {tokens.needed['max']} all",
+        f"budget: {shortened} of the texts are shortened; prompt.max_length={every} keeps all rows whole"
+        if most == every
+        else f"budget: {shortened} of the texts are shortened; prompt.max_length={most} keeps 99 % of the rows whole, {every} all",
         f"computed: {found.computed_per_row:.1f} tokens a row with packing={found.packing}, {unshared:.1f} without sharing; "
         f"{found.computed_tokens:,} in all",
         f"memory: {found.memory / 1e9:.2f} GB on {found.device}; {found.free_memory / 1e9:.2f} GB were free",
-        f"time: {all_steps} for all steps (timed: {timed} s); validation and saving come on top",
+        f"time: {all_steps} for all steps (timed: {timed}); validation and saving come on top",
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from labeltune.config import ColumnsConfig, DataConfig, TaskName
-from labeltune.data.formats import ALIASES, INSTRUCTION
+from labeltune.data.formats import ALIASES, INSTRUCTION, WELL_KNOWN
 from labeltune.data.records import Record
 from labeltune.data.schemas import DOCCANO, is_spans
 from labeltune.data.sources import iter_records
@@ -137,7 +137,8 @@ def find_columns(
             missing[role] = found
             continue
         changes[role] = found[0]
-        notes.append(f"column {found[0]!r} is read as {name}")
+        if found[0] not in WELL_KNOWN:
+            notes.append(f"column {found[0]!r} is read as {name}")
     if missing:
         problem = Record(
             _header(seen.first), None, "missing_field", _missing(missing, columns, seen, task), whole=True

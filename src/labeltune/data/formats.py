@@ -41,6 +41,8 @@ ALIASES = {
     "output": ("output", "label", "标签", "类别", "类", "标注"),
     "entities": ("entities",),
 }
+#: The names that the README gives: nobody has to be told how they are read.
+WELL_KNOWN = ("label", "标签", "文本")
 #: Where rows of instruction, input and output have no input, their text is the instruction.
 INSTRUCTION = "instruction"
 #: An object with a string under one of these names is a row, whatever lists it has.

@@ -94,8 +94,9 @@ def no_long_silence(say: Callable[[str], None]) -> Iterator[None]:
 
     def watch() -> None:
         while not ended.wait(min(1.0, SILENCE / 4)):
-            if _Now.phase and not _Now.bars and silent_for() >= SILENCE:
-                say(f"... {_Now.phase} ({time.monotonic() - _Now.begun:.0f} s)")
+            lasted = time.monotonic() - _Now.begun  # a phase that has only just begun tells nobody anything
+            if _Now.phase and not _Now.bars and silent_for() >= SILENCE and lasted >= SILENCE / 3:
+                say(f"... {_Now.phase} ({lasted:.0f} s)")
                 spoke()
 
     thread = threading.Thread(target=watch, name="labeltune-progress", daemon=True)
@@ -214,17 +215,19 @@ def _plain_lines(total: int | None, what: str, last_line: bool) -> Callable[[int
         nonlocal done, last
         done += rows
         now, per_second = time.monotonic(), rate(done, total)
+        if per_second is None:
+            return
         if now - last < _SECONDS_BETWEEN_LINES and not (last_line and done == total):
             return
         last = now
         _Now.phase = ""
-        rows_done = f"{done}/{total}" if total else str(done)
-        if per_second is None:
-            print(f"{what}: {rows_done} rows", file=sys.stderr, flush=True)
-        else:
-            known = total and (done >= _ROWS_FOR_A_RATE or done == total)
-            left = f", {(total - done) / per_second:.0f} s left" if total and known else ""
-            print(f"{what}: {rows_done} rows, {per_second:.2f} rows/s{left}", file=sys.stderr, flush=True)
+        known = total and (done >= _ROWS_FOR_A_RATE or done == total)
+        left = f", {(total - done) / per_second:.0f} s left" if total and known else ""
+        print(
+            f"{what}: {done}{f'/{total}' if total else ''} rows, {per_second:.2f} rows/s{left}",
+            file=sys.stderr,
+            flush=True,
+        )
         spoke()
 
     return advance

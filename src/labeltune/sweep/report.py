@@ -107,14 +107,14 @@ def print_table(sweep: Sweep, trials: Sequence[Trial]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     metric = next((trial.metric for trial in trials if trial.metric), "metric")
     table = Table(title=localize(f"{metric} on {SELECTION}"), title_justify="left")
-    table.add_column("trial", justify="right")
+    table.add_column(localize("trial"), justify="right")
     for key in sweep.space.keys:
         table.add_column(key, justify="right", overflow="fold")
     table.add_column(metric, justify="right")
-    table.add_column("seconds", justify="right")
-    table.add_column("state", overflow="fold")
+    table.add_column(localize("seconds"), justify="right")
+    table.add_column(localize("state"), overflow="fold")
     for trial in sorted(trials, key=_order):
-        state = f"{trial.state}: {trial.reason}" if trial.reason else trial.state
+        state = localize(f"{trial.state}: {trial.reason}" if trial.reason else trial.state)
         cells = [
             str(trial.number),
             *(shown_value(trial.values.get(key, "")) for key in sweep.space.keys),
@@ -155,6 +155,7 @@ def conclude(sweep: Sweep, trials: Sequence[Trial]) -> None:
     print(localize(f"The best is trial {best.number}. Train its config: {train_command(sweep)}"))
     print(
         localize(
-            "Its figure picked it, so measure the result on rows that no trial has seen: labeltune evaluate"
+            "Its figure picked it, so measure the result on rows that no trial has seen: "
+            f"labeltune evaluate {shlex.quote(str(sweep.folder / 'best-run'))} --data FILE"
         )
     )

@@ -215,7 +215,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         self._started = None
-        self._first_step = state.global_step
         if 0 < state.global_step < state.max_steps:
             self.say(f"resuming at step {state.global_step} of {state.max_steps}")
         begin_step(state)
@@ -238,24 +237,22 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 "train", total=state.max_steps, completed=state.global_step, info=""
             )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Starts the clock, behind what is predicted before the first step."""
-        if self._started is None:
-            self._started = time.monotonic()
-
-    def rate(self, state: TrainerState) -> float:
-        """Examples a second since the first step began."""
+    def rate(self, state: TrainerState) -> float | None:
+        """Examples a second since the first step ended, which waits for what is done once; None until then."""
         rows = (state.global_step - self._first_step) * self.batch_size
-        return float(rows / max(time.monotonic() - (self._started or 0.0), 1e-9))
+        if self._started is None or not rows:
+            return None
+        return float(rows / max(time.monotonic() - self._started, 1e-9))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Moves the bar."""
+        """Moves the bar, and starts the clock behind the first step."""
+        if self._started is None:
+            self._started, self._first_step = time.monotonic(), state.global_step
         if self._bar is not None:
-            info = localize(f"{self.rate(state):.1f} examples/s") + self._loss
+            rate = self.rate(state)
+            info = ("" if rate is None else localize(f"{rate:.1f} examples/s")) + self._loss
             self._bar.update(self._task, completed=state.global_step, info=info)
         elif state.is_world_process_zero and silent_for() >= SILENCE and not control.should_log:
             self.say(self.line(state))
@@ -264,11 +261,11 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def line(self, state: TrainerState) -> str:
         """Where the run is, in one line."""
         rate = self.rate(state)
+        at = f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}{self._loss}"
+        if rate is None:
+            return at
         left = (state.max_steps - state.global_step) * self.batch_size / max(rate, 1e-9)
-        return (
-            f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}{self._loss}  "
-            f"{rate:.2f} examples/s  {left:.0f} s left"
-        )
+        return f"{at}  {rate:.2f} examples/s  {left:.0f} s left"
 
     def on_log(
         self,
@@ -282,7 +279,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if not logs or not state.is_world_process_zero or "loss" not in logs:
             return
         rate = self.rate(state)
-        logs["examples_per_second"] = round(rate, 3)
+        if rate is not None:
+            logs["examples_per_second"] = round(rate, 3)
         self._loss = f"  loss {logs['loss']:.4f}  lr {logs.get('learning_rate', 0):.2e}"
         if self._bar is None:
             self.say(self.line(state))
