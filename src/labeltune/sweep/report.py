@@ -114,7 +114,7 @@ def print_table(sweep: Sweep, trials: Sequence[Trial]) -> None:
     table.add_column(localize("seconds"), justify="right")
     table.add_column(localize("state"), overflow="fold")
     for trial in sorted(trials, key=_order):
-        state = localize(f"{trial.state}: {trial.reason}" if trial.reason else trial.state)
+        state = localize(trial.state) + (f": {localize(trial.reason)}" if trial.reason else "")
         cells = [
             str(trial.number),
             *(shown_value(trial.values.get(key, "")) for key in sweep.space.keys),
