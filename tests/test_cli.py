@@ -842,7 +842,8 @@ def test_the_first_rows_tell_no_rate(
     now = 100.0
     monkeypatch.setattr("labeltune.io.progress.time.monotonic", lambda: now)
     with progress.row_progress(100, "predict") as advance:
-        for seconds, rows in ((60, 10), (10, 20), (10, 20), (20, 50)):  # a minute goes before the first row
+        # A minute goes before the first rows, which are answered together.
+        for seconds, rows in ((60, 1), (0.01, 9), (10, 20), (10, 20), (20, 50)):
             now += seconds
             advance(rows)
     assert capsys.readouterr().err.splitlines() == [

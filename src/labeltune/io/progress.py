@@ -20,6 +20,8 @@ from labeltune.messages import localize
 _SECONDS_BETWEEN_LINES = 5.0
 #: Fewer rows say nothing about the time that is left.
 _ROWS_FOR_A_RATE = 10
+#: Rows that are answered together come within this many seconds.
+_BURST = 1.0
 #: Nothing is said for longer than this, without a bar.
 SILENCE = 15.0
 _noted: set[str] = set()
@@ -200,11 +202,14 @@ class _Rate:
             done: rows until now.
         """
         now = time.monotonic()
-        first = (0, self._started) if done == total else self._first
-        self._first = self._first or (done, now)
-        if first is None or first[0] == done:
+        if done == total:
+            return done / max(now - self._started, 1e-9)
+        begun = now if self._first is None else self._first[1]
+        if now - begun < _BURST:
+            self._first = (done, begun)
+        if self._first is None or self._first[0] == done:
             return None
-        return (done - first[0]) / max(now - first[1], 1e-9)
+        return (done - self._first[0]) / (now - begun)
 
 
 def _plain_lines(total: int | None, what: str, last_line: bool) -> Callable[[int], None]:
