@@ -14,7 +14,8 @@ from zoo.run import run_family
 
 #: Largest distance from plain rows in fp32: of a loss and of gradients relative, of scores in nats.
 FP32 = {"loss_error": 1e-5, "gradient_error": 1e-3, "score_error": 1e-3}
-#: In bf16 this many times what plain rows in bf16 are off, and never more than the last number.
+#: In bf16 this many times what plain rows in bf16 are off, and never more than the last number; but for models that are further
+#: off by themselves, as experts are chosen otherwise: there no more than a tenth further than plain rows.
 TIMES = 3
 BF16 = {"loss_error": (5e-3, 5e-2), "gradient_error": (5e-2, 0.3), "score_error": (0.1, 0.8)}
 
@@ -29,7 +30,8 @@ def faults(case: dict[str, Any]) -> list[str]:
     for name, allowed in FP32.items():
         if case["format"] == "bf16":
             least, cap = BF16[name]
-            allowed = min(max(TIMES * case[f"plain_{name}"], least), cap)
+            plain = case[f"plain_{name}"]
+            allowed = max(min(max(TIMES * plain, least), cap), 1.1 * plain)
         if not case[name] <= allowed:
             found.append(f"{name} is {case[name]:.1e}, allowed {allowed:.1e}")
     if case["format"] == "fp32":
