@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -736,6 +737,23 @@ def test_doctor_says_in_words_what_cannot_be_reached(labeltune: Any, monkeypatch
         "      its models need a local folder instead\n"
         "note  SwanLab: no key found\n"
     ) in out
+
+
+def test_doctor_names_missing_kernels_where_there_is_a_gpu(
+    labeltune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from labeltune.models import kernels
+
+    card = SimpleNamespace(name="card", total_memory=80 * 2**30, major=9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(kernels, "PACKAGES", {"json": "json", "no_such": "no-such"})
+    monkeypatch.setattr("labeltune.commands.doctor.PACKAGES", kernels.PACKAGES)
+    out = labeltune("doctor", "--offline").out
+    assert "note  not installed: no-such\n" in out and "pip install no-such\n" in out
 
 
 def test_doctor_loads_no_library_that_it_can_ask_without(tmp_path: Path) -> None:

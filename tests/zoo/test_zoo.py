@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from zoo.families import BY_NAME, FAMILIES
+from labeltune.models.kernels import missing_kernels
+from zoo.families import BY_NAME, FAMILIES, make_zoo_model
 from zoo.run import run_family
 
 #: Largest distance from plain rows in fp32: of a loss and of gradients relative, of scores in nats.
@@ -58,6 +60,24 @@ def test_a_family_that_stands_for_others(name: str, tmp_path: Path) -> None:
     result = run_family(BY_NAME[name], tmp_path, tasks, ("fp32",))
     assert not result["unavailable"]
     check(result)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("qwen3", []),
+        ("lfm2", ["causal-conv1d"]),
+        ("qwen3_5", ["causal-conv1d", "flash-linear-attention"]),
+        ("kimi_linear", ["causal-conv1d", "flash-linear-attention"]),
+        ("falcon_h1", ["causal-conv1d", "mamba-ssm"]),
+        ("jamba", ["causal-conv1d", "mamba-ssm"]),
+    ],
+)
+def test_kernels_that_a_model_wants_are_known(
+    name: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    assert missing_kernels(make_zoo_model(BY_NAME[name])) == wanted
 
 
 @pytest.mark.zoo

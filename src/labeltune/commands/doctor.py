@@ -19,6 +19,7 @@ import typer
 from labeltune.errors import message_of
 from labeltune.io.hubs import why_unanswered
 from labeltune.messages import localize, spoken
+from labeltune.models.kernels import PACKAGES, not_installed
 from labeltune.models.pocket import cache_folder
 
 Finding = tuple[str, str, str]
@@ -114,6 +115,14 @@ def _accelerator() -> Iterator[Finding]:
             yield OK, "bf16", ""
         else:
             yield NOTE, "no bf16 on this card", "fp16 with a loss scaler is used instead"
+    missing = not_installed(set(PACKAGES))
+    if missing:
+        yield (
+            NOTE,
+            f"not installed: {', '.join(missing)}",
+            "layers of Qwen3.5, Qwen3-Next, LFM2, Granite 4, Falcon-H1 and other hybrid models go through PyTorch's own operations, with the "
+            f"same results but much slower (other models want none of this); pip install {' '.join(missing)}",
+        )
 
 
 def _memory() -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from labeltune.distributed import rank
 from labeltune.errors import MissingExtraError, PromptError, counted
 from labeltune.io.progress import Say, begin, tell
 from labeltune.io.run_folder import RunInfo, public_name
+from labeltune.models.kernels import missing_kernels
 from labeltune.models.pocket import check_spec, tell_terms
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder, builder_for_base
@@ -188,6 +189,12 @@ def load_for_training(prepared: Prepared, say: Say) -> PreTrainedModel:
     say(
         f"model: {config.model}, {total:,} weights, {trained:,} trained ({precision.name} on {precision.device})"
     )
+    missing = missing_kernels(model) if precision.device == "cuda" else []
+    if missing:
+        say(
+            f"note: not installed: {', '.join(missing)}; layers of this model go through PyTorch's own operations, with the same results "
+            f"but much slower; pip install {' '.join(missing)}"
+        )
     return model
 
 
