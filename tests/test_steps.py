@@ -18,6 +18,7 @@ from helpers.training import adapter_weights, config_for, logged, without_dropou
 from labeltune.config import PromptConfig, build_config
 from labeltune.data.loading import load_splits
 from labeltune.errors import ModelError, OutputError
+from labeltune.models.precision import pick_precision
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate
@@ -287,3 +288,15 @@ def test_the_rate_leaves_out_the_first_step(
         "step 7/10  epoch 0.00  2.00 examples/s  12 s left",
     ]
     assert capsys.readouterr().err.splitlines()[0] == "resuming at step 4 of 10"
+
+
+def test_what_a_model_s_own_code_cannot_do_is_one_message() -> None:
+    for wanted, more in (("bf16", "; training.precision=fp32 may do"), ("fp32", "")):
+        precision = pick_precision(wanted)
+        with pytest.raises(ModelError) as raised, preflight.cannot_compute(precision):
+            raise RuntimeError("expected scalar type Float\nsomewhere")
+        assert str(raised.value) == (
+            f"the model's own code does not run in {wanted} on {precision.device}: expected scalar type Float{more}"
+        )
+    with pytest.raises(torch.OutOfMemoryError), preflight.cannot_compute(pick_precision("fp32")):
+        raise torch.OutOfMemoryError

@@ -5,6 +5,7 @@ A verb's page is imported when it is called, so that `labeltune --help` loads no
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
@@ -132,7 +133,8 @@ def _run_app(command: typer.Typer, name: str | None) -> None:
         quiet_libraries()
         _check_options(command)
         try:
-            with spoken("stderr"):
+            # Without a word behind it, typer prints its help, which is English.
+            with spoken("stderr") if sys.argv[1:] else contextlib.nullcontext():
                 command(prog_name=name)
         except SystemExit as stop:
             # typer makes exit code 1 of a broken pipe, which means something else here, and says nothing of Ctrl-C.

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from llguidance import LLMatcher
 
-from labeltune.errors import ModelError
+from labeltune.errors import ModelError, first_line
 from labeltune.inference.scoring import CACHED_BYTES, PrefixCache, passes
 from labeltune.models.own_cache import OwnCache, run_behind, run_side_by_side
 from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
@@ -421,7 +421,14 @@ class _Plain:
         found = []
         for state, ids in rows:
             for part in [ids] if state.cache is None else [[token] for token in ids]:
-                logits, state.cache = run_behind(self.model, state.cache, [part], 1)
+                try:
+                    logits, state.cache = run_behind(self.model, state.cache, [part], 1)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    raise ModelError(
+                        f"the model's own code cannot go on behind what it has read, which entities need: {first_line(error)}"
+                    ) from error
             found.append(logits[0, -1])
         return torch.stack(found)
 

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from labeltune.config import RunConfig, higher_is_better
 from labeltune.distributed import all_reduce, world_size
-from labeltune.errors import ConfigError, first_line
+from labeltune.errors import ConfigError, ModelError, first_line
 from labeltune.io.progress import Say, begin
 from labeltune.models.hub import model_shape
 from labeltune.models.lora import ALL_LINEAR, attach_adapter, language_model
@@ -156,6 +156,20 @@ def _without_weights(folder: Path, trust_remote_code: bool) -> Any:
         return kind.from_config(shape, trust_remote_code=trust_remote_code)
 
 
+@contextlib.contextmanager
+def cannot_compute(precision: Precision) -> Iterator[None]:
+    """Around the first, plain call of a model: what its own code cannot do in this format here becomes one message."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        what = f"the model's own code does not run in {precision.name} on {precision.device}: {first_line(error)}"
+        raise ModelError(
+            what if precision.name == "fp32" else f"{what}; training.precision=fp32 may do"
+        ) from error
+
+
 def prepare_steps(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -187,7 +201,8 @@ def prepare_steps(
         say,
     )
     with random_state_kept():
-        head = chunkable_head(model, torch.tensor([sample[0].ids], device=device))
+        with cannot_compute(precision):
+            head = chunkable_head(model, torch.tensor([sample[0].ids], device=device))
         each_call = call_tokens(model, device)
 
         def choose(wanted: Packing, checkpointing: bool) -> Choice:
