@@ -296,7 +296,7 @@ def test_what_a_model_s_own_code_cannot_do_is_one_message() -> None:
         with pytest.raises(ModelError) as raised, preflight.cannot_compute(precision):
             raise RuntimeError("expected scalar type Float\nsomewhere")
         assert str(raised.value) == (
-            f"the model's own code does not run in {wanted} on {precision.device}: expected scalar type Float{more}"
+            f"the model's own code does not run in {wanted} on {precision.device}: RuntimeError: expected scalar type Float{more}"
         )
     with pytest.raises(torch.OutOfMemoryError), preflight.cannot_compute(pick_precision("fp32")):
         raise torch.OutOfMemoryError

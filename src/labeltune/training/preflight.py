@@ -164,9 +164,11 @@ def cannot_compute(precision: Precision) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        what = f"the model's own code does not run in {precision.name} on {precision.device}: {first_line(error)}"
+        what, where = first_line(error), f"{precision.name} on {precision.device}"
+        if precision.name == "fp32":
+            raise ModelError(f"the model's own code does not run in {where}: {what}") from error
         raise ModelError(
-            what if precision.name == "fp32" else f"{what}; training.precision=fp32 may do"
+            f"the model's own code does not run in {where}: {what}; training.precision=fp32 may do"
         ) from error
 
 
