@@ -52,6 +52,12 @@ CHINESE = {
     " beside ": " 并联 ",
     ", ": "，",
 }
+#: Brackets, and what joins words.
+BRACKETS: dict[Language, tuple[str, str, str]] = {"en": (" (", ")", ", "), "zh": ("（", "）", "，")}
+TASKS: dict[str, dict[Language, str]] = {
+    "classification": {"en": "labels", "zh": "分类"},
+    "ner": {"en": "entities", "zh": "实体"},
+}
 HEADS: dict[Language, str] = {
     "en": "| family | its layers see | training | prediction | largest difference of a label's score, fp32 / bf16 (plain bf16) | notes |",
     "zh": "| 模型 | 注意力类型 | 训练 | 预测 | 标签得分的最大偏差，fp32 / bf16（bf16 逐条计算） | 备注 |",
@@ -100,28 +106,37 @@ def _line(result: dict[str, Any], language: Language) -> str:
     if "bf16" in scores:
         errors[1] = f"{scores['bf16']['score_error']:.2f} ({scores['bf16']['plain_score_error']:.2f})"
     refused = {"en": "refused", "zh": "拒绝"}[language]
-    notes = dict.fromkeys(f"{refused}: {case['refused']}" for case in cases if case["refused"])
+    notes = []
+    for words in dict.fromkeys(case["refused"] for case in cases if case["refused"]):
+        which = _named([case for case in cases if case["refused"] == words], cases, language)
+        left, right, _ = BRACKETS[language]
+        notes.append(f"{refused}{left}{which}{right}: {words}")
     return f"| {name} | {attends} | {' | '.join(ways)} | {' / '.join(errors)} | {_cell('; '.join(notes))} |"
 
 
 def _ways(cases: list[dict[str, Any]], key: str, language: Language) -> str:
-    """The way of all cases, or each way with its number formats."""
-    found: dict[str, list[str]] = {}
-    for case in cases:
-        if case[key]:
-            found.setdefault(case[key], []).append(case["format"])
-    if len(found) == 1:
-        return WAYS[next(iter(found))][language]
-    return (
-        ", ".join(
-            f"{WAYS[way][language]} ({'/'.join(dict.fromkeys(formats))})" for way, formats in found.items()
-        )
-        or "-"
-    )
+    """The way of all cases, or each way with its cases."""
+    ran = [case for case in cases if case[key]]
+    ways = dict.fromkeys(case[key] for case in ran)
+    if len(ways) == 1:
+        return WAYS[ran[0][key]][language]
+    which = {way: _named([case for case in ran if case[key] == way], ran, language) for way in ways}
+    left, right, then = BRACKETS[language]
+    return then.join(f"{WAYS[way][language]}{left}{names}{right}" for way, names in which.items()) or "-"
+
+
+def _named(some: list[dict[str, Any]], all_cases: list[dict[str, Any]], language: Language) -> str:
+    """Some of the cases: a task without its formats where all of them are meant."""
+    names = []
+    for task, words in TASKS.items():
+        formats, every = ([case["format"] for case in of if case["task"] == task] for of in (some, all_cases))
+        if formats:
+            names.append(words[language] + ("" if formats == every else f" {'/'.join(formats)}"))
+    return BRACKETS[language][2].join(names)
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())[:300]
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def main() -> None:
