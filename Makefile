@@ -50,7 +50,7 @@ test: $(READY)
 imported: $(READY)
 	-$(BIN)/python -m pytest --collect-only > /dev/null
 
-# Tiny models of all families through every command, for about an hour on two cores; then the table of docs/models.md. Some of them:
+# Tiny models of all families through every command, for half an hour on two cores; then the table of docs/models.md. Some of them:
 # make zoo ZOO="qwen3 or gemma"
 ZOO ?= test_a_family
 zoo: $(READY)
