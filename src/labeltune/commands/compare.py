@@ -143,7 +143,7 @@ def _check_names(
     if str(second) == BASE:
         raise ConfigError("the second model cannot be `base`; write: labeltune compare base RUN --data FILE")
     for name in (first, second):
-        if str(name) in POCKET_MODELS:
+        if str(name) in POCKET_MODELS and not Path(str(name)).exists():
             raise ConfigError(
                 f"{name} is a model, not a run; `base` stands for the model of the second run without its adapter: "
                 "labeltune compare base RUN --data FILE"
