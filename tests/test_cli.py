@@ -252,7 +252,7 @@ def test_check_takes_keys_for_a_data_file(labeltune: Any, in_folder: Path) -> No
     assert found.code == 1 and "data.encoding=gb18030" in found.out
     found = labeltune("data", "check", "rows.csv", "data.encoding=gb18030")
     assert found.code == 1 and "\nrows.csv: no row can be read, 1 error, 0 warnings\n" in found.out
-    assert "no columns 'text', 'output'; the file has '意图', '语句'" in found.out
+    assert "no columns 'text', 'label'; the file has '意图', '语句'" in found.out
     assert "add data.columns.text=COLUMN data.columns.output=COLUMN to the command" in found.out
     assert "labels (" not in found.out and "text length" not in found.out
     keys = ("data.encoding=gb18030", "data.columns.text=语句", "data.columns.output=意图")

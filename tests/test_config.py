@@ -210,8 +210,11 @@ def test_missing_files(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=rf"writes one; near it are: {tmp_path}/train\.yaml$"):
         load_config(tmp_path / "trian.yaml")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"is a folder; name a config file, .* with --resume$"):
         load_config(tmp_path)
+    (tmp_path / "gb.yaml").write_bytes("# 配置".encode("gb18030"))
+    with pytest.raises(ConfigError, match=r"gb\.yaml cannot be read"):
+        load_config(tmp_path / "gb.yaml")
 
 
 @pytest.mark.parametrize(

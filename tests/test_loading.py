@@ -80,7 +80,7 @@ def test_no_usable_row(tmp_path: Path) -> None:
     loaded = load_rows(str(path), "classification")
     assert len(loaded.dataset) == 0 and loaded.audit.errors == 1
     with pytest.raises(
-        DataError, match=r"no column 'output'; the file has 'text'; .*data\.columns\.output=COLUMN"
+        DataError, match=r"no column 'label'; the file has 'text'; .*data\.columns\.output=COLUMN"
     ):
         split(path, on_error="skip")
 

@@ -438,7 +438,7 @@ def test_columns_by_other_names_are_read_and_said(
         ),
         (
             {"body": "a", "klass": "x"},
-            "; 'output' may also be called 'label', '标签', '类别', '类', '标注'; say which ones hold them: add "
+            "; 'label' may also be called 'output', '标签', '类别', '类', '标注'; say which ones hold them: add "
             "data.columns.text=COLUMN data.columns.output=COLUMN to the command, where COLUMN is its name in the file, or rename "
             "those columns",
         ),
@@ -460,7 +460,7 @@ def test_a_missing_column_is_one_fault_of_the_file(row: dict[str, Any], part: st
     columns = {"text": "absent"}
     data = DataConfig.model_validate({"columns": columns})
     (fault,) = audit_file(path, "classification", data).faults
-    missing = "'absent'" if "output" in row else "'absent', 'output'"
+    missing = "'absent'" if "output" in row else "'absent', 'label'"
     assert fault.message.startswith((f"no column {missing}; ", f"no columns {missing}; "))
 
 

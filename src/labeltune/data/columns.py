@@ -173,15 +173,16 @@ def _missing(missing: dict[str, list[str]], columns: ColumnsConfig, seen: _Seen,
     Args:
         missing: role -> the columns that may be meant, which are none or several.
     """
-    names = ", ".join(repr(getattr(columns, role)) for role in missing)
+    called = {role: _called(role, columns) for role in missing}
+    names = ", ".join(map(repr, called.values()))
     there = ", ".join(repr(other) for other in sorted(seen.names)[:20])
     problem = (
         f"no {'column' if len(missing) == 1 else 'columns'} {names}; the file has {there or 'no columns'}"
     )
     for role in missing:
-        others = [alias for alias in ALIASES[role] if alias != role]
+        others = [alias for alias in ALIASES[role] if alias != called[role]]
         if getattr(columns, role) == getattr(_DEFAULTS, role) and others:
-            problem += f"; {role!r} may also be called {', '.join(map(repr, others))}"
+            problem += f"; {called[role]!r} may also be called {', '.join(map(repr, others))}"
     role = next(iter(missing))
     if len(missing) == 1 and role != "text":
         if seen.spans:
@@ -200,6 +201,12 @@ def _missing(missing: dict[str, list[str]], columns: ColumnsConfig, seen: _Seen,
     named = "COLUMN" not in keys.values()
     add = f"add {given} to the command{'' if named else ', where COLUMN is its name in the file'}"
     return f"{problem}; {hint}: {add}, or {rename}"
+
+
+def _called(role: str, columns: ColumnsConfig) -> str:
+    """What a reader of the README calls a column that has no other name in the config."""
+    name: str = getattr(columns, role)
+    return "label" if name == _DEFAULTS.output and role == "output" else name
 
 
 def tells_task(values: dict[str, Any], columns: ColumnsConfig) -> bool:

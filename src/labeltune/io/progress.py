@@ -24,6 +24,8 @@ _ROWS_FOR_A_RATE = 10
 _BURST = 1.0
 #: Nothing is said for longer than this, without a bar.
 SILENCE = 15.0
+#: A phase of fewer seconds says nothing by itself: what it is a part of does, such as the step that has ended.
+SLOW = 2 * SILENCE / 3
 _noted: set[str] = set()
 
 Row = TypeVar("Row")
@@ -96,8 +98,8 @@ def no_long_silence(say: Callable[[str], None]) -> Iterator[None]:
 
     def watch() -> None:
         while not ended.wait(min(1.0, SILENCE / 4)):
-            lasted = time.monotonic() - _Now.begun  # a phase that has only just begun tells nobody anything
-            if _Now.phase and not _Now.bars and silent_for() >= SILENCE and lasted >= SILENCE / 3:
+            lasted = time.monotonic() - _Now.begun
+            if _Now.phase and not _Now.bars and silent_for() >= SILENCE and lasted >= min(SLOW, SILENCE):
                 say(f"... {_Now.phase} ({lasted:.0f} s)")
                 spoke()
 
@@ -215,6 +217,8 @@ class _Rate:
 def _plain_lines(total: int | None, what: str, last_line: bool) -> Callable[[int], None]:
     last = time.monotonic()
     rate, done = _Rate(), 0
+    if _Now.phase:
+        begin(f"{what}: first rows, and which way is exact for this model")
 
     def advance(rows: int) -> None:
         nonlocal done, last

@@ -21,7 +21,7 @@ from labeltune.distributed import all_reduce, world_size
 from labeltune.errors import Interrupted
 from labeltune.evaluation.summary import validation_figures
 from labeltune.io.outputs import write_jsonl
-from labeltune.io.progress import SILENCE, bar_shown, begin, silent_for, spoke
+from labeltune.io.progress import SLOW, bar_shown, begin, silent_for, spoke
 from labeltune.messages import localize
 from labeltune.training.checkpoints import diverged
 from labeltune.training.record import best_loss, unimproved_in
@@ -254,14 +254,14 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             rate = self.rate(state)
             info = ("" if rate is None else localize(f"{rate:.1f} examples/s")) + self._loss
             self._bar.update(self._task, completed=state.global_step, info=info)
-        elif state.is_world_process_zero and silent_for() >= SILENCE and not control.should_log:
-            self.say(self.line(state))
+        elif state.is_world_process_zero and silent_for() >= SLOW and not control.should_log:
+            self.say(self.line(state))  # without a loss: the last one that was logged is of an earlier step
         begin_step(state)
 
-    def line(self, state: TrainerState) -> str:
+    def line(self, state: TrainerState, loss: str = "") -> str:
         """Where the run is, in one line."""
         rate = self.rate(state)
-        at = f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}{self._loss}"
+        at = f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}{loss}"
         if rate is None:
             return at
         left = (state.max_steps - state.global_step) * self.batch_size / max(rate, 1e-9)
@@ -283,7 +283,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             logs["examples_per_second"] = round(rate, 3)
         self._loss = f"  loss {logs['loss']:.4f}  lr {logs.get('learning_rate', 0):.2e}"
         if self._bar is None:
-            self.say(self.line(state))
+            self.say(self.line(state, self._loss))
 
     def on_evaluate(
         self,
