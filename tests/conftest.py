@@ -20,9 +20,8 @@ from helpers.tiny_models import make_model, make_tokenizer  # noqa: E402
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # what a shell begins in the background ignores Ctrl-C
+# What a shell begins in the background ignores Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["LABELTUNE_LANG"] = "en"  # whatever the locale of who tests
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many threads as cores would wait for each other

@@ -293,6 +293,7 @@ def test_what_will_disappoint_is_said_before_training(in_folder: Path, model_fol
 
 def test_no_phase_is_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SILENCE", 0.2)
+    monkeypatch.setattr(progress, "SLOW", 0.2)
     said: list[str] = []
     with progress.no_long_silence(said.append):
         progress.begin("loading the model", said.append)

@@ -438,12 +438,12 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
                 f"config file {path} does not exist; `labeltune init classification` writes one"
                 f"{near_it(Path(path), lambda each: each.suffix in ('.yaml', '.yml'))}"
             ) from None
+        except IsADirectoryError:
+            raise ConfigError(
+                f"{path} is a folder; name a config file, or give --data FILE. To go on with a run, repeat the command that began it, "
+                "with --resume"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
-            if isinstance(error, IsADirectoryError):
-                raise ConfigError(
-                    f"{path} is a folder; name a config file, or give --data FILE. To go on with a run, repeat the command that began it, "
-                    "with --resume"
-                ) from None
             raise ConfigError(f"config file {path} cannot be read: {error}") from None
         loaded = read_yaml(text, f"config file {path}")
         if loaded is not None and not isinstance(loaded, dict):

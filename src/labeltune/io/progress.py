@@ -99,7 +99,7 @@ def no_long_silence(say: Callable[[str], None]) -> Iterator[None]:
     def watch() -> None:
         while not ended.wait(min(1.0, SILENCE / 4)):
             lasted = time.monotonic() - _Now.begun
-            if _Now.phase and not _Now.bars and silent_for() >= SILENCE and lasted >= min(SLOW, SILENCE):
+            if _Now.phase and not _Now.bars and silent_for() >= SILENCE and lasted >= SLOW:
                 say(f"... {_Now.phase} ({lasted:.0f} s)")
                 spoke()
 
