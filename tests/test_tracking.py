@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 
 import labeltune
-from helpers.rows import classification_rows, write_jsonl
+from helpers.rows import classification_rows, ner_rows, write_jsonl
 from labeltune.config import RunConfig, SwanlabConfig, build_config
+from labeltune.inference.predictor import Predictor
 from labeltune.tracking import swanlab as tracking
+from labeltune.types import Prediction
 
 
 def tracked_config(folder: Path, model: Path, **values: Any) -> RunConfig:
@@ -131,6 +133,23 @@ def test_predictions_are_shown_before_at_each_epoch_and_at_the_end(
     caption, text = seen[0][1][0]
     assert caption.startswith("before training, row ")
     assert text.startswith("Prediction:") and "Document:" in first[0]
+
+
+def test_an_untrained_extractor_does_not_fill_the_board(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+    predict = Predictor.predict
+
+    def watched(self: Predictor, *given: Any, **named: Any) -> list[Prediction]:
+        limits.append(self.generation.max_new_tokens)
+        return predict(self, *given, **named)
+
+    monkeypatch.setattr(Predictor, "predict", watched)
+    config = tracked_config(in_folder, model_folder, mode="local").model_dump(mode="json")
+    config["data"]["train"] = str(write_jsonl(in_folder / "ner.jsonl", ner_rows(24)))
+    labeltune.train(build_config({**config, "task": "ner", "prompt": {}, "tracking": "tensorboard"}))
+    assert 32 <= limits[0] < 256 and {*limits} == {limits[0], 256}, "validations have the limit of the config"
 
 
 def test_auto_is_local_without_a_login(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,8 +185,8 @@ def _lines(found: CostEstimate) -> list[str]:
         f"budget: {shortened} of the texts are shortened; prompt.max_length={every} keeps all rows whole"
         if most == every
         else f"budget: {shortened} of the texts are shortened; prompt.max_length={most} keeps 99 % of the rows whole, {every} all",
-        f"computed: {found.computed_per_row:.1f} tokens a row with packing={found.packing}, {unshared:.1f} without sharing; "
-        f"{found.computed_tokens:,} in all",
+        f"computed: {found.computed_per_row:.1f} tokens a row with packing={found.packing}, {unshared:.1f} without sharing "
+        f"(a row's last token is only predicted); {found.computed_tokens:,} in all",
         f"memory: {found.memory / 1e9:.2f} GB on {found.device}; {found.free_memory / 1e9:.2f} GB were free",
         f"time: {all_steps} for all steps (timed: {timed}); validation and saving come on top",
     ]

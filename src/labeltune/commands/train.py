@@ -62,6 +62,8 @@ T = TypeVar("T")
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 #: Validation rows that a temperature is fitted on, at most.
 CALIBRATION_ROWS = 2000
+#: Tokens that an entity answer on the board may have, also where the right answers are shorter.
+SHORTEST_SHOWN = 32
 
 DryRun = Annotated[
     bool,
@@ -349,7 +351,10 @@ class Validate:
 
 @dataclass(frozen=True)
 class ShowOnBoard:
-    """The same few rows, predicted again as training goes on; boards cut long texts, so the answer stands first."""
+    """The same few rows, predicted again as training goes on; boards cut long texts, so the answer stands first.
+
+    An untrained extractor names entities until it is stopped: here at twice the tokens of the longest right answer.
+    """
 
     predictor: Predictor
     rows: Sequence[Example]
@@ -359,8 +364,13 @@ class ShowOnBoard:
     def __call__(self, step: int, when: str) -> None:
         """Predict them on all processes; the first one's tracker shows them."""
         begin(f"predicting {len(self.rows)} rows for the board: {when}", self.say)
-        predictions = self.predictor.predict(self.rows)
-        target = self.predictor.task.target
+        kept, target = self.predictor.generation, self.predictor.task.target
+        right = (len(self.predictor.template.plain_ids(target(row))) for row in self.rows)
+        self.predictor.change(max_new_tokens=min(kept.max_new_tokens, max(SHORTEST_SHOWN, 2 * max(right))))
+        try:
+            predictions = self.predictor.predict(self.rows)
+        finally:
+            self.predictor.generation = kept
         texts = [
             f"Prediction:\n{p.answer}\n\nGround truth:\n{target(e)}\n\nDocument:\n{e.text}"
             for e, p in zip(self.rows, predictions, strict=True)
