@@ -329,7 +329,9 @@ def fake_client(monkeypatch: pytest.MonkeyPatch, hub: str, error: Exception | No
 @pytest.mark.parametrize("hub", CLIENTS)
 def test_pushing_uses_the_hubs_own_client(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_client(monkeypatch, hub)
-    assert push_folder(tmp_path, f"{hub}:org/name").endswith("/org/name")
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    address = {"hf": "https://mirror.example/org/name", "ms": "https://www.modelscope.cn/models/org/name"}
+    assert push_folder(tmp_path, f"{hub}:org/name") == address[hub]
     (_, made), (_, sent) = calls
     assert [method for method, _ in calls] == ["create_repo", "upload_folder"]
     assert made.pop("private" if hub == "hf" else "visibility") in (True, "private")
