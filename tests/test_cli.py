@@ -160,6 +160,17 @@ def test_convert_to_standard_output(tmp_path: Path) -> None:
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
 
 
+def test_the_rows_that_a_config_leaves_out_are_not_converted(labeltune: Any, in_folder: Path) -> None:
+    rows = [{"text": "Ann", "entities": []} for _ in range(2)]
+    rows[0]["entities"] = [{"start_idx": 0, "end_idx": 3, "entity_text": "Ann", "entity_label": "PER"}]
+    late = {**rows[0], "entities": [{**rows[0]["entities"][0], "entity_label": "LATE"}]}
+    write_jsonl(in_folder / "rows.jsonl", [*rows, late])
+    (in_folder / "run.yaml").write_text("task: ner\ndata: {train: rows.jsonl, max_rows: 2}\n")
+    assert labeltune("data", "convert", "run.yaml", "out.jsonl").code == 0
+    lines = (in_folder / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 and not any("LATE" in line for line in lines)
+
+
 def test_a_name_that_is_not_utf8_is_printed_with_escapes(tmp_path: Path) -> None:
     for command in (
         "train NAME.yaml",

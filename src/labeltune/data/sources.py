@@ -106,7 +106,7 @@ def iter_records(path: Path, encoding: str = "utf-8") -> Iterator[Record]:
     name = printable(str(path))
     with path.open("rb") as file:
         form = find_format(name, file, encoding)
-        if form.kind == "parquet" and not form.problem:
+        if form.readable_parquet:
             yield from _iter_parquet(path, name)
         else:
             yield from records_of(name, file, form)

@@ -107,20 +107,12 @@ def _predict(predictor: Predictor, examples: Sequence[Example]) -> list[Answer |
             return [error]
         if not isinstance(error, (DataError, PromptError)):
             return [found for example in examples for found in _predict(predictor, [example])]
-        faults = [_fault(predictor, example) for example in examples]
+        faults = [predictor.fault(example) for example in examples]
         good = [example for example, fault in zip(examples, faults, strict=True) if fault is None]
         if not good or len(good) == len(examples):
             return [fault or error for fault in faults]
         rest = iter(_predict(predictor, good))
         return [next(rest) if fault is None else fault for fault in faults]
-
-
-def _fault(predictor: Predictor, example: Example) -> Exception | None:
-    try:
-        predictor.check(example)
-    except (DataError, PromptError) as error:
-        return error
-    return None
 
 
 def _counted(predictor: Predictor, row: Row, answer: Answer) -> Answer:
