@@ -160,6 +160,17 @@ def test_convert_to_standard_output(tmp_path: Path) -> None:
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
 
 
+def test_the_rows_that_a_config_leaves_out_are_not_converted(labeltune: Any, in_folder: Path) -> None:
+    rows = [{"text": "Ann", "entities": []} for _ in range(2)]
+    rows[0]["entities"] = [{"start_idx": 0, "end_idx": 3, "entity_text": "Ann", "entity_label": "PER"}]
+    late = {**rows[0], "entities": [{**rows[0]["entities"][0], "entity_label": "LATE"}]}
+    write_jsonl(in_folder / "rows.jsonl", [*rows, late])
+    (in_folder / "run.yaml").write_text("task: ner\ndata: {train: rows.jsonl, max_rows: 2}\n")
+    assert labeltune("data", "convert", "run.yaml", "out.jsonl").code == 0
+    lines = (in_folder / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 and not any("LATE" in line for line in lines)
+
+
 def test_a_name_that_is_not_utf8_is_printed_with_escapes(tmp_path: Path) -> None:
     for command in (
         "train NAME.yaml",
@@ -705,6 +716,7 @@ def test_doctor_does_not_wait_for_a_network(labeltune: Any, monkeypatch: pytest.
         over.wait(30)
         raise TimeoutError("timed out")
 
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
     monkeypatch.setattr(doctor, "PATIENCE", 0.2)
     monkeypatch.setattr(socket, "create_connection", silent)
     monkeypatch.setattr("labeltune.tracking.swanlab.logged_in", lambda: over.wait(30) and "yes")
@@ -714,7 +726,7 @@ def test_doctor_does_not_wait_for_a_network(labeltune: Any, monkeypatch: pytest.
     over.set()
     assert found.code == 0 and found.out.endswith("\nready\n")
     assert found.out.endswith(
-        "note  ModelScope (modelscope.cn), Hugging Face (huggingface.co), SwanLab cannot be reached: no answer in 0.2 s\n"
+        "note  ModelScope (www.modelscope.cn), Hugging Face (huggingface.co), SwanLab cannot be reached: no answer in 0.2 s\n"
         "      use model=./folder with weights you copied here, or model=pocket (for Chinese: model=pocket-zh); runs are kept locally; see them with "
         "`labeltune board`\n\nready\n"
     ), "one cause is one note"
@@ -728,15 +740,32 @@ def test_doctor_says_in_words_what_cannot_be_reached(labeltune: Any, monkeypatch
             raise socket.gaierror(-2, "Name or service not known")
         return socket.socket()
 
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
     monkeypatch.setattr(socket, "create_connection", answer)
     monkeypatch.setattr("labeltune.tracking.swanlab.logged_in", lambda: "no key found")
     out = labeltune("doctor").out
     assert (
-        "  ok  ModelScope (modelscope.cn) can be reached\n"
+        "  ok  ModelScope (www.modelscope.cn) can be reached\n"
         "note  Hugging Face (huggingface.co) cannot be reached: host name not found\n"
         "      its models need a local folder instead\n"
         "note  SwanLab: no key found\n"
     ) in out
+
+
+def test_doctor_asks_the_mirror_that_downloads_go_to(labeltune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    asked: set[tuple[str, int]] = set()
+
+    def answer(address: tuple[str, int], **_: Any) -> socket.socket:
+        asked.add(address)
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_connection", answer)
+    monkeypatch.setattr("labeltune.tracking.swanlab.logged_in", lambda: "yes")
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example:8080/")
+    assert "  ok  Hugging Face (mirror.example:8080) can be reached\n" in labeltune("doctor").out
+    assert asked == {("www.modelscope.cn", 443), ("mirror.example", 8080)}
 
 
 def test_doctor_names_missing_kernels_where_there_is_a_gpu(

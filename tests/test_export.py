@@ -292,6 +292,11 @@ def test_the_card_says_what_is_known(runs: dict[str, Path], tmp_path: Path) -> N
         if file.suffix in {".json", ".md", ".jinja"}:
             assert str(tmp_path) not in file.read_text(encoding="utf-8"), file
             assert str(run) not in file.read_text(encoding="utf-8"), file
+    # A link to the checkpoint brings the same figures and rows.
+    (tmp_path / "link").symlink_to(run / "best")
+    done = quiet_export(tmp_path / "link", tmp_path / "linked", merged=True)
+    assert done.parity is not None and done.parity.rows == 5
+    assert "(used for selection) rows" in (tmp_path / "linked" / "README.md").read_text(encoding="utf-8")
     # Another checkpoint than the one the figures belong to brings none.
     other = next(path for path in run.glob("checkpoint-*") if path.resolve() != (run / "best").resolve())
     quiet_export(other, tmp_path / "other", merged=True, verify=False)

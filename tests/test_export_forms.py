@@ -14,11 +14,12 @@ import pytest
 
 from helpers.templates import PECULIAR
 from helpers.tiny_models import CHATML, make_tokenizer
-from labeltune.config import HubConfig, PromptConfig
+from labeltune.config import HubConfig, PromptConfig, build_config
 from labeltune.errors import ConfigError, HubError, ModelError, PromptError
-from labeltune.export import ollama, onnx, vllm
+from labeltune.export import card, ollama, onnx, vllm
 from labeltune.export.card import base_license
 from labeltune.export.folder import check_repo, push_folder
+from labeltune.io.run_folder import RunInfo
 from labeltune.prompts import make_task
 from labeltune.prompts.template import PLAIN_TEMPLATE, ChatTemplate
 from labeltune.types import Entity, Example
@@ -247,13 +248,29 @@ def test_ranks_are_those_vllm_knows(rank: int, wanted: int, tmp_path: Path) -> N
 def test_commands_for_hub_models() -> None:
     adapter = vllm.Adapter(8, 8)
     hub = HubConfig(revision="v2", trust_remote_code=True)
-    command = vllm.adapter_command("ms:qwen/Qwen2", hub, Path("/cache/x"), Path("my out"), "news", adapter)
+    command = vllm.adapter_command("ms:qwen/Qwen2", hub, "my out", "news", adapter)
     assert command == (
         "VLLM_USE_MODELSCOPE=True vllm serve qwen/Qwen2 --enable-lora --lora-modules 'news=my out' --max-lora-rank 8 "
         "--revision v2 --chat-template 'my out/chat_template.jinja' --trust-remote-code"
     )
-    pocket = vllm.adapter_command("pocket", HubConfig(), Path("/cache/pocket-1"), Path("o"), "news", adapter)
-    assert pocket.startswith("vllm serve /cache/pocket-1 --enable-lora")
+    local = vllm.adapter_command("/cache/pocket-1", HubConfig(revision="v2"), "o", "news", adapter)
+    assert local.startswith("vllm serve /cache/pocket-1 --enable-lora") and "--revision" not in local
+
+
+def test_the_cards_commands_are_those_of_the_export() -> None:
+    hub = {"trust_remote_code": True}
+    config = build_config({"model": "hf:org/base", "hub": hub})
+    info, adapter = RunInfo.of(config, ("a", "b"), ""), vllm.Adapter(12, 16)
+    said = "vllm serve org/base --enable-lora --lora-modules news=news --max-lora-rank 16 "
+    said += "--chat-template news/chat_template.jinja --trust-remote-code"
+    assert card.usage(info, adapter, False, None, "news")["With vLLM"] == said
+    # vLLM reads a template from a file of its machine, so the adapter is fetched first.
+    for push, fetched in (("hf:me/x", "hf download me/x"), ("ms:me/x", "modelscope download me/x")):
+        pushed = card.usage(info, adapter, False, push, "news")["With vLLM"]
+        assert pushed == f"{fetched} --local-dir news\n{said}"
+    served = "--served-model-name news --trust-remote-code"
+    for push, model in ((None, "vllm serve news"), ("ms:me/x", "VLLM_USE_MODELSCOPE=True vllm serve me/x")):
+        assert card.usage(info, None, False, push, "news")["With vLLM"] == f"{model} {served}"
 
 
 def test_a_request_for_entities_takes_exactly_the_answers_of_training() -> None:
@@ -329,7 +346,9 @@ def fake_client(monkeypatch: pytest.MonkeyPatch, hub: str, error: Exception | No
 @pytest.mark.parametrize("hub", CLIENTS)
 def test_pushing_uses_the_hubs_own_client(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_client(monkeypatch, hub)
-    assert push_folder(tmp_path, f"{hub}:org/name").endswith("/org/name")
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    address = {"hf": "https://mirror.example/org/name", "ms": "https://www.modelscope.cn/models/org/name"}
+    assert push_folder(tmp_path, f"{hub}:org/name") == address[hub]
     (_, made), (_, sent) = calls
     assert [method for method, _ in calls] == ["create_repo", "upload_folder"]
     assert made.pop("private" if hub == "hf" else "visibility") in (True, "private")

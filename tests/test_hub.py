@@ -95,7 +95,8 @@ def test_a_hub_model(
     assert found == LocalModel(tmp_path / "model", f"{hub}:qwen/Qwen2-1.5B-Instruct", revision, cache_dir)
     (call,) = calls
     assert call.pop("model_id" if hub == "ms" else "repo_id") == "qwen/Qwen2-1.5B-Instruct"
-    assert call == {"revision": revision, "cache_dir": cache_dir, "ignore_patterns": IGNORED_FILES}
+    assert call.pop("ignore_patterns") == IGNORED_FILES and call.pop("repo_type") == "model"
+    assert call == {"revision": revision, "cache_dir": cache_dir, "local_dir": None, "allow_patterns": None}
     assert {"*.bin", "*.pt", "*.pth", "*.ckpt"} <= set(IGNORED_FILES)
 
 

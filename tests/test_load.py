@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def test_a_template_that_moves_with_the_day_has_another_fingerprint(
     run = make_run(tmp_path / "run", model_folder)
     info = RunInfo.load(find_checkpoint(run))
     dated, _, _ = PECULIAR["a date (Llama 3.2)"]
-    replace(info, chat_template=dated).save(find_checkpoint(run))
+    info.model_copy(update={"chat_template": dated}).save(find_checkpoint(run))
     found = []
     for year in (2001, 2002):
 
@@ -79,7 +78,7 @@ def test_a_template_that_moves_with_the_day_has_another_fingerprint(
 def test_retrained_weights_have_another_fingerprint(tmp_path: Path, model_folder: Path) -> None:
     """So `predict --resume` does not mix the answers of two models, also where all weights were trained and one file holds them."""
     run = make_run(tmp_path / "run", model_folder)
-    info = replace(RunInfo.load(find_checkpoint(run)), adapter=False)
+    info = RunInfo.load(find_checkpoint(run)).model_copy(update={"adapter": False})
     folder = tmp_path / "whole"
     folder.mkdir()
     found = []

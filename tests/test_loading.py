@@ -330,6 +330,11 @@ def test_max_rows_counts_the_rows_of_train_only(tmp_path: Path) -> None:
     found = split(train, validation=str(other), max_rows=5)
     assert found.validation is not None
     assert list(found.train["id"]) == ["0", "1", "2", "3", "4"] and len(found.validation) == 9
+    # `data check` sees the rows and labels that training sees.
+    kept, held = check_data(
+        check_config(tmp_path, train=str(train), validation=str(other), max_rows=5), str(train)
+    )
+    assert (kept.audit.rows, held.audit.rows) == (5, 9)
 
 
 def test_columns_of_other_names(tmp_path: Path) -> None:

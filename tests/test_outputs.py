@@ -209,11 +209,21 @@ def test_an_export_keeps_what_it_reads(labeltune: Any, in_folder: Path) -> None:
     assert sorted(path.name for path in base.iterdir()) == ["config.json", "export.json", "rows.jsonl"]
 
 
-def test_a_sweep_keeps_its_config(labeltune: Any, in_folder: Path) -> None:
+def test_a_sweep_and_an_evaluation_keep_what_their_config_names(labeltune: Any, in_folder: Path) -> None:
     write_jsonl(in_folder / "rows.jsonl", classification_rows(6))
     (in_folder / "best.yaml").write_text("data: {train: rows.jsonl}\n")
     found = labeltune("sweep", "best.yaml", "--search", "lora.r=4,8", "--output", ".")
     refused(found, "best.yaml is part of what this command reads (best.yaml)")
+    # Its test rows too, which no trial reads.
+    (in_folder / "trials").mkdir()
+    rows = write_jsonl(in_folder / "trials" / "predictions.jsonl", classification_rows(3))
+    (in_folder / "trials.csv").write_text("text,output\na,b\n")
+    (in_folder / "run.yaml").write_text("data: {train: rows.jsonl, test: trials.csv}\n")
+    found = labeltune("sweep", "run.yaml", "--search", "lora.r=4,8", "--output", ".")
+    refused(found, "trials.csv is part of what this command reads (trials.csv)")
+    (in_folder / "run.yaml").write_text(f"data: {{train: rows.jsonl, test: {rows}}}\n")
+    found = labeltune("evaluate", "run.yaml", "--data", "rows.jsonl", "--output", "trials")
+    refused(found, "trials/predictions.jsonl is part of what this command reads")
 
 
 def test_training_keeps_what_it_reads(labeltune: Any, in_folder: Path) -> None:

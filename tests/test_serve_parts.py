@@ -161,6 +161,7 @@ def test_documents_are_logged_only_when_that_was_asked_for() -> None:
         "文本:{text},类型选型:{category}",
         "{text}\nLabels: {category}",
         "{category}: {text} !",
+        "{no_entities} {text}\nLabels: {category}",
     ],
 )
 def test_rendered_prompts_are_read_back(layout: str, user: str) -> None:

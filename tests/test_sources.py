@@ -503,9 +503,11 @@ def test_hub_data_sets(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert call.pop("model_id" if hub == "ms" else "repo_id") == "org/name"
     assert call == {
         "repo_type": "dataset",
+        "revision": None,
         "cache_dir": "somewhere",
         "local_dir": None,
         "allow_patterns": None,
+        "ignore_patterns": None,
     }
     assert resolve_data(f"{hub}:org/name") == path  # the only file named train
     for name in (

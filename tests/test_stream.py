@@ -17,6 +17,7 @@ from helpers import forks
 from helpers.rows import LABELS, classification_rows, read_jsonl, write_jsonl
 from helpers.runs import predictor_for
 from helpers.training import config_for
+from labeltune.data.sources import iter_records
 from labeltune.errors import DataError, OutputError
 from labeltune.inference import files
 from labeltune.inference.files import PredictOptions, count_rows, predict_file
@@ -85,6 +86,10 @@ def test_rows_are_counted_where_that_is_quick(in_folder: Path) -> None:
 
     pandas.read_json(path, lines=True).to_parquet(in_folder / "rows.parquet")
     assert count_rows(path) == count_rows(in_folder / "rows.parquet") == 7
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\u3000\n \n")  # blank lines, as they are to who reads the rows
+    assert count_rows(path) == len(list(iter_records(path))) == 7
+    (in_folder / "rows.csv").write_text("text\na\n", encoding="utf-8")
     assert count_rows(in_folder / "rows.csv") is None
 
 

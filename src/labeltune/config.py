@@ -387,6 +387,12 @@ class RunConfig(Section):
         """The figure that picks the checkpoint: `loss`, or one of `METRICS`."""
         return METRICS[self.task][0] if self.eval.metric == "auto" else self.eval.metric
 
+    def inputs(self) -> list[str]:
+        """The model and the data that it names."""
+        data = self.data
+        given = (self.model, data.train, data.validation, data.test)
+        return [name for name in given if name is not None]
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_by_task(cls, values: object) -> object:
@@ -423,6 +429,11 @@ def _set_default(values: dict[str, Any], section: str, **defaults: str) -> None:
         values[section] = {**defaults, **given}
 
 
+def is_config(path: str | os.PathLike[str]) -> bool:
+    """Whether this names a config file, by the end of its name."""
+    return Path(path).suffix in (".yaml", ".yml")
+
+
 def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file (or start from the defaults) and apply `key=value` overrides.
 
@@ -436,7 +447,7 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
         except FileNotFoundError:
             raise ConfigError(
                 f"config file {path} does not exist; `labeltune init classification` writes one"
-                f"{near_it(Path(path), lambda each: each.suffix in ('.yaml', '.yml'))}"
+                f"{near_it(Path(path), is_config)}"
             ) from None
         except IsADirectoryError:
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -32,6 +32,16 @@ def counted(count: int, noun: str, plural: str = "") -> str:
     ('1 row', '2000 rows', '2 entities')
     """
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
+def listed(found: Sequence[object], count: int, most: int = 10) -> str:
+    """What an error lists, a line each: the first `most`, and how many more there are.
+
+    Args:
+        count: of all that there are; `found` may be only the first of them.
+    """
+    more = [f"... and {count - most} more"] if count > most else []
+    return "\n  ".join([*map(str, found[:most]), *more])
 
 
 def printable(text: str, keep: str = "") -> str:

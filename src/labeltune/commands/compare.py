@@ -15,7 +15,6 @@ from labeltune.commands.evaluate import (
     data_to_measure,
     describe_run,
     files_of,
-    is_config,
     labelled_rows,
     opened,
     print_figures,
@@ -23,6 +22,7 @@ from labeltune.commands.evaluate import (
     what_rows_are,
 )
 from labeltune.commands.options import FiguresAsJson, MaxRows, OnError
+from labeltune.config import is_config
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import BARE, compare_predictions, comparison_page
 from labeltune.evaluation.summary import headline, rows_line
@@ -105,7 +105,7 @@ def compare(
     for other in others:
         _check_comparable(other, about)
     rows = labelled_rows(about, data, on_error, max_rows, *others)
-    examples = [rows.example(i) for i in range(len(rows.dataset))]
+    examples = rows.examples()
     with opened(second, labels=about.labels) as predictor:
         if predictions is None:
             predictions = _answers(predictor, examples, progress)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +16,7 @@ import typer
 
 from labeltune.commands.options import AsJson, Command, Labels, OnError
 from labeltune.commands.preparing import too_long
-from labeltune.config import HubConfig, RunConfig, TaskName, load_config
+from labeltune.config import HubConfig, RunConfig, TaskName, is_config, load_config
 from labeltune.data import columns
 from labeltune.data.check import (
     Audit,
@@ -29,7 +31,7 @@ from labeltune.data.formats import SUFFIXES
 from labeltune.data.labels import by_count, named_labels
 from labeltune.data.loading import Rows, load_rows
 from labeltune.data.schemas import Fault
-from labeltune.data.sources import download_original, iter_records, resolve_data
+from labeltune.data.sources import download_original, resolve_data
 from labeltune.errors import ConfigError, counted, printable
 from labeltune.io.outputs import check_file, write_text
 from labeltune.io.progress import phase
@@ -104,7 +106,7 @@ def check(
     if report is not None:
         read = (train_file, config.data.validation, test_file)
         check_report(report, [given for given in read if given is not None])
-    model = _model_at_hand(tokenizer, config if Path(file).suffix in (".yaml", ".yml") else None)
+    model = _model_at_hand(tokenizer, config if is_config(file) else None)
     loaded = _load_tokenizer(model) if model is not None else None
     counter = _token_counter(loaded) if loaded is not None else None
     with phase("checking the rows"):
@@ -145,7 +147,8 @@ def check_data(
         tokenizer: finds rows that cannot fit `prompt.max_length`; they are not looked for when None.
     """
     config = config_or_task
-    rows = load_rows(train, config.task, config.data, config.hub, token_counts=token_counts)
+    load = partial(load_rows, task=config.task, data=config.data, hub=config.hub, token_counts=token_counts)
+    rows = load(train, max_rows=config.data.max_rows)
     add_duplicates(rows.audit, rows.where)
     # Another file, e.g. a single test file, may well hold rows of one label.
     if train == config.data.train and (nothing := nothing_to_learn(rows.audit)) is not None:
@@ -153,7 +156,7 @@ def check_data(
     found = [rows]
     for spec in (config.data.validation, test):
         if spec is not None:
-            other = load_rows(spec, config.task, config.data, config.hub, token_counts=token_counts)
+            other = load(spec)
             add_duplicates(other.audit, other.where)
             add_meeting_faults(rows, other, config.data)
             found.append(other)
@@ -166,7 +169,7 @@ def _add_too_long(files: Sequence[Rows], config: RunConfig, tokenizer: PreTraine
     """Add an error for each row that cannot fit; the labels are those of the training file, as in training."""
     from labeltune.training.dataset import rows_that_cannot_fit
 
-    labels = config.data.labels or files[0].audit.label_set()
+    labels = files[0].audit.label_set(config.data.labels)
     builder = builder_for_base(config, labels, tokenizer)
     needed = [rows_that_cannot_fit(rows.dataset, builder) for rows in files]
     enough = max((tokens for found in needed for tokens in found.values()), default=0)
@@ -204,7 +207,7 @@ def _check_target(
     file: str, test: str | None, task: str | None, labels: str | None, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, str, str | None]:
     keys = [*overrides, f"task={task}"] if task else [*overrides]
-    if Path(file).suffix in (".yaml", ".yml"):
+    if is_config(file):
         config = load_config(file, keys)
         return config, config.data.train, test or config.data.test
     if labels:
@@ -231,8 +234,7 @@ def reading_config(changes: Sequence[str]) -> RunConfig:
 
 def first_rows(spec: str, config: RunConfig) -> list[dict[str, Any]]:
     """The first rows that can be read."""
-    first = islice(iter_records(resolve_data(spec, config.hub), config.data.encoding), columns.LOOKED_AT)
-    return [record.values for record in first if record.values is not None]
+    return columns.first_values(resolve_data(spec, config.hub), config.data.encoding)
 
 
 def guess_task(rows: Sequence[dict[str, Any]], config: RunConfig) -> TaskName:
@@ -298,12 +300,9 @@ def _print_json(audits: Sequence[Audit], findings: dict[str, Any] | None) -> Non
 
 @spoken("stdout")
 def _print_audit(audit: Audit, limit: int) -> None:
-    shown: dict[str, int] = {}
-    for fault in audit.faults:
-        shown[fault.kind] = shown.get(fault.kind, 0) + 1
-        if not limit or shown[fault.kind] <= limit:
-            print(fault)
-    for kind, count in shown.items():
+    for fault in audit.first_faults(limit):
+        print(fault)
+    for kind, count in Counter(fault.kind for fault in audit.faults).items():
         if limit and count > limit:
             print(f"... {count - limit} more of {kind} (--limit 0 lists all)")
     if audit.faults:
@@ -343,7 +342,7 @@ def convert(
     """Write the original recipe's instruction/input/output jsonl."""
     check_file(output, [file])
     config, source, _ = _check_target(file, None, task, labels)
-    maker = make_task(config.task, config.data.labels or _labels_of(source, config), config.prompt)
+    maker = make_task(config.task, _labels_of(source, config), config.prompt)
 
     def render(example: Example) -> dict[str, str]:
         conversation = maker.conversation(example)
@@ -358,7 +357,10 @@ def convert(
 
 
 def _labels_of(source: str, config: RunConfig) -> tuple[str, ...]:
-    return audit_file(resolve_data(source, config.hub), config.task, config.data).label_set()
+    data = config.data
+    if data.labels is not None:
+        return data.labels
+    return audit_file(resolve_data(source, config.hub), config.task, data, max_rows=data.max_rows).label_set()
 
 
 @app.command(cls=Command)

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import psutil
 import typer
 
 from labeltune.errors import message_of
-from labeltune.io.hubs import why_unanswered
+from labeltune.io.hubs import hub_address, why_unanswered
 from labeltune.messages import localize, spoken
 from labeltune.models.kernels import PACKAGES, not_installed
 from labeltune.models.pocket import cache_folder
@@ -25,7 +26,6 @@ from labeltune.models.pocket import cache_folder
 Finding = tuple[str, str, str]
 OK, NOTE, LACK = "ok", "note", "LACK"
 
-HUBS = (("ModelScope", "modelscope.cn"), ("Hugging Face", "huggingface.co"))
 NO_HUB = "its models need a local folder instead"
 NO_HUBS = "use model=./folder with weights you copied here, or model=pocket (for Chinese: model=pocket-zh)"
 LOCAL = "runs are kept locally; see them with `labeltune board`"
@@ -43,7 +43,8 @@ def doctor(
     """
     lacks = 0
     # The network is asked meanwhile: torch takes seconds to load, and a name server that is not there takes longer.
-    network = [] if offline else [_Asked(_hub, host) for _, host in HUBS]
+    hubs = [] if offline else [hub_address(hub) for hub in ("ms", "hf")]
+    network = {f"{name} ({address.partition('://')[2]})": _Asked(_hub, address) for name, address in hubs}
     swanlab = None if offline else _Asked(_login)
     checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _accelerator, _memory, _disk]
     if swanlab is not None:
@@ -146,10 +147,12 @@ def _disk() -> Iterator[Finding]:
             yield OK, name, ""
 
 
-def _hub(host: str) -> str:
+def _hub(address: str) -> str:
     try:
-        socket.create_connection((host, 443), timeout=PATIENCE).close()
-    except OSError as error:
+        url = urlsplit(address)
+        port = url.port or (80 if url.scheme == "http" else 443)
+        socket.create_connection((url.hostname or address, port), timeout=PATIENCE).close()
+    except (OSError, ValueError) as error:
         return f"cannot be reached: {why_unanswered(error) or message_of(error)}"
     return "yes"
 
@@ -160,9 +163,9 @@ def _login() -> str:
     return logged_in()
 
 
-def _network(hubs: list[_Asked], swanlab: _Asked) -> Iterator[Finding]:
+def _network(hubs: dict[str, _Asked], swanlab: _Asked) -> Iterator[Finding]:
     """A finding for each hub and SwanLab; one for all that are out of reach where no hub is in reach, as they have one cause."""
-    found = {f"{name} ({host})": asked.answer() for (name, host), asked in zip(HUBS, hubs, strict=True)}
+    found = {hub: asked.answer() for hub, asked in hubs.items()}
     login = swanlab.answer()
     away = login.startswith("cannot be reached")
     if "yes" in found.values():

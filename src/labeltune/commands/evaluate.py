@@ -24,6 +24,7 @@ from labeltune.config import (
     HubConfig,
     RunConfig,
     TaskName,
+    is_config,
     load_config,
 )
 from labeltune.data.check import add_unknown_labels, stop_on_errors
@@ -159,7 +160,7 @@ def evaluate(
         )
     task, labels = about_run.task, about_run.labels
     rows = labelled_rows(about_run, data, on_error, max_rows)
-    examples = [rows.example(i) for i in range(len(rows.dataset))]
+    examples = rows.examples()
     if predictions is None:
         if engine == "local":
             asked = _asked(run, overrides, labels, base, changes, examples)
@@ -170,7 +171,7 @@ def evaluate(
     dictionary = None
     if train_data is not None and task == "ner":
         known = load_rows(train_data, task, about_run.data, about_run.hub)
-        dictionary = entity_dictionary([known.example(i) for i in range(len(known.dataset))])
+        dictionary = entity_dictionary(known.examples())
     about = {
         "run": about_run.name,
         "base": base,
@@ -423,11 +424,6 @@ def _answers(base: bool, load: Callable[[], Predictor], rows: _Rows) -> list[Pre
         return list(predictor.stream(rows.examples))
 
 
-def is_config(run: str | os.PathLike[str]) -> bool:
-    """Whether this names a config file, which stands for its untuned model."""
-    return Path(run).suffix in {".yaml", ".yml"}
-
-
 def files_of(run: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[str | os.PathLike[str]]:
     """The files and folders that stand for a run, or for the untuned model of a config file.
 
@@ -436,9 +432,7 @@ def files_of(run: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list
         ModelError: there is no such run.
     """
     if is_config(run):
-        config = load_config(run, overrides)
-        used = (run, config.model, config.data.train, config.data.validation)
-        return [given for given in used if given is not None]
+        return [run, *load_config(run, overrides).inputs()]
     return list(files_read(run))
 
 

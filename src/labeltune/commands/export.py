@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +15,16 @@ import typer
 
 from labeltune import __version__
 from labeltune.commands.evaluate import describe_run, labelled_rows
-from labeltune.commands.row_hashes import SELECTION_FILE, TRAINING_FILE
 from labeltune.errors import ConfigError, DataError
 from labeltune.io.outputs import is_hub_name, write_json, write_text
 from labeltune.io.progress import Say, begin, phase, tell, track
-from labeltune.io.run_folder import RunInfo, public_name
+from labeltune.io.run_folder import (
+    SELECTION_FILE,
+    TRAINING_FILE,
+    RunInfo,
+    public_name,
+    validation_file,
+)
 from labeltune.messages import localize
 from labeltune.prompts import make_task
 from labeltune.prompts.template import ChatTemplate
@@ -291,6 +296,7 @@ class _Job:
     def write_model(self, folder: Path, say: Say) -> dict[str, str]:
         """Weights, and what labeltune needs to load them; returns the commands to run next."""
         from labeltune.export import merge, vllm
+        from labeltune.inference.calibration import CALIBRATION_FILE
 
         info = self.info
         if self.adapter is None:
@@ -301,14 +307,13 @@ class _Job:
             )
             model = merge.whole_model(self.base, adapter, self.dtype, info.runs_code())
             merge.save_whole_model(model, self.template, folder, self.base)
-            command = vllm.merged_command(self.target, self.name, info.runs_code())
+            command = vllm.merged_command(str(self.target), self.name, info.runs_code())
         else:
             name = vllm.base_name(info.model)
             vllm.save_adapter(self.checkpoint, self.template.tokenizer, name, info.hub.revision, folder)
-            command = vllm.adapter_command(
-                info.model, info.hub, self.base, self.target, self.name, self.adapter
-            )
-        for file in ("calibration.json", SELECTION_FILE, TRAINING_FILE):
+            base = info.model if is_hub_name(info.model) else str(self.base)
+            command = vllm.adapter_command(base, info.hub, str(self.target), self.name, self.adapter)
+        for file in (CALIBRATION_FILE, SELECTION_FILE, TRAINING_FILE):
             if (self.checkpoint / file).is_file():
                 shutil.copyfile(self.checkpoint / file, folder / file)
         write_json(folder / vllm.REQUEST_FILE, self.request)
@@ -340,7 +345,6 @@ class _Job:
         from labeltune.export import card
         from labeltune.export.folder import EXPORT_FILE
 
-        merged, ollama = self.adapter is None, self.modelfile is not None
         facts = card.Facts(
             self.name,
             self.kind,
@@ -350,7 +354,7 @@ class _Job:
             test_metrics,
             parity,
             self.request["messages"],
-            card.usage(self.info, merged, ollama, self.push, self.name),
+            card.usage(self.info, self.adapter, self.modelfile is not None, self.push, self.name),
         )
         write_text(folder / card.CARD_FILE, card.card(self.info, facts))
         base = public_name(self.info.model)
@@ -372,7 +376,7 @@ def _public(info: RunInfo, merged: bool, pushed: bool) -> RunInfo:
     test = info.data.get("test")
     data = {**info.data, "test": public_name(test)} if isinstance(test, str) else info.data
     model = public_name(info.model) if merged else info.model
-    return replace(info, hub=hub, model=model, adapter=not merged, data=data)
+    return info.model_copy(update={"hub": hub, "model": model, "adapter": not merged, "data": data})
 
 
 def _verified(
@@ -405,19 +409,14 @@ def _answers(
         return list(track(predictor.stream(rows), len(rows), shown=progress))
 
 
-def _validation(checkpoint: Path) -> Path:
-    return checkpoint.parent / "validation"
-
-
 def rows_to_verify(
     checkpoint: Path, info: RunInfo, data: str | None, max_rows: int | None, say: Callable[[str], None]
 ) -> list[Example]:
     """Rows of a file, else the run's validation rows, else none, which is said."""
     if data is not None:
-        found = labelled_rows(describe_run(checkpoint), data, "stop", max_rows)
-        return [found.example(i) for i in range(len(found.dataset))]
-    file = _validation(checkpoint) / "predictions.jsonl"
-    if not file.is_file():
+        return labelled_rows(describe_run(checkpoint), data, "stop", max_rows).examples()
+    file = validation_file(checkpoint, "predictions.jsonl")
+    if file is None:
         say(
             "warning: nothing is verified: a run keeps its validation rows when it ends, and this one has none; name some with --verify FILE"
         )
@@ -441,9 +440,8 @@ def _example(row: dict[str, Any], info: RunInfo) -> Example:
 
 def validation_metrics(checkpoint: Path) -> dict[str, Any] | None:
     """The run's figures on its validation rows, if this is the checkpoint they were measured with."""
-    best = checkpoint.parent / "best"
-    file = _validation(checkpoint) / "metrics.json"
-    if not file.is_file() or best.resolve() != checkpoint.resolve():
+    file = validation_file(checkpoint, "metrics.json")
+    if file is None or (file.parents[1] / "best").resolve() != checkpoint.resolve():
         return None
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))

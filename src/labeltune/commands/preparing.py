@@ -14,7 +14,7 @@ from labeltune.data.labels import by_count
 from labeltune.data.loading import Splits, evenly, load_splits, stratum
 from labeltune.data.schemas import Fault
 from labeltune.distributed import rank
-from labeltune.errors import MissingExtraError, PromptError, counted
+from labeltune.errors import MissingExtraError, PromptError, counted, listed
 from labeltune.io.progress import Say, begin, tell
 from labeltune.io.run_folder import RunInfo, public_name
 from labeltune.models.kernels import missing_kernels
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 #: Training rows that are looked at to tell what script they are written in.
 SCRIPT_ROWS = 200
-#: Rows that an error lists.
-_SHOWN = 10
 
 
 def tell_on_main(line: str) -> None:
@@ -311,10 +309,9 @@ def without_too_long(
             if part is not None
             for number, tokens in found.items()
         ]
-        shown = "\n  ".join(f"{fault.where}: {fault.message}" for fault in faults[:_SHOWN])
-        more = f"\n  ... and {count - _SHOWN} more" if count > _SHOWN else ""
+        shown = listed([f"{fault.where}: {fault.message}" for fault in faults], count)
         raise PromptError(
-            f"{counted(count, 'row')} cannot fit:\n  {shown}{more}\n"
+            f"{counted(count, 'row')} cannot fit:\n  {shown}\n"
             f"Set prompt.max_length={enough}, shorten prompt and labels, or leave them out with data.on_error=skip"
         )
     fitting = [

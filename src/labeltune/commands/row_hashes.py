@@ -13,10 +13,7 @@ import numpy
 from labeltune.data.check import text_hash
 from labeltune.errors import ModelError
 from labeltune.io.outputs import write_bytes
-
-#: Hashes of texts in a checkpoint: 8 bytes each, little-endian, sorted.
-SELECTION_FILE = "selection.u64"
-TRAINING_FILE = "training.u64"
+from labeltune.io.run_folder import SELECTION_FILE, TRAINING_FILE
 
 Hashes = numpy.ndarray[Any, Any]
 

@@ -47,10 +47,7 @@ def sweep(
         output=output,
         seed=seed,
     )
-
-    data = asked.config.data
-    read = [given for given in (config, data.train, data.validation, asked.config.model) if given is not None]
-    check_folder(asked.folder, read, ("trials.csv", "best.yaml", "study.db"))
+    check_folder(asked.folder, [config, *asked.config.inputs()], ("trials.csv", "best.yaml", "study.db"))
     from labeltune.sweep.report import conclude
     from labeltune.sweep.run import run_sweep
 

@@ -27,7 +27,7 @@ from labeltune.commands.preparing import (
     tell_on_main,
     tokenize_splits,
 )
-from labeltune.commands.row_hashes import TRAINING_FILE, hashes_file, save_selection
+from labeltune.commands.row_hashes import hashes_file, save_selection
 from labeltune.config import ENGLISH_PROMPTS, RunConfig, load_config
 from labeltune.data.columns import tells_task
 from labeltune.data.loading import Splits
@@ -38,6 +38,8 @@ from labeltune.io.lock import alone_with, ended_like_ctrl_c
 from labeltune.io.outputs import is_hub_name, remove_leftovers
 from labeltune.io.progress import Say, begin, no_long_silence, track
 from labeltune.io.run_folder import (
+    TRAINING_FILE,
+    VALIDATION_FOLDER,
     check_inputs_kept,
     check_output,
     how_to_go_on,
@@ -434,7 +436,7 @@ def _finish(
     about = {"run": str(result.best), "base": False, "decoding": predictor.generation.decoding, "data": where}
     about |= {"rows_are": SELECTION, "training_rows": 0, "selection_rows": len(selection)}
     metrics = all_metrics(about, selection, predictions, predictor.task.labels)
-    folder = Path(config.output_dir) / "validation"
+    folder = Path(config.output_dir) / VALIDATION_FOLDER
     write_evaluation(folder, metrics, selection, predictions)
     say(f"report on {SELECTION} rows: {folder / 'report.html'}")
     tracker.log_charts(Evaluation(metrics, selection, predictions), result.steps)

@@ -22,7 +22,7 @@ from labeltune.data.records import (
     json_records,
 )
 from labeltune.data.sources import records_of
-from labeltune.data.tables import parquet_records, repeated_column
+from labeltune.data.tables import columns_problem, parquet_records
 from labeltune.errors import DataError, first_line
 
 #: A block that has as many bytes ends, also before it has all its rows.
@@ -92,7 +92,7 @@ def cut_file(
         pyarrow.ArrowException: a parquet file is damaged.
     """
     form = find_format(name, file, encoding)
-    if form.kind == "parquet" and not form.problem:
+    if form.readable_parquet:
         yield from cut_parquet(name, file, rows)
     elif form.plain:
         yield from cut_lines(name, bounded_lines(file), rows, multiple, most_bytes)
@@ -135,7 +135,7 @@ def cut_lines(
 def cut_parquet(name: str, file: BinaryIO, rows: int) -> Iterator[Block]:
     """Blocks of a parquet file by its metadata."""
     total = int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
-    if repeated_column(file) is not None:
+    if columns_problem(file):
         total = 1  # a row that says so
     for number, first in enumerate(range(0, total, rows)):
         yield Block(name, number, first, min(rows, total - first))
@@ -148,7 +148,7 @@ def file_records(name: str, file: BinaryIO, encoding: str = "utf-8") -> Iterator
         pyarrow.ArrowException: a parquet file is damaged.
     """
     form = find_format(name, file, encoding)
-    if form.kind == "parquet" and not form.problem:
+    if form.readable_parquet:
         return parquet_records(name, file)
     return records_of(name, file, form)
 

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from labeltune.config import DataConfig, TaskName
 from labeltune.data.blocks import Block, cut_file, read_block
-from labeltune.data.columns import LOOKED_AT, FileColumns, columns_of_file
+from labeltune.data.columns import FileColumns, columns_of_file, first_values
 from labeltune.data.formats import find_format
 from labeltune.data.labels import by_count, not_among, twins
 from labeltune.data.records import Record
 from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record, readable_mentions
 from labeltune.data.sources import iter_records
-from labeltune.errors import DataError, counted, printable
+from labeltune.errors import DataError, counted, listed, printable
 from labeltune.io.processes import mapped
 from labeltune.types import Example
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 #: Fault messages kept; beyond it they are counted only.
 MAX_LISTED = 100_000
-#: Faults that an error names.
-_SHOWN = 10
 _BATCH = 1000
 #: Characters of texts that wait to be counted, at most (and one text more).
 _BATCH_CHARACTERS = 8_000_000
@@ -124,9 +122,19 @@ class Audit:
         """Number of faults that are warnings."""
         return sum(self.counts.values()) - self.errors
 
-    def label_set(self) -> tuple[str, ...]:
-        """The labels of the file, sorted: right answers, and candidates where rows name them."""
-        return tuple(sorted(set(self.labels) | self.candidates))
+    def first_faults(self, most: int) -> list[Fault]:
+        """So many of each kind, in the file's order; all when 0."""
+        seen: Counter[str] = Counter()
+        found = []
+        for fault in self.faults:
+            seen[fault.kind] += 1
+            if not most or seen[fault.kind] <= most:
+                found.append(fault)
+        return found
+
+    def label_set(self, named: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        """The labels that a config names; else those of the file, sorted: right answers, and candidates where rows name them."""
+        return named or tuple(sorted(set(self.labels) | self.candidates))
 
     def length_percentiles(self) -> dict[str, int]:
         """Text lengths at p10, p50, p90, p99 and the maximum, in `length_unit`."""
@@ -379,11 +387,11 @@ def stop_on_errors(audits: Sequence[Audit], skip: bool, fix: str) -> None:
     errors = len(faults) if skip else sum(audit.errors for audit in audits)
     if not errors:
         return
-    shown = "\n  ".join(str(fault) for fault in faults[:_SHOWN])
-    more = f"\n  ... and {errors - _SHOWN} more" if errors > _SHOWN else ""
     # What is wrong with a whole file says itself what to do, and no row of it can be left out.
     then = "" if all(fault.whole for fault in faults) else f"\n{fix}"
-    raise DataError(f"the data holds {errors} {'error' if errors == 1 else 'errors'}:\n  {shown}{more}{then}")
+    raise DataError(
+        f"the data holds {errors} {'error' if errors == 1 else 'errors'}:\n  {listed(faults, errors)}{then}"
+    )
 
 
 def none_usable(audit: Audit) -> str:
@@ -427,7 +435,7 @@ def can_be_cut(path: Path, encoding: str) -> bool:
     """Whether blocks of this file can be read by themselves; a csv field may hold line breaks, so those cannot."""
     with path.open("rb") as file:
         form = find_format(path.name, file, encoding)
-    return form.plain or (form.kind == "parquet" and not form.problem)
+    return form.plain or form.readable_parquet
 
 
 def audit_blocks(
@@ -474,7 +482,7 @@ def add_meeting_faults(train: Rows, other: Rows, data: DataConfig) -> list[int]:
     """Add to the audit of validation or test rows the faults that only show beside the training rows: texts that stand there
     too, and labels that do not. Returns the numbers of the rows that have one, sorted."""
     found = set(add_shared(train.audit, other.audit, other.where))
-    known = data.labels or train.audit.label_set()
+    known = train.audit.label_set(data.labels)
     whose = "data.labels" if data.labels is not None else "the labels of the training rows"
     if train.audit.usable:
         found |= set(add_unknown_labels(other.audit, other.answers(), known, whose))
@@ -499,9 +507,8 @@ def other_task(path: Path, task: TaskName, data: DataConfig) -> str | None:
     other = "ner"
     if task == "ner":
         mine, theirs, other = theirs, mine, "classification"
-    first = islice(iter_records(path, data.encoding), LOOKED_AT)
-    records = [record.values for record in first if record.values is not None]
-    if not records or any(mine in values for values in records) or not all(theirs in v for v in records):
+    rows = first_values(path, data.encoding)
+    if not rows or any(mine in row for row in rows) or not all(theirs in row for row in rows):
         return None
     return f"these are rows for task={other} (column {theirs!r}); task={task} reads a column {mine!r}"
 

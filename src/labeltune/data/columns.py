@@ -67,6 +67,12 @@ class _Seen:
                     self.spans.add(name)
 
 
+def first_values(path: Path, encoding: str) -> list[dict[str, Any]]:
+    """The first rows of a file that can be read."""
+    records = islice(iter_records(path, encoding), LOOKED_AT)
+    return [record.values for record in records if record.values is not None]
+
+
 def columns_of_file(
     path: Path, task: TaskName, data: DataConfig, answers_required: bool = True
 ) -> FileColumns:

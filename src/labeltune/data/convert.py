@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 from labeltune.config import RunConfig
@@ -42,7 +43,8 @@ def convert_file(
     columns = columns_of_file(path, config.task, config.data)
     written = skipped = 0
     with open_whole(output) as file:
-        for number, record in enumerate(columns.records(iter_records(path, config.data.encoding))):
+        records = columns.records(iter_records(path, config.data.encoding))
+        for number, record in enumerate(islice(records, config.data.max_rows)):
             example, faults = parse_record(
                 record,
                 number,

@@ -93,6 +93,11 @@ class Format:
         """Whether any line of the file can be found and read by itself."""
         return self.kind == "lines" and not (self.gzip or self.problem) and self.encoding == "utf-8"
 
+    @property
+    def readable_parquet(self) -> bool:
+        """Whether it is parquet, whose rows are found by its metadata."""
+        return self.kind == "parquet" and not self.problem
+
 
 def is_data_file(name: str) -> bool:
     """Whether a file is one of data, by the end of its name."""

@@ -75,6 +75,10 @@ class Rows:
         """The example with this number."""
         return Example.from_row(self.dataset[row])
 
+    def examples(self) -> list[Example]:
+        """All of them, in order."""
+        return [self.example(row) for row in range(len(self.dataset))]
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -255,7 +259,6 @@ def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: i
     """
     rows = load_rows(data.train, task, data, hub, max_rows=data.max_rows)
     add_duplicates(rows.audit, rows.where)
-    labels = data.labels or rows.audit.label_set()
     audits = [rows.audit]
     other: Rows | None = None
     left_out: list[int] = []
@@ -292,7 +295,7 @@ def load_splits(task: TaskName, data: DataConfig, hub: HubConfig | None, seed: i
     return Splits(
         kept.dataset(),
         held.dataset() if held is not None else None,
-        labels,
+        rows.audit.label_set(data.labels),
         skipped_rows,
         dict(skipped),
         kept.texts(),

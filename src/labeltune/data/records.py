@@ -161,12 +161,15 @@ def json_records(name: str, lines: Iterable[tuple[int, str | Record]]) -> Iterat
             reason = error.msg if isinstance(error, json.JSONDecodeError) else error
             yield Record(where, None, "unparsable_line", f"not valid JSON: {reason}{at}")
             continue
-        if isinstance(values, dict):
-            yield Record(where, values)
-        else:
-            yield Record(
-                where, None, "unparsable_line", f"a JSON object is expected, not a {type(values).__name__}"
-            )
+        yield _row(where, values)
+
+
+def _row(where: str, value: object) -> Record:
+    """A JSON value that stands where a row does."""
+    if isinstance(value, dict):
+        return Record(where, value)
+    problem = f"a JSON object is expected, not a {type(value).__name__}"
+    return Record(where, None, "unparsable_line", problem)
 
 
 @lru_cache(maxsize=1)
@@ -229,12 +232,7 @@ def _array_rows(name: str, text: _Text) -> Iterator[Record]:
     while True:
         text.next()
         where = f"{name}:{text.line}"
-        value = text.value()
-        if isinstance(value, dict):
-            yield Record(where, value)
-        else:
-            problem = f"a JSON object is expected, not a {type(value).__name__}"
-            yield Record(where, None, "unparsable_line", problem)
+        yield _row(where, text.value())
         if text.next() != ",":
             text.take("]")
             return

@@ -146,14 +146,7 @@ def parse_record(
 
 
 def _text(values: dict[str, Any], column: str) -> str:
-    text = _string(values, column)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _Problem(
-            "wrong_type", f"{column} holds half a surrogate pair at character {error.start}"
-        ) from None
-    return text
+    return _encodable(_string(values, column), column)
 
 
 def _string(values: dict[str, Any], column: str) -> str:
@@ -231,8 +224,10 @@ def _integer_label(value: int, column: str, names: Sequence[str] | None) -> str:
 def _encodable(value: str, column: str) -> str:
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _Problem("wrong_type", f"{column} holds half a surrogate pair") from None
+    except UnicodeEncodeError as error:
+        raise _Problem(
+            "wrong_type", f"{column} holds half a surrogate pair at character {error.start}"
+        ) from None
     return value
 
 

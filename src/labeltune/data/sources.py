@@ -23,7 +23,7 @@ from labeltune.data.records import (
 )
 from labeltune.data.tables import parquet_records, sheet_records, table_records
 from labeltune.errors import DataError, HubError, first_line, near_it, printable
-from labeltune.io.hubs import asking, check_inside
+from labeltune.io.hubs import fetch
 from labeltune.io.outputs import check_folder, is_hub_name, open_whole
 
 
@@ -75,7 +75,13 @@ def _download(spec: str, hub: HubConfig) -> Path:
         raise DataError(
             f"data set {spec!r} must look like {spec[:3]}org/name or {spec[:3]}org/name/file.jsonl"
         )
-    folder = download_dataset(spec[:2], "/".join(parts[:2]), hub)
+    folder = fetch(
+        spec[:2],
+        "dataset",
+        "/".join(parts[:2]),
+        "give the path of the one with the rows in place of the data set",
+        cache_dir=hub.cache_dir,
+    )
     if len(parts) > 2:
         # Not resolved: in the Hugging Face cache a file is a link to a blob outside the snapshot's folder.
         inside = Path(*parts[2:]) if all(parts[2:]) else Path("..")
@@ -91,57 +97,6 @@ def _download(spec: str, hub: HubConfig) -> Path:
     return found[0]
 
 
-def download_dataset(
-    hub_name: str,
-    repo: str,
-    hub: HubConfig,
-    local_dir: str | None = None,
-    files: list[str] | None = None,
-    instead: str = "give the path of the one with the rows in place of the data set",
-) -> Path:
-    """Fetch a data set repository with its hub's own client.
-
-    Args:
-        hub_name: `ms` or `hf`.
-        repo: `org/name`.
-        local_dir: where to put the files; the hub's cache when None.
-        files: patterns of the files wanted; all when None.
-        instead: what to do with files that were downloaded by hand, for the error.
-
-    Raises:
-        HubError: the hub cannot be reached or has no such repository.
-    """
-    with asking(hub_name, "dataset", repo, instead):
-        folder = _fetch_dataset(hub_name, repo, hub, local_dir, files)
-    if local_dir is None:
-        check_inside(folder, f"{hub_name}:{repo}")
-    return folder
-
-
-def _fetch_dataset(
-    hub_name: str, repo: str, hub: HubConfig, local_dir: str | None, files: list[str] | None
-) -> Path:
-    if hub_name == "ms":
-        from modelscope import snapshot_download as ms_download
-
-        return Path(
-            ms_download(
-                repo,
-                repo_type="dataset",
-                cache_dir=hub.cache_dir,
-                local_dir=local_dir,
-                allow_patterns=files,
-            )
-        )
-    from huggingface_hub import snapshot_download as hf_download
-
-    return Path(
-        hf_download(
-            repo, repo_type="dataset", cache_dir=hub.cache_dir, local_dir=local_dir, allow_patterns=files
-        )
-    )
-
-
 def iter_records(path: Path, encoding: str = "utf-8") -> Iterator[Record]:
     """Stream a file; faults of single lines are yielded, in place, as records without values.
 
@@ -151,7 +106,7 @@ def iter_records(path: Path, encoding: str = "utf-8") -> Iterator[Record]:
     name = printable(str(path))
     with path.open("rb") as file:
         form = find_format(name, file, encoding)
-        if form.kind == "parquet" and not form.problem:
+        if form.readable_parquet:
             yield from _iter_parquet(path, name)
         else:
             yield from records_of(name, file, form)
@@ -208,7 +163,7 @@ ORIGINALS = {
 }
 
 
-def download_original(name: str, folder: Path, hub: HubConfig | None = None) -> list[Path]:
+def download_original(name: str, folder: Path) -> list[Path]:
     """Fetch one of `ORIGINALS` into a folder; existing files are left alone.
 
     Raises:
@@ -224,13 +179,13 @@ def download_original(name: str, folder: Path, hub: HubConfig | None = None) -> 
     if all(target.exists() for target in targets):
         return targets
     with tempfile.TemporaryDirectory() as temporary:
-        fetched = download_dataset(
+        fetched = fetch(
             hub_name,
+            "dataset",
             repo,
-            hub or HubConfig(),
+            f"put them here: {', '.join(str(target.absolute()) for target in targets)}",
             local_dir=temporary,
-            files=[f"*{f}" for f in files],
-            instead=f"put them here: {', '.join(str(target.absolute()) for target in targets)}",
+            allowed=[f"*{f}" for f in files],
         )
         for source_name, target_name in files.items():
             if (folder / target_name).exists():

@@ -105,10 +105,13 @@ def _header_problem(header: Sequence[str]) -> str:
     if len(unnamed) > 1:
         shown = ", ".join(map(str, unnamed[:10]))
         return f"columns {shown} have no name in the header; name them, or delete them; the rest was not read"
-    twice = next((name for at, name in enumerate(header) if name in header[:at]), None)
-    if twice is not None:
-        return f"two columns are called {twice!r}; rename one; the rest was not read"
-    return ""
+    return _named_twice(header)
+
+
+def _named_twice(names: Sequence[str]) -> str:
+    """Why columns cannot be told apart of which two have one name; empty where all differ."""
+    twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
+    return "" if twice is None else f"two columns are called {twice!r}; rename one; the rest was not read"
 
 
 def _table_row(where: str, header: Sequence[str], row: Sequence[str]) -> Record:
@@ -225,9 +228,8 @@ def _parquet_rows(
     source: Path | BinaryIO, groups: list[int] | None, skip: int
 ) -> Iterator[dict[str, Any] | str]:
     """Every row in order, or in its place why it cannot be read."""
-    twice = repeated_column(source)
-    if twice is not None:
-        yield f"two columns are called {twice!r}; rename one; the rest was not read"
+    if problem := columns_problem(source):
+        yield problem
         return
     # As dictionaries, so that a value that stands in a million rows is read once.
     strings = [
@@ -244,14 +246,13 @@ def _parquet_rows(
             yield from _batch_values(wanted)
 
 
-def repeated_column(source: Path | BinaryIO) -> str | None:
-    """The name that two columns of a parquet file have, if any.
+def columns_problem(source: Path | BinaryIO) -> str:
+    """Why the columns of a parquet file cannot be told apart; empty where they can.
 
     Raises:
         pyarrow.ArrowException: the file is damaged.
     """
-    names = pyarrow.parquet.read_schema(source).names
-    return next((str(name) for i, name in enumerate(names) if name in names[:i]), None)
+    return _named_twice(pyarrow.parquet.read_schema(source).names)
 
 
 def _batch_rows(file: pyarrow.parquet.ParquetFile) -> int:

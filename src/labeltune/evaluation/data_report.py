@@ -17,7 +17,7 @@ from labeltune.data.check import Audit
 from labeltune.data.label_issues import LabelIssues, find_label_issues
 from labeltune.data.loading import Rows, stratified_split
 from labeltune.data.near_duplicates import NearDuplicates, find_near_duplicates
-from labeltune.data.schemas import FAULT_KINDS, Fault
+from labeltune.data.schemas import FAULT_KINDS
 from labeltune.errors import MissingExtraError, OutputError, PromptError
 from labeltune.evaluation.pages import render
 from labeltune.io.outputs import check_file, is_stream
@@ -123,9 +123,8 @@ def _tokens(
         return None, NO_TOKENIZER
     if not rows.audit.usable:
         return None, f"{rows.audit.path} holds no usable row."
-    labels = config.data.labels or rows.audit.label_set()
     try:
-        builder = builder_for_base(config, labels, tokenizer)
+        builder = builder_for_base(config, rows.audit.label_set(config.data.labels), tokenizer)
         return token_figures(rows.dataset, builder, config.training), ""
     except PromptError as error:
         # Training would stop here; the rest of the report is no worse for it.
@@ -135,7 +134,7 @@ def _tokens(
 def _split_pairs(rows: Rows, config: RunConfig, near: NearDuplicates) -> int | None:
     """How many pairs inside the training file a run with this config tears apart, as `load_splits` would."""
     data = config.data
-    if data.validation is not None or data.validation_fraction == 0 or data.max_rows is not None:
+    if data.validation is not None or data.validation_fraction == 0:
         return None
     held_out = {int(row) for row in stratified_split(rows, data.validation_fraction, config.training.seed)}
     inside = (pair.rows for pair in near.pairs if pair.files == (0, 0))
@@ -149,7 +148,7 @@ def data_page(report: DataReport) -> str:
         "data.html.j2",
         report=report,
         fault_kinds=FAULT_KINDS,
-        listed_faults=_listed_faults,
+        faults_shown=_FAULTS_SHOWN,
         length_bins=_length_bins,
         percentiles=_percentiles,
         cut_bins=[(f"≤ {10 * (at + 1)}%", count) for at, count in enumerate(shares)],
@@ -167,17 +166,6 @@ def data_page(report: DataReport) -> str:
 
 def _percentiles(values: Mapping[str, int]) -> str:
     return ", ".join(f"{value:,} ({key})" for key, value in values.items())
-
-
-def _listed_faults(audit: Audit) -> list[Fault]:
-    """The first faults of each kind, in the file's order."""
-    shown: dict[str, int] = {}
-    listed = []
-    for fault in audit.faults:
-        shown[fault.kind] = shown.get(fault.kind, 0) + 1
-        if shown[fault.kind] <= _FAULTS_SHOWN:
-            listed.append(fault)
-    return listed
 
 
 def _length_bins(audit: Audit) -> list[tuple[str, int]]:

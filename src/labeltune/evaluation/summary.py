@@ -10,9 +10,9 @@ from typing import Any
 import numpy
 
 from labeltune.errors import counted
-from labeltune.evaluation.intervals import bootstrap, wilson
+from labeltune.evaluation.intervals import wilson
 from labeltune.evaluation.metrics import label_numbers, macro_f1_of
-from labeltune.evaluation.spans import f1_of_counts, precision_and_recall, span_counts, spans
+from labeltune.evaluation.spans import f1_of_counts, precision_and_recall, span_counts, spans, strict_span_f1
 from labeltune.types import Example, Prediction
 
 #: What a run's figures on its validation rows are called, wherever they are shown.
@@ -133,8 +133,11 @@ def _part_figures(
     if mine[0].entities is None:
         hits = sum(e.label == p.label for e, p in zip(mine, answers, strict=True))
         return {"accuracy": wilson(hits, len(mine)).to_dict()}
-    counts = span_counts([spans(e.entities) for e in mine], [spans(p.entities) for p in answers])
-    return {"span_f1": bootstrap(lambda i: f1_of_counts(counts[i]), len(counts)).to_dict()}
+    return _span_f1([spans(e.entities) for e in mine], [spans(p.entities) for p in answers])
+
+
+def _span_f1(truth: Sequence[set[Any]], given: Sequence[set[Any]]) -> dict[str, Any]:
+    return {"span_f1": strict_span_f1(truth, given)["span_f1"]}
 
 
 def _by_frequency(examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
@@ -167,5 +170,4 @@ def _of_labels(
         return _part_figures(examples, predictions, chosen)
     truth = [spans([e for e in example.entities or () if e.label in labels]) for example in examples]
     given = [spans([e for e in p.entities or () if e.label in labels]) for p in predictions]
-    counts = span_counts(truth, given)
-    return {"span_f1": bootstrap(lambda i: f1_of_counts(counts[i]), len(counts)).to_dict()}
+    return _span_f1(truth, given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +18,8 @@ from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.summary import SELECTION, shown_headline
 from labeltune.export.ollama import model_name
 from labeltune.export.parity import Parity
+from labeltune.export.vllm import Adapter, adapter_command, base_name, merged_command
+from labeltune.io.outputs import is_hub_name
 from labeltune.io.run_folder import RunInfo, public_name
 from labeltune.io.safe_yaml import read_yaml
 from labeltune.models.pocket import POCKET_MODELS
@@ -111,7 +114,7 @@ def card(info: RunInfo, facts: Facts) -> str:
     classifies = info.task == "classification"
     metadata = ModelCardData(
         library_name="peft" if facts.kind == "adapter" else "transformers",
-        base_model=info.model[3:] if info.model.startswith(("ms:", "hf:")) else None,
+        base_model=base_name(info.model) if is_hub_name(info.model) else None,
         pipeline_tag="text-generation",
         tags=["labeltune", "text-classification" if classifies else "token-classification"],
     )
@@ -146,25 +149,35 @@ def _fence(text: str) -> str:
     return f"{fence}\n{text}\n{fence}"
 
 
-def usage(info: RunInfo, merged: bool, ollama: bool, push: str | None, called: str) -> dict[str, str]:
-    """How to load it, by heading; the folder is called by the hub's name or by its own."""
+def _download(push: str, folder: str) -> str:
+    """The shell command that fetches an adapter: vLLM takes its chat template from a file of this machine only."""
+    tool = "hf" if push.startswith("hf:") else "modelscope"
+    return shlex.join([tool, "download", base_name(push), "--local-dir", folder])
+
+
+def usage(
+    info: RunInfo, adapter: Adapter | None, ollama: bool, push: str | None, called: str
+) -> dict[str, str]:
+    """How to load it, by heading; the folder is called by the hub's name or by its own.
+
+    Args:
+        adapter: None for a merged model.
+    """
     where = push or called
     found = {
         "With labeltune": f'from labeltune import load_predictor\n\nwith load_predictor("{where}") as predictor:\n'
         '    print(predictor.predict("..."))'
     }
-    if merged:
+    if adapter is None:
         place = where.removeprefix("hf:")
         found["With transformers"] = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'tokenizer = AutoTokenizer.from_pretrained("{place}")\nmodel = AutoModelForCausalLM.from_pretrained("{place}")'
         )
-        found["With vLLM"] = f"vllm serve {place}"
+        found["With vLLM"] = merged_command(where, called, info.hub.trust_remote_code)
     else:
-        base = public_name(info.model).removeprefix("hf:").removeprefix("ms:")
-        found["With vLLM"] = (
-            f"vllm serve {base} --enable-lora --lora-modules {called}={where.removeprefix('hf:')}"
-        )
+        command = adapter_command(public_name(info.model), info.hub, called, called, adapter)
+        found["With vLLM"] = command if push is None else f"{_download(push, called)}\n{command}"
     found["Request to vLLM"] = "the body is in vllm_request.json"
     if ollama:
         found["With Ollama"] = f"ollama create {model_name(called)} -f Modelfile"

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from huggingface_hub import HfApi
 
 from labeltune.errors import ConfigError, HubError, OutputError, first_line
+from labeltune.io.hubs import hub_address, repo_page
 from labeltune.io.outputs import check_folder, is_hub_name, link_target, obey_umask, writing
 from labeltune.io.run_folder import files_read
 
@@ -106,24 +107,23 @@ def push_folder(folder: Path, spec: str) -> str:
     Raises:
         HubError: the hub cannot be reached, or refuses.
     """
-    repo = spec[3:]
+    hub, repo = spec[:2], spec[3:]
     message = "Upload by labeltune export"
-    name = "Hugging Face" if spec.startswith("hf:") else "ModelScope"
     try:
-        if spec.startswith("hf:"):
+        if hub == "hf":
             hf = HfApi()
             hf.create_repo(repo, private=True, repo_type="model", exist_ok=True)
             hf.upload_folder(repo_id=repo, folder_path=folder, repo_type="model", commit_message=message)
-            return f"https://huggingface.co/{repo}"
-        from modelscope.hub.api import HubApi
+        else:
+            from modelscope.hub.api import HubApi
 
-        ms = HubApi()
-        ms.create_repo(repo, visibility="private", repo_type="model", exist_ok=True)
-        ms.upload_folder(repo, folder, repo_type="model", commit_message=message)
-        return f"https://modelscope.cn/models/{repo}"
+            ms = HubApi()
+            ms.create_repo(repo, visibility="private", repo_type="model", exist_ok=True)
+            ms.upload_folder(repo, folder, repo_type="model", commit_message=message)
     except Exception as error:
-        login = "hf auth login" if spec.startswith("hf:") else "modelscope login"
+        login = "hf auth login" if hub == "hf" else "modelscope login"
         raise HubError(
-            f"{repo} could not be pushed to {name} ({first_line(error)}). The export itself is complete in {folder}; "
+            f"{repo} could not be pushed to {hub_address(hub)[0]} ({first_line(error)}). The export itself is complete in {folder}; "
             f"check the name, your login ({login}) and the network"
         ) from error
+    return repo_page(hub, "model", repo)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labeltune.errors import ParityError
+from labeltune.errors import ParityError, listed
 from labeltune.evaluation.spans import spans
 from labeltune.types import Entity, Example, Prediction
 
@@ -100,11 +100,9 @@ def check_parity(parity: Parity, tolerance: float, what: str) -> None:
     """
     if parity.share <= tolerance:
         return
-    lines = [f"\n  {difference}" for difference in parity.differences[:SHOWN]]
-    if len(parity.differences) > SHOWN:
-        lines.append(f"\n  and {len(parity.differences) - SHOWN} more")
+    count = len(parity.differences)
     raise ParityError(
-        f"{what} does not answer as the run does: {len(parity.differences)} of {parity.rows} rows differ "
-        f"(--tolerance {tolerance:g}). Nothing was exported.{''.join(lines)}\n"
+        f"{what} does not answer as the run does: {count} of {parity.rows} rows differ "
+        f"(--tolerance {tolerance:g}). Nothing was exported.\n  {listed(parity.differences, count, SHOWN)}\n"
         "Small margins come from rounding: export with --dtype fp32, or allow a share of rows with --tolerance 0.01"
     )

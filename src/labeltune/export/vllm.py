@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from labeltune.config import HubConfig
 from labeltune.errors import ModelError
 from labeltune.io.outputs import is_hub_name, write_json
-from labeltune.models.lora import ADAPTER_FILE
-from labeltune.models.pocket import POCKET_MODELS
+from labeltune.io.run_folder import ADAPTER_FILE, ADAPTER_WEIGHTS
 from labeltune.prompts import Task
+from labeltune.prompts.ner import BEFORE_LABEL, BEFORE_TEXT, END, escaped
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example
 
@@ -72,7 +72,7 @@ def save_adapter(
     Args:
         base: what `adapter_config.json` calls the base model.
     """
-    shutil.copyfile(source / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+    shutil.copyfile(source / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
     config = json.loads((source / ADAPTER_FILE).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
     write_json(folder / ADAPTER_FILE, config)
@@ -84,33 +84,32 @@ def base_name(spec: str) -> str:
     return spec[3:] if is_hub_name(spec) else spec
 
 
-def adapter_command(
-    spec: str, hub: HubConfig, base_folder: Path, folder: Path, name: str, adapter: Adapter
-) -> str:
+def adapter_command(base: str, hub: HubConfig, folder: str, name: str, adapter: Adapter) -> str:
     """The shell command that serves base and adapter.
 
     Args:
-        spec: the run's `model:`; a hub's model is named, anything else given by its folder.
+        base: a hub's model (`ms:org/name`, `hf:org/name`), or a folder.
+        folder: of the adapter.
         name: what requests call the adapter.
     """
-    on_hub = is_hub_name(spec)
-    base = base_name(spec) if on_hub else str(base_folder if spec in POCKET_MODELS else Path(spec))
-    words = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"{name}={folder}"]
-    words += ["--max-lora-rank", str(adapter.max_rank)]
-    if on_hub and hub.revision is not None:
-        words += ["--revision", hub.revision]
+    options = ["--enable-lora", "--lora-modules", f"{name}={folder}"]
+    options += ["--max-lora-rank", str(adapter.max_rank)]
+    if is_hub_name(base) and hub.revision is not None:
+        options += ["--revision", hub.revision]
     # The run's own template: the base may have none, or another one by now.
-    words += ["--chat-template", str(folder / "chat_template.jinja")]
-    if hub.trust_remote_code:
-        words.append("--trust-remote-code")
-    source = "VLLM_USE_MODELSCOPE=True " if spec.startswith("ms:") else ""
-    return source + shlex.join(words)
+    options += ["--chat-template", f"{folder}/chat_template.jinja"]
+    return _serve(base, options, hub.trust_remote_code)
 
 
-def merged_command(folder: Path, name: str, trust_remote_code: bool = False) -> str:
-    """The shell command that serves a merged model."""
+def merged_command(model: str, name: str, trust_remote_code: bool = False) -> str:
+    """The shell command that serves a merged model: a folder, or one on a hub."""
+    return _serve(model, ["--served-model-name", name], trust_remote_code)
+
+
+def _serve(model: str, options: list[str], trust_remote_code: bool) -> str:
     trust = ["--trust-remote-code"] if trust_remote_code else []
-    return shlex.join(["vllm", "serve", str(folder), "--served-model-name", name, *trust])
+    source = "VLLM_USE_MODELSCOPE=True " if model.startswith("ms:") else ""
+    return source + shlex.join(["vllm", "serve", base_name(model), *options, *trust])
 
 
 def request(task: Task, template: ChatTemplate, name: str, max_tokens: int) -> dict[str, Any]:
@@ -138,9 +137,10 @@ def request(task: Task, template: ChatTemplate, name: str, max_tokens: int) -> d
 
 def entity_pattern(labels: tuple[str, ...], no_entities: str) -> str:
     """A regular expression for the answers of an extractor: one entity a line, or the sentence that there is none."""
-    types = "|".join(re.escape(json.dumps(label, ensure_ascii=False)[1:-1]) for label in labels)
+    types = "|".join(re.escape(escaped(label)) for label in labels)
     text = r'([^"\\\x00-\x1f]|\\(["\\/bfnrt]|u[0-9a-fA-F]{4}))+'
-    line = rf'\{{"entity_text": "{text}", "entity_label": "({types})"\}}'
+    begin, end = BEFORE_TEXT.replace("{", r"\{"), END.replace("}", r"\}")
+    line = f"{begin}{text}{BEFORE_LABEL}({types}){end}"
     return rf"({re.escape(no_entities)}|{line}(\n{line})*)"
 
 

@@ -24,13 +24,11 @@ from labeltune.errors import ModelError, first_line
 from labeltune.inference.scoring import CACHED_BYTES, PrefixCache, passes
 from labeltune.models.own_cache import OwnCache, run_behind, run_side_by_side
 from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
+from labeltune.prompts.ner import BEFORE_LABEL, BEFORE_TEXT, END, escaped, occurrences
 from labeltune.types import Entity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-_BEFORE_TEXT, _BEFORE_LABEL, _END = '{"entity_text": "', '", "entity_label": "', '"}'
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Grammars:
             any_span = " | ".join(span.partition(":")[0] for span in spans)
             kept_out = "".join(f" & ~{_literal(escaped(given))}" for given in exhausted)
             lines += [
-                f"line: {_literal(_BEFORE_TEXT)} TEXT {_literal(_BEFORE_LABEL)} LABEL {_literal(_END)} /\\n?/",
+                f"line: {_literal(BEFORE_TEXT)} TEXT {_literal(BEFORE_LABEL)} LABEL {_literal(END)} /\\n?/",
                 *spans,
                 f"TEXT: ({any_span}) & /(?s:.+)/{kept_out}",
                 f"LABEL: {' | '.join(_literal(escaped(label)) for label in self.labels)}",
@@ -108,11 +106,6 @@ class Grammars:
         if found.is_error():
             raise ModelError(f"the extraction grammar was refused: {found.get_error()}")
         return found
-
-
-def escaped(text: str) -> str:
-    """As it stands in the answer's JSON, without the quotes around it."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def escape_units(text: str) -> list[str]:
@@ -252,11 +245,6 @@ def _finish(row: _Row, truncated: bool) -> Extracted:
     return Extracted("\n".join(row.lines), tuple(row.scores), truncated)
 
 
-def occurrences(pieces: Sequence[str], part: str) -> int:
-    """How often `part` stands in the pieces, as `str.count` counts."""
-    return sum(piece.count(part) for piece in pieces)
-
-
 def nothing_left(pieces: Sequence[str], exhausted: Sequence[str]) -> bool:
     """Whether every part of a (very short) document has been given as often as it occurs."""
     if len(exhausted) < max(map(len, pieces), default=0):
@@ -314,15 +302,11 @@ class _Segments:
         return KVCache(self.prefix, len(own) + capacity), own
 
     def advance(self, rows: Sequence[tuple[KVCache, Sequence[int]]]) -> torch.Tensor:
-        parts: list[torch.Tensor] = []
-        batch: list[Segment] = []
-        for cache, ids in rows:
-            if batch and sum(len(s.ids) for s in batch) + len(ids) > self.max_tokens:
-                parts.append(run_segments(self.model, batch))
-                batch = []
-            batch.append(Segment(ids, cache, keep=True, wanted=[len(ids) - 1]))
-        parts.append(run_segments(self.model, batch))
-        return torch.cat(parts)
+        def fits(part: Sequence[Segment]) -> bool:
+            return sum(len(segment.ids) for segment in part) <= self.max_tokens
+
+        segments = [Segment(ids, cache, keep=True, wanted=[len(ids) - 1]) for cache, ids in rows]
+        return torch.cat([run_segments(self.model, part) for part in passes(segments, fits)])
 
 
 class CacheRunner:

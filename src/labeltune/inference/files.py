@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,14 +18,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow
-import pyarrow.parquet
 
 from labeltune.config import ColumnsConfig, DataConfig
-from labeltune.data.blocks import Block, block_records
-from labeltune.data.check import first_error
+from labeltune.data.blocks import Block, block_records, cut_file
+from labeltune.data.check import can_be_cut, first_error
 from labeltune.data.columns import columns_of_file
-from labeltune.data.formats import find_format
-from labeltune.data.records import Record, bounded_lines, without_key
+from labeltune.data.records import Record, without_key
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records
 from labeltune.data.standard_input import input_records
@@ -204,13 +203,8 @@ def _predict_chunk(predictor: Predictor, chunk: list[Row]) -> Iterator[Predictio
 
 
 def _askable(predictor: Predictor, row: Row) -> Row:
-    if isinstance(row, BadRow):
-        return row
-    try:
-        predictor.check(row)
-    except (DataError, PromptError) as error:
-        return BadRow(row.id, str(error), row.source)
-    return row
+    fault = predictor.fault(row) if isinstance(row, Example) else None
+    return row if fault is None else BadRow(row.id, str(fault), row.source)
 
 
 def predict_file(
@@ -399,18 +393,13 @@ def used_encoding(given: str | None, of_run: str, name: str) -> str:
 
 def count_rows(path: Path, encoding: str = "utf-8") -> int | None:
     """Rows of a file where they are quickly counted (jsonl, parquet), for a progress bar."""
-    if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
+    if not can_be_cut(path, encoding):
         return None
-    with path.open("rb") as file:
-        form = find_format(path.name, file, encoding)
-        if form.kind == "parquet" and not form.problem:
-            try:
-                return int(pyarrow.parquet.read_metadata(path).num_rows)
-            except (pyarrow.ArrowException, OSError):
-                return None  # reading the rows says what is wrong
-        if not form.plain:
-            return None
-        return sum(1 for line in bounded_lines(file) if line.strip())
+    try:
+        with path.open("rb") as file:
+            return sum(block.rows for block in cut_file(path.name, file, sys.maxsize, encoding=encoding))
+    except (pyarrow.ArrowException, OSError):
+        return None  # reading the rows says what is wrong
 
 
 def unfinished_names(name: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from labeltune.config import HubConfig, RunConfig
 from labeltune.inference.calibration import Calibration
 from labeltune.inference.predictor import Predictor, changed_generation, fingerprint
 from labeltune.io.outputs import is_hub_name
-from labeltune.io.run_folder import MANIFEST_FILE, RunInfo, find_checkpoint
+from labeltune.io.run_folder import ADAPTER_WEIGHTS, MANIFEST_FILE, RunInfo, find_checkpoint
 from labeltune.models.hub import load_model, load_tokenizer, resolve_model, snapshot
 from labeltune.models.lora import load_adapter, merge_adapter
 from labeltune.models.precision import pick_precision
@@ -103,7 +103,7 @@ def weights_file(folder: Path, info: RunInfo) -> Path:
     """The file whose hash tells a checkpoint's weights from others: of a whole model, the sums of a checkpoint's files where
     they are, as an index of weights in several files is the same for any two trainings."""
     if info.adapter:
-        return folder / "adapter_model.safetensors"
+        return folder / ADAPTER_WEIGHTS
     names = (MANIFEST_FILE, "model.safetensors", "model.safetensors.index.json")
     return next((folder / name for name in names if (folder / name).is_file()), folder / names[-1])
 

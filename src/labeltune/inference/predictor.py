@@ -26,7 +26,7 @@ from labeltune.distributed import (
     rank,
     world_size,
 )
-from labeltune.errors import ConfigError, DataError, ModelError
+from labeltune.errors import ConfigError, DataError, ModelError, PromptError
 from labeltune.inference.calibration import (
     Calibration,
     LabelScores,
@@ -256,11 +256,15 @@ class Predictor:
             for labels, lengths, views in asked
         ]
 
-    def check(self, example: Example) -> None:
-        """Raise what `predict` would raise because of this row: its labels, or that its prompt cannot be made to fit."""
-        if isinstance(self.task, ClassificationTask):
-            self._trie(example, self.task.candidates(example))
-        self.builder.views(example, self.generation.long_text)
+    def fault(self, example: Example) -> DataError | PromptError | None:
+        """What `predict` would raise because of this row: its labels, or that its prompt cannot be made to fit; else None."""
+        try:
+            if isinstance(self.task, ClassificationTask):
+                self._trie(example, self.task.candidates(example))
+            self.builder.views(example, self.generation.long_text)
+        except (DataError, PromptError) as error:
+            return error
+        return None
 
     def _trie(self, example: Example, labels: tuple[str, ...]) -> LabelTrie:
         if labels not in self._tries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import warnings
@@ -36,19 +37,57 @@ _ANSWERS = {
 }
 
 
-@contextlib.contextmanager
-def asking(hub: str, kind: Literal["model", "dataset"], repo: str, instead: str) -> Iterator[None]:
-    """What is done inside asks a hub for a repository.
+Kind = Literal["model", "dataset"]
+
+
+def fetch(
+    hub: str,
+    kind: Kind,
+    repo: str,
+    instead: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    local_dir: str | None = None,
+    allowed: list[str] | None = None,
+    ignored: list[str] | None = None,
+) -> Path:
+    """Fetch a repository with its hub's own client; returns the folder of its files.
 
     Args:
         hub: `ms` or `hf`.
         repo: `org/name`.
-        instead: how to go on without the hub; the page of the repository's files stands in front of it.
+        instead: how to go on without the hub, for the error; the page of the repository's files stands in front of it.
+        revision: branch, tag or commit; the hub's default when None.
+        cache_dir: folder for downloads; the hub's own when None.
+        local_dir: where to put the files themselves; into the cache when None.
+        allowed, ignored: patterns of the files wanted, all when None, and of those that are not.
 
     Raises:
-        HubError: anything failed inside.
+        HubError: the hub cannot be reached or has no such repository.
     """
-    name, address = _hub(hub)
+    with _asking(hub, kind, repo, instead):
+        client = importlib.import_module("modelscope" if hub == "ms" else "huggingface_hub")
+        folder = Path(
+            client.snapshot_download(
+                repo,
+                repo_type=kind,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_dir=local_dir,
+                allow_patterns=allowed,
+                ignore_patterns=ignored,
+            )
+        )
+    if local_dir is None:
+        _check_inside(folder, f"{hub}:{repo}")
+    return folder
+
+
+@contextlib.contextmanager
+def _asking(hub: str, kind: Kind, repo: str, instead: str) -> Iterator[None]:
+    """What is done inside asks a hub for a repository; anything that fails in it is a HubError."""
+    name, address = hub_address(hub)
     host = address.partition("://")[2]
     tell(f"fetching {repo} from {name} ({host})")
     disabled = logging.root.manager.disable
@@ -58,7 +97,7 @@ def asking(hub: str, kind: Literal["model", "dataset"], repo: str, instead: str)
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        page = _page(hub, address, kind, repo)
+        page = f"{repo_page(hub, kind, repo)}/{'files' if hub == 'ms' else 'tree/main'}"
         reason = why_unanswered(error)
         if reason is not None:
             raise HubError(
@@ -73,17 +112,19 @@ def asking(hub: str, kind: Literal["model", "dataset"], repo: str, instead: str)
         logging.disable(disabled)
 
 
-def _hub(hub: str) -> tuple[str, str]:
-    """Name and address, a mirror's where the hub's own variable names one."""
+def hub_address(hub: str) -> tuple[str, str]:
+    """Name and address of `ms` or `hf`, a mirror's where the hub's own variable names one."""
     if hub == "ms":
         return "ModelScope", f"https://{os.environ.get('MODELSCOPE_DOMAIN') or 'www.modelscope.cn'}"
     return "Hugging Face", (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def _page(hub: str, address: str, kind: Literal["model", "dataset"], repo: str) -> str:
+def repo_page(hub: str, kind: Kind, repo: str) -> str:
+    """The address of a repository."""
+    address = hub_address(hub)[1]
     if hub == "ms":
-        return f"{address}/{kind}s/{repo}/files"
-    return f"{address}/{'datasets/' if kind == 'dataset' else ''}{repo}/tree/main"
+        return f"{address}/{kind}s/{repo}"
+    return f"{address}/{'datasets/' if kind == 'dataset' else ''}{repo}"
 
 
 def why_unanswered(error: BaseException) -> str | None:
@@ -107,7 +148,7 @@ TRUST_VARIABLE = "LABELTUNE_TRUST_REMOTE_CODE"
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 
-def check_inside(snapshot: Path, spec: str) -> None:
+def _check_inside(snapshot: Path, spec: str) -> None:
     """Refuse a hub's snapshot with a link to somewhere else on this machine.
 
     Links into the repository's own folder are how Hugging Face's cache is made (`snapshots/REVISION` -> `blobs`).

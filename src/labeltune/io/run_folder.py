@@ -7,11 +7,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, field_validator
 
 from labeltune.config import (
     CalibrateConfig,
@@ -21,6 +20,7 @@ from labeltune.config import (
     HubConfig,
     PromptConfig,
     RunConfig,
+    Section,
     TaskName,
 )
 from labeltune.errors import ModelError, OutputError, near_it
@@ -28,15 +28,17 @@ from labeltune.io.hubs import PICKLES, may_run_code
 from labeltune.io.outputs import check_folder, file_hash, is_hub_name, local_path, write_json
 
 RUN_FILE = "labeltune.json"
+#: What peft calls an adapter's settings and weights.
+ADAPTER_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 #: SHA-256 of every file of a checkpoint as it was saved.
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
-@dataclass(frozen=True)
-class RunInfo:
-    """Everything prediction needs beside the weights; saved in every checkpoint.
+class RunInfo(Section):
+    """Everything prediction needs beside the weights; saved in every checkpoint, its fields in this order.
 
     Attributes:
         model: the `model:` string of the base model.
@@ -50,6 +52,8 @@ class RunInfo:
             when it is not known.
     """
 
+    model_config = ConfigDict(extra="ignore")  # a later version may have more
+
     task: TaskName
     model: str
     hub: HubConfig
@@ -57,12 +61,17 @@ class RunInfo:
     prompt: PromptConfig
     generation: GenerationConfig
     columns: ColumnsConfig
-    chat_template: str
-    adapter: bool = True
-    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
-    data: dict[str, Any] = field(default_factory=dict)
     encoding: str = "utf-8"
+    chat_template: str
     answer_lead: str = ""
+    adapter: bool
+    calibrate: CalibrateConfig = Field(default_factory=CalibrateConfig)
+    data: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, value: str) -> str:
+        return DataConfig(encoding=value).encoding
 
     @staticmethod
     def of(
@@ -74,19 +83,19 @@ class RunInfo:
     ) -> RunInfo:
         """For a run that is about to be trained."""
         return RunInfo(
-            config.task,
-            config.model,
-            config.hub,
-            labels,
-            config.prompt,
-            config.generation,
-            config.data.columns,
-            chat_template,
-            config.training.method != "full",
-            config.calibrate,
-            data or {},
-            config.data.encoding,
-            answer_lead,
+            task=config.task,
+            model=config.model,
+            hub=config.hub,
+            labels=labels,
+            prompt=config.prompt,
+            generation=config.generation,
+            columns=config.data.columns,
+            encoding=config.data.encoding,
+            chat_template=chat_template,
+            answer_lead=answer_lead,
+            adapter=config.training.method != "full",
+            calibrate=config.calibrate,
+            data=data or {},
         )
 
     def runs_code(self, agreed: bool = False) -> bool:
@@ -95,25 +104,7 @@ class RunInfo:
 
     def save(self, folder: Path) -> None:
         """Write `labeltune.json`; it comes last, so a checkpoint that has it is complete."""
-        write_json(
-            folder / RUN_FILE,
-            {
-                "format": _FORMAT,
-                "task": self.task,
-                "model": self.model,
-                "hub": self.hub.model_dump(),
-                "labels": list(self.labels),
-                "prompt": self.prompt.model_dump(),
-                "generation": self.generation.model_dump(),
-                "columns": self.columns.model_dump(),
-                "encoding": self.encoding,
-                "chat_template": self.chat_template,
-                "answer_lead": self.answer_lead,
-                "adapter": self.adapter,
-                "calibrate": self.calibrate.model_dump(),
-                "data": self.data,
-            },
-        )
+        write_json(folder / RUN_FILE, {"format": _FORMAT, **self.model_dump()})
 
     @staticmethod
     def load(folder: Path) -> RunInfo:
@@ -129,24 +120,10 @@ class RunInfo:
                 raise ModelError(
                     f"{path} was written by a newer labeltune; upgrade in the folder of the clone: git pull && pip install -c constraints.txt ."
                 )
-            return RunInfo(
-                values["task"],
-                values["model"],
-                HubConfig.model_validate(values["hub"]),
-                tuple(values["labels"]),
-                PromptConfig.model_validate(values["prompt"]),
-                GenerationConfig.model_validate(values["generation"]),
-                ColumnsConfig.model_validate(values["columns"]),
-                values["chat_template"],
-                values["adapter"],
-                CalibrateConfig.model_validate(values.get("calibrate", {})),
-                dict(values.get("data", {})),
-                DataConfig(encoding=values.get("encoding", "utf-8")).encoding,
-                str(values.get("answer_lead", "")),
-            )
+            return RunInfo.model_validate(values)
         except FileNotFoundError:
             raise ModelError(f"{folder} holds no {RUN_FILE}; it is no labeltune checkpoint") from None
-        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{path} is damaged: {error}") from error
 
 
@@ -289,8 +266,22 @@ def remove_checkpoints(output_dir: str) -> None:
 UNFINISHED_FILE = ".unfinished"
 
 
+#: Hashes of texts in a checkpoint, of those that chose it and those that trained it: 8 bytes each, little-endian, sorted.
+SELECTION_FILE = "selection.u64"
+TRAINING_FILE = "training.u64"
 #: What an evaluation writes into its folder.
 EVALUATION_FILES = ("metrics.json", "predictions.jsonl", "report.html")
+#: Where a training leaves them in its run folder, of its validation rows.
+VALIDATION_FOLDER = "validation"
+
+
+def validation_file(checkpoint: Path, name: str) -> Path | None:
+    """One of `EVALUATION_FILES` of a checkpoint's run, also of a link to a checkpoint; None where it is not there."""
+    for folder in dict.fromkeys((checkpoint.absolute().parent, checkpoint.resolve().parent)):
+        file = folder / VALIDATION_FOLDER / name
+        if file.is_file():
+            return file
+    return None
 
 
 def files_read(run: str | os.PathLike[str]) -> list[Path]:
@@ -335,15 +326,13 @@ def check_inputs_kept(config: RunConfig, path: str | None, overwrite: bool) -> N
     Raises:
         OutputError: it would delete one of them, or write its report over one.
     """
-    data, folder = config.data, Path(config.output_dir)
-    read = [
-        given for given in (path, config.model, data.train, data.validation, data.test) if given is not None
-    ]
+    folder = Path(config.output_dir)
+    read = [*([path] if path is not None else []), *config.inputs()]
     if overwrite:
         for removed in (folder / "best", *checkpoints(folder)):
             if removed.exists():
                 check_folder(removed, read, replaced=True)
-    check_folder(folder / "validation", read, EVALUATION_FILES)
+    check_folder(folder / VALIDATION_FOLDER, read, EVALUATION_FILES)
 
 
 def replaced(checkpoint: Path) -> Path:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import huggingface_hub
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -22,7 +21,7 @@ from transformers.utils import logging
 
 from labeltune.config import HubConfig
 from labeltune.errors import MissingExtraError, ModelError, first_line
-from labeltune.io.hubs import PICKLES, asking, check_inside
+from labeltune.io.hubs import PICKLES, fetch
 from labeltune.io.outputs import is_hub_name
 from labeltune.models.pocket import ALTERNATIVES, POCKET_MODELS, check_spec, pocket_folder
 
@@ -87,25 +86,14 @@ def snapshot(spec: str, hub: HubConfig, *, weights: bool = True) -> Path:
         ModelError: the name has another form.
     """
     check_spec(spec)
-    repo = spec[3:]
-    ignored = IGNORED_FILES if weights else [*IGNORED_FILES, "*.safetensors"]
-    with asking(spec[:2], "model", repo, f"name their folder as model=FOLDER; {ALTERNATIVES}"):
-        folder = _fetch(spec, repo, hub, ignored)
-    check_inside(folder, spec)
-    return folder
-
-
-def _fetch(spec: str, repo: str, hub: HubConfig, ignored: list[str]) -> Path:
-    if spec.startswith("ms:"):
-        from modelscope import snapshot_download as ms_download
-
-        return Path(
-            ms_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=ignored)
-        )
-    return Path(
-        huggingface_hub.snapshot_download(
-            repo, revision=hub.revision, cache_dir=hub.cache_dir, ignore_patterns=ignored
-        )
+    return fetch(
+        spec[:2],
+        "model",
+        spec[3:],
+        f"name their folder as model=FOLDER; {ALTERNATIVES}",
+        revision=hub.revision,
+        cache_dir=hub.cache_dir,
+        ignored=IGNORED_FILES if weights else [*IGNORED_FILES, "*.safetensors"],
     )
 
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from labeltune.config import LoraConfig
 from labeltune.errors import ModelError, first_line
 from labeltune.io.hubs import PICKLES
+from labeltune.io.run_folder import ADAPTER_WEIGHTS
 
 try:
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ADAPTER_FILE = "adapter_config.json"
 #: The value of `lora.target_modules` that stands for `linear_layers`.
 ALL_LINEAR = "all-linear"
 #: Where a module reads the weights of a layer of its own without calling it.
@@ -207,7 +207,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
     Raises:
         ModelError: the adapter is missing, damaged, or made for another model.
     """
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         pickles = sorted(p.name for p in folder.glob("adapter_model*") if p.suffix in PICKLES)
         reason = (
             f"only {', '.join(pickles)}, a pickle, which is never loaded" if pickles else "it is incomplete"
@@ -222,7 +222,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
 
 def restore_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Give a model with an adapter the adapter weights of a checkpoint of the same run."""
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
 
 
 def merge_adapter(model: PreTrainedModel, dtype: torch.dtype) -> Any:

@@ -27,6 +27,9 @@ class Task(Protocol):
     def prompt(self) -> PromptConfig:
         """The prompt this task was made with."""
 
+    def values(self, labels: Sequence[str]) -> dict[str, str]:
+        """What the places of the prompt are filled with for these labels: place -> text."""
+
     def conversation(self, example: Example) -> Conversation:
         """What the model is asked about this example."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
@@ -49,11 +50,13 @@ class ClassificationTask:
             raise DataError(f"{example.where}: {fault}")
         return found
 
+    def values(self, labels: Sequence[str]) -> dict[str, str]:
+        """The candidates, written as Python writes a list of strings and between semicolons."""
+        return {"category": repr(list(labels)), "labels": "; ".join(labels)}
+
     def conversation(self, example: Example) -> Conversation:
-        """The prompt, with the candidates written as Python writes a list of strings."""
-        candidates = self.candidates(example)
-        values = {"category": repr(list(candidates)), "labels": "; ".join(candidates)}
-        return build_conversation(self.prompt, example.text, values)
+        """The prompt, with the candidates in it."""
+        return build_conversation(self.prompt, example.text, self.values(self.candidates(example)))
 
     def target(self, example: Example) -> str:
         """The label itself."""

@@ -12,6 +12,14 @@ from labeltune.errors import DataError
 from labeltune.prompts.template import Conversation, build_conversation
 from labeltune.types import Entity, Example, Prediction
 
+#: The parts of an answer's line around an entity's text and its label, both as they stand in JSON.
+BEFORE_TEXT, BEFORE_LABEL, END = '{"entity_text": "', '", "entity_label": "', '"}'
+
+
+def escaped(text: str) -> str:
+    """As it stands in the answer's JSON, without the quotes around it."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
 
 @dataclass(frozen=True)
 class NerTask:
@@ -21,15 +29,17 @@ class NerTask:
     prompt: PromptConfig
     name: TaskName = "ner"
 
-    def conversation(self, example: Example) -> Conversation:
-        """The prompt, with the label names between semicolons."""
-        listed = "; ".join(self.labels)
-        values = {
-            "labels": listed,
-            "category": repr(list(self.labels)),
+    def values(self, labels: Sequence[str]) -> dict[str, str]:
+        """The label names, between semicolons and as Python writes a list, and the sentence that there is no entity."""
+        return {
+            "labels": "; ".join(labels),
+            "category": repr(list(labels)),
             "no_entities": self.prompt.no_entities,
         }
-        return build_conversation(self.prompt, example.text, values)
+
+    def conversation(self, example: Example) -> Conversation:
+        """The prompt, with the label names in it."""
+        return build_conversation(self.prompt, example.text, self.values(self.labels))
 
     def target(self, example: Example) -> str:
         """JSON lines in order of appearance, or the sentence that there is none."""
@@ -39,7 +49,7 @@ class NerTask:
             return self.prompt.no_entities
         ordered = sorted(example.entities, key=lambda e: (e.start or 0, e.end or 0))
         return "\n".join(
-            json.dumps({"entity_text": e.text, "entity_label": e.label}, ensure_ascii=False) for e in ordered
+            f"{BEFORE_TEXT}{escaped(e.text)}{BEFORE_LABEL}{escaped(e.label)}{END}" for e in ordered
         )
 
     def possible_answers(self, example: Example) -> tuple[str, ...]:
@@ -106,12 +116,12 @@ def locate(
     for number, (entity_text, label) in enumerate(found):
         score = scores[number] if number < len(scores) else None
         size = len(entity_text)
-        places = [at for part in parts for at in _occurrences(text, entity_text, part)]
+        places = [at for part in parts for at in _places(text, entity_text, part)]
         free = [at for at in places if not any(at < end and begin < at + size for begin, end in taken)]
         left = [at for at in places if (at, at + size) not in taken]
         choices = [*(at for at in free if at >= cursor), *free, *left]
         given[entity_text] += 1
-        if given[entity_text] > sum(text.count(entity_text, *part) for part in parts):
+        if given[entity_text] > occurrences([text[start:end] for start, end in parts], entity_text):
             entities.append(Entity(entity_text, label, score=score))
             continue
         start = choices[0]
@@ -121,7 +131,12 @@ def locate(
     return tuple(entities)
 
 
-def _occurrences(text: str, entity_text: str, part: tuple[int, int]) -> Iterator[int]:
+def occurrences(pieces: Sequence[str], part: str) -> int:
+    """How often `part` stands in the pieces, as `str.count` counts: an entity may be given so often."""
+    return sum(piece.count(part) for piece in pieces)
+
+
+def _places(text: str, entity_text: str, part: tuple[int, int]) -> Iterator[int]:
     """Where it begins inside a part, overlapping ones included."""
     at = text.find(entity_text, *part)
     while at >= 0:

@@ -48,9 +48,9 @@ def question(request: ChatRequest, served: Served) -> tuple[str, tuple[str, ...]
 def read_prompt(content: str, served: Served) -> tuple[str, tuple[str, ...]]:
     """Document and candidates of a user message: what stands where the run's prompt has them, else all of it and none."""
     task = served.predictor.task
-    values = {"category": _MARK, "labels": "; ".join(served.labels), "no_entities": task.prompt.no_entities}
-    if task.name == "ner":
-        values["category"] = repr(list(served.labels))
+    values = task.values(served.labels)
+    if task.name == "classification":
+        values["category"] = _MARK
     shape = build_conversation(task.prompt, "", values)
     marks = shape.user.count(_MARK)
     start, middle, end = shape.before_text, "", shape.after_text

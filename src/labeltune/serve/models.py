@@ -17,7 +17,7 @@ from labeltune.errors import ConfigError, DataError, ModelError, PromptError
 from labeltune.inference.load import load_predictor, predictor_on
 from labeltune.inference.predictor import Predictor
 from labeltune.io.outputs import is_hub_name
-from labeltune.io.run_folder import RunInfo, find_checkpoint
+from labeltune.io.run_folder import RunInfo, find_checkpoint, validation_file
 from labeltune.models.hub import resolve_model
 from labeltune.serve.batching import Answer, Row
 from labeltune.types import Example
@@ -107,20 +107,12 @@ def _predict(predictor: Predictor, examples: Sequence[Example]) -> list[Answer |
             return [error]
         if not isinstance(error, (DataError, PromptError)):
             return [found for example in examples for found in _predict(predictor, [example])]
-        faults = [_fault(predictor, example) for example in examples]
+        faults = [predictor.fault(example) for example in examples]
         good = [example for example, fault in zip(examples, faults, strict=True) if fault is None]
         if not good or len(good) == len(examples):
             return [fault or error for fault in faults]
         rest = iter(_predict(predictor, good))
         return [next(rest) if fault is None else fault for fault in faults]
-
-
-def _fault(predictor: Predictor, example: Example) -> Exception | None:
-    try:
-        predictor.check(example)
-    except (DataError, PromptError) as error:
-        return error
-    return None
 
 
 def _counted(predictor: Predictor, row: Row, answer: Answer) -> Answer:
@@ -275,7 +267,7 @@ def _warm_up(models: Models, served: Served) -> None:
 
 def documents(served: Served) -> list[str]:
     """A few of the run's validation rows, as its training wrote them; made-up ones where there are none."""
-    file = validation_file(served.folder)
+    file = validation_file(served.folder, "predictions.jsonl")
     found: list[str] = []
     if file is not None:
         with file.open(encoding="utf-8", errors="replace") as lines:
@@ -286,15 +278,6 @@ def documents(served: Served) -> list[str]:
                 if len(found) == _COUNT:
                     break
     return found or list(DOCUMENTS[served.task])
-
-
-def validation_file(checkpoint: Path) -> Path | None:
-    """`validation/predictions.jsonl` in the run folder of a checkpoint."""
-    for folder in dict.fromkeys((checkpoint.absolute().parent, checkpoint.resolve().parent)):
-        file = folder / "validation" / "predictions.jsonl"
-        if file.is_file():
-            return file
-    return None
 
 
 def _text(line: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from labeltune.config import RunConfig, config_keys
 from labeltune.errors import ConfigError, ModelError, clipped
 from labeltune.io.outputs import write_json
-from labeltune.io.run_folder import RunInfo
+from labeltune.io.run_folder import ADAPTER_FILE, SELECTION_FILE, RunInfo, validation_file
 from labeltune.training.packing import steps_in_all
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _told(checkpoint: Path, info: RunInfo) -> dict[str, Any]:
         "generation": info.generation.model_dump(mode="json"),
         "calibrate": info.calibrate.model_dump(mode="json"),
     }
-    adapter = _read(checkpoint / "adapter_config.json") if info.adapter else None
+    adapter = _read(checkpoint / ADAPTER_FILE) if info.adapter else None
     if adapter is not None:
         names = {
             "r": "r",
@@ -279,10 +279,10 @@ def _finished_before(checkpoint: Path, config: RunConfig, validated: bool) -> Fi
         return None
     lines = log.read_text(encoding="utf-8").splitlines()
     ended = json.loads(lines[-1]) if lines else {}
-    written = (checkpoint.parent / "best" / "selection.u64", checkpoint.parent / "validation" / "report.html")
+    chosen = checkpoint.parent / "best" / SELECTION_FILE
     if _LAST_LOGGED not in ended or ended.get("step") != found["global_step"]:
         return None
-    if validated and not all(file.is_file() for file in written):
+    if validated and not (chosen.is_file() and validation_file(checkpoint, "report.html")):
         return None
     best = found["best_global_step"]
     return Finished(
