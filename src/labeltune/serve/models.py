@@ -19,6 +19,7 @@ from labeltune.inference.predictor import Predictor
 from labeltune.io.outputs import is_hub_name
 from labeltune.io.run_folder import RunInfo, find_checkpoint
 from labeltune.models.hub import resolve_model
+from labeltune.models.lora import load_adapter
 from labeltune.serve.batching import Answer, Row
 from labeltune.types import Example
 
@@ -214,13 +215,7 @@ def load_models(
     for number, ((other, _), folder) in enumerate(zip(adapters, folders, strict=True)):
         inside = f"served{number}"
         say(f"loading the run {folder}")
-        try:
-            predictor.model.load_adapter(
-                str(folder), inside, is_trainable=False, torch_device=str(predictor.model.device)
-            )
-        except Exception as error:
-            raise ModelError(f"the adapter in {folder} does not fit its base model: {error}") from error
-        predictor.model.eval()
+        load_adapter(predictor.model, folder, inside).eval()
         served.append(Served(other, predictor_on(predictor.model, folder), inside, folder))
     for each in served:
         _make_exact(each)
