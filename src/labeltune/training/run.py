@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import SaveStrategy
 
 from labeltune.config import RunConfig
-from labeltune.distributed import connect, peer_errors
+from labeltune.distributed import peer_errors
 from labeltune.io.outputs import writing
 from labeltune.io.progress import Say, begin
 from labeltune.io.run_folder import RunInfo, how_to_go_on
@@ -83,8 +83,6 @@ def run_training(
         Interrupted: Ctrl-C; a checkpoint has been saved.
         ModelError: one example alone does not fit into the device's memory.
     """
-    if precision.device == "cpu":
-        connect(config.training.collective_timeout)
     validated = validation is not None
     arguments = training_arguments(config, precision, validated)
     done = resume_from is not None and trained_already(resume_from, config, len(train), validated)
@@ -270,9 +268,6 @@ def time_steps(
     Raises:
         DivergedError, ModelError: as in training.
     """
-    timeout = config.training.collective_timeout
-    if precision.device == "cpu":
-        connect(timeout)
     clock = StepClock()
     with tempfile.TemporaryDirectory(prefix="labeltune-dry-run-") as nowhere:
         unsaved = config.model_copy(update={"output_dir": nowhere, "tracking": "none"})
@@ -288,7 +283,7 @@ def time_steps(
             processing_class=tokenizer,
             callbacks=[clock],
         )
-        with peer_errors(timeout, lambda: "Nothing was saved"):
+        with peer_errors(config.training.collective_timeout, lambda: "Nothing was saved"):
             prepare(trainer, unsaved, precision)
             trainer.train()
     settings = trainer.settings
