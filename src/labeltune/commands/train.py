@@ -197,7 +197,7 @@ def train(
         try:
             return _train(config, resume, overwrite, say, command)
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped; {how_to_go_on(folder)}") from None
+            raise Interrupted(f"stopped; {how_to_go_on(folder, command)}") from None
 
 
 def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None) -> TrainResult:
@@ -249,7 +249,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
                 record.RECORD_FILE: record.run_record(config, all_rows),
                 TRAINING_FILE: hashes_file(splits.train_texts),
             },
-            go_on=f"{command} --resume" if command is not None else None,
+            command=command,
             show=show if shown else None,
         )
         finishing = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import threading
 import unicodedata
@@ -17,7 +16,7 @@ from labeltune.errors import ConfigError, DataError, ModelError, PromptError
 from labeltune.inference.load import load_predictor, predictor_on
 from labeltune.inference.predictor import Predictor
 from labeltune.io.outputs import is_hub_name
-from labeltune.io.run_folder import RunInfo, find_checkpoint
+from labeltune.io.run_folder import RunInfo, find_checkpoint, step_of
 from labeltune.models.hub import resolve_model
 from labeltune.models.lora import load_adapter
 from labeltune.serve.batching import Answer, Row
@@ -150,7 +149,7 @@ def run_name(run: str) -> str:
         name = run.rpartition("/")[2]
     else:
         folder = Path(run).expanduser().absolute()
-        if folder.name == "best" or re.fullmatch(r"checkpoint-\d+", folder.name):
+        if folder.name == "best" or step_of(folder) >= 0:
             folder = folder.parent
         name = folder.name
     name = "".join(c if _fits(c) else "-" for c in unicodedata.normalize("NFC", name))[:64]
