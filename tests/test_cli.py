@@ -747,7 +747,7 @@ def test_doctor_names_missing_kernels_where_there_is_a_gpu(
 
     from labeltune.models import kernels
 
-    card = SimpleNamespace(name="card", total_memory=80 * 2**30, major=9)
+    card = SimpleNamespace(name="card", total_memory=80 * 2**30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
