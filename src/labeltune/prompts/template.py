@@ -33,6 +33,8 @@ from labeltune.errors import PromptError, clipped
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from labeltune.io.run_folder import RunInfo
+
 #: For base models without a template of their own: messages one below the other, the answer ended by the eos token.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
@@ -199,6 +201,12 @@ class ChatTemplate:
         )
         self._special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self.end_of_turn_ids, self._tail_ids = self._end_of_turn(self._frames[False].end)
+
+    @classmethod
+    def of_run(cls, info: RunInfo, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+        """The template that a run was trained with."""
+        tokenizer.chat_template = info.chat_template
+        return cls(tokenizer, info.prompt, info.answer_lead)
 
     @property
     def rendered(self) -> str:
