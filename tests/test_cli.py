@@ -19,6 +19,7 @@ import pytest
 from helpers.commands import process
 from helpers.hubs import fake_hub
 from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.runs import run_without_weights
 from labeltune.commands import main, original
 from labeltune.config import CLASSIFICATION_USER, ENGLISH_PROMPTS, load_config
 from labeltune.data.sources import iter_records
@@ -775,7 +776,7 @@ def test_doctor_names_missing_kernels_where_there_is_a_gpu(
 
     from labeltune.models import kernels
 
-    card = SimpleNamespace(name="card", total_memory=80 * 2**30, major=9)
+    card = SimpleNamespace(name="card", total_memory=80 * 2**30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
@@ -960,6 +961,10 @@ def test_ctrl_c_outside_the_steps_is_said(
     stopped = labeltune("train", "--data", "rows.jsonl", "--model", str(model_folder))
     assert stopped.code == 130
     assert stopped.err.splitlines()[-1] == "stopped; no checkpoint has been saved"
+    run_without_weights(in_folder / "output" / "rows")
+    stopped = labeltune("train", "--data", "rows.jsonl", "--model", str(model_folder), "--overwrite")
+    again = f"labeltune train --data rows.jsonl model={model_folder} --resume"
+    assert stopped.err.splitlines()[-1] == f"stopped; checkpoint-1 is saved, go on with: {again}"
     monkeypatch.setattr("labeltune.commands.data.check_data", interrupted)
     stopped = labeltune("data", "check", "rows.jsonl")
     assert (stopped.code, stopped.err.splitlines()[-1]) == (130, "interrupted")

@@ -113,7 +113,6 @@ COMPOSED = {
     "{label} ({rows}, first in row {n}), {more}",
     "{word} of the texts shortened",
     "{n} times fewer tokens with a shared prefix",
-    "stopped at step {n} of {n2}; {checkpoint} is saved, {then}",
     "accuracy: {first} -> {second}, {difference} (95 % interval {low} to {high}, p = {p})",
     "macro_f1: {first} -> {second}, {difference} (95 % interval {low} to {high}, p = {p})",
     "span_f1: {first} -> {second}, {difference} (95 % interval {low} to {high}, p = {p})",

@@ -228,8 +228,12 @@ def test_a_process_that_is_killed_ends_the_other_with_the_cause(in_folder: Path,
 
 SILENT = """
 import os, time
-from labeltune.distributed import all_reduce, connect, peer_errors
-connect(3)
+from labeltune.config import build_config
+from labeltune.distributed import all_reduce, peer_errors
+from labeltune.models.precision import Precision
+from labeltune.training.preflight import check_feasible
+config = build_config({"training": {"collective_timeout": 3}})
+check_feasible(config, Precision("fp32", None, "cpu"), 99, has_validation=False)
 if os.environ["RANK"] == "1":
     time.sleep(600)
 with peer_errors(3, lambda: "checkpoint-2 is saved"):

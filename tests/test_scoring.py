@@ -188,6 +188,14 @@ def test_a_backend_that_ignores_the_segments_is_caught(monkeypatch: pytest.Monke
         assert_close(engine.score(asked), right)
 
 
+def test_where_no_experts_are_the_least_effect_of_another_row_is_a_leak() -> None:
+    model, asked = make_model(VOCABULARY).eval(), questions(5, count=3)
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda _, given, found: found + 1e-6 * found.mean(1, keepdim=True))
+    with pytest.warns(UserWarning, match="replaced attention: logits change by .* of another row"):
+        Engine(model).score(asked)
+
+
 def test_the_engine_uses_the_fast_way_for_a_sound_model(recwarn: pytest.WarningsRecorder) -> None:
     model, asked = make_model(VOCABULARY).eval(), questions(6, count=3)
     engine = Engine(model)

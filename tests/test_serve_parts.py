@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from helpers.rows import LABELS
@@ -266,6 +268,15 @@ def test_ports_in_use_and_other_bases_are_refused(
     assert models.served["n.1"].predictor.calibrate.prior == "none" and "left out" in capsys.readouterr().err
     assert documents(models.served["n.1"])[0] == "match number 0 match"
     assert models.served["n.1"].labels == tuple(LABELS)
+
+
+def test_a_served_adapter_is_never_read_from_a_pickle(tmp_path: Path, model_folder: Path) -> None:
+    first, second = (make_run(tmp_path / name, model_folder) for name in ("first", "second"))
+    weights = second / "best" / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"only adapter_model\.bin, a pickle, which is never loaded"):
+        load_models(str(first), None, [("other", str(second))])
 
 
 def test_the_command_needs_its_extra_and_help_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -66,6 +66,8 @@ def higher_is_better(metric: str) -> bool:
     return metric != "loss"
 
 
+#: Keys and sections that say where a run is kept and shown; nothing that comes of it depends on them.
+KEPT_AND_SHOWN = ("output_dir", "tracking", "swanlab", "hub.cache_dir", "hub.accept_license", "data.test")
 #: No step, row, token or seed has a larger number: libraries keep them in 32 bits.
 LARGEST = 2**31 - 1
 
@@ -505,6 +507,25 @@ def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
         else:
             shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
             yield f"{prefix}{name}", shown.replace("typing.", ""), field.default, field.description or ""
+
+
+def leaves(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Config keys -> their values, of the keys that a nested mapping has."""
+    found = {}
+    for key, *_ in config_keys():
+        value: Any = values
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                break
+            value = value[part]
+        else:
+            found[key] = value
+    return found
+
+
+def is_among(key: str, keys: Iterable[str]) -> bool:
+    """Whether a config key is one of these, or stands in a section that is."""
+    return any(key == each or key.startswith(f"{each}.") for each in keys)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

@@ -19,9 +19,9 @@ from labeltune.commands.evaluate import (
     opened,
     print_figures,
     right_answer,
-    what_rows_are,
 )
 from labeltune.commands.options import FiguresAsJson, MaxRows, OnError
+from labeltune.commands.row_hashes import rows_seen
 from labeltune.config import is_config
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import BARE, compare_predictions, comparison_page
@@ -121,7 +121,7 @@ def compare(
         "base": _untuned(first) and not _untuned(second),
         "data": data,
         "task": about.task,
-        **what_rows_are([about.folder, *(each.folder for each in others)], examples),
+        **rows_seen([each.folder for each in (about, *others)], [e.text for e in examples]).to_dict(),
         "headline": {
             "first": headline(examples, answers_of_first),
             "second": headline(examples, predictions),

@@ -88,6 +88,8 @@ def _packages() -> Iterator[Finding]:
 def _accelerator() -> Iterator[Finding]:
     try:
         import torch
+
+        from labeltune.models.precision import has_bf16
     except ImportError as error:
         yield LACK, "PyTorch cannot be imported", str(error)
         return
@@ -112,7 +114,7 @@ def _accelerator() -> Iterator[Finding]:
                 "less than 10 GiB of GPU memory",
                 "Qwen2-1.5B may need training.method=qlora",
             )
-        if properties.major >= 8:
+        if has_bf16(index):
             yield OK, "bf16", ""
         else:
             yield NOTE, "no bf16 on this card", "fp16 with a loss scaler is used instead"

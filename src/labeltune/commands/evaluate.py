@@ -36,8 +36,6 @@ from labeltune.evaluation.metrics import classification_metrics
 from labeltune.evaluation.report import report_page
 from labeltune.evaluation.spans import entity_dictionary, ner_metrics
 from labeltune.evaluation.summary import (
-    SELECTION,
-    TRAINING,
     rows_line,
     shown_headline,
     slices,
@@ -177,7 +175,7 @@ def evaluate(
         "base": base,
         "decoding": about_run.generation.decoding,
         "data": data,
-        **what_rows_are([about_run.folder], examples),
+        **rows_seen([about_run.folder], [e.text for e in examples]).to_dict(),
     }
     metrics = all_metrics(about, examples, predictions, labels, dictionary)
     if rows.audit.errors:
@@ -210,22 +208,6 @@ def write_evaluation(
     rows = (_evaluated_row(e, p) for e, p in zip(examples, predictions, strict=True))
     write_jsonl(folder / "predictions.jsonl", rows)
     write_text(folder / "report.html", report_page(metrics, examples, predictions))
-
-
-def what_rows_are(runs: Sequence[Path | None], examples: Sequence[Example]) -> dict[str, Any]:
-    """What the runs in these checkpoint folders have seen of the rows; None stands for an untuned model.
-
-    Returns:
-        `training_rows`: how many of the rows a run was trained on, None where a run does not remember. `selection_rows`:
-        how many of the others its checkpoint and temperature were chosen on, left out when none. `rows_are`: `test`, or what the rows were used for as soon as one was.
-    """
-    seen = rows_seen([folder for folder in runs if folder is not None], [e.text for e in examples])
-    found: dict[str, Any] = {"rows_are": "test", "training_rows": seen.trained}
-    if seen.selected:
-        found |= {"rows_are": SELECTION, "selection_rows": seen.selected}
-    if seen.trained:
-        found["rows_are"] = TRAINING
-    return found
 
 
 def labelled_rows(

@@ -190,7 +190,7 @@ def export(
             begin("writing onnx/ (the parity gate has not seen it)", say)
             onnx_form.write_onnx(exporter, folder)
         job.describe(folder, test_metrics, parity)
-    say(f"exported the {'merged model' if job.adapter is None else 'adapter'} to {target}")
+    say(f"exported the {job.kind} to {target}")
     address = None
     if push is not None:
         begin(f"pushing to {push}", say)

@@ -25,7 +25,7 @@ from labeltune.data.records import Record, without_key
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records, resolve_data
 from labeltune.errors import ConfigError, DataError, MissingExtraError, OutputError, counted
-from labeltune.inference.files import csv_of, is_csv, parse_shard, shard_output, unfinished_names
+from labeltune.inference.files import CHUNK_ROWS, csv_of, is_csv, parse_shard, shard_output, unfinished_names
 from labeltune.io.outputs import (
     check_file,
     check_folder,
@@ -87,7 +87,9 @@ EngineOption = Annotated[
         "--engine", help="local, or ray: shards of FILE on many processes or machines, OUTPUT is a folder."
     ),
 ]
-BlockRows = Annotated[int, typer.Option(help="Rows of a part that ray writes; a multiple of 256.", min=256)]
+BlockRows = Annotated[
+    int, typer.Option(help=f"Rows of a part that ray writes; a multiple of {CHUNK_ROWS}.", min=CHUNK_ROWS)
+]
 
 
 def predict_command(

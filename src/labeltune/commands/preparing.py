@@ -133,9 +133,7 @@ def load_prompts(
     tokenizer = load_tokenizer(folder, config.hub.trust_remote_code)
     if resume_from is None:
         return folder, builder_for_base(config, labels, tokenizer)
-    info = RunInfo.load(resume_from)
-    tokenizer.chat_template = info.chat_template
-    template = ChatTemplate(tokenizer, info.prompt, info.answer_lead)
+    template = ChatTemplate.of_run(RunInfo.load(resume_from), tokenizer)
     return folder, PromptBuilder(make_task(config.task, labels, config.prompt), template)
 
 

@@ -12,6 +12,7 @@ import numpy
 
 from labeltune.data.check import text_hash
 from labeltune.errors import ModelError
+from labeltune.evaluation.summary import SELECTION, TRAINING
 from labeltune.io.outputs import write_bytes
 from labeltune.io.run_folder import SELECTION_FILE, TRAINING_FILE
 
@@ -30,6 +31,15 @@ class Seen:
     trained: int | None
     selected: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """As figures tell of it: `rows_are` is `test`, or what the rows were used for as soon as one was."""
+        found: dict[str, Any] = {"rows_are": "test", "training_rows": self.trained}
+        if self.selected:
+            found |= {"rows_are": SELECTION, "selection_rows": self.selected}
+        if self.trained:
+            found["rows_are"] = TRAINING
+        return found
+
 
 def hashes_file(hashes: Hashes) -> bytes:
     """Content of a file of hashes."""
@@ -41,8 +51,8 @@ def save_selection(folder: Path, texts: Iterable[str]) -> None:
     write_bytes(folder / SELECTION_FILE, hashes_file(_hashes(texts)))
 
 
-def rows_seen(folders: Sequence[Path], texts: Iterable[str]) -> Seen:
-    """How many of these texts one of the checkpoints was trained on or chosen by.
+def rows_seen(folders: Sequence[Path | None], texts: Iterable[str]) -> Seen:
+    """How many of these texts one of the checkpoints was trained on or chosen by; None stands for an untuned model.
 
     Raises:
         ModelError: a file is damaged.
@@ -50,7 +60,7 @@ def rows_seen(folders: Sequence[Path], texts: Iterable[str]) -> Seen:
     rows = _hashes(texts)
     trained, selected = numpy.zeros(len(rows), dtype=bool), numpy.zeros(len(rows), dtype=bool)
     remembered = True
-    for folder in folders:
+    for folder in filter(None, folders):
         for name, found in ((TRAINING_FILE, trained), (SELECTION_FILE, selected)):
             known = _read(folder / name)
             if known is not None:

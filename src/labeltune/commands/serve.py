@@ -14,6 +14,7 @@ from labeltune.errors import MissingExtraError
 from labeltune.io.outputs import is_hub_name
 from labeltune.io.run_folder import find_checkpoint
 from labeltune.messages import localize
+from labeltune.serve.settings import Settings, read_api_key
 
 #: What the extra `serve` installs.
 SERVE_MODULES = ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client")
@@ -44,18 +45,30 @@ def serve(
     ] = None,
     max_wait_ms: Annotated[
         float, typer.Option(help="Milliseconds the first text of a batch waits for others.", min=0)
-    ] = 5.0,
-    batch_rows: Annotated[int, typer.Option(help="Texts of one batch.", min=1)] = 64,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of one batch, about.", min=1)] = 16384,
-    queue_rows: Annotated[int, typer.Option(help="Texts that may wait; more get 429.", min=1)] = 1024,
-    max_rows: Annotated[int, typer.Option(help="Texts of one request; more get 413.", min=1)] = 256,
-    max_chars: Annotated[int, typer.Option(help="Characters of one text; more get 413.", min=1)] = 100_000,
-    max_body_bytes: Annotated[int, typer.Option(help="Bytes of a request; more get 413.", min=1)] = 8 * 2**20,
+    ] = Settings.max_wait_ms,
+    batch_rows: Annotated[int, typer.Option(help="Texts of one batch.", min=1)] = Settings.batch_rows,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens of one batch, about.", min=1)
+    ] = Settings.batch_tokens,
+    queue_rows: Annotated[
+        int, typer.Option(help="Texts that may wait; more get 429.", min=1)
+    ] = Settings.queue_rows,
+    max_rows: Annotated[
+        int, typer.Option(help="Texts of one request; more get 413.", min=1)
+    ] = Settings.max_rows,
+    max_chars: Annotated[
+        int, typer.Option(help="Characters of one text; more get 413.", min=1)
+    ] = Settings.max_chars,
+    max_body_bytes: Annotated[
+        int, typer.Option(help="Bytes of a request; more get 413.", min=1)
+    ] = Settings.max_body_bytes,
     timeout: Annotated[
         float, typer.Option(help="Seconds until a request is given up with 504.", min=0.001)
-    ] = 60.0,
-    log_texts: Annotated[bool, typer.Option("--log-texts", help="Write documents into the logs.")] = False,
-    playground: Annotated[bool, typer.Option(help="Serve the page at /.")] = True,
+    ] = Settings.timeout,
+    log_texts: Annotated[
+        bool, typer.Option("--log-texts", help="Write documents into the logs.")
+    ] = Settings.log_texts,
+    playground: Annotated[bool, typer.Option(help="Serve the page at /.")] = Settings.playground,
     device: Annotated[str | None, typer.Option(help="cuda, cpu ...; the best there is when missing.")] = None,
 ) -> None:
     """Answer over HTTP, with a page at / and its API at /docs.
@@ -73,7 +86,6 @@ def serve(
     from labeltune.serve.app import bind
     from labeltune.serve.app import serve as run_server
     from labeltune.serve.models import load_models, parse_adapter
-    from labeltune.serve.settings import Settings, read_api_key
 
     settings = Settings(
         max_wait_ms=max_wait_ms,

@@ -27,7 +27,7 @@ from labeltune.commands.preparing import (
     tell_on_main,
     tokenize_splits,
 )
-from labeltune.commands.row_hashes import hashes_file, save_selection
+from labeltune.commands.row_hashes import Seen, hashes_file, save_selection
 from labeltune.config import ENGLISH_PROMPTS, RunConfig, load_config
 from labeltune.data.columns import tells_task
 from labeltune.data.loading import Splits
@@ -46,12 +46,9 @@ from labeltune.io.run_folder import (
     remove_checkpoints,
     remove_half_checkpoints,
 )
-from labeltune.prompts.builder import PromptBuilder
 from labeltune.types import Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from labeltune.inference.predictor import Predictor
     from labeltune.tracking.base import Tracker
     from labeltune.training.record import TrainResult
@@ -199,7 +196,7 @@ def train(
         try:
             return _train(config, resume, overwrite, say, command)
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped; {how_to_go_on(folder)}") from None
+            raise Interrupted(f"stopped; {how_to_go_on(folder, command)}") from None
 
 
 def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None) -> TrainResult:
@@ -218,12 +215,14 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         if ended is not None:
             say(record.nothing_left(ended, config, rows))
             return ended.result(folder)
+    from labeltune.inference.load import predictor_as
     from labeltune.tracking.base import start_tracker
     from labeltune.training.run import run_training
 
     train_tokens, validation_tokens = tokenize_splits(config, splits, builder, say)
     model, tokenizer = load_for_training(prepared, say), builder.template.tokenizer
-    predictor = _predictor_of(model, builder, config)
+    predictor = predictor_as(config, model, builder)
+    predictor.shares_rows = True
 
     tracker = start_tracker(config, splits, resume_from, say)
     shown = fixed_handful(splits, config.swanlab.prediction_rows) if config.tracking != "none" else []
@@ -251,7 +250,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
                 record.RECORD_FILE: record.run_record(config, all_rows),
                 TRAINING_FILE: hashes_file(splits.train_texts),
             },
-            go_on=f"{command} --resume" if command is not None else None,
+            command=command,
             show=show if shown else None,
         )
         finishing = time.monotonic()
@@ -305,22 +304,6 @@ def where_time_went(took: float, trained: float, loop: float, validation: float)
     }
     others = [f"{name} {seconds:.0f} s" for name, seconds in parts.items() if seconds > took / 10]
     return ", ".join([f"training {loop - validation:.0f} s", *others])
-
-
-def _predictor_of(model: PreTrainedModel, builder: PromptBuilder, config: RunConfig) -> Predictor:
-    """What predicts with the model while it is trained, its rows shared out over the processes."""
-    from labeltune.inference.predictor import Predictor
-
-    predictor = Predictor(
-        model,
-        builder.task,
-        builder.template,
-        config.generation,
-        calibrate=config.calibrate,
-        source=config.model,
-    )
-    predictor.shares_rows = True
-    return predictor
 
 
 def _checked_folder(config: RunConfig, resume: bool, overwrite: bool, say: Say) -> Path | None:
@@ -434,7 +417,7 @@ def _finish(
     save_selection(best, splits.validation["text"])
     where = "validation rows of the training run"
     about = {"run": str(result.best), "base": False, "decoding": predictor.generation.decoding, "data": where}
-    about |= {"rows_are": SELECTION, "training_rows": 0, "selection_rows": len(selection)}
+    about |= Seen(trained=0, selected=len(selection)).to_dict()
     metrics = all_metrics(about, selection, predictions, predictor.task.labels)
     folder = Path(config.output_dir) / VALIDATION_FOLDER
     write_evaluation(folder, metrics, selection, predictions)

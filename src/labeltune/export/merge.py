@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
 from transformers import GenerationConfig
 
@@ -16,6 +15,7 @@ from labeltune.export.folder import Dtype
 from labeltune.inference.generation import stop_ids
 from labeltune.models.hub import load_model
 from labeltune.models.lora import load_adapter, merge_adapter
+from labeltune.models.precision import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 #: processor_config.json, preprocessor_config.json, video_preprocessor_config.json
 PROCESSOR_FILES = "*processor_config.json"
 _STORED: dict[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def stored_dtype(folder: Path) -> Dtype:
@@ -64,10 +63,10 @@ def whole_model(
     Raises:
         ModelError: the weights cannot be loaded, do not fit each other, or do not fit into `dtype`.
     """
-    model = load_model(base, _TORCH[stored_dtype(base)], trust_remote_code=trust_remote_code)
+    model = load_model(base, DTYPES[stored_dtype(base)], trust_remote_code=trust_remote_code)
     if adapter is not None:
-        model = merge_adapter(load_adapter(model, adapter), _TORCH[dtype])
-    model.to(_TORCH[dtype])
+        model = merge_adapter(load_adapter(model, adapter), DTYPES[dtype])
+    model.to(DTYPES[dtype])
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ModelError(

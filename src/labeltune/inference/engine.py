@@ -31,7 +31,7 @@ from labeltune.inference.scoring import (
     score_side_by_side,
     segment_prefix,
 )
-from labeltune.models.precision import FELT, weights_in
+from labeltune.models.precision import FELT, has_experts, spread, weights_in
 from labeltune.models.shared_prefix import changing_shapes
 
 if TYPE_CHECKING:
@@ -256,7 +256,8 @@ class Engine:
         try:
             with context as in_fp32:
                 if way == "segments":
-                    leak = leak_between_rows(self.model, questions, FELT if in_fp32 else 0.0)
+                    slack = FELT if in_fp32 and has_experts(self.model) else 0.0
+                    leak = leak_between_rows(self.model, questions, slack)
                     if leak is not None:
                         return leak
                 if in_fp32:
@@ -287,9 +288,7 @@ def questions_to_check(questions: Sequence[Question]) -> list[Question]:
     is alone gets itself, the second half backwards, for company."""
     prompts = {tuple(question.prompt): question.trie for question in questions}
     ordered = sorted(prompts, key=lambda prompt: (len(prompt), prompt))
-    count = min(CHECKED_PROMPTS, len(ordered))
-    chosen = [ordered[at * (len(ordered) - 1) // max(1, count - 1)] for at in range(count)]
-    asked = [(prompt, prompts[prompt]) for prompt in chosen]
+    asked = [(prompt, prompts[prompt]) for prompt in spread(ordered, CHECKED_PROMPTS)]
     if len(asked) == 1:
         prompt, trie = asked[0]
         half = len(prompt) // 2

@@ -18,7 +18,7 @@ from labeltune.models.hub import load_model, load_tokenizer, resolve_model, snap
 from labeltune.models.lora import load_adapter, merge_adapter
 from labeltune.models.precision import pick_precision
 from labeltune.prompts import make_task
-from labeltune.prompts.builder import builder_for_base
+from labeltune.prompts.builder import PromptBuilder, builder_for_base
 from labeltune.prompts.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -94,9 +94,7 @@ def run_template(folder: Path, info: RunInfo, trust_remote_code: bool = False) -
     Raises:
         ModelError: the tokenizer is missing or damaged.
     """
-    tokenizer = load_tokenizer(folder, info.runs_code(trust_remote_code))
-    tokenizer.chat_template = info.chat_template
-    return ChatTemplate(tokenizer, info.prompt, info.answer_lead)
+    return ChatTemplate.of_run(info, load_tokenizer(folder, info.runs_code(trust_remote_code)))
 
 
 def weights_file(folder: Path, info: RunInfo) -> Path:
@@ -157,7 +155,11 @@ def base_predictor(config: RunConfig, labels: Sequence[str]) -> Predictor:
     trust = config.hub.trust_remote_code
     model = load_model(local.folder, picked.weights, device=picked.device, trust_remote_code=trust)
     model.eval()
-    builder = builder_for_base(config, labels, load_tokenizer(local.folder, trust))
+    return predictor_as(config, model, builder_for_base(config, labels, load_tokenizer(local.folder, trust)))
+
+
+def predictor_as(config: RunConfig, model: PreTrainedModel, builder: PromptBuilder) -> Predictor:
+    """A model that is no checkpoint, asked as a config says."""
     return Predictor(
         model,
         builder.task,
@@ -165,5 +167,6 @@ def base_predictor(config: RunConfig, labels: Sequence[str]) -> Predictor:
         config.generation,
         columns=config.data.columns,
         calibrate=config.calibrate,
+        source=config.model,
         encoding=config.data.encoding,
     )

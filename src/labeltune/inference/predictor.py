@@ -34,11 +34,12 @@ from labeltune.inference.calibration import (
     ranked,
     remove_prior,
 )
-from labeltune.inference.engine import Engine
+from labeltune.inference.engine import CHECKED_PROMPTS, Engine
 from labeltune.inference.extraction import Extracted, Grammars, Runner, extract, merge_entities
 from labeltune.inference.generation import generate_answers, stop_ids
 from labeltune.inference.scoring import LabelTrie, Question
 from labeltune.io.outputs import file_hash
+from labeltune.models.precision import spread
 from labeltune.prompts import Task
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.classification import ClassificationTask
@@ -206,8 +207,8 @@ class Predictor:
         """Choose the fastest way that is exact on some of these examples, if that has not been done yet."""
         if self.generation.decoding == "free" or not examples:
             return
-        ordered, task = sorted(examples, key=lambda example: len(example.text)), self.task
-        chosen = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+        task = self.task
+        chosen = spread(sorted(examples, key=lambda example: len(example.text)), CHECKED_PROMPTS)
         prompts = [self.builder.views(example, self.generation.long_text)[0].ids for example in chosen]
         if isinstance(task, ClassificationTask):
             tries = [self._trie(example, task.candidates(example)) for example in chosen]

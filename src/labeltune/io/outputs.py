@@ -344,6 +344,11 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
         raise OutputError(f"{path} cannot be written: {error}") from error
 
 
+def temporary_name(path: Path) -> Path:
+    """Beside a path, a name of this process's own that `remove_leftovers` knows."""
+    return path.with_name(f".{path.name}-{os.getpid()}.tmp")
+
+
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Delete what processes that were killed left of files they were writing.
 

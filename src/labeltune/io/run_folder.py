@@ -34,7 +34,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 #: SHA-256 of every file of a checkpoint as it was saved.
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class RunInfo(Section):
@@ -138,20 +138,28 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for path in folders if (path / MANIFEST_FILE).is_file() and (path / RUN_FILE).is_file()]
 
 
-def how_to_go_on(output_dir: Path) -> str:
-    """What to tell of a training that was ended by something else than itself."""
+def how_to_go_on(output_dir: Path, command: str | None = None) -> str:
+    """What to tell of a training that was ended by something else than itself; `command` is what began it, where it is known."""
     saved = checkpoints(output_dir)
-    return f"{saved[-1].name} is saved, --resume continues it" if saved else "no checkpoint has been saved"
+    then = "--resume continues it" if command is None else f"go on with: {command} --resume"
+    return f"{saved[-1].name} is saved, {then}" if saved else "no checkpoint has been saved"
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of the checkpoint that is saved at a step."""
+    return f"checkpoint-{step}"
+
+
+def step_of(folder: Path) -> int:
+    """The step at which a checkpoint was saved, by its name; -1 of a folder that is called something else."""
+    match = _CHECKPOINT.fullmatch(folder.name)
+    return int(match[1]) if match else -1
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
     """Everything called checkpoint-N, by N."""
-    found = []
-    if output_dir.is_dir():
-        for path in output_dir.iterdir():
-            if (match := _CHECKPOINT.match(path.name)) and path.is_dir():
-                found.append((int(match.group(1)), path))
-    return [path for _, path in sorted(found)]
+    inside = output_dir.iterdir() if output_dir.is_dir() else ()
+    return sorted((path for path in inside if step_of(path) >= 0 and path.is_dir()), key=step_of)
 
 
 def find_checkpoint(run: str | os.PathLike[str], prefer_newest: bool = False) -> Path:
@@ -257,9 +265,8 @@ def remove_checkpoints(output_dir: str) -> None:
         best.unlink()
     elif best.is_dir():
         shutil.rmtree(best)
-    for path in folder.glob("checkpoint-*"):
-        if path.is_dir() and path.name.rpartition("-")[2].isdigit():
-            shutil.rmtree(path)
+    for path in checkpoint_folders(folder):
+        shutil.rmtree(path)
 
 
 #: Stands in a checkpoint's folder from its first file until its manifest is there.

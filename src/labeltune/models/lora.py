@@ -201,8 +201,8 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
-    """Wrap a base model in the adapter of a checkpoint folder.
+def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> Any:
+    """Wrap a base model in the adapter of a checkpoint folder; a model that is wrapped already gets one more, by another name.
 
     Raises:
         ModelError: the adapter is missing, damaged, or made for another model.
@@ -215,7 +215,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
         raise ModelError(f"{folder} holds no adapter_model.safetensors: {reason}")
     try:
         with _without_warnings():
-            return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+            if not isinstance(model, peft.PeftModel):
+                return peft.PeftModel.from_pretrained(model, str(folder), name)
+            model.load_adapter(str(folder), name, torch_device=str(model.device))
+            return model
     except Exception as error:
         raise ModelError(f"the adapter in {folder} does not fit its base model: {error}") from error
 

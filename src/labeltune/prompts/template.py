@@ -33,6 +33,8 @@ from labeltune.errors import PromptError, clipped
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from labeltune.io.run_folder import RunInfo
+
 #: For base models without a template of their own: messages one below the other, the answer ended by the eos token.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
@@ -192,13 +194,17 @@ class ChatTemplate:
         self._frames = self._probe_all()
         self._merges_system = True not in self._frames
         specials = {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        specials |= {str(token) for token in tokenizer.all_special_tokens}
+        specials = {*specials, *map(str, tokenizer.all_special_tokens)} - {""}
         self._unflagged = self._unflagged_marks()
-        longest_first = sorted(
-            {token for token in specials if token} | self._unflagged, key=len, reverse=True
-        )
+        longest_first = sorted(specials | self._unflagged, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-        self.end_of_turn_ids, self._tail_ids = self._end_of_turn(self._frames[False].end)
+        self.end_of_turn_ids, self._tail_ids = self._end_of_turn(self._frames[False].end, specials)
+
+    @classmethod
+    def of_run(cls, info: RunInfo, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+        """The template that a run was trained with."""
+        tokenizer.chat_template = info.chat_template
+        return cls(tokenizer, info.prompt, info.answer_lead)
 
     @property
     def rendered(self) -> str:
@@ -318,12 +324,10 @@ class ChatTemplate:
         """Ids of a text that is data: special tokens in it are split into ordinary ones."""
         return self._tokenize(text, [])[0]
 
-    def _end_of_turn(self, end: str) -> tuple[list[int], list[int]]:
+    def _end_of_turn(self, end: str, specials: set[str]) -> tuple[list[int], list[int]]:
         """(ids that end the answer, ids the template puts after them)."""
-        ids = self.tokenizer(end, add_special_tokens=False).input_ids if end else []
-        specials = {self.tokenizer.convert_tokens_to_ids(t) for t in self.tokenizer.all_special_tokens}
-        specials |= {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
-        for index, token in enumerate(ids):
+        ids = self._structure_ids(end)
+        for index, token in enumerate(self.tokenizer.convert_ids_to_tokens(ids)):
             if token in specials:
                 return ids[: index + 1], ids[index + 1 :]
         if self.tokenizer.eos_token_id is None:

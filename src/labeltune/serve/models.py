@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import threading
 import unicodedata
@@ -17,8 +16,9 @@ from labeltune.errors import ConfigError, DataError, ModelError, PromptError
 from labeltune.inference.load import load_predictor, predictor_on
 from labeltune.inference.predictor import Predictor
 from labeltune.io.outputs import is_hub_name
-from labeltune.io.run_folder import RunInfo, find_checkpoint, validation_file
+from labeltune.io.run_folder import RunInfo, find_checkpoint, step_of, validation_file
 from labeltune.models.hub import resolve_model
+from labeltune.models.lora import load_adapter
 from labeltune.serve.batching import Answer, Row
 from labeltune.types import Example
 
@@ -141,7 +141,7 @@ def run_name(run: str) -> str:
         name = run.rpartition("/")[2]
     else:
         folder = Path(run).expanduser().absolute()
-        if folder.name == "best" or re.fullmatch(r"checkpoint-\d+", folder.name):
+        if folder.name == "best" or step_of(folder) >= 0:
             folder = folder.parent
         name = folder.name
     name = "".join(c if _fits(c) else "-" for c in unicodedata.normalize("NFC", name))[:64]
@@ -206,13 +206,7 @@ def load_models(
     for number, ((other, _), folder) in enumerate(zip(adapters, folders, strict=True)):
         inside = f"served{number}"
         say(f"loading the run {folder}")
-        try:
-            predictor.model.load_adapter(
-                str(folder), inside, is_trainable=False, torch_device=str(predictor.model.device)
-            )
-        except Exception as error:
-            raise ModelError(f"the adapter in {folder} does not fit its base model: {error}") from error
-        predictor.model.eval()
+        load_adapter(predictor.model, folder, inside).eval()
         served.append(Served(other, predictor_on(predictor.model, folder), inside, folder))
     for each in served:
         _make_exact(each)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 from filelock import FileLock
 
-from labeltune.config import config_keys
+from labeltune.config import KEPT_AND_SHOWN, config_keys, is_among, leaves
 from labeltune.errors import MissingExtraError, OutputError, first_line
 from labeltune.io.outputs import file_hash
 from labeltune.io.progress import Say
@@ -37,8 +37,6 @@ except ImportError as error:
 
 #: How often a trial is trained again after the process that trained it has died.
 DEATHS_FORGIVEN = 1
-#: Keys that change where a run is kept and shown, not what comes of it.
-_ELSEWHERE = ("output_dir", "tracking", "hub.cache_dir", "hub.accept_license", "swanlab.", "data.test")
 _STATES: dict[TrialState, State] = {
     TrialState.COMPLETE: "finished",
     TrialState.FAIL: "failed",
@@ -242,14 +240,9 @@ def _fingerprint(sweep: Sweep) -> dict[str, str]:
     searched = {dimension.key: str(dimension) for dimension in sweep.space.dimensions}
     found = {f"--search {key}": text for key, text in searched.items()}
     found |= {"--grid": str(sweep.grid), "--seed": str(sweep.seed)}
-    raw = sweep.config.model_dump(mode="json")
-    for key, *_ in config_keys():
-        if key in searched or key.startswith(_ELSEWHERE):
-            continue
-        value = raw
-        for part in key.split("."):
-            value = value[part]
-        found[key] = json.dumps(value, ensure_ascii=False)
+    for key, value in leaves(sweep.config.model_dump(mode="json")).items():
+        if key not in searched and not is_among(key, KEPT_AND_SHOWN):
+            found[key] = json.dumps(value, ensure_ascii=False)
     data = sweep.config.data
     for key, name in (("data.train", data.train), ("data.validation", data.validation)):
         if name is not None and Path(name).is_file():

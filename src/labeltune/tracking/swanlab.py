@@ -20,7 +20,7 @@ from labeltune.errors import Interrupted, message_of
 from labeltune.evaluation.summary import Evaluation
 from labeltune.io.hubs import why_unanswered
 from labeltune.io.outputs import write_json
-from labeltune.io.run_folder import checkpoints
+from labeltune.io.run_folder import checkpoints, step_of
 from labeltune.tracking.charts import charts, texts
 
 if TYPE_CHECKING:
@@ -141,9 +141,8 @@ class SwanlabTracker:
         group = self.settings.group or (before.group if before is not None else self._own_group())
         name = self.settings.experiment
         if self.resumed is not None and not same_run:
-            step = self.resumed.name.rpartition("-")[2]
             first = name or (before.name.partition(_RESUMED)[0] if before is not None else "")
-            name = f"{first or self.output_dir.resolve().name}{_RESUMED}{step})"
+            name = f"{first or self.output_dir.resolve().name}{_RESUMED}{step_of(self.resumed)})"
         with self._quiet(), _own_interrupt():
             swanlab.init(
                 project=self.settings.project,

@@ -107,13 +107,10 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
         if self._inside_epoch:
             control.should_evaluate = control.should_save = False
 
-    def tell(self, state: TrainerState, go_on: str | None) -> None:
-        """Raise `Interrupted` where a signal ended the training; `go_on` is the command that resumes it."""
+    def tell(self, state: TrainerState, then: str) -> None:
+        """Raise `Interrupted` where a signal ended the training; `then` is how to go on."""
         if self.interrupted:
-            step = state.global_step
-            at, last = f"stopped at step {step} of {state.max_steps}", f"checkpoint-{step}"
-            then = f"go on with: {go_on}" if go_on is not None else "--resume continues it"
-            raise Interrupted(f"{at}; {last} is saved, {then}")
+            raise Interrupted(f"stopped at step {state.global_step} of {state.max_steps}; {then}")
 
     def restore(self) -> None:
         """Gives the signals back to whoever had them."""

@@ -19,15 +19,24 @@ from transformers import TrainerCallback
 
 from labeltune.distributed import all_reduce
 from labeltune.errors import DivergedError, OutputError
-from labeltune.io.outputs import file_hash, obey_umask, why_not_written, write_bytes, write_json
+from labeltune.io.outputs import (
+    file_hash,
+    obey_umask,
+    temporary_name,
+    why_not_written,
+    write_bytes,
+    write_json,
+)
 from labeltune.io.run_folder import (
     MANIFEST_FILE,
     UNFINISHED_FILE,
     RunInfo,
+    checkpoint_name,
     checkpoints,
     how_to_go_on,
     remove_half_checkpoints,
     replaced,
+    step_of,
 )
 from labeltune.training import sharded
 
@@ -133,7 +142,7 @@ class Checkpoint(TrainerCallback):  # type: ignore[misc]
         if args.should_save:
             self.sums.save(folder)
             complete(folder, self.info, self.files)
-            best = folder.with_name(f"checkpoint-{state.best_global_step or state.global_step}")
+            best = folder.with_name(checkpoint_name(state.best_global_step or state.global_step))
             remove_old(folder.parent, self.limit, {folder, best})
         all_reduce([0.0], "sum")
         self.folder = None
@@ -158,7 +167,7 @@ class Checkpoint(TrainerCallback):  # type: ignore[misc]
 
 def diverged(what: str, args: TrainingArguments, step: int) -> DivergedError:
     """The error of a run that went wrong behind this step: `what` it did, what is left of it, and what to change."""
-    good = [c for c in checkpoints(Path(args.output_dir)) if int(c.name.rpartition("-")[2]) <= step]
+    good = [c for c in checkpoints(Path(args.output_dir)) if step_of(c) <= step]
     kept = f"{good[-1]} was saved before that" if good else "no checkpoint had been saved before that"
     return DivergedError(
         f"{what}. {kept}. Lower training.learning_rate (it is {args.learning_rate:g}) or add training.warmup_steps"
@@ -224,8 +233,7 @@ def remove_old(output_dir: Path, limit: int, kept: set[Path]) -> None:
     others = [folder for folder in checkpoints(output_dir) if folder not in kept]
     for old in others[: max(0, len(others) + len(kept) - limit)]:
         # Under a name that the next run clears away when this one is killed meanwhile, or may not delete it.
-        leftover = old.with_name(f".{old.name}-{os.getpid()}.tmp")
-        old.rename(leftover)
+        old.rename(leftover := temporary_name(old))
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -13,7 +13,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from labeltune.config import RunConfig, higher_is_better
-from labeltune.distributed import all_reduce, world_size
+from labeltune.distributed import all_reduce, connect, world_size
 from labeltune.errors import ConfigError, ModelError, first_line
 from labeltune.io.progress import Say, begin
 from labeltune.models.hub import model_shape
@@ -57,7 +57,8 @@ WATCHING = ("reduce_lr_on_plateau", "greedy")
 
 
 def training_arguments(config: RunConfig, precision: Precision, has_validation: bool) -> TrainingArguments:
-    """The TrainingArguments of a config. Trainer's own choice of the best checkpoint and its removal of old ones are off.
+    """The TrainingArguments of a config, which join the processes of the job. Trainer's own choice of the best checkpoint and its
+    removal of old ones are off.
 
     Raises:
         ConfigError: a value is refused by transformers.
@@ -66,6 +67,8 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
     strategy = "epoch" if options.save_steps == "epoch" else "steps"
     watched = has_validation and options.scheduler in WATCHING
     every = 1 if options.save_steps == "epoch" else options.save_steps
+    if precision.device == "cpu":
+        connect(options.collective_timeout)
     try:
         arguments = TrainingArguments(
             output_dir=config.output_dir,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labeltune.config import RunConfig, config_keys
+from labeltune.config import KEPT_AND_SHOWN, RunConfig, is_among, leaves
 from labeltune.errors import ConfigError, ModelError, clipped
 from labeltune.io.outputs import write_json
 from labeltune.io.run_folder import ADAPTER_FILE, SELECTION_FILE, RunInfo, validation_file
@@ -26,11 +26,7 @@ FINISHED_FILE = "finished.json"
 #: Keys and sections that a resumed run may change: how long it trains, what is kept and shown, and what never changes a
 #: result. The rows are compared by their content, so the keys of `data` may change as long as the rows do not.
 MAY_CHANGE = (
-    "output_dir",
-    "tracking",
-    "swanlab",
-    "hub.cache_dir",
-    "hub.accept_license",
+    *KEPT_AND_SHOWN,
     "data",
     "training.epochs",
     "training.max_steps",
@@ -80,10 +76,10 @@ def check_unchanged(checkpoint: Path, config: RunConfig, splits: Splits, summary
     """
     info = RunInfo.load(checkpoint)
     record = _read(checkpoint / RECORD_FILE)
-    now = _leaves(config.model_dump(mode="json"))
+    now = leaves(config.model_dump(mode="json"))
     if record is not None:
         # A record of an earlier version lacks the keys of `prompt` that came later.
-        then = _leaves({"prompt": info.prompt.model_dump(mode="json")}) | _leaves(record["config"])
+        then = leaves({"prompt": info.prompt.model_dump(mode="json")}) | leaves(record["config"])
         same_rows = record["rows"] == _rows(splits)
     else:
         then = _told(checkpoint, info)
@@ -92,7 +88,7 @@ def check_unchanged(checkpoint: Path, config: RunConfig, splits: Splits, summary
     differing = [
         (key, then[key], now[key])
         for key in now
-        if key in then and not _may_change(key) and not _same(key, then[key], now[key])
+        if key in then and not is_among(key, MAY_CHANGE) and not _same(key, then[key], now[key])
     ]
     if not same_rows:
         differing += [
@@ -149,25 +145,7 @@ def _told(checkpoint: Path, info: RunInfo) -> dict[str, Any]:
         known["lora"] = {ours: adapter[theirs] for ours, theirs in names.items() if theirs in adapter}
     if not info.adapter:
         known["training"] = {"method": "full"}
-    return _leaves(known)
-
-
-def _leaves(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Config keys -> their values, of the keys that a nested mapping has."""
-    found = {}
-    for key, *_ in config_keys():
-        value: Any = values
-        for part in key.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                break
-            value = value[part]
-        else:
-            found[key] = value
-    return found
-
-
-def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+    return leaves(known)
 
 
 def _same(key: str, old: Any, new: Any) -> bool:
@@ -266,9 +244,7 @@ def finished_run(checkpoint: Path, config: RunConfig, rows: int, validated: bool
         raise ModelError(f"{output / FINISHED_FILE} is damaged: {error}") from error
     if ended is None or ended.last != checkpoint.name or not (output / "best").exists():
         return None
-    patience = config.eval.patience
-    stopped = patience is not None and validated and ended.unimproved >= patience
-    return ended if ended.steps >= steps_in_all(rows, config.training) or stopped else None
+    return ended if _at_its_end(config, rows, validated, ended.steps, ended.unimproved) else None
 
 
 def _finished_before(checkpoint: Path, config: RunConfig, validated: bool) -> Finished | None:
@@ -306,9 +282,14 @@ def trained_already(checkpoint: Path, config: RunConfig, rows: int, validated: b
     state = _read(checkpoint / "trainer_state.json")
     if state is None:
         raise ModelError(f"{checkpoint} holds no trainer_state.json; it cannot be resumed")
+    unimproved = unimproved_in(state["stateful_callbacks"])
+    return _at_its_end(config, rows, validated, state["global_step"], unimproved)
+
+
+def _at_its_end(config: RunConfig, rows: int, validated: bool, steps: int, unimproved: int) -> bool:
     patience = config.eval.patience
-    stopped = patience is not None and validated and unimproved_in(state["stateful_callbacks"]) >= patience
-    return bool(state["global_step"] >= steps_in_all(rows, config.training) or stopped)
+    stopped = patience is not None and validated and unimproved >= patience
+    return stopped or steps >= steps_in_all(rows, config.training)
 
 
 def best_loss(history: Sequence[Mapping[str, Any]], step: int | None) -> float:

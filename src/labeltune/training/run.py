@@ -6,7 +6,6 @@ Below it: `time_steps`, the first steps of a run timed with the same Trainer for
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 import threading
@@ -21,10 +20,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import SaveStrategy
 
 from labeltune.config import RunConfig
-from labeltune.distributed import connect, peer_errors
-from labeltune.io.outputs import writing
+from labeltune.distributed import peer_errors
+from labeltune.io.outputs import temporary_name, writing
 from labeltune.io.progress import Say, begin
-from labeltune.io.run_folder import RunInfo, how_to_go_on
+from labeltune.io.run_folder import RunInfo, checkpoint_name, how_to_go_on
 from labeltune.models.precision import Precision, memory_in_use
 from labeltune.training.callbacks import (
     Progress,
@@ -66,7 +65,7 @@ def run_training(
     where: Callable[[int], str],
     validate: Callable[[], dict[str, float]] | None = None,
     files: Mapping[str, bytes] | None = None,
-    go_on: str | None = None,
+    command: str | None = None,
     show: Callable[[int, str], None] | None = None,
 ) -> TrainResult:
     """Train, saving checkpoints as PEFT folders with tokenizer and `labeltune.json`.
@@ -75,7 +74,7 @@ def run_training(
         where: number of a training row -> its place, for messages.
         validate: called at every validation, on all processes; gives the same figures by name on each, among them the config's metric.
         files: what else a checkpoint holds, by name.
-        go_on: the command that resumes, for the message after Ctrl-C.
+        command: the command that trains, for the message after Ctrl-C.
         show: called with the step and its name before training, at every epoch and at the end, on all processes.
 
     Raises:
@@ -83,8 +82,6 @@ def run_training(
         Interrupted: Ctrl-C; a checkpoint has been saved.
         ModelError: one example alone does not fit into the device's memory.
     """
-    if precision.device == "cpu":
-        connect(config.training.collective_timeout)
     validated = validation is not None
     arguments = training_arguments(config, precision, validated)
     done = resume_from is not None and trained_already(resume_from, config, len(train), validated)
@@ -128,7 +125,7 @@ def run_training(
     finally:
         stopper.restore()
         progress.close()
-    stopper.tell(trainer.state, go_on)
+    stopper.tell(trainer.state, how_to_go_on(Path(config.output_dir), command))
     unimproved = best.unimproved if config.eval.patience is not None else 0
     return _result(trainer, config, float(ended.metrics["train_runtime"]), unimproved)
 
@@ -136,9 +133,9 @@ def run_training(
 def _result(trainer: LabelTrainer, config: RunConfig, seconds: float, unimproved: int) -> TrainResult:
     """Point `best` at the best checkpoint, and tell how the run ended."""
     output, state = Path(config.output_dir), trainer.state
-    last = output / f"checkpoint-{state.global_step}"
+    last = output / checkpoint_name(state.global_step)
     validated = state.best_global_step is not None
-    chosen = output / f"checkpoint-{state.best_global_step}" if validated else last
+    chosen = output / checkpoint_name(state.best_global_step) if validated else last
     if trainer.is_world_process_zero():
         point_best(output, chosen)
         # A finished run is never resumed, so its last checkpoint may go: with save_total_limit=1 only the best one is kept.
@@ -187,7 +184,7 @@ def point_best(output_dir: Path, checkpoint: Path) -> None:
         OutputError: the folder cannot be written.
     """
     best = output_dir / "best"
-    temporary = output_dir / f".best-{os.getpid()}.tmp"
+    temporary = temporary_name(best)
     with writing(best, f"{checkpoint} is whole: make room and finish with --resume"):
         try:
             temporary.symlink_to(checkpoint.name, target_is_directory=True)
@@ -270,9 +267,6 @@ def time_steps(
     Raises:
         DivergedError, ModelError: as in training.
     """
-    timeout = config.training.collective_timeout
-    if precision.device == "cpu":
-        connect(timeout)
     clock = StepClock()
     with tempfile.TemporaryDirectory(prefix="labeltune-dry-run-") as nowhere:
         unsaved = config.model_copy(update={"output_dir": nowhere, "tracking": "none"})
@@ -288,7 +282,7 @@ def time_steps(
             processing_class=tokenizer,
             callbacks=[clock],
         )
-        with peer_errors(timeout, lambda: "Nothing was saved"):
+        with peer_errors(config.training.collective_timeout, lambda: "Nothing was saved"):
             prepare(trainer, unsaved, precision)
             trainer.train()
     settings = trainer.settings

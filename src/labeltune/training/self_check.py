@@ -22,7 +22,16 @@ import torch
 from labeltune.distributed import all_reduce, is_sharded
 from labeltune.errors import first_line
 from labeltune.io.progress import Say
-from labeltune.models.precision import FELT, Precision, moved_by, other_tokens, weights_in
+from labeltune.models.precision import (
+    DTYPES,
+    FELT,
+    Precision,
+    has_experts,
+    moved_by,
+    other_tokens,
+    spread,
+    weights_in,
+)
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import answer_logits, answer_loss
 from labeltune.training.packing import SHARING, Group, Pack, Packing, Row, pack_step
@@ -91,7 +100,7 @@ def sample_rows(rows: Sequence[Row], count: int = ROWS) -> list[Row]:
     short = [row for row in different if len(row.ids) <= MOST_TOKENS]
     if len(short) <= count:
         return different[:count]
-    return [short[at * (len(short) - 1) // (count - 1)] for at in range(count)]
+    return spread(short, count)
 
 
 def choose_packing(
@@ -246,7 +255,7 @@ class _Check:
         """
         found: str | None = None
         with weights_in(self.model, torch.float32, _everywhere) as in_fp32:
-            slack = FELT if in_fp32 and self._has_experts() else 0.0
+            slack = FELT if in_fp32 and has_experts(self.model) else 0.0
             before, again = (self._logits(self.rows, packs, packing, not in_fp32) for _ in range(2))
             for changed in range(len(self.rows)):
                 rows = [*self.rows]
@@ -256,11 +265,6 @@ class _Check:
                 for k in after.keys() - {changed}:
                     found = found or moved_by("row", before[k], again[k], after[k], slack)
         return found
-
-    def _has_experts(self) -> bool:
-        """Whether some weights are stacked matrices, of which tokens choose: the shapes of the products then follow the tokens."""
-        kept = (m for m in self.model.modules() if not isinstance(m, torch.nn.modules.conv._ConvNd))
-        return any(p.dim() == 3 for module in kept for p in module.parameters(recurse=False))
 
     def _logits(
         self, rows: Sequence[Row], packs: Sequence[Pack], packing: Packing, autocast: bool
@@ -281,10 +285,9 @@ class _Check:
         return next(self.model.parameters()).device
 
     def _mixed(self, autocast: bool = True) -> contextlib.AbstractContextManager[Any]:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision.name)
-        if dtype is None or not autocast:
+        if self.precision.name == "fp32" or not autocast:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=dtype)
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision.name])
 
     def _in_format(self, dtype: torch.dtype, packs: Sequence[Pack], packing: Packing) -> Gradients | None:
         """With the weights in a wider number format; None where that is impossible."""
