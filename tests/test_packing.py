@@ -176,11 +176,11 @@ def test_examples_side_by_side_equal_one_by_one(window: int | None) -> None:
     """What a GPU and compiled code run, against what the CPU runs: outputs and gradients."""
     generator = torch.Generator().manual_seed(0)
     for prefix, rests in ((5, [3, 0, 7, 1]), (0, [4, 2]), (6, []), (1, [1])):
-        layout = make_layout([(prefix, rests)]).groups[0]
-        shapes = (4, 2, 2)
+        whole = make_layout([(prefix, rests)])
+        layout, shapes = whole.groups[0], (4, 2, 2)
         first = [torch.randn(1, h, layout.tokens, 8, generator=generator, requires_grad=True) for h in shapes]
         second = [x.detach().clone().requires_grad_() for x in first]
-        attend = Attend(0.0, 0.5, window)
+        attend = Attend(whole, 0.0, 0.5, window)
         right = torch.cat(list(_one_by_one(*first, layout, attend)), dim=2)
         found = torch.cat(list(_side_by_side(*second, layout, attend)), dim=2)
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)

@@ -333,7 +333,9 @@ class GenerationConfig(Section):
         "exact",
         description="exact: labels are scored, entities are parts of the text; free: plain generation, parsed",
     )
-    batch_size: int = Field(16, ge=1, description="rows decoded at once")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="rows decoded at once; auto: 128 on a GPU, 16 on the CPU"
+    )
     max_new_tokens: int = Field(
         256, ge=1, description="longest NER answer in tokens; label answers are bounded by the labels"
     )

@@ -321,7 +321,7 @@ def _answer(
     elif not texts:
         rows = read_stream(sys.stdin.buffer, predictor, options.labels, encoding)
     total = len(texts) or None if path is None else count_rows(path, encoding)
-    shown = total is None or total > predictor.generation.batch_size
+    shown = total is None or total > predictor.engine.decoded_rows(predictor.generation.batch_size)
     bad = 0
     with row_progress(total, "predict", shown) as advance:
 

@@ -223,6 +223,8 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
     model, tokenizer = load_for_training(prepared, say), builder.template.tokenizer
     predictor = predictor_as(config, model, builder)
     predictor.shares_rows = True
+    if prepared.precision.weights != prepared.precision.dtype:
+        predictor.engine.weights = prepared.precision.dtype
 
     tracker = start_tracker(config, splits, resume_from, say)
     shown = fixed_handful(splits, config.swanlab.prediction_rows) if config.tracking != "none" else []

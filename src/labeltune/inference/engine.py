@@ -31,7 +31,7 @@ from labeltune.inference.scoring import (
     score_side_by_side,
     segment_prefix,
 )
-from labeltune.models.precision import FELT, has_experts, spread, weights_in
+from labeltune.models.precision import FELT, fp32_logits, has_experts, spread, weights_in
 from labeltune.models.shared_prefix import changing_shapes
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 PASS_TOKENS = {"cuda": 16384, "mps": 4096, "cpu": 1024}
 #: Rows of one call that keep the device busy; on slow devices fewer, so that a progress bar moves every few seconds.
 CALL_ROWS = {"cuda": 256, "mps": 64, "cpu": 64}
+#: Rows that are decoded at once where the config says auto.
+DECODED_ROWS = {"cuda": 128}
 #: Ways to run a model, the fastest first: attention over segments, the model's own cache, whole rows side by side, and one by one,
 #: which the others are compared with.
 Way = Literal["segments", "cache", "side_by_side", "one_by_one"]
@@ -68,9 +70,12 @@ Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
-def predicting(model: PreTrainedModel) -> Iterator[None]:
+def predicting(model: PreTrainedModel, weights: torch.dtype | None = None) -> Iterator[None]:
     """Evaluation mode, without compiled layers (each new shape would be compiled) and without the autocast that accelerate
     puts around a model in training: a run's own validation computes what `labeltune evaluate` will. All is put back.
+
+    Args:
+        weights: as of `Engine`.
     """
     was_training = model.training
     stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
@@ -79,7 +84,9 @@ def predicting(model: PreTrainedModel) -> Iterator[None]:
     try:
         if unmixed is not None:
             model.forward = unmixed
-        with stance("force_eager") if stance else contextlib.nullcontext(), changing_shapes():
+        eager = stance("force_eager") if stance else contextlib.nullcontext()
+        loaded = weights_in(model, weights) if weights is not None else contextlib.nullcontext()
+        with eager, changing_shapes(), loaded, fp32_logits(model):
             yield
     finally:
         if unmixed is not None:
@@ -93,10 +100,14 @@ class Engine:
     The first call compares the ways to do it with plain forward passes on some of its own prompts, the fastest first, and takes the
     first that agrees; where that is not the fastest (capped attention, state-space layers, a backend that drops its arguments) one
     warning says which it is.
+
+    Attributes:
+        weights: the number format that a checkpoint of this model will be loaded in, where training keeps all weights in a wider one.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.weights: torch.dtype | None = None
         self._max_tokens: int | None = None
         self._segments, self._own = segment_prefix(), own_prefix()
         self._lock = threading.RLock()
@@ -120,6 +131,11 @@ class Engine:
         """Rows to ask for in one call when there are many."""
         return CALL_ROWS.get(self._device, 64)
 
+    def decoded_rows(self, wanted: int | Literal["auto"]) -> int:
+        """Rows to decode at once; fewer once the device has run out of memory, which their keys and values fill."""
+        rows = DECODED_ROWS.get(self._device, 16) if wanted == "auto" else wanted
+        return max(1, min(rows, rows * self.max_tokens // PASS_TOKENS.get(self._device, 1024)))
+
     @property
     def _device(self) -> str:
         return str(next(self.model.parameters()).device.type)
@@ -132,19 +148,19 @@ class Engine:
 
     def verify_scoring(self, questions: Sequence[Question]) -> None:
         """Choose how answers are scored by some of these questions, if no call has done so yet."""
-        with self._lock, predicting(self.model):
+        with self._lock, predicting(self.model, self.weights):
             self._within_memory(lambda: self._way_to_score(questions))
 
     def verify_decoding(self, prompts: Sequence[Sequence[int]]) -> None:
         """Choose how prompts are decoded by some of these, if no call has done so yet."""
-        with self._lock, predicting(self.model):
+        with self._lock, predicting(self.model, self.weights):
             self._within_memory(lambda: self._way_to_decode(prompts))
 
     def score(self, questions: Sequence[Question]) -> list[list[float]]:
         """Log-probability of every answer of every question."""
         if not questions:
             return []
-        with self._lock, predicting(self.model):
+        with self._lock, predicting(self.model, self.weights):
             return self._within_memory(lambda: self._scores(self._way_to_score(questions), questions))
 
     def decode(self, prompts: Sequence[Sequence[int]], run: Callable[[Runner], Result]) -> Result:
@@ -154,22 +170,20 @@ class Engine:
             prompts: its prompts; the ways are compared on some of them.
             run: called with the runner; again after the device has run out of memory.
         """
-        with self._lock, predicting(self.model):
+        with self._lock, predicting(self.model, self.weights):
             return self._within_memory(lambda: run(self._runner(self._way_to_decode(prompts))))
 
     def _within_memory(self, run: Callable[[], Result]) -> Result:
         """Again with smaller passes when the device runs out of memory."""
         while True:
-            try:
+            # What the failed passes hold is freed when their exception is gone.
+            with contextlib.suppress(torch.OutOfMemoryError):
                 return run()
-            except torch.OutOfMemoryError as error:
-                self.reset_cache()
-                torch.cuda.empty_cache()
-                if self.max_tokens <= 256:
-                    raise ModelError(
-                        "a document does not fit into the device's memory; lower prompt.max_length"
-                    ) from error
-                self.max_tokens //= 2
+            self.reset_cache()
+            torch.cuda.empty_cache()
+            if self.max_tokens <= 256:
+                raise ModelError("a document does not fit into the device's memory; lower prompt.max_length")
+            self.max_tokens //= 2
 
     def _way_to_score(self, questions: Sequence[Question]) -> Way:
         if self._scoring is None:

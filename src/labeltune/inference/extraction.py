@@ -8,6 +8,7 @@ says how their tokens go through the model: several rows at once in segments, se
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from collections import Counter
@@ -18,17 +19,31 @@ from typing import TYPE_CHECKING, Any, Protocol
 import llguidance.hf
 import numpy as np
 import torch
-from llguidance import LLMatcher
+from llguidance import LLExecutor, LLMatcher
+from llguidance.numpy import fill_next_token_bitmask_par
+from numpy.typing import NDArray
 
 from labeltune.errors import ModelError, first_line
-from labeltune.inference.scoring import CACHED_BYTES, PrefixCache, passes
+from labeltune.inference.scoring import CACHED_BYTES, PADDED, PrefixCache, passes
 from labeltune.models.own_cache import OwnCache, run_behind, run_side_by_side
-from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
+from labeltune.models.precision import sent
+from labeltune.models.tree_attention import (
+    KVCache,
+    Segment,
+    SlotCache,
+    run_segments,
+    run_slots,
+    segment_attention_on,
+)
 from labeltune.prompts.ner import BEFORE_LABEL, BEFORE_TEXT, END, escaped, occurrences
 from labeltune.types import Entity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+#: Tokens of a pass, padding included, below which more passes cost more than padding.
+FEW = 512
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ class Grammars:
         self.no_entities = no_entities
         self.vocabulary = vocabulary
         self.tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary)
+        self._executor = LLExecutor()
 
     def matcher(self, pieces: Sequence[str], exhausted: Sequence[str], first: bool) -> Any:
         """What may follow at the beginning of a line of the answer about a document.
@@ -106,6 +122,26 @@ class Grammars:
         if found.is_error():
             raise ModelError(f"the extraction grammar was refused: {found.get_error()}")
         return found
+
+    def allowed(self, rows: Sequence[_Row], end_ids: Sequence[int]) -> NDArray[np.int32]:
+        """The tokens that may come next in each row, one bit a token, shape [rows, words of 32 bits].
+
+        Raises:
+            ModelError: there is none.
+        """
+        bits = np.zeros((len(rows), -(-self.vocabulary // 32)), dtype=np.int32)
+        fill_next_token_bitmask_par(self._executor, [(row.matcher, at) for at, row in enumerate(rows)], bits)
+        octets = bits.view(np.uint8)
+        # The end of turn is ours to allow: the grammar's own end is that of one line.
+        for token in {*end_ids, self.tokenizer.eos_token}:
+            if token < self.vocabulary:
+                octets[:, token // 8] &= 255 - (1 << token % 8)
+        end = end_ids[0]
+        octets[[at for at, row in enumerate(rows) if _may_end(row)], end // 8] |= 1 << end % 8
+        for row, own in zip(rows, bits, strict=True):
+            if not own.any():
+                raise ModelError(f"the extraction grammar allows no token: {row.matcher.get_error()}")
+        return bits
 
 
 def escape_units(text: str) -> list[str]:
@@ -164,32 +200,47 @@ def extract(
                 matcher = grammars.matcher(pieces, (), first=True)
                 active.append(_Row(number, pieces, matcher, state, pending, max_new_tokens))
             logits = session.advance([(row.state, row.pending) for row in active])
+            # A device that is still computing them goes on meanwhile.
+            tokens, scores = choose(logits, grammars.allowed(active, end_ids))
             still = []
-            for row, scores in zip(active, logits, strict=True):
-                done = _step(row, scores, grammars, end_ids)
+            for row, token, score in zip(active, tokens, scores, strict=True):
+                done = _step(row, token, score, grammars, end_ids)
                 if done is None:
                     still.append(row)
                 else:
                     found[row.number] = done
+                    session.end(row.state)
             active = still
     return [found[i] for i in range(len(prompts))]
 
 
-def _step(row: _Row, logits: torch.Tensor, grammars: Grammars, end_ids: Sequence[int]) -> Extracted | None:
-    """Choose the next token and take what the grammar then forces; the answer when it is complete.
+def choose(logits: torch.Tensor, allowed: NDArray[np.int32]) -> tuple[list[int], list[float]]:
+    """The most probable of the allowed tokens of each row, and its log-probability among all tokens.
 
     Args:
-        logits: shape [vocabulary].
+        logits: shape [rows, vocabulary].
+        allowed: as of `Grammars.allowed`.
     """
-    allowed = _allowed(row, grammars, end_ids)
-    values = logits.float()
-    token = int(allowed[int(values[allowed].argmax())])
+    words, values = sent(torch.from_numpy(allowed), logits.device), logits.float()
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)
+    hidden = (bits & 1 == 0).flatten(1)[:, : values.shape[1]]
+    best = values.masked_fill(hidden, -math.inf).max(-1)
+    scores = best.values - values.logsumexp(-1)
+    # The only place of a step that waits for the device; fp64 holds every token number.
+    numbers, logs = torch.stack([best.indices.double(), scores.double()]).tolist()
+    return [int(number) for number in numbers], logs
+
+
+def _step(
+    row: _Row, token: int, score: float, grammars: Grammars, end_ids: Sequence[int]
+) -> Extracted | None:
+    """Take the chosen token and what the grammar then forces; the answer when it is complete."""
     if token == end_ids[0] and _may_end(row):
         _close_line(row, grammars)
         return _finish(row, truncated=False)
     if row.left <= 0:
         return _finish(row, truncated=True)
-    row.chosen.append(float(values[token] - values.logsumexp(0)))
+    row.chosen.append(score)
     row.pending = list(_with_forced(row, token))
     row.ids += row.pending
     row.left -= len(row.pending)
@@ -214,20 +265,6 @@ def _with_forced(row: _Row, token: int) -> Iterator[int]:
 def _may_end(row: _Row) -> bool:
     """At the end of a line; behind the newline a further line must come."""
     return bool(row.ids) and bool(row.matcher.is_accepting())
-
-
-def _allowed(row: _Row, grammars: Grammars, end_ids: Sequence[int]) -> torch.Tensor:
-    """Ids of the tokens that may come next."""
-    bits = np.frombuffer(row.matcher.compute_bitmask(), dtype=np.uint8)
-    mask = np.unpackbits(bits, bitorder="little")[: grammars.vocabulary].astype(bool)
-    # The end of turn is ours to allow: the grammar's own end is that of one line.
-    mask[[i for i in (*end_ids, grammars.tokenizer.eos_token) if i < len(mask)]] = False
-    if _may_end(row):
-        mask[end_ids[0]] = True
-    allowed = torch.from_numpy(mask.nonzero()[0])
-    if not len(allowed):
-        raise ModelError(f"the extraction grammar allows no token: {row.matcher.get_error()}")
-    return allowed
 
 
 def _close_line(row: _Row, grammars: Grammars) -> None:
@@ -271,6 +308,9 @@ class Session(Protocol):
     def advance(self, rows: Sequence[tuple[Any, Sequence[int]]]) -> torch.Tensor:
         """Add tokens to sequences; the logits after each of them, shape [rows, vocabulary]."""
 
+    def end(self, state: Any) -> None:
+        """A sequence is not continued."""
+
 
 class Runner(Protocol):
     """A way to run a model."""
@@ -280,7 +320,8 @@ class Runner(Protocol):
 
 
 class SegmentRunner:
-    """All sequences in one row; what their prompts begin with is computed once."""
+    """All sequences in one row; what their prompts begin with is computed once. On the CPU each has keys and values of its own, elsewhere
+    all have one tensor a layer."""
 
     def __init__(self, model: PreTrainedModel, cache: PrefixCache[KVCache], max_tokens: int) -> None:
         self.model, self.cache, self.max_tokens = model, cache, max_tokens
@@ -290,7 +331,13 @@ class SegmentRunner:
         """Segment attention is switched on while the session is open."""
         with torch.inference_mode(), segment_attention_on(self.model):
             prefix = (self.cache.common(self.model, prompts) if prompts else None) or KVCache()
-            yield _Segments(self.model, prefix, self.max_tokens)
+            on_cpu = next(self.model.parameters()).device.type == "cpu"
+            longest = max(map(len, prompts), default=0)
+            yield (
+                _Segments(self.model, prefix, self.max_tokens)
+                if on_cpu
+                else _Slots(self.model, prefix, longest, self.max_tokens)
+            )
 
 
 class _Segments:
@@ -307,6 +354,41 @@ class _Segments:
 
         segments = [Segment(ids, cache, keep=True, wanted=[len(ids) - 1]) for cache, ids in rows]
         return torch.cat([run_segments(self.model, part) for part in passes(segments, fits)])
+
+    def end(self, state: KVCache) -> None:
+        """Its memory goes with it."""
+
+
+class _Slots:
+    def __init__(self, model: PreTrainedModel, prefix: KVCache, longest: int, max_tokens: int) -> None:
+        self.model, self.prefix, self.longest, self.max_tokens = model, prefix, longest, max_tokens
+        self.cache: SlotCache | None = None
+        self.used: set[int] = set()
+
+    def start(self, prompt: Sequence[int], capacity: int) -> tuple[int, list[int]]:
+        if self.cache is None:
+            self.cache = SlotCache(self.prefix, 1, self.longest - self.prefix.length + capacity)
+        slot = next(at for at in itertools.count() if at not in self.used)
+        self.used.add(slot)
+        self.cache.begin(slot)
+        return slot, list(prompt[self.prefix.length :])
+
+    def advance(self, rows: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
+        assert self.cache is not None
+
+        def fits(part: Sequence[int]) -> bool:
+            sizes = [len(rows[i][1]) for i in part]
+            return len(part) * max(sizes) <= min(self.max_tokens, max(PADDED * sum(sizes), FEW))
+
+        found: dict[int, torch.Tensor] = {}
+        for part in passes(sorted(range(len(rows)), key=lambda i: len(rows[i][1])), fits):
+            part.sort(key=lambda i: rows[i][0])
+            logits = run_slots(self.model, self.cache, [rows[i][1] for i in part], [rows[i][0] for i in part])
+            found |= dict(zip(part, logits, strict=True))
+        return torch.stack([found[i] for i in range(len(rows))])
+
+    def end(self, state: int) -> None:
+        self.used.discard(state)
 
 
 class CacheRunner:
@@ -356,6 +438,9 @@ class _Cached:
                 rows[i][0].cache, found[i] = behind[k], logits[k]
         return torch.stack([found[i] for i in range(len(rows))])
 
+    def end(self, state: _Held) -> None:
+        """Its memory goes with it."""
+
 
 def decoded_scores(runner: Runner, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
     """Log-probabilities of tokens behind prompts, decoded side by side; the rows go on by one token or two, at different times.
@@ -377,6 +462,8 @@ def decoded_scores(runner: Runner, rows: Sequence[tuple[Sequence[int], Sequence[
                 end = at + 1 + (at + number) % 2
                 if end < len(behind):
                     still.append((number, state, list(behind[at:end]), end))
+                else:
+                    session.end(state)
             active = still
     return found
 
@@ -415,6 +502,9 @@ class _Plain:
                     ) from error
             found.append(logits[0, -1])
         return torch.stack(found)
+
+    def end(self, state: _Held) -> None:
+        """Its memory goes with it."""
 
 
 def _score(entity: Entity) -> float:

@@ -249,7 +249,9 @@ def predict_file(
         }
         done, bad = _resumable(part, note, mine, target) if resume else _begin(part, note, mine, target)
         total = block.rows if block is not None else count_rows(path, encoding) if progress else None
-        shown = progress and (total is None or total > predictor.generation.batch_size)
+        shown = progress and (
+            total is None or total > predictor.engine.decoded_rows(predictor.generation.batch_size)
+        )
         with writing(target, "what is done is kept, go on with --resume"):
             with row_progress(total, "predict", shown) as advance, part.open("ab") as file:
                 if done:

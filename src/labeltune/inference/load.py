@@ -51,8 +51,8 @@ def load_predictor(
     """
     folder = checkpoint_of(run)
     info = RunInfo.load(folder)
-    picked = pick_precision(precision)
-    where = device or picked.device
+    picked = pick_precision(precision, device=device)
+    where = picked.device
     trust = info.runs_code(trust_remote_code)
     if info.adapter:
         base = Path(base_folder) if base_folder is not None else resolve_model(info.model, info.hub).folder

@@ -310,7 +310,7 @@ class Predictor:
                 self.template.end_of_turn_ids[:1],
                 prompts,
                 max_new_tokens=self.generation.max_new_tokens,
-                batch_size=self.generation.batch_size,
+                batch_size=self.engine.decoded_rows(self.generation.batch_size),
             )
 
         found = iter(self.engine.decode([ids for ids, _ in prompts], run) if prompts else ())
@@ -336,7 +336,7 @@ class Predictor:
             [self.builder.prompt(example).ids for example in examples],
             stop_ids=stop_ids(self.model, self.template),
             max_new_tokens=self._max_new_tokens(examples),
-            batch_size=self.generation.batch_size,
+            batch_size=self.engine.decoded_rows(self.generation.batch_size),
         )
         decode, lead = self.template.tokenizer.decode, self.template.answer_lead
         written = [

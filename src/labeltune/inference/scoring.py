@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 from labeltune.models.own_cache import OwnCache, run_behind
-from labeltune.models.precision import moved_by, other_tokens
+from labeltune.models.precision import moved_by, other_tokens, sent
 from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
 from labeltune.prompts.builder import common_prefix
 
@@ -29,8 +29,10 @@ Item = TypeVar("Item")
 Node = tuple[int, int]
 Branch = tuple[int, tuple[int, ...]]
 
-#: Memory that the logits of one pass may take.
-LOGITS_BYTES = 256 * 2**20
+#: Memory that the fp32 logits of one pass may take for every token of it: 256 MiB on the CPU, 2 GiB on CUDA.
+LOGITS_BYTES = {"cpu": 256 * 2**10, "mps": 64 * 2**10, "cuda": 128 * 2**10}
+#: Tokens whose logits are added up at once: a copy of all of them would take as much memory again, and on the CPU leave its caches.
+ADDED_UP = {"cpu": 32, "cuda": 512}
 #: Common tokens beyond what is kept already for which computing the beginning again is worth it.
 WORTH_KEEPING = 32
 #: Tokens of a row that are enough to see whether rows influence each other, and those of its beginning that are watched.
@@ -206,7 +208,7 @@ def score_answers(
     with torch.inference_mode(), segment_attention_on(model):
         prefix = cache.common(model, [question.prompt for question in questions]) or KVCache()
         begin = prefix.length
-        for rows, shared in plan_passes(questions, begin, max_tokens, _most_logits(model)):
+        for rows, shared in plan_passes(questions, begin, max_tokens, _most_logits(model, max_tokens)):
             segments = []
             parent = prefix
             if shared > begin:
@@ -280,8 +282,11 @@ class _Scores:
         steps = [(row, node, token) for row, node in nodes for token in self.questions[row].trie.wanted[node]]
         places = [at for at, (row, node) in enumerate(nodes) for _ in self.questions[row].trie.wanted[node]]
         logits = logits.float()
-        values = logits[places, [token for *_, token in steps]] - logits.logsumexp(-1)[places]
-        for (row, node, token), value in zip(steps, values.cpu().tolist(), strict=True):
+        places_and_tokens = torch.tensor([places, [token for *_, token in steps]])
+        at, tokens = sent(places_and_tokens, logits.device)
+        parts = ADDED_UP.get(logits.device.type, 64)
+        sums = torch.cat([part.logsumexp(-1) for part in torch.split(logits, parts)])
+        for (row, node, token), value in zip(steps, (logits[at, tokens] - sums[at]).tolist(), strict=True):
             self._known[row][node, token] = value
 
     def of_answers(self) -> list[list[float]]:
@@ -307,7 +312,7 @@ def score_by_cache(
     with torch.inference_mode():
         prefix = cache.common(model, [question.prompt for question in questions])
         begin, size = (prefix.length, prefix.bytes_per_row) if prefix else (0, 1)
-        most = min(_most_logits(model), CACHED_BYTES * max_tokens // size)
+        most = min(_most_logits(model, max_tokens), CACHED_BYTES * max_tokens // size)
         order = sorted(
             range(len(questions)), key=lambda i: (len(questions[i].prompt), list(questions[i].prompt))
         )
@@ -331,7 +336,7 @@ def _score_behind(
     """The answers of questions whose prompts are the rows of a cache."""
     tries = [scores.questions[row].trie for row in rows]
     most = CACHED_BYTES * max_tokens // state.bytes_per_row
-    wanted = _most_logits(model)
+    wanted = _most_logits(model, max_tokens)
     todo = [(at, branch) for at, trie in enumerate(tries) for branch in trie.branches]
     todo.sort(key=lambda each: len(each[1]))
     read: set[Node] = set()
@@ -359,7 +364,7 @@ def score_side_by_side(
         max_tokens: as of `score_answers`.
     """
     scores, device = _Scores(questions), next(model.parameters()).device
-    most = _most_logits(model)
+    most = _most_logits(model, max_tokens)
     todo = [
         (row, (0, *branch))
         for row, question in enumerate(questions)
@@ -412,20 +417,23 @@ def _not_read(part: Sequence[Branch], read: set[Node]) -> tuple[list[Node], list
 def _logits_at(model: PreTrainedModel, rows: Sequence[int], columns: Sequence[int]) -> Iterator[None]:
     """Inside the `with` the output layer runs on these tokens of a batch alone; logits have the shape [1, tokens, vocabulary]."""
 
-    def select(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return given[0][rows, columns][None], *given[1:]
+    head = model.get_output_embeddings()
+    at_row, at_column = sent(torch.tensor([rows, columns]), head.weight.device)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    def select(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return given[0][at_row, at_column][None], *given[1:]
+
+    hook = head.register_forward_pre_hook(select)
     try:
         yield
     finally:
         hook.remove()
 
 
-def _most_logits(model: PreTrainedModel) -> int:
-    """Tokens of one pass that logits may be computed for."""
-    vocabulary: int = model.get_output_embeddings().weight.shape[0]
-    return LOGITS_BYTES // (4 * vocabulary)
+def _most_logits(model: PreTrainedModel, max_tokens: int) -> int:
+    """Tokens of one pass of at most `max_tokens` that logits may be computed for."""
+    weight = model.get_output_embeddings().weight
+    return int(LOGITS_BYTES.get(weight.device.type, 64 * 2**10) * max_tokens // (4 * weight.shape[0]))
 
 
 def passes(items: Sequence[Item], fits: Callable[[Sequence[Item]], bool]) -> Iterator[list[Item]]:
@@ -474,7 +482,8 @@ def leak_between_rows(
 
     def logits(asked: Sequence[Question]) -> list[Any]:
         short = [replace(question, prompt=question.prompt[-LEAK_TOKENS:]) for question in asked]
-        segments = [_segment(question, 0, KVCache()) for question in short]
+        nothing = KVCache()
+        segments = [_segment(question, 0, nothing) for question in short]
         for segment in segments:
             # A state fades; the first tokens behind another row feel it most.
             segment.wanted = [*range(min(FIRST_TOKENS, segment.wanted[0])), *segment.wanted]

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import peft
 import torch
@@ -199,6 +200,29 @@ def _without_warnings() -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
         yield
+
+
+@contextlib.contextmanager
+def uncast_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, which must be under autocast, adapters take inputs as they come.
+
+    peft makes fp32 of them, drops out, and autocast makes its own format of the result: the same bits for more memory traffic. DoRA
+    computes with them in fp32, so its layers are left as they are.
+    """
+    if model not in _ADAPTERS:
+        layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+        _ADAPTERS[model] = [layer for layer in layers if not any(layer.use_dora.values())]
+    for layer in _ADAPTERS[model]:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer in _ADAPTERS[model]:
+            layer.cast_input_dtype_enabled = True
+
+
+#: Of a model that has been asked for: thousands of modules are walked for them.
+_ADAPTERS: WeakKeyDictionary[torch.nn.Module, list[LoraLayer]] = WeakKeyDictionary()
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> Any:

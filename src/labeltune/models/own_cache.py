@@ -41,7 +41,7 @@ class OwnCache:
     cache: Cache
     length: int
 
-    def repeated(self, rows: Sequence[int], *, last: bool = False) -> OwnCache:
+    def repeated(self, rows: Sequence[int] | torch.Tensor, *, last: bool = False) -> OwnCache:
         """A copy that holds the given rows (numbers, as often as they are named); differentiable.
 
         Args:
@@ -49,7 +49,7 @@ class OwnCache:
         """
         repeated = copy.copy(self.cache)
         repeated.layers = [_same_tensors(layer) for layer in self.cache.layers]
-        repeated.reorder_cache(torch.tensor(rows, dtype=torch.long))
+        repeated.reorder_cache(torch.as_tensor(rows, dtype=torch.long))
         if last:
             for layer in repeated.layers:
                 layer.record_past = True
@@ -70,7 +70,7 @@ class OwnCache:
 def run_behind(
     model: PreTrainedModel,
     cache: OwnCache | None,
-    ids: Sequence[Sequence[int]],
+    ids: Sequence[Sequence[int]] | torch.Tensor,
     logits_to_keep: int,
     **options: torch.Tensor,
 ) -> tuple[torch.Tensor, OwnCache]:
@@ -85,7 +85,7 @@ def run_behind(
     device = next(model.parameters()).device
     known: dict[str, Any] = {} if cache is None else {cache.name: cache.cache}
     output = model(
-        input_ids=torch.tensor(ids, device=device),
+        input_ids=torch.as_tensor(ids, device=device),
         logits_to_keep=logits_to_keep,
         use_cache=True,
         **known,

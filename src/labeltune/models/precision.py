@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psutil
 import torch
+from packaging.version import Version
 
 from labeltune.distributed import is_sharded
 
@@ -39,26 +40,39 @@ class Precision:
     weights: Any
     device: str
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format of computation, in which checkpoints are loaded too."""
+        return DTYPES[self.name]
+
+    def mixed(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast, as a training step is computed in; nothing in fp32."""
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, dtype=self.dtype)
+
 
 def pick_precision(
-    wanted: Literal["auto", "bf16", "fp16", "fp32"] = "auto", *, full: bool = False
+    wanted: Literal["auto", "bf16", "fp16", "fp32"] = "auto", *, full: bool = False, device: str | None = None
 ) -> Precision:
-    """bf16 on GPUs that compute in it, else fp16 on a GPU, fp32 on the CPU; `wanted` overrides.
+    """bf16 on GPUs that compute in it, else fp16 on a GPU, fp32 elsewhere; `wanted` overrides.
 
     Args:
-        full: all weights are trained; they are then kept in fp32 under fp16 computation.
+        full: all weights are trained; they are then kept in fp32, as bf16 would lose updates of less than half of one of its steps.
+        device: the best there is when None.
     """
-    if torch.cuda.is_available():
-        device = "cuda"
-        name = ("bf16" if has_bf16() else "fp16") if wanted == "auto" else wanted
-    else:
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "fp32" if wanted == "auto" else wanted
-    weights = torch.float32 if full and name == "fp16" else DTYPES[name]
-    return Precision(name, weights, device)
+    if device is None:
+        found = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+        device = next((name for name, there in found if there), "cpu")
+    name = wanted
+    if name == "auto":
+        cuda = torch.device(device).type == "cuda"
+        native = cuda and has_bf16(device)
+        name = "bf16" if native else "fp16" if cuda else "fp32"
+    return Precision(name, torch.float32 if full else DTYPES[name], device)
 
 
-def has_bf16(gpu: int | None = None) -> bool:
+def has_bf16(gpu: int | str | None = None) -> bool:
     """Whether a CUDA GPU, the current one when None, computes in bf16."""
     return torch.cuda.get_device_capability(gpu)[0] >= 8
 
@@ -87,11 +101,70 @@ def memory_in_use(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
+    """What PyTorch draws next: on the CPU, and on a GPU, where dropout draws."""
+    there = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
+    return torch.get_rng_state(), *there
+
+
+def set_random_state(device: torch.device, state: tuple[torch.Tensor, ...]) -> None:
+    """Draw the same again."""
+    torch.set_rng_state(state[0])
+    for there in state[1:]:
+        torch.cuda.set_rng_state(there, device)
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device, without waiting until it is there."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def fp32_product(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`states @ weight.T` in fp32, for operands in bf16 or fp16 without rounding to that: on CUDA, since PyTorch 2.8; else rounded.
+
+    bf16 has steps of 0.06 at logits of 8 and more. No gradients.
+    """
+    if weight.dtype != torch.float32 and states.device.type == "cuda" and _MIXED_PRODUCTS:
+        return torch.mm(states, weight.t(), out_dtype=torch.float32)
+    return (states @ weight.t()).float()
+
+
+_MIXED_PRODUCTS = Version(torch.__version__).release >= (2, 8)
+
+
+@contextlib.contextmanager
+def replaced_forward(
+    module: torch.nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Give a module another `forward`; hooks around it run as before."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def fp32_logits(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """Inside the `with` a model's linear output layer in bf16 or fp16 gives logits in fp32 on CUDA. No gradients."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or "forward" in vars(head) or head.weight.device.type != "cuda":
+        return contextlib.nullcontext()
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        logits = fp32_product(hidden.flatten(0, -2).to(head.weight.dtype), head.weight)
+        logits = logits if head.bias is None else logits + head.bias
+        return logits.view(*hidden.shape[:-1], -1)
+
+    return replaced_forward(head, forward)
+
+
 @contextlib.contextmanager
 def weights_in(
     model: PreTrainedModel, dtype: torch.dtype, everywhere: Callable[[bool], bool] = bool
 ) -> Iterator[bool]:
-    """Inside the `with` a model's weights and buffers are in a wider number format, if it says True.
+    """Inside the `with` a model's weights and buffers are in another number format, if it says True.
+
+    A narrower one is that of a checkpoint loaded in it: buffers, and layers that the model keeps in fp32, stay as they are.
 
     It says False, and changes nothing, where weights are quantized, spread over processes, or would not fit into memory.
 
@@ -104,7 +177,14 @@ def weights_in(
     possible = everywhere(
         not quantized and not is_sharded(model) and needed < 0.8 * free_memory(parameters[0].device)
     )
-    tensors = [t for t in [*parameters, *model.buffers()] if t.is_floating_point()] if possible else []
+    tensors = [t for t in [*parameters, *model.buffers()] if t.is_floating_point()]
+    if dtype.itemsize < 4:
+        names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        if dtype == torch.float16:
+            names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        tensors = [p for name, p in model.named_parameters() if names.isdisjoint(name.split("."))]
+    if not possible:
+        tensors = []
     kept = [(tensor, tensor.data) for tensor in tensors]
     try:
         for tensor, data in kept:

@@ -13,9 +13,11 @@ hands unknown keyword arguments down to it can use it. Whether a model really do
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
@@ -59,15 +61,34 @@ class PrefixLayout:
     """The groups of a row, in order; together they cover it."""
 
     groups: tuple[GroupLayout, ...]
+    _masks: dict[tuple[int, int, int | None, torch.dtype], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def to(self, device: torch.device) -> PrefixLayout:
-        """The same layout with its index tensors on another device."""
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PrefixLayout:
+        """The same layout with other index tensors, on another device."""
         return PrefixLayout(
-            tuple(
-                GroupLayout(g.start, g.prefix, g.rests, g.gather.to(device), g.scatter.to(device))
-                for g in self.groups
-            )
+            tuple(replace(g, gather=change(g.gather), scatter=change(g.scatter)) for g in self.groups)
         )
+
+    def mask(self, queries: int, keys: int, window: int | None, like: torch.Tensor) -> Any:
+        """What is added to the attention scores of the last `queries` of `keys` tokens, shape [queries, keys]; causal.
+
+        Built once for all layers that ask for the same: the kernels would make it of a mask of bools again in every layer.
+
+        Args:
+            window: a token sees this many positions, itself included; None for all.
+            like: a tensor with the device and number format of the queries.
+        """
+        key = queries, keys, window, like.dtype
+        if key not in self._masks:
+            at_query = torch.arange(keys - queries, keys, device=like.device)[:, None]
+            at_key = torch.arange(keys, device=like.device)[None, :]
+            hidden = at_key > at_query
+            if window is not None:
+                hidden |= at_query - at_key >= window
+            self._masks[key] = like.new_zeros(queries, keys).masked_fill_(hidden, -math.inf)
+        return self._masks[key]
 
 
 def make_layout(groups: Sequence[tuple[int, Sequence[int]]]) -> PrefixLayout:
@@ -123,12 +144,13 @@ def shared_prefix_attention(
     refuse_unknown(module, query, attention_mask, options)
     # On the CPU many small calls cost less than padding; elsewhere it is the other way round.
     attend = _one_by_one if query.device.type == "cpu" else _side_by_side
+    attention = Attend(prefix_layout, dropout, scaling, sliding_window)
     sizes = [group.tokens for group in prefix_layout.groups]
     parts = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
     outputs = [
         output
         for (q, k, v), group in zip(parts, prefix_layout.groups, strict=True)
-        for output in attend(q, k, v, group, Attend(dropout, scaling, sliding_window))
+        for output in attend(q, k, v, group, attention)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
@@ -158,7 +180,7 @@ def attend_to(
 ) -> Any:
     """PyTorch's attention with fewer key heads than query heads (GQA); tensors of shape [batch, heads, tokens, head size]."""
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.device.type != "cpu":
+    if groups > 1 and mask is not None and query.device.type != "cpu":
         # The kernels that take a mask do not take fewer key heads.
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     return torch.nn.functional.scaled_dot_product_attention(
@@ -174,6 +196,7 @@ class Attend:
     serves all examples of a batch.
     """
 
+    layout: PrefixLayout
     dropout: float
     scaling: float | None
     window: int | None
@@ -182,14 +205,8 @@ class Attend:
         """Tensors of shape [batch, heads, tokens, head size]."""
         queries, keys = query.shape[2], key.shape[2]
         whole = queries == keys and (self.window is None or self.window >= keys)
-        mask = None if whole else self._mask(queries, keys, query.device)
+        mask = None if whole else self.layout.mask(queries, keys, self.window, query)
         return attend_to(query, key, value, mask, self.scaling, is_causal=whole, dropout_p=self.dropout)
-
-    def _mask(self, queries: int, keys: int, device: torch.device) -> Any:
-        at_query = torch.arange(keys - queries, keys, device=device)[:, None]
-        at_key = torch.arange(keys, device=device)[None, :]
-        mask = at_key <= at_query
-        return mask if self.window is None else mask & (at_query - at_key < self.window)
 
 
 def _one_by_one(
@@ -247,17 +264,28 @@ def attention_on(
     Compiled layers call it as it is: compiling it would start anew for every layout.
     """
     AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-    found = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
-    before = {at: config._attn_implementation for at, config in configs.items()}
+    configs = _configs(model)
+    before = [config._attn_implementation for config in configs]
     try:
-        for config in configs.values():
+        for config in configs:
             config._attn_implementation = name
         with changing_shapes():
             yield
     finally:
-        for at, config in configs.items():
-            config._attn_implementation = before[at]
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+#: Of a model that has been asked for: thousands of modules are walked for a few configs.
+_CONFIGS: WeakKeyDictionary[torch.nn.Module, list[PreTrainedConfig]] = WeakKeyDictionary()
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs of its modules, each once."""
+    if model not in _CONFIGS:
+        found = [getattr(module, "config", None) for module in model.modules()]
+        _CONFIGS[model] = list({id(c): c for c in found if isinstance(c, PreTrainedConfig)}.values())
+    return _CONFIGS[model]
 
 
 @contextlib.contextmanager

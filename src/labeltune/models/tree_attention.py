@@ -12,6 +12,7 @@ found out by comparing numbers (`labeltune.inference.engine`), never assumed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from labeltune.models.shared_prefix import attend_to, attention_on, refuse_unknown
+from labeltune.models.precision import sent
+from labeltune.models.shared_prefix import attend_to, attention_on, make_layout, refuse_unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,6 +152,162 @@ class Segment:
         return [start + place for place in places]
 
 
+class SlotCache:
+    """Keys and values of many sequences, each in a slot of its own of one tensor a layer; they begin alike and grow in place.
+
+    Args:
+        parent: what every sequence begins with; copied.
+        slots: sequences there is room for.
+        room: tokens that a sequence may have behind that.
+    """
+
+    def __init__(self, parent: KVCache, slots: int, room: int) -> None:
+        self.parent, self.capacity = parent, parent.length + room
+        self.lengths = [parent.length] * slots
+        self._layers: dict[int, tuple[Any, Any]] = {}
+
+    def begin(self, slot: int) -> None:
+        """Another sequence is to take this slot; further ones are added where there are none."""
+        while slot >= len(self.lengths):
+            self._layers = {
+                layer: (torch.cat([keys, keys]), torch.cat([values, values]))
+                for layer, (keys, values) in self._layers.items()
+            }
+            self.lengths += [self.parent.length] * len(self.lengths)
+        self.lengths[slot] = self.parent.length
+
+    def extend(self, layer: int, batch: SlotRows, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any]:
+        """Add tokens of shape [rows, heads, longest, head size] and return all up to the longest sequence."""
+        if layer not in self._layers:
+            held = self.parent.view(layer)
+            made = []
+            for at, new in enumerate((key, value)):
+                # One place more, for padding.
+                whole = new.new_zeros(len(self.lengths), new.shape[1], self.capacity + 1, new.shape[3])
+                if held is not None:
+                    whole[:, :, : self.parent.length] = held[at]
+                made.append(whole)
+            self._layers[layer] = made[0], made[1]
+        keys, values = self._layers[layer]
+        rows, places = batch.slots[:, None], batch.places
+        # Indices around a slice go first: [rows, longest, heads, head size].
+        keys[rows, :, places] = key.transpose(1, 2)
+        values[rows, :, places] = value.transpose(1, 2)
+        keys, values = keys[:, :, : batch.used], values[:, :, : batch.used]
+        return (
+            (keys, values)
+            if batch.all_slots
+            else (keys.index_select(0, batch.slots), values.index_select(0, batch.slots))
+        )
+
+
+class SegmentRows:
+    """Segments side by side behind the same past, padded to the longest, with what all layers need of them built once."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        self.segments = segments
+        self.past = segments[0].past
+        self.sizes = [len(segment.ids) for segment in segments]
+        self.layout = make_layout([(0, self.sizes)]).map(lambda tensor: sent(tensor, device)).groups[0]
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+
+    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any]:
+        """The past in front of the rows' own keys and values, shape [rows, heads, past + longest, head size]."""
+        before = self.past.view(layer)
+        if before is None:
+            return key, value
+        rows = len(self.sizes)
+        return (
+            torch.cat([before[0].expand(rows, -1, -1, -1), key], dim=2),
+            torch.cat([before[1].expand(rows, -1, -1, -1), value], dim=2),
+        )
+
+    def mask(self, keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores, shape [rows, 1, longest, keys]. Padding sees itself, so that no row is without a key."""
+        window = None if window is None or window >= keys else window
+        if (keys, window) not in self._masks:
+            widest = max(self.sizes)
+            before = keys - widest
+            seen = torch.zeros(len(self.sizes), 1, widest, keys, dtype=torch.bool)
+            seen[:, 0, range(widest), range(before, keys)] = True
+            for row, (segment, size) in enumerate(zip(self.segments, self.sizes, strict=True)):
+                own = segment._seen(before + size, window, torch.device("cpu"))
+                seen[row, 0, :size, : before + size] = own
+            self._masks[keys, window] = _bias(sent(seen, like.device), like)
+        return self._masks[keys, window]
+
+
+class SlotRows:
+    """Sequences that go on in their slots, side by side and padded to the longest.
+
+    Args:
+        ids: the tokens that each goes on by.
+        slots: where each is.
+    """
+
+    def __init__(
+        self, cache: SlotCache, ids: Sequence[Sequence[int]], slots: Sequence[int], device: torch.device
+    ) -> None:
+        self.cache = cache
+        self.sizes = [len(each) for each in ids]
+        widest = max(self.sizes)
+        lengths = [cache.lengths[slot] for slot in slots]
+        # A multiple, so that few shapes follow each other as sequences grow.
+        self.used = min(-(-(max(lengths) + widest) // 64) * 64, cache.capacity)
+        self.all_slots = list(slots) == list(range(len(cache.lengths)))
+        layout = make_layout([(0, self.sizes)])
+        starts = torch.tensor(lengths)[:, None]
+        # Padding is written where the sequence goes on later, or behind its last place, and is read by none.
+        places = (starts + torch.arange(widest)).clamp(max=cache.capacity)
+        self.layout, self.slots, self.places = (
+            layout.map(lambda tensor: sent(tensor, device)).groups[0],
+            sent(torch.tensor(slots), device),
+            sent(places, device),
+        )
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+
+    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any]:
+        """All keys and values up to the longest sequence."""
+        return self.cache.extend(layer, self, key, value)
+
+    def mask(self, keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores, shape [rows, 1, longest, keys]: causal."""
+        if (keys, window) not in self._masks:
+            at_key, at_query = torch.arange(keys, device=like.device), self.places[:, None, :, None]
+            seen = at_key <= at_query
+            if window is not None:
+                seen &= at_query - at_key < window
+            self._masks[keys, window] = _bias(seen, like)
+        return self._masks[keys, window]
+
+
+def _bias(seen: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """0 where a key is seen and minus infinity elsewhere, in the format of `like`."""
+    return like.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)
+
+
+def _side_by_side(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: SegmentRows | SlotRows,
+    layer: int,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Tensors of shape [1, heads, tokens, head size], all rows' tokens one behind the other."""
+    shape = len(rows.sizes), max(rows.sizes)
+    # [1, heads, tokens, size] -> [rows, heads, longest, size]
+    q, k, v = (
+        torch.unflatten(x[0].index_select(1, rows.layout.gather), 1, shape).transpose(0, 1)
+        for x in (query, key, value)
+    )
+    k, v = rows.extend(layer, k, v)
+    output = attend_to(q, k, v, rows.mask(k.shape[2], window, q), scaling).transpose(1, 2).flatten(0, 1)
+    found: torch.Tensor = output.index_select(0, rows.layout.scatter)
+    return found.transpose(0, 1).unsqueeze(0)
+
+
 def segment_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -160,7 +318,7 @@ def segment_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    segments: Sequence[Segment] | None = None,
+    segments: Sequence[Segment | SegmentRows | SlotRows] | None = None,
     **options: Any,
 ) -> tuple[Any, None]:
     """Attention of every segment over its past and itself; tensors as in `shared_prefix_attention`.
@@ -171,12 +329,15 @@ def segment_attention(
     if segments is None:
         raise ValueError("segment attention needs segments")
     refuse_unknown(module, query, attention_mask, options)
-    layer = module.layer_idx
-    sizes = [len(segment.ids) for segment in segments]
+    layer: Any = module.layer_idx
+    sizes = [len(each.ids) if isinstance(each, Segment) else sum(each.sizes) for each in segments]
     outputs = []
     for segment, q, k, v in zip(
         segments, *(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True
     ):
+        if not isinstance(segment, Segment):
+            outputs.append(_side_by_side(q, k, v, segment, layer, scaling, sliding_window))
+            continue
         if segment.keep:
             k, v = segment.past.extend(layer, k, v)
         else:
@@ -208,14 +369,53 @@ def run_segments(model: PreTrainedModel, segments: Sequence[Segment]) -> Any:
     for segment in segments:
         index += [start + at for at in segment.wanted]
         start += len(segment.ids)
-    logits = model(
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        logits_to_keep=torch.tensor(index or [len(ids) - 1], device=device),
-        use_cache=False,
-        segments=segments,
-    ).logits[0]
+    given: Sequence[Segment | SegmentRows] = segments
+    if device.type != "cpu":  # where padding costs less than many small calls
+        kept = [segment for segment in segments if segment.keep]
+        behind = segments[len(kept) :]
+        if behind and not any(segment.keep or segment.past is not behind[0].past for segment in behind):
+            given = [*kept, SegmentRows(behind, device)]
+    logits = _run(model, ids, positions, index or [len(ids) - 1], given)
     for segment in segments:
         if segment.keep:
             segment.past.length += len(segment.ids)
     return logits
+
+
+def run_slots(
+    model: PreTrainedModel, cache: SlotCache, ids: Sequence[Sequence[int]], slots: Sequence[int]
+) -> Any:
+    """Run tokens behind the sequences of a cache, which then holds them; as `run_segments`.
+
+    Returns:
+        Logits behind the last token of each, shape [sequences, vocabulary].
+    """
+    device = next(model.parameters()).device
+    rows = SlotRows(cache, ids, slots, device)
+    positions = [
+        cache.lengths[slot] + at for slot, each in zip(slots, ids, strict=True) for at in range(len(each))
+    ]
+    last = [end - 1 for end in itertools.accumulate(rows.sizes)]
+    logits = _run(model, [token for each in ids for token in each], positions, last, [rows])
+    for slot, size in zip(slots, rows.sizes, strict=True):
+        cache.lengths[slot] += size
+    return logits
+
+
+def _run(
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    positions: Sequence[int],
+    wanted: Sequence[int],
+    segments: Sequence[Segment | SegmentRows | SlotRows],
+) -> Any:
+    sizes = [len(ids), len(positions), len(wanted)]
+    together = sent(torch.tensor([*ids, *positions, *wanted]), next(model.parameters()).device)
+    tokens, places, index = torch.split(together, sizes)
+    return model(
+        input_ids=tokens[None],
+        position_ids=places[None],
+        logits_to_keep=index,
+        use_cache=False,
+        segments=segments,
+    ).logits[0]

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader
 
-from labeltune.models.shared_prefix import changing_shapes, make_layout, shared_prefix_attention_on
+from labeltune.models.precision import sent
+from labeltune.models.shared_prefix import (
+    PrefixLayout,
+    changing_shapes,
+    make_layout,
+    shared_prefix_attention_on,
+)
 from labeltune.training.packing import Group, Pack, Packing, Row, step_order, steps_an_epoch
 
 if TYPE_CHECKING:
@@ -38,6 +46,16 @@ class StepBatches:
         return step_order(self.count, self.batch_size, self.seed, self.epoch)
 
 
+#: Makes one tensor of another.
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _mapped(value: Any, change: Change) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    return value.map(change) if isinstance(value, PrefixLayout) else value
+
+
 @dataclass(frozen=True)
 class ModelCall:
     """One call of the model.
@@ -45,21 +63,42 @@ class ModelCall:
     Attributes:
         inputs: keyword arguments of the model; `input_ids` of shape [1, tokens], padded: [rows, longest].
         index: positions whose next token is predicted, over the flattened batch and row; shape [answer tokens].
-        targets: these tokens, shape [answer tokens].
+        columns: those of these positions, each once, shape [columns].
+        picked: the positions over the flattened batch and columns, shape [answer tokens].
+        targets: the tokens that are predicted, shape [answer tokens].
         rows: the examples, in the order of their answer tokens.
     """
 
     inputs: dict[str, Any]
     index: torch.Tensor
+    columns: torch.Tensor
+    picked: torch.Tensor
     targets: torch.Tensor
     rows: tuple[int, ...]
 
-    def to(self, device: torch.device) -> ModelCall:
-        """The same on another device."""
-        moved = {
-            key: value.to(device) if hasattr(value, "to") else value for key, value in self.inputs.items()
-        }
-        return replace(self, inputs=moved, index=self.index.to(device), targets=self.targets.to(device))
+    @staticmethod
+    def of(
+        inputs: dict[str, Any], index: Sequence[int], targets: Sequence[int], rows: Sequence[int]
+    ) -> ModelCall:
+        """A call that is to predict these tokens at these positions."""
+        at, width = torch.tensor(index), inputs["input_ids"].shape[1]
+        columns, place = torch.unique(at % width, return_inverse=True)
+        picked = at // width * len(columns) + place
+        return ModelCall(inputs, at, columns, picked, torch.tensor(targets), tuple(rows))
+
+    def wanted(self, found: torch.Tensor) -> torch.Tensor:
+        """Those of the answer tokens, from what the model gives when it is asked for `columns`: [rows, columns, size] -> [answer tokens, size].
+
+        Some models give all positions whatever they are asked for (xLSTM).
+        """
+        asked_for = found.shape[1] == len(self.columns)
+        return found.flatten(0, 1).index_select(0, self.picked if asked_for else self.index)
+
+    def map(self, change: Change) -> ModelCall:
+        """The same with other tensors."""
+        inputs = {key: _mapped(value, change) for key, value in self.inputs.items()}
+        index, columns, picked, targets = map(change, (self.index, self.columns, self.picked, self.targets))
+        return ModelCall(inputs, index, columns, picked, targets, self.rows)
 
 
 @dataclass(frozen=True)
@@ -80,10 +119,54 @@ class PackBatch:
         calls = sum(call.inputs["input_ids"].numel() for call in self.calls)
         return int(calls + (0 if self.prefix is None else self.prefix.numel()))
 
+    def map(self, change: Change) -> PackBatch:
+        """The same with other tensors."""
+        prefix = None if self.prefix is None else change(self.prefix)
+        return PackBatch(tuple(call.map(change) for call in self.calls), prefix)
+
     def to(self, device: torch.device) -> PackBatch:
-        """The same on another device."""
-        prefix = None if self.prefix is None else self.prefix.to(device)
-        return PackBatch(tuple(call.to(device) for call in self.calls), prefix)
+        """The same on another device. All tensors, which hold integers, travel as one, and nothing waits for it."""
+        if device.type == "cpu":
+            return self
+        tensors: list[torch.Tensor] = []
+        self.map(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        together = sent(torch.cat([tensor.flatten() for tensor in tensors]), device)
+        parts = iter(torch.split(together, [tensor.numel() for tensor in tensors]))
+        return self.map(lambda tensor: next(parts).view(tensor.shape))
+
+
+class StepRows(list[Row]):
+    """The rows of a step, and what a worker thread makes of them meanwhile.
+
+    Attributes:
+        made: its result.
+    """
+
+    made: Future[Any]
+
+
+class AheadLoader(DataLoader[Any]):
+    """A DataLoader whose rows are worked on a step ahead: most of a step on a GPU, Python waits in the backward pass.
+
+    Args:
+        make: what is done with the rows of each step.
+    """
+
+    def __init__(self, *given: Any, make: Callable[[Sequence[Row]], Any], **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._make = make
+
+    def __iter__(self) -> Any:
+        with ThreadPoolExecutor(1, "labeltune-packs") as worker:
+            waiting = None
+            for rows in super().__iter__():
+                step = StepRows(rows)
+                step.made = worker.submit(self._make, step)
+                if waiting is not None:
+                    yield waiting
+                waiting = step
+            if waiting is not None:
+                yield waiting
 
 
 def make_batch(rows: Sequence[Row], pack: Pack, packing: Packing, pad_id: int) -> PackBatch:
@@ -132,7 +215,7 @@ def _one_row(rows: Sequence[Row], groups: Sequence[Group], with_layout: bool) ->
             [(g.prefix, [len(rows[i].ids) - g.prefix for i in g.rows]) for g in groups]
         )
     together = tuple(i for group in groups for i in group.rows)
-    return ModelCall(inputs, torch.tensor(index), torch.tensor(targets), together)
+    return ModelCall.of(inputs, index, targets, together)
 
 
 def _padded(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> ModelCall:
@@ -155,7 +238,7 @@ def _padded(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> ModelCal
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
         "use_cache": False,
     }
-    return ModelCall(inputs, torch.tensor(index), torch.tensor(targets), tuple(chosen))
+    return ModelCall.of(inputs, index, targets, chosen)
 
 
 def _behind(rows: Sequence[Row], chosen: Sequence[int], prefix: int, pad_id: int) -> ModelCall:
@@ -171,4 +254,4 @@ def _behind(rows: Sequence[Row], chosen: Sequence[int], prefix: int, pad_id: int
         targets += row.answer
     positions = torch.arange(prefix, prefix + width).expand(len(chosen), -1)
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    return ModelCall(inputs, torch.tensor(index), torch.tensor(targets), tuple(chosen))
+    return ModelCall.of(inputs, index, targets, chosen)

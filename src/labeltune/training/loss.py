@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +9,22 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from labeltune.models.own_cache import run_behind
+from labeltune.models.precision import fp32_product, replaced_forward
 from labeltune.training.collate import ModelCall, PackBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-#: Answer positions whose logits exist at once: 128 x 151,936 x 4 bytes are 78 MB for Qwen2.
+#: Memory of the fp32 logits of answer positions that exist at once; in Qwen2's vocabulary of 151,936 those of 128 positions on a CPU, whose
+#: caches hold less, and of 883 on a GPU, which reads all weights of the output layer for every part.
+LOGITS_BYTES = {"cuda": 512 * 2**20}
 CHUNK = 128
+
+
+def positions_at_once(vocabulary: int, device: torch.device) -> int:
+    """Answer positions whose logits exist at once."""
+    return max(CHUNK, LOGITS_BYTES.get(device.type, 0) // (4 * vocabulary))
 
 
 def answer_loss(model: PreTrainedModel, head: torch.nn.Module | None, batch: PackBatch) -> torch.Tensor:
@@ -33,21 +40,19 @@ def answer_loss(model: PreTrainedModel, head: torch.nn.Module | None, batch: Pac
     """
     losses = []
     for call, inputs in model_calls(model, batch):
-        kept, wanted = answer_positions(call)
-        inputs = {**inputs, "logits_to_keep": kept}
+        inputs = {**inputs, "logits_to_keep": call.columns}
         if head is None:
-            logits = wanted(model(**inputs).logits)
+            logits = call.wanted(model(**inputs).logits)
             losses.append(torch.nn.functional.cross_entropy(logits.float(), call.targets, reduction="sum"))
         else:
-            losses.append(_loss_in_head(model, head, inputs, wanted, call.targets))
+            losses.append(_loss_in_head(model, head, inputs, call))
     return torch.stack(losses).sum()
 
 
 def answer_logits(model: PreTrainedModel, batch: PackBatch) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
     """For every call of a pack its examples, and the logits of their answer tokens, shape [answer tokens, vocabulary]."""
     for call, inputs in model_calls(model, batch):
-        kept, wanted = answer_positions(call)
-        yield call.rows, wanted(model(**inputs, logits_to_keep=kept).logits)
+        yield call.rows, call.wanted(model(**inputs, logits_to_keep=call.columns).logits)
 
 
 def model_calls(model: PreTrainedModel, batch: PackBatch) -> Iterator[tuple[ModelCall, dict[str, Any]]]:
@@ -55,41 +60,23 @@ def model_calls(model: PreTrainedModel, batch: PackBatch) -> Iterator[tuple[Mode
     if batch.prefix is None:
         yield from ((call, call.inputs) for call in batch.calls)
         return
-    _, prefix = run_behind(model, None, batch.prefix.tolist(), logits_to_keep=1)
+    _, prefix = run_behind(model, None, batch.prefix, logits_to_keep=1)
     for call in batch.calls:
-        behind = prefix.repeated([0] * len(call.rows), last=True)
+        behind = prefix.repeated(batch.prefix.new_zeros(len(call.rows)), last=True)
         yield call, {**call.inputs, behind.name: behind.cache, "use_cache": True}
 
 
-def answer_positions(call: ModelCall) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Columns whose logits are wanted, and what takes those of the answer tokens from [rows, positions, size] -> [answer tokens, size].
-
-    Some models give all positions whatever they are asked for (xLSTM).
-    """
-    columns = call.inputs["input_ids"].shape[1]
-    kept, place = torch.unique(call.index % columns, return_inverse=True)
-    picked = call.index // columns * len(kept) + place
-
-    def wanted(found: torch.Tensor) -> torch.Tensor:
-        return found.flatten(0, 1)[picked if found.shape[1] == len(kept) else call.index]
-
-    return kept, wanted
-
-
 def _loss_in_head(
-    model: PreTrainedModel,
-    head: torch.nn.Module,
-    inputs: dict[str, Any],
-    wanted: Callable[[torch.Tensor], torch.Tensor],
-    targets: torch.Tensor,
+    model: PreTrainedModel, head: torch.nn.Module, inputs: dict[str, Any], call: ModelCall
 ) -> torch.Tensor:
     """Inside the output layer's own call, as that is where its weights are whole when they are shared out over processes."""
     plain = head.forward
 
     def loss_for_logits(hidden: torch.Tensor) -> torch.Tensor:
-        return chunked_cross_entropy(head, wanted(hidden), targets, layer=plain).reshape(1, 1, 1).clone()  # type: ignore[no-any-return]
+        loss = chunked_cross_entropy(head, call.wanted(hidden), call.targets, layer=plain)
+        return loss.reshape(1, 1, 1).clone()  # type: ignore[no-any-return]
 
-    with _replaced(head, loss_for_logits):
+    with replaced_forward(head, loss_for_logits):
         return model(**inputs).logits.sum()  # type: ignore[no-any-return]
 
 
@@ -97,7 +84,7 @@ def chunked_cross_entropy(
     head: Any,
     hidden: torch.Tensor,
     targets: Any,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     layer: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Sum of cross-entropies of `head(hidden)`, with the logits of at most `chunk` positions in memory.
@@ -108,11 +95,13 @@ def chunked_cross_entropy(
     Args:
         hidden: shape [positions, hidden size].
         targets: shape [positions].
+        chunk: `positions_at_once` when None.
         layer: what computes logits in place of `head(...)`: its plain `forward` when this runs inside the call of `head`.
     """
     apply = layer or head
 
     weights = list(head.parameters())
+    chunk = chunk or positions_at_once(weights[0].shape[0], hidden.device)
     if type(head) is torch.nn.Linear and not any(w.requires_grad for w in weights) and hidden.requires_grad:
         return FrozenHeadCrossEntropy.apply(hidden, head.weight, head.bias, targets, chunk)  # type: ignore[no-untyped-call]
 
@@ -133,11 +122,11 @@ def chunked_cross_entropy(
 _WORKSPACE: dict[int, torch.Tensor] = {}
 
 
-def _workspace(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """An fp32 buffer of at least this many rows. On the CPU it is kept: touching fresh memory costs as much as computing
-    in it."""
+def _workspace(rows: int, columns: int, device: torch.device) -> torch.Tensor | None:
+    """An fp32 buffer of at least this many rows that is kept on the CPU, where touching fresh memory costs as much as computing
+    in it; None elsewhere."""
     if device.type != "cpu":
-        return torch.empty(rows, columns, device=device)
+        return None
     if columns not in _WORKSPACE or len(_WORKSPACE[columns]) < rows:
         _WORKSPACE[columns] = torch.empty(rows, columns)
     return _WORKSPACE[columns]
@@ -157,11 +146,12 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             right = targets[start : start + chunk, None]
             states = hidden[start : start + chunk].to(weight.dtype)
-            logits = buffer[: len(states)]
-            if weight.dtype == torch.float32:
-                torch.mm(states, weight.t(), out=logits)
+            if buffer is None:
+                logits = fp32_product(states, weight)
+            elif weight.dtype == torch.float32:
+                logits = torch.mm(states, weight.t(), out=buffer[: len(states)])
             else:
-                logits.copy_(states @ weight.t())
+                logits = buffer[: len(states)].copy_(states @ weight.t())
             if bias is not None:
                 logits += bias
             torch.log_softmax(logits, 1, out=logits)
@@ -176,16 +166,6 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
         """The kept gradient, scaled."""
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream).to(gradient.dtype), None, None, None, None
-
-
-@contextlib.contextmanager
-def _replaced(head: torch.nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Give a module another `forward`; hooks around it run as before."""
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
 
 
 def chunkable_head(model: PreTrainedModel, ids: torch.Tensor) -> torch.nn.Module | None:
@@ -205,7 +185,7 @@ def chunkable_head(model: PreTrainedModel, ids: torch.Tensor) -> torch.nn.Module
         given.append(numbers.reshape(logits.shape).to(logits.dtype))
         return given[-1]
 
-    with torch.no_grad(), _replaced(head, remembered):
+    with torch.no_grad(), replaced_forward(head, remembered):
         logits = model(input_ids=ids, use_cache=False).logits
     if len(given) != 1 or given[0].shape != logits.shape or logits.shape[:2] != ids.shape:
         return None

@@ -20,7 +20,7 @@ from labeltune.models.hub import model_shape
 from labeltune.models.lora import ALL_LINEAR, attach_adapter, language_model
 from labeltune.models.precision import Precision, free_memory
 from labeltune.training.collate import attention_for, make_batch
-from labeltune.training.loss import CHUNK, answer_loss, chunkable_head
+from labeltune.training.loss import answer_loss, chunkable_head, positions_at_once
 from labeltune.training.packing import (
     CALL_TOKENS,
     ENOUGH,
@@ -82,6 +82,7 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
             max_grad_norm=options.max_grad_norm,
             logging_steps=options.logging_steps,
             logging_first_step=True,
+            logging_nan_inf_filter=False,  # a step with such a loss ends the run; looking for it here waits for the device
             save_strategy=strategy,
             save_steps=every,
             eval_strategy=strategy if has_validation else "no",
@@ -214,6 +215,10 @@ def prepare_steps(
             given = (model, sample, wanted, precision, pad_id)
             return choose_packing(*given, head=head, say=say, checkpointing=checkpointing)
 
+        def measured(packing: Packing) -> int:
+            with precision.mixed():
+                return activation_bytes(model, sample, packing, pad_id, head)
+
         def budget(packing: Packing, checkpointing: bool | None) -> MemoryBudget:
             tokens = options.max_tokens_per_pack
             return budget_memory(
@@ -223,7 +228,7 @@ def prepare_steps(
                 wanted_checkpointing=checkpointing,
                 processes=world_size(),
                 call_tokens=each_call,
-                bytes_per_token=smallest(activation_bytes(model, sample, packing, pad_id, head)),
+                bytes_per_token=smallest(measured(packing)),
                 vocabulary=model.config.get_text_config().vocab_size,
                 device=device,
                 agree=smallest,
@@ -363,7 +368,7 @@ def budget_memory(
     """
     free = agree(free_memory(device))
     # Logits of a chunk, their softmax and the copy in the compute type.
-    room = max(0, int(SHARE[device.type] * free) - 3 * 4 * CHUNK * vocabulary)
+    room = max(0, int(SHARE[device.type] * free) - 3 * 4 * positions_at_once(vocabulary, device) * vocabulary)
     longest = max(len(row.ids) for step in steps for row in step)
     useful = wanted_tokens or max(
         longest, useful_tokens(steps, packing, processes, ENOUGH[device.type], call_tokens)

@@ -121,6 +121,8 @@ def run_training(
         ):
             if not done:
                 prepare(trainer, config, precision, resumed=resume_from is not None)
+            if precision.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # of the self-check, which holds a second copy of the weights
             ended = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         stopper.restore()

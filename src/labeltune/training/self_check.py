@@ -285,9 +285,7 @@ class _Check:
         return next(self.model.parameters()).device
 
     def _mixed(self, autocast: bool = True) -> contextlib.AbstractContextManager[Any]:
-        if self.precision.name == "fp32" or not autocast:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=DTYPES[self.precision.name])
+        return self.precision.mixed() if autocast else contextlib.nullcontext()
 
     def _in_format(self, dtype: torch.dtype, packs: Sequence[Pack], packing: Packing) -> Gradients | None:
         """With the weights in a wider number format; None where that is impossible."""

@@ -21,10 +21,18 @@ from transformers.trainer_utils import EvalLoopOutput
 from labeltune.distributed import all_reduce, all_reduce_gradients, join_uneven
 from labeltune.errors import ModelError
 from labeltune.io.progress import Say, begin
-from labeltune.models.precision import memory_in_use
+from labeltune.models.lora import uncast_adapters
+from labeltune.models.precision import memory_in_use, random_state, set_random_state
 from labeltune.training import sharded
 from labeltune.training.checkpoints import Checkpoint, LogSums, diverged
-from labeltune.training.collate import StepBatches, attention_for, make_batch
+from labeltune.training.collate import (
+    AheadLoader,
+    PackBatch,
+    StepBatches,
+    StepRows,
+    attention_for,
+    make_batch,
+)
 from labeltune.training.loss import answer_loss
 from labeltune.training.packing import (
     CALL_TOKENS,
@@ -43,6 +51,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
 
+#: Steps in a row whose loss a loss scaler may leave out: it halves its scale, 65,536 in the beginning, at each.
+MOST_OVERFLOWS = 32
 #: Rows of one planning unit in validation; sorted rows are alike, so many share much.
 EVALUATION_ROWS = 64
 
@@ -70,6 +80,10 @@ class StepSettings:
             rows, self.max_tokens, self.packing, processes, self.pairs_per_token, self.call_tokens
         )
 
+    def batch(self, rows: Sequence[Row], pack: Pack) -> PackBatch:
+        """A pack as tensors."""
+        return make_batch(rows, pack, self.packing, self.pad_id)
+
     def computed(self, steps: Sequence[Sequence[Row]]) -> int:
         """Tokens that one process computes for the rows of these steps."""
         return sum(pack.tokens(step, self.packing) for step in steps for pack in self.packs(step)[0])
@@ -92,6 +106,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
 
     Attributes:
         sharded: each process holds a part of the weights (FSDP2).
+        overflows: steps up to now, in a row, whose loss was infinite and which the loss scaler left out.
     """
 
     settings: StepSettings
@@ -110,6 +125,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         super().__init__(data_collator=to_rows, **options)
         self.say, self.where, self.checkpoint, self.validate = say, where, checkpoint, validate
         self.sums = sums if sums is not None else LogSums()
+        self.overflows = 0
         self.batch_size = self.args.per_device_train_batch_size
         self.sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
         # accelerate shards the model all the same. Trainer would write and read files of FSDP's own kind; told that there is no
@@ -123,7 +139,10 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Every process reads every step and takes its own packs from it."""
         batches: Any = StepBatches(len(self.train_dataset), self.batch_size, self.args.seed)
-        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=to_rows)
+        options: dict[str, Any] = {"batch_sampler": batches, "collate_fn": to_rows}
+        if self.args.device.type == "cpu":  # whose cores are all computing
+            return DataLoader(self.train_dataset, **options)
+        return AheadLoader(self.train_dataset, make=self.make_packs, **options)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[Any]:
         """Rows in the order of their tokens, so that those read together share as much as they can."""
@@ -148,34 +167,42 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         """Forward and backward of this process's packs; a step that runs out of memory is repeated in smaller ones.
 
         Raises:
-            DivergedError: the loss or the norm of the gradients is no finite number; no weight has been changed by it.
+            DivergedError: the loss or the norm of the gradients is no finite number; no weight has been changed by it. With a
+                loss scaler (fp16), which leaves such steps out, only after several in a row.
         """
-        model.train()
+        if not model.training:
+            model.train()
+        device = self.args.device
         while True:
-            before = torch.get_rng_state()
+            before, full = random_state(device), False
             try:
                 total = self.sum_over_packs(model, inputs)
-                full = False
             except torch.OutOfMemoryError:
                 full = True
             # All processes repeat the step, or none does. With sharded weights none can ask: the others are inside a forward pass.
             if not (full if self.backend_averages_gradients else all_reduce([float(full)], "max")[0]):
                 break
             self.shrink(model, max(len(row.ids) for row in inputs))
-            torch.set_rng_state(before)
+            set_random_state(device, before)
         if not self.backend_averages_gradients:
             all_reduce_gradients(model)
+        # A loss scaler leaves out steps whose gradients overflow by itself. A bound of infinity only measures the norm; after
+        # Trainer's own clipping an infinite norm has made zeros of the gradients.
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        norm = None if scaled else self.accelerator.clip_grad_norm_(model.parameters(), math.inf)
+        measured = [total] if norm is None else [total, torch.as_tensor(sharded.whole(norm), device=device)]
+        # The only place of a step that waits for the device.
+        mine, *norms = torch.stack([each.float() for each in measured]).tolist()
         # The loss of the whole step, so that all processes stop together; Trainer logs the mean over them.
-        (loss,) = all_reduce([float(total)], "sum")
+        (loss,) = all_reduce([mine], "sum")
+        self.overflows = self.overflows + 1 if scaled and not math.isfinite(loss) else 0
+        if self.overflows in range(1, MOST_OVERFLOWS):
+            return total.new_zeros(())
         self.stop_unless_finite("loss", loss)
-        # A loss scaler leaves out steps whose gradients overflow by itself.
-        if getattr(self.accelerator, "scaler", None) is None:
-            # A bound of infinity only measures the norm. After Trainer's own clipping an infinite norm has made zeros of the gradients.
-            norm = self.accelerator.clip_grad_norm_(model.parameters(), math.inf)
-            if norm is not None:
-                self.stop_unless_finite("gradient's norm", float(sharded.whole(norm)))
+        for each in norms:
+            self.stop_unless_finite("gradient's norm", each)
         self.sums.loss += loss
-        return total.new_tensor(loss)
+        return total.new_full((), loss)
 
     def stop_unless_finite(self, what: str, value: float) -> None:
         """Raise `DivergedError`, with the rows of the step, when the value is infinite or no number."""
@@ -208,26 +235,40 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         settings, processes = self.settings, self.accelerator.num_processes
         answers = sum(len(row.answer) for row in rows)
         total = torch.zeros((), device=self.args.device)
-        packs = settings.packs(rows, processes)[self.accelerator.process_index]
-        self.sums.given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
-        self.sums.computed += sum(pack.tokens(rows, settings.packing) for pack in packs)
+        packs, batches = self.packs_of(rows)
         quiet = (
             contextlib.nullcontext() if self.backend_averages_gradients else self.accelerator.no_sync(model)
         )
-        with attention_for(self.model, settings.packing), quiet:
-            for number, pack in enumerate(packs, start=1):
-                loss = self.pack_loss(model, rows, pack) * ((1.0 if pack.counted else 0.0) / answers)
+        mixed = self.accelerator.mixed_precision != "no"
+        casts = uncast_adapters(model) if mixed else contextlib.nullcontext()
+        with attention_for(self.model, settings.packing), quiet, casts:
+            for number, (pack, batch) in enumerate(zip(packs, batches, strict=True), start=1):
+                loss = self.pack_loss(model, batch) * ((1.0 if pack.counted else 0.0) / answers)
                 # DeepSpeed makes its optimizer step in the backward pass of the last pack.
                 self.accelerator.sync_gradients = number == len(packs)
                 self.accelerator.backward(loss * processes if self.backend_averages_gradients else loss)
                 total += loss.detach()
+        self.sums.given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
+        self.sums.computed += sum(pack.tokens(rows, settings.packing) for pack in packs)
         return total
 
-    def pack_loss(self, model: PreTrainedModel, rows: list[Row], pack: Pack) -> torch.Tensor:
+    def make_packs(self, rows: Sequence[Row]) -> tuple[int, list[Pack], list[PackBatch]]:
+        """This process's packs of a step, as tensors of the CPU too, and the most tokens that they may have."""
+        most = self.settings.max_tokens
+        packs = self.settings.packs(rows, self.accelerator.num_processes)[self.accelerator.process_index]
+        return most, packs, [self.settings.batch(rows, pack) for pack in packs]
+
+    def packs_of(self, rows: list[Row]) -> tuple[list[Pack], list[PackBatch]]:
+        """What was made a step ahead, unless packs have become smaller since."""
+        made = rows.made.result() if isinstance(rows, StepRows) else None
+        if made is None or made[0] != self.settings.max_tokens:
+            made = self.make_packs(rows)
+        return made[1], made[2]
+
+    def pack_loss(self, model: PreTrainedModel, batch: PackBatch) -> torch.Tensor:
         """Sum of the cross-entropies of a pack's answer tokens."""
-        batch = make_batch(rows, pack, self.settings.packing, self.settings.pad_id).to(self.args.device)
         with self.compute_loss_context_manager():
-            return answer_loss(model, self.settings.head, batch)
+            return answer_loss(model, self.settings.head, batch.to(self.args.device))
 
     def shrink(self, model: PreTrainedModel, longest: int) -> None:
         """Halve the packs, down to the longest row.
@@ -290,13 +331,15 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
     def evaluated(self, model: PreTrainedModel, rows: list[Row]) -> float:
         """Sum of the cross-entropies of a unit's answer tokens, by this process alone."""
         while True:
-            packing = self.settings.packing
-            try:
-                with attention_for(self.model, packing):
-                    (packs,) = self.settings.packs(rows)
-                    return math.fsum(float(self.pack_loss(model, rows, pack)) for pack in packs)
-            except torch.OutOfMemoryError:
-                self.shrink(model, max(len(row.ids) for row in rows))
+            # What the failed pass holds is freed when its exception is gone.
+            with (
+                contextlib.suppress(torch.OutOfMemoryError),
+                attention_for(self.model, self.settings.packing),
+            ):
+                (packs,) = self.settings.packs(rows)
+                losses = [self.pack_loss(model, self.settings.batch(rows, pack)) for pack in packs]
+                return math.fsum(torch.stack(losses).tolist())
+            self.shrink(model, max(len(row.ids) for row in rows))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's own, the first thing that it does for a checkpoint. An older folder of that name is moved aside first.
