@@ -23,7 +23,6 @@ from labeltune.distributed import all_reduce, is_sharded
 from labeltune.errors import first_line
 from labeltune.io.progress import Say
 from labeltune.models.precision import (
-    DTYPES,
     FELT,
     Precision,
     has_experts,
