@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,8 @@ from labeltune.serve.settings import Settings, read_api_key
 
 #: What the extra `serve` installs.
 SERVE_MODULES = ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client")
+
+_count = partial(typer.Option, min=1)
 
 
 def serve(
@@ -46,28 +49,18 @@ def serve(
     max_wait_ms: Annotated[
         float, typer.Option(help="Milliseconds the first text of a batch waits for others.", min=0)
     ] = Settings.max_wait_ms,
-    batch_rows: Annotated[int, typer.Option(help="Texts of one batch.", min=1)] = Settings.batch_rows,
-    batch_tokens: Annotated[
-        int, typer.Option(help="Tokens of one batch, about.", min=1)
-    ] = Settings.batch_tokens,
-    queue_rows: Annotated[
-        int, typer.Option(help="Texts that may wait; more get 429.", min=1)
-    ] = Settings.queue_rows,
-    max_rows: Annotated[
-        int, typer.Option(help="Texts of one request; more get 413.", min=1)
-    ] = Settings.max_rows,
-    max_chars: Annotated[
-        int, typer.Option(help="Characters of one text; more get 413.", min=1)
-    ] = Settings.max_chars,
+    batch_rows: Annotated[int, _count(help="Texts of one batch.")] = Settings.batch_rows,
+    batch_tokens: Annotated[int, _count(help="Tokens of one batch, about.")] = Settings.batch_tokens,
+    queue_rows: Annotated[int, _count(help="Texts that may wait; more get 429.")] = Settings.queue_rows,
+    max_rows: Annotated[int, _count(help="Texts of one request; more get 413.")] = Settings.max_rows,
+    max_chars: Annotated[int, _count(help="Characters of one text; more get 413.")] = Settings.max_chars,
     max_body_bytes: Annotated[
-        int, typer.Option(help="Bytes of a request; more get 413.", min=1)
+        int, _count(help="Bytes of a request; more get 413.")
     ] = Settings.max_body_bytes,
     timeout: Annotated[
         float, typer.Option(help="Seconds until a request is given up with 504.", min=0.001)
     ] = Settings.timeout,
-    log_texts: Annotated[
-        bool, typer.Option("--log-texts", help="Write documents into the logs.")
-    ] = Settings.log_texts,
+    log_texts: Annotated[bool, typer.Option("--log-texts", help="Log the documents.")] = Settings.log_texts,
     playground: Annotated[bool, typer.Option(help="Serve the page at /.")] = Settings.playground,
     device: Annotated[str | None, typer.Option(help="cuda, cpu ...; the best there is when missing.")] = None,
 ) -> None:

@@ -292,6 +292,7 @@ def _side_by_side(
     value: torch.Tensor,
     rows: SegmentRows | SlotRows,
     layer: int,
+    *,
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
@@ -336,7 +337,7 @@ def segment_attention(
         segments, *(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True
     ):
         if not isinstance(segment, Segment):
-            outputs.append(_side_by_side(q, k, v, segment, layer, scaling, sliding_window))
+            outputs.append(_side_by_side(q, k, v, segment, layer, scaling=scaling, window=sliding_window))
             continue
         if segment.keep:
             k, v = segment.past.extend(layer, k, v)
