@@ -18,7 +18,7 @@ from helpers.tiny_models import make_model, make_tokenizer
 from helpers.training import logged
 from labeltune.config import build_config
 from labeltune.inference.engine import Engine
-from labeltune.inference.extraction import Grammars, SegmentRunner, extract
+from labeltune.inference.extraction import Grammars, PlainRunner, SegmentRunner, extract
 from labeltune.inference.scoring import (
     LabelTrie,
     Question,
@@ -169,10 +169,15 @@ def test_a_step_of_decoding_waits_once_and_equals_the_cpu_s(gpu: Device) -> None
     model = make_model(len(tokenizer), seed=5).eval()
 
     def answers(runner: Any, **limits: int) -> Any:
-        return extract(runner, grammars, end, prompts, max_new_tokens=40, **limits)
+        return extract(runner, grammars, end, prompts, **{"max_new_tokens": 40, **limits})
 
     right = answers(SegmentRunner(model, segment_prefix(), 500), batch_size=2)
+    # What a grammar forces goes beyond the limit.
+    short = [answers(PlainRunner(model), batch_size=1, max_new_tokens=most) for most in (1, 9)]
     model.to(DEVICE)
+    for most, expected in zip((1, 9), short, strict=True):
+        found = answers(SegmentRunner(model, segment_prefix(), 500), batch_size=4, max_new_tokens=most)
+        assert [f.answer for f in found] == [r.answer for r in expected]
     passes: list[int] = []
     model.register_forward_hook(lambda *_: passes.append(1))
     for size in (1, 2, 6):

@@ -158,7 +158,7 @@ class SlotCache:
     Args:
         parent: what every sequence begins with; copied.
         slots: sequences there is room for.
-        room: tokens that a sequence may have behind that.
+        room: tokens that a sequence may have behind that before memory is moved.
     """
 
     def __init__(self, parent: KVCache, slots: int, room: int) -> None:
@@ -175,6 +175,17 @@ class SlotCache:
             }
             self.lengths += [self.parent.length] * len(self.lengths)
         self.lengths[slot] = self.parent.length
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for sequences of so many tokens."""
+        if tokens > self.capacity:
+            more = max(tokens, 2 * self.capacity) - self.capacity
+            self.capacity += more
+            pad = torch.nn.functional.pad
+            self._layers = {
+                layer: (pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more)))
+                for layer, (keys, values) in self._layers.items()
+            }
 
     def extend(self, layer: int, batch: SlotRows, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any]:
         """Add tokens of shape [rows, heads, longest, head size] and return all up to the longest sequence."""
@@ -392,6 +403,7 @@ def run_slots(
         Logits behind the last token of each, shape [sequences, vocabulary].
     """
     device = next(model.parameters()).device
+    cache.reserve(max(cache.lengths[slot] + len(each) for slot, each in zip(slots, ids, strict=True)))
     rows = SlotRows(cache, ids, slots, device)
     positions = [
         cache.lengths[slot] + at for slot, each in zip(slots, ids, strict=True) for at in range(len(each))
