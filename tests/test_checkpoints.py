@@ -18,7 +18,7 @@ import torch
 import labeltune
 from helpers import forks
 from helpers.tiny_models import make_tokenizer
-from helpers.training import adapter_weights, config_for, same_weights
+from helpers.training import adapter_weights, config_for, logged, same_weights
 from labeltune.errors import DivergedError, ModelError, OutputError
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import file_hash
@@ -256,6 +256,37 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run(
     assert all(tensor.isfinite().all() for tensor in adapter_weights(folder / "checkpoint-2").values())
     monkeypatch.setattr(LabelTrainer, "sum_over_packs", real)
     assert labeltune.train(config, resume=True).steps == 4
+
+
+def test_a_loss_scaler_leaves_out_steps_with_an_infinite_loss(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does with infinite gradients; they count for no mean. Where all are infinite, the run ends."""
+
+    class Scaler:
+        def scale(self, loss: Any) -> Any:
+            return loss
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    config = config_for(in_folder, model_folder, max_steps=4, save_steps=4)
+    real = LabelTrainer.sum_over_packs
+    overflowing = [2]
+
+    def step(self: LabelTrainer, model: Any, given: Any) -> Any:
+        self.accelerator.scaler = Scaler()
+        total = real(self, model, given)
+        return total * float("inf") if self.state.global_step + 1 in overflowing else total
+
+    monkeypatch.setattr(LabelTrainer, "sum_over_packs", step)
+    result = labeltune.train(config)
+    losses = [line["loss"] for line in logged(result.last, "loss")]
+    assert result.steps == 4 and losses[1] == 0 and all(loss > 0 for loss in (losses[0], *losses[2:]))
+    assert result.train_loss == pytest.approx(sum(losses) / 3)
+    overflowing[:] = range(1, 9)
+    with pytest.raises(DivergedError, match="diverged at step 4: the loss is inf"):
+        labeltune.train(config, overwrite=True)
 
 
 def test_a_learning_rate_that_diverges_is_reported_as_such(in_folder: Path, model_folder: Path) -> None:

@@ -50,6 +50,22 @@ def test_the_three_packings_give_the_same_curve(in_folder: Path, model_folder: P
         assert loss == pytest.approx(losses[0], rel=1e-3)
 
 
+def test_every_module_trains_in_a_step(
+    in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is loaded for evaluation, and its adapter is not."""
+    modes: list[bool] = []
+    plain = trainer.LabelTrainer.sum_over_packs
+
+    def watched(self: Any, model: Any, rows: Any) -> Any:
+        modes.append(all(module.training for module in model.modules()))
+        return plain(self, model, rows)
+
+    monkeypatch.setattr(trainer.LabelTrainer, "sum_over_packs", watched)
+    labeltune.train(config_for(in_folder, model_folder, max_steps=3, save_steps=2))
+    assert modes == [True, True, True]
+
+
 def test_out_of_memory_halves_the_packs_and_repeats_the_step(
     in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import labeltune
 from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
@@ -65,6 +67,37 @@ def test_the_figure_in_training_is_that_of_evaluate_and_picks_the_best(
     assert result.best.resolve().name == f"checkpoint-{best}"
     assert (result.metric_name, result.metric) == (metric, logged[best])
     assert result.validation_loss == losses[best]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_in_bf16_a_run_predicts_as_a_fresh_predictor_does(
+    method: str, in_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all weights are trained, which are kept in fp32: bf16 would lose small updates."""
+    seen: list[Any] = []
+    plain = train_page.Validate.__call__
+
+    def watched(self: train_page.Validate) -> dict[str, float]:
+        seen.append(self.predictor.scores([row.text for row in self.rows[:8]]))
+        return plain(self)
+
+    monkeypatch.setattr(train_page.Validate, "__call__", watched)
+    config = with_validation(
+        in_folder,
+        model_folder,
+        max_steps=3,
+        save_steps=3,
+        learning_rate=1e-3,
+        precision="bf16",
+        method=method,
+    )
+    result = labeltune.train(config)
+    texts = [row["text"] for row in map(json.loads, (in_folder / "validation.jsonl").open(encoding="utf-8"))]
+    with labeltune.load_predictor(result.last, precision="bf16", device="cpu") as predictor:
+        assert predictor.model.dtype == torch.bfloat16
+        assert (predictor.scores(texts[:8]) == seen[-1]).all()
+    if method == "full":
+        assert {t.dtype for t in load_file(result.last / "model.safetensors").values()} == {torch.float32}
 
 
 def test_what_chose_is_never_called_a_test_figure(in_folder: Path, model_folder: Path) -> None:

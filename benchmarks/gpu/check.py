@@ -1,6 +1,6 @@
 """Everything that has to be looked at on a GPU, in eight minutes: is it right there, how fast is it, and what holds it back.
 
-    pip install -c constraints.txt '.[dev]'
+    pip install -c constraints.txt '.[dev,bench]'
     python benchmarks/gpu/check.py --out gpu-results
     python benchmarks/gpu/check.py --device cpu --shape tiny --out dry-run     # on the CPU, with tiny shapes
 
@@ -118,7 +118,10 @@ def run(part: str, given: argparse.Namespace, seconds: float, log: Any) -> tuple
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         ended = "stopped: out of time"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:  # stopped while it was written
+        found = {"FAILED to read its figures": str(file)}
     file.unlink(missing_ok=True)
     wrong = [name for name, value in found.items() if name.startswith("FAILED") or value is False]
     return "; ".join([ended, *wrong]), found

@@ -70,7 +70,7 @@ class Part:
             return
         try:
             yield
-        except Exception as error:  # whatever a new machine does
+        except (Exception, SystemExit) as error:  # whatever a new machine does
             traceback.print_exc()
             self.add(f"FAILED {what}", f"{type(error).__name__}: {error}"[:500])
         if self.on_gpu:
@@ -354,11 +354,10 @@ def train(part: Part) -> None:
 
     rate = matmul_rate(part)
     part.add("TFLOP/s of a large product", rate / 1e12)
-    with part.going_on("the model"):
-        model = build_model(part.shape())
     for name, size in (("ner", 32), ("ner", 64), ("documents", 32)) if part.on_gpu else (("ner", 4),):
         with part.going_on(f"{name}, {size} rows a step", needs=20):
-            _steps(part, model, name, size, rate)
+            # A new one each time: accelerate leaves its autocast around a model.
+            _steps(part, build_model(part.shape()), name, size, rate)
 
 
 def _steps(part: Part, model: Any, name: str, size: int, rate: float) -> None:
@@ -394,8 +393,7 @@ def _steps(part: Part, model: Any, name: str, size: int, rate: float) -> None:
             say=print, where=str, settings=settings, model=model, args=arguments, train_dataset=data
         )
         batches = [
-            to_rows([data[i] for i in range(at, min(at + size, len(data)))])
-            for at in range(0, len(data), size)
+            to_rows([data[i] for i in range(at, at + size)]) for at in range(0, len(data) - size + 1, size)
         ]
         trainer.create_optimizer_and_scheduler(len(batches))
         wrapped = trainer.accelerator.prepare(model)

@@ -24,7 +24,7 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 from labeltune.errors import ModelError, first_line
-from labeltune.inference.scoring import CACHED_BYTES, PADDED, PrefixCache, passes
+from labeltune.inference.scoring import CACHED_BYTES, PrefixCache, passes
 from labeltune.models.own_cache import OwnCache, run_behind, run_side_by_side
 from labeltune.models.precision import sent
 from labeltune.models.tree_attention import (
@@ -34,16 +34,13 @@ from labeltune.models.tree_attention import (
     run_segments,
     run_slots,
     segment_attention_on,
+    worth_padding,
 )
 from labeltune.prompts.ner import BEFORE_LABEL, BEFORE_TEXT, END, escaped, occurrences
 from labeltune.types import Entity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-#: Tokens of a pass, padding included, below which more passes cost more than padding.
-FEW = 512
 
 
 @dataclass(frozen=True)
@@ -132,6 +129,9 @@ class Grammars:
         bits = np.zeros((len(rows), -(-self.vocabulary // 32)), dtype=np.int32)
         fill_next_token_bitmask_par(self._executor, [(row.matcher, at) for at, row in enumerate(rows)], bits)
         octets = bits.view(np.uint8)
+        octets[:, -(-self.vocabulary // 8) :] = 0
+        if self.vocabulary % 8:
+            octets[:, self.vocabulary // 8] &= (1 << self.vocabulary % 8) - 1
         # The end of turn is ours to allow: the grammar's own end is that of one line.
         for token in {*end_ids, self.tokenizer.eos_token}:
             if token < self.vocabulary:
@@ -226,8 +226,8 @@ def choose(logits: torch.Tensor, allowed: NDArray[np.int32]) -> tuple[list[int],
     hidden = (bits & 1 == 0).flatten(1)[:, : values.shape[1]]
     best = values.masked_fill(hidden, -math.inf).max(-1)
     scores = best.values - values.logsumexp(-1)
-    # The only place of a step that waits for the device; fp64 holds every token number.
-    numbers, logs = torch.stack([best.indices.double(), scores.double()]).tolist()
+    # The only place of a step that waits for the device; fp32 holds every number up to 16 million.
+    numbers, logs = torch.stack([best.indices.float(), scores]).tolist()
     return [int(number) for number in numbers], logs
 
 
@@ -367,7 +367,7 @@ class _Slots:
 
     def start(self, prompt: Sequence[int], capacity: int) -> tuple[int, list[int]]:
         if self.cache is None:
-            self.cache = SlotCache(self.prefix, 1, self.longest - self.prefix.length + capacity)
+            self.cache = SlotCache(self.prefix, self.longest - self.prefix.length + capacity)
         slot = next(at for at in itertools.count() if at not in self.used)
         self.used.add(slot)
         self.cache.begin(slot)
@@ -378,7 +378,7 @@ class _Slots:
 
         def fits(part: Sequence[int]) -> bool:
             sizes = [len(rows[i][1]) for i in part]
-            return len(part) * max(sizes) <= min(self.max_tokens, max(PADDED * sum(sizes), FEW))
+            return len(part) * max(sizes) <= self.max_tokens and worth_padding(sizes)
 
         found: dict[int, torch.Tensor] = {}
         for part in passes(sorted(range(len(rows)), key=lambda i: len(rows[i][1])), fits):

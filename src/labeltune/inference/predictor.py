@@ -34,7 +34,7 @@ from labeltune.inference.calibration import (
     ranked,
     remove_prior,
 )
-from labeltune.inference.engine import CHECKED_PROMPTS, Engine
+from labeltune.inference.engine import CHECKED_PROMPTS, Engine, predicting
 from labeltune.inference.extraction import Extracted, Grammars, Runner, extract, merge_entities
 from labeltune.inference.generation import generate_answers, stop_ids
 from labeltune.inference.scoring import LabelTrie, Question
@@ -330,14 +330,16 @@ class Predictor:
         return predictions
 
     def _generated(self, examples: Sequence[Example]) -> list[Prediction]:
-        answers = generate_answers(
-            self.model,
-            self.template.tokenizer,
-            [self.builder.prompt(example).ids for example in examples],
-            stop_ids=stop_ids(self.model, self.template),
-            max_new_tokens=self._max_new_tokens(examples),
-            batch_size=self.engine.decoded_rows(self.generation.batch_size),
-        )
+        prompts = [self.builder.prompt(example).ids for example in examples]
+        with predicting(self.model, self.engine.weights):
+            answers = generate_answers(
+                self.model,
+                self.template.tokenizer,
+                prompts,
+                stop_ids=stop_ids(self.model, self.template),
+                max_new_tokens=self._max_new_tokens(examples),
+                batch_size=self.engine.decoded_rows(self.generation.batch_size),
+            )
         decode, lead = self.template.tokenizer.decode, self.template.answer_lead
         written = [
             decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in answers

@@ -17,7 +17,13 @@ import torch
 
 from labeltune.models.own_cache import OwnCache, run_behind
 from labeltune.models.precision import moved_by, other_tokens, sent
-from labeltune.models.tree_attention import KVCache, Segment, run_segments, segment_attention_on
+from labeltune.models.tree_attention import (
+    PADDED,
+    KVCache,
+    Segment,
+    run_segments,
+    segment_attention_on,
+)
 from labeltune.prompts.builder import common_prefix
 
 if TYPE_CHECKING:
@@ -30,15 +36,13 @@ Node = tuple[int, int]
 Branch = tuple[int, tuple[int, ...]]
 
 #: Memory that the fp32 logits of one pass may take for every token of it: 256 MiB on the CPU, 2 GiB on CUDA.
-LOGITS_BYTES = {"cpu": 256 * 2**10, "mps": 64 * 2**10, "cuda": 128 * 2**10}
+LOGITS_BYTES_A_TOKEN = {"cpu": 256 * 2**10, "mps": 64 * 2**10, "cuda": 128 * 2**10}
 #: Tokens whose logits are added up at once: a copy of all of them would take as much memory again, and on the CPU leave its caches.
 ADDED_UP = {"cpu": 32, "cuda": 512}
 #: Common tokens beyond what is kept already for which computing the beginning again is worth it.
 WORTH_KEEPING = 32
 #: Tokens of a row that are enough to see whether rows influence each other, and those of its beginning that are watched.
 LEAK_TOKENS, FIRST_TOKENS = 64, 8
-#: Tokens of a pass over answers, padding included, for every one that is none; a single token is also cheaper where a state is kept.
-PADDED = 1.5
 #: Memory that the rows of one pass may hold in a model's own cache, for every token of `max_tokens`: 4 GiB on CUDA.
 CACHED_BYTES = 256 * 2**10
 
@@ -209,6 +213,8 @@ def score_answers(
         prefix = cache.common(model, [question.prompt for question in questions]) or KVCache()
         begin = prefix.length
         for rows, shared in plan_passes(questions, begin, max_tokens, _most_logits(model, max_tokens)):
+            # Those of about the same length stand beside each other.
+            rows.sort(key=lambda row: len(questions[row].prompt) + len(questions[row].trie))
             segments = []
             parent = prefix
             if shared > begin:
@@ -433,7 +439,7 @@ def _logits_at(model: PreTrainedModel, rows: Sequence[int], columns: Sequence[in
 def _most_logits(model: PreTrainedModel, max_tokens: int) -> int:
     """Tokens of one pass of at most `max_tokens` that logits may be computed for."""
     weight = model.get_output_embeddings().weight
-    return int(LOGITS_BYTES.get(weight.device.type, 64 * 2**10) * max_tokens // (4 * weight.shape[0]))
+    return int(LOGITS_BYTES_A_TOKEN.get(weight.device.type, 64 * 2**10) * max_tokens // (4 * weight.shape[0]))
 
 
 def passes(items: Sequence[Item], fits: Callable[[Sequence[Item]], bool]) -> Iterator[list[Item]]:

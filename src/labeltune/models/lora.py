@@ -204,11 +204,14 @@ def _without_warnings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncast_adapters(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, which must be under autocast, adapters take inputs as they come.
+    """Inside, which on CUDA must be under autocast or have all weights in one format, adapters there take inputs as they come.
 
-    peft makes fp32 of them, drops out, and autocast makes its own format of the result: the same bits for more memory traffic. DoRA
-    computes with them in fp32, so its layers are left as they are.
+    peft makes fp32 of them, drops out, and autocast makes its own format of the result: the same for more memory traffic. Dropout on the CPU
+    rounds what it scales, and DoRA computes in fp32, so these are left as they are.
     """
+    if next(model.parameters()).device.type != "cuda":
+        yield
+        return
     if model not in _ADAPTERS:
         layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         _ADAPTERS[model] = [layer for layer in layers if not any(layer.use_dora.values())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,10 @@ def set_random_state(device: torch.device, state: tuple[torch.Tensor, ...]) -> N
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on a device, without waiting until it is there."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """A tensor of the CPU on a device; on CUDA without waiting until it is there."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fp32_product(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -124,9 +127,11 @@ def fp32_product(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     bf16 has steps of 0.06 at logits of 8 and more. No gradients.
     """
-    if weight.dtype != torch.float32 and states.device.type == "cuda" and _MIXED_PRODUCTS:
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    if half and states.device.type == "cuda" and _MIXED_PRODUCTS:
         return torch.mm(states, weight.t(), out_dtype=torch.float32)
-    return (states @ weight.t()).float()
+    with torch.autocast(states.device.type, enabled=False):
+        return (states @ weight.t()).float()
 
 
 _MIXED_PRODUCTS = Version(torch.__version__).release >= (2, 8)
@@ -182,7 +187,9 @@ def weights_in(
         names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
         if dtype == torch.float16:
             names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-        tensors = [p for name, p in model.named_parameters() if names.isdisjoint(name.split("."))]
+        tensors = [
+            p for name, p in model.named_parameters() if not any(re.search(each, name) for each in names)
+        ]
     if not possible:
         tensors = []
     kept = [(tensor, tensor.data) for tensor in tensors]

@@ -87,8 +87,18 @@ class PrefixLayout:
             hidden = at_key > at_query
             if window is not None:
                 hidden |= at_query - at_key >= window
-            self._masks[key] = like.new_zeros(queries, keys).masked_fill_(hidden, -math.inf)
+            self._masks[key] = bias(hidden, like)
         return self._masks[key]
+
+
+def bias(hidden: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What is added to attention scores: minus infinity where a key is hidden, in the format of `like`.
+
+    Rows begin at multiples of 16 bytes, as CUDA's kernels copy other masks in every layer.
+    """
+    keys = hidden.shape[-1]
+    columns = keys if like.device.type == "cpu" else -(-keys // 8) * 8
+    return like.new_zeros(*hidden.shape[:-1], columns)[..., :keys].masked_fill_(hidden, -math.inf)
 
 
 def make_layout(groups: Sequence[tuple[int, Sequence[int]]]) -> PrefixLayout:
@@ -180,8 +190,8 @@ def attend_to(
 ) -> Any:
     """PyTorch's attention with fewer key heads than query heads (GQA); tensors of shape [batch, heads, tokens, head size]."""
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and mask is not None and query.device.type != "cpu":
-        # The kernels that take a mask do not take fewer key heads.
+    if groups > 1 and query.device.type != "cpu":
+        # The kernels that take a mask, or fp32, do not take fewer key heads.
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1], **options

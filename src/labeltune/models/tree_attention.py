@@ -14,20 +14,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from labeltune.models.precision import sent
-from labeltune.models.shared_prefix import attend_to, attention_on, make_layout, refuse_unknown
+from labeltune.models.shared_prefix import attend_to, attention_on, bias, make_layout, refuse_unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 NAME = "labeltune_segments"
+
+#: Tokens of a pass, padding included, for every one that is none; a single token is also cheaper where a state is kept.
+PADDED = 1.5
+#: Tokens of a pass, padding included, below which more passes cost more than padding.
+FEW = 512
 
 
 class KVCache:
@@ -157,35 +162,31 @@ class SlotCache:
 
     Args:
         parent: what every sequence begins with; copied.
-        slots: sequences there is room for.
         room: tokens that a sequence may have behind that before memory is moved.
     """
 
-    def __init__(self, parent: KVCache, slots: int, room: int) -> None:
+    def __init__(self, parent: KVCache, room: int) -> None:
         self.parent, self.capacity = parent, parent.length + room
-        self.lengths = [parent.length] * slots
+        self.lengths: list[int] = []
         self._layers: dict[int, tuple[Any, Any]] = {}
 
     def begin(self, slot: int) -> None:
-        """Another sequence is to take this slot; further ones are added where there are none."""
-        while slot >= len(self.lengths):
-            self._layers = {
-                layer: (torch.cat([keys, keys]), torch.cat([values, values]))
-                for layer, (keys, values) in self._layers.items()
-            }
-            self.lengths += [self.parent.length] * len(self.lengths)
+        """Another sequence is to take this slot; new ones are added before the first tokens are."""
+        if slot == len(self.lengths):
+            assert not self._layers
+            self.lengths.append(0)
         self.lengths[slot] = self.parent.length
 
     def reserve(self, tokens: int) -> None:
         """Make room for sequences of so many tokens."""
-        if tokens > self.capacity:
-            more = max(tokens, 2 * self.capacity) - self.capacity
-            self.capacity += more
-            pad = torch.nn.functional.pad
-            self._layers = {
-                layer: (pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more)))
-                for layer, (keys, values) in self._layers.items()
-            }
+        if tokens <= self.capacity:
+            return
+        more = -(-tokens // 64) * 64 - self.capacity
+        self.capacity += more
+        pad = torch.nn.functional.pad
+        for layer in list(self._layers):
+            keys, values = self._layers.pop(layer)
+            self._layers[layer] = pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more))
 
     def extend(self, layer: int, batch: SlotRows, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any]:
         """Add tokens of shape [rows, heads, longest, head size] and return all up to the longest sequence."""
@@ -244,7 +245,7 @@ class SegmentRows:
             for row, (segment, size) in enumerate(zip(self.segments, self.sizes, strict=True)):
                 own = segment._seen(before + size, window, torch.device("cpu"))
                 seen[row, 0, :size, : before + size] = own
-            self._masks[keys, window] = _bias(sent(seen, like.device), like)
+            self._masks[keys, window] = bias(sent(~seen, like.device), like)
         return self._masks[keys, window]
 
 
@@ -285,16 +286,28 @@ class SlotRows:
         """What is added to the scores, shape [rows, 1, longest, keys]: causal."""
         if (keys, window) not in self._masks:
             at_key, at_query = torch.arange(keys, device=like.device), self.places[:, None, :, None]
-            seen = at_key <= at_query
+            hidden = at_key > at_query
             if window is not None:
-                seen &= at_query - at_key < window
-            self._masks[keys, window] = _bias(seen, like)
+                hidden |= at_query - at_key >= window
+            self._masks[keys, window] = bias(hidden, like)
         return self._masks[keys, window]
 
 
-def _bias(seen: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """0 where a key is seen and minus infinity elsewhere, in the format of `like`."""
-    return like.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)
+def worth_padding(sizes: Sequence[int]) -> bool:
+    """Whether rows of so many tokens cost less side by side, padded to the longest, than in several parts."""
+    return len(sizes) * max(sizes) <= max(PADDED * sum(sizes), FEW)
+
+
+def _alike(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Neighbours that are worth padding."""
+    part: list[Segment] = []
+    for segment in segments:
+        if part and not worth_padding([len(each.ids) for each in (*part, segment)]):
+            yield part
+            part = []
+        part.append(segment)
+    if part:
+        yield part
 
 
 def _side_by_side(
@@ -386,7 +399,7 @@ def run_segments(model: PreTrainedModel, segments: Sequence[Segment]) -> Any:
         kept = [segment for segment in segments if segment.keep]
         behind = segments[len(kept) :]
         if behind and not any(segment.keep or segment.past is not behind[0].past for segment in behind):
-            given = [*kept, SegmentRows(behind, device)]
+            given = [*kept, *(SegmentRows(part, device) for part in _alike(behind))]
     logits = _run(model, ids, positions, index or [len(ids) - 1], given)
     for segment in segments:
         if segment.keep:

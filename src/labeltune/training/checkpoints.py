@@ -60,6 +60,7 @@ class LogSums:
         loss: sum of the losses of the steps since the last log line (of all processes).
         total: sum of the losses up to that line.
         logged_step: step of that line.
+        skipped: steps since that line that a loss scaler left out, and `all_skipped` those up to it.
         given: tokens of the rows since that line.
         computed: tokens that were computed for them.
     """
@@ -67,18 +68,21 @@ class LogSums:
     loss: float = 0.0
     total: float = 0.0
     logged_step: int = 0
+    skipped: int = 0
+    all_skipped: int = 0
     given: int = 0
     computed: int = 0
 
     def next_line(self, step: int) -> None:
         """A line was logged at this step."""
         self.total += self.loss
+        self.all_skipped += self.skipped
         self.logged_step = step
-        self.loss, self.given, self.computed = 0.0, 0, 0
+        self.loss, self.skipped, self.given, self.computed = 0.0, 0, 0, 0
 
     def mean(self, step: int) -> float:
         """The mean loss of all steps of the run, also those before it was resumed."""
-        return (self.total + self.loss) / max(step, 1)
+        return (self.total + self.loss) / max(step - self.all_skipped - self.skipped, 1)
 
     def save(self, folder: Path) -> None:
         """Write them into a checkpoint; JSON keeps every bit of a float."""

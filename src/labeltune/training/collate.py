@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from labeltune.models.lora import uncast_adapters
 from labeltune.models.precision import sent
 from labeltune.models.shared_prefix import (
     PrefixLayout,
@@ -181,9 +182,12 @@ def make_batch(rows: Sequence[Row], pack: Pack, packing: Packing, pad_id: int) -
     return PackBatch((_one_row(rows, groups, with_layout=packing == "shared_prefix"),))
 
 
-def attention_for(model: PreTrainedModel, packing: Packing) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def attention_for(model: PreTrainedModel, packing: Packing) -> Iterator[None]:
     """What must be on while a batch of this kind runs forward and backward."""
-    return shared_prefix_attention_on(model) if packing == "shared_prefix" else changing_shapes()
+    attention = shared_prefix_attention_on(model) if packing == "shared_prefix" else changing_shapes()
+    with attention, uncast_adapters(model):
+        yield
 
 
 def _one_row(rows: Sequence[Row], groups: Sequence[Group], with_layout: bool) -> ModelCall:

@@ -216,7 +216,9 @@ def prepare_steps(
             return choose_packing(*given, head=head, say=say, checkpointing=checkpointing)
 
         def measured(packing: Packing) -> int:
-            with precision.mixed():
+            # Where all weights are trained, autocast's copies of them would be counted for activations.
+            mixed = precision.mixed() if precision.weights == precision.dtype else contextlib.nullcontext()
+            with mixed:
                 return activation_bytes(model, sample, packing, pad_id, head)
 
         def budget(packing: Packing, checkpointing: bool | None) -> MemoryBudget:

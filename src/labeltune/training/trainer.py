@@ -21,7 +21,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from labeltune.distributed import all_reduce, all_reduce_gradients, join_uneven
 from labeltune.errors import ModelError
 from labeltune.io.progress import Say, begin
-from labeltune.models.lora import uncast_adapters
 from labeltune.models.precision import memory_in_use, random_state, set_random_state
 from labeltune.training import sharded
 from labeltune.training.checkpoints import Checkpoint, LogSums, diverged
@@ -51,8 +50,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
 
-#: Steps in a row whose loss a loss scaler may leave out: it halves its scale, 65,536 in the beginning, at each.
-MOST_OVERFLOWS = 32
+#: As many steps in a row with an infinite loss end a run with a loss scaler, which leaves them out.
+MOST_OVERFLOWS = 4
 #: Rows of one planning unit in validation; sorted rows are alike, so many share much.
 EVALUATION_ROWS = 64
 
@@ -170,8 +169,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
             DivergedError: the loss or the norm of the gradients is no finite number; no weight has been changed by it. With a
                 loss scaler (fp16), which leaves such steps out, only after several in a row.
         """
-        if not model.training:
-            model.train()
+        model.train()
         device = self.args.device
         while True:
             before, full = random_state(device), False
@@ -197,6 +195,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         (loss,) = all_reduce([mine], "sum")
         self.overflows = self.overflows + 1 if scaled and not math.isfinite(loss) else 0
         if self.overflows in range(1, MOST_OVERFLOWS):
+            self.sums.skipped += 1
             return total.new_zeros(())
         self.stop_unless_finite("loss", loss)
         for each in norms:
@@ -239,9 +238,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         quiet = (
             contextlib.nullcontext() if self.backend_averages_gradients else self.accelerator.no_sync(model)
         )
-        mixed = self.accelerator.mixed_precision != "no"
-        casts = uncast_adapters(model) if mixed else contextlib.nullcontext()
-        with attention_for(self.model, settings.packing), quiet, casts:
+        with attention_for(self.model, settings.packing), quiet:
             for number, (pack, batch) in enumerate(zip(packs, batches, strict=True), start=1):
                 loss = self.pack_loss(model, batch) * ((1.0 if pack.counted else 0.0) / answers)
                 # DeepSpeed makes its optimizer step in the backward pass of the last pack.
@@ -365,7 +362,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         if "train_loss" in logs:
             logs["train_loss"] = sums.mean(step)
         if "loss" in logs:
-            logs["loss"] = sums.loss / (step - sums.logged_step)
+            logs["loss"] = sums.loss / max(1, step - sums.logged_step - sums.skipped)
             if sums.given:
                 logs["tokens_saved"] = round(1 - sums.computed / sums.given, 4)
                 logs["memory_gb"] = round(memory_in_use(self.args.device) / 1e9, 3)
