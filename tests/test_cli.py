@@ -890,15 +890,36 @@ def test_the_first_rows_tell_no_rate(
     now = 100.0
     monkeypatch.setattr("labeltune.io.progress.time.monotonic", lambda: now)
     with progress.row_progress(100, "predict") as advance:
-        # A minute goes before the first rows, which are answered together.
-        for seconds, rows in ((60, 1), (0.01, 9), (10, 20), (10, 20), (20, 50)):
+        # A minute goes before the first rows; rows that are answered together come one by one.
+        for seconds, rows in ((60, 1), (0.01, 9), (10, 1), (0.01, 19), (10, 1), (0.01, 19), (20, 50)):
             now += seconds
             advance(rows)
     assert capsys.readouterr().err.splitlines() == [
-        "predict: 30/100 rows, 2.00 rows/s, 35 s left",
-        "predict: 50/100 rows, 2.00 rows/s, 25 s left",
+        "predict: 31/100 rows, 2.00 rows/s, 34 s left",
         "predict: 100/100 rows, 1.00 rows/s, 0 s left",
     ]
+
+
+def test_a_bar_leaves_standard_output_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which may be a file or a pipe, while the bar is on a terminal."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    row = json.dumps({"text": "x" * 200})
+    with progress.row_progress(None, "predict") as advance:
+        print(row)
+        advance(1)
+    found = capsys.readouterr()
+    assert found.out == f"{row}\n" and "predict" in found.err
+
+
+@pytest.mark.parametrize("verb", ["plan", "train"])
+def test_rows_are_enough_for_a_plan(verb: str, labeltune: Any, in_folder: Path, model_folder: Path) -> None:
+    write_jsonl(in_folder / "rows.jsonl", classification_rows(24))
+    given = ["--data", "rows.jsonl", "--model", str(model_folder), "training.batch_size=8"]
+    found = labeltune(verb, *given, *(["--dry-run"] if verb == "train" else []))
+    assert found.code == 0 and "computed: " in found.out
+    assert not (in_folder / "output").exists()
 
 
 def test_no_hidden_file_is_named_as_near(labeltune: Any, in_folder: Path) -> None:

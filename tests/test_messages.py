@@ -29,6 +29,8 @@ COMPOSED = {
     "step {step}/{steps}  epoch {epoch}",
     "step {step}/{steps}  epoch {epoch}  loss {loss}  lr {rate}",
     "step {step}/{steps}  epoch {epoch}  {speed} examples/s  {left} s left",
+    "{word}:{n}: no column {column}; the file has {columns}",
+    "{word}:{n}: no columns {columns}; the file has {columns2}",
     "say which one holds it: rename that column to {column}",
     "say which ones hold them: rename those columns",
     "set data.encoding={name}, or convert it with: iconv -f {encoding} -t {wanted} {file} > {new} (or from whatever encoding it has)",

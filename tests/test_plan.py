@@ -13,8 +13,7 @@ import torch
 
 import labeltune
 from helpers.training import config_for
-from labeltune.commands.plan import plan_command
-from labeltune.commands.train import train_command
+from labeltune.commands.train import plan_command, train_command
 from labeltune.config import RunConfig
 from labeltune.errors import ConfigError, MissingExtraError
 from labeltune.training import run, trainer
@@ -180,13 +179,16 @@ def test_what_training_refuses_is_refused(in_folder: Path, model_folder: Path) -
 def test_both_commands(in_folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, path = config_for(in_folder, model_folder), in_folder / "run.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
-    plan_command(path, ["training.epochs=3"], as_json=True)
+    plan_command(config=str(path), overrides=["training.epochs=3"], as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["hours"] == pytest.approx(found["seconds"] / 3600) and found["seconds"] > 0
     assert found["rows"] + found["validation_rows"] == 48 and found["trained"] < found["parameters"]
     assert found["steps"] == 3 * -(-found["rows"] // 8) and len(found["step_seconds"]) == 3
     assert found["tokens"]["tokens"] > found["rows"] and found["free_memory"] > found["memory"] >= 0
-    for command in (lambda: plan_command(path), lambda: train_command(config=str(path), dry_run=True)):
+    for command in (
+        lambda: plan_command(config=str(path)),
+        lambda: train_command(config=str(path), dry_run=True),
+    ):
         command()
         names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
         assert names == ["rows", "tokens", "budget", "computed", "memory", "time"]

@@ -18,7 +18,7 @@ from helpers.rows import LABELS, classification_rows, read_jsonl, write_jsonl
 from helpers.runs import predictor_for
 from helpers.training import config_for
 from labeltune.data.sources import iter_records
-from labeltune.errors import DataError, OutputError
+from labeltune.errors import DataError, Interrupted, OutputError
 from labeltune.inference import files
 from labeltune.inference.files import PredictOptions, count_rows, predict_file
 from labeltune.inference.load import load_predictor
@@ -179,7 +179,7 @@ def test_damage_behind_a_whole_chunk_is_written_anew(
         output.unlink()
         asked.clear()
         monkeypatch.setattr(predictor, "stream", lambda rows: counted(rows, 1))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="stopped; 4 rows of the output are kept, go on with --resume"):
             predict_file(predictor, path, output)
         with part.open("ab") as file:
             file.write(damage)

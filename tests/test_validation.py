@@ -317,11 +317,16 @@ def test_what_will_disappoint_is_said_before_training(in_folder: Path, model_fol
     by_loss = config.model_copy(update={"eval": config.eval.model_copy(update={"metric": "loss"})})
     assert told(by_loss) == []
     rows = [{"text": f"今天的比赛 {i}", "output": "体育艺术"[i % 2 * 2 :][:2]} for i in range(8)]
-    chinese = load_config(None, [f"data.train={write_jsonl(in_folder / 'zh.jsonl', rows)}", "model=pocket"])
+    file = write_jsonl(in_folder / "zh.jsonl", rows)
+    changes = [f"data.train={file}", "model=pocket", "training.learning_rate=1e-3"]
+    chinese = load_config(None, changes)
     assert [line.split(";")[0] for line in told(chinese)] == [
         "warning: pocket reads Chinese, and most other scripts, byte by byte, and learns little of them"
     ]
     assert told(chinese.model_copy(update={"model": "pocket-zh"})) == []
+    assert told(load_config(None, [changes[0], "model=pocket-zh"])) == [
+        "note: pocket-zh is small and learns with training.learning_rate=1e-3; the default is for large models"
+    ]
 
 
 def test_no_phase_is_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -463,7 +463,7 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
         loaded = read_yaml(text, f"config file {path}")
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(
-                f"config file {path} must hold `key: value` lines, not a {type(loaded).__name__}"
+                f"config file {path} must hold `key: value` lines, not a {type(loaded).__name__}; a file of rows is given with --data"
             )
         values = loaded or {}
     for override in overrides:

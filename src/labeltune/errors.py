@@ -86,6 +86,7 @@ def near_it(path: Path, wanted: Callable[[Path], bool]) -> str:
     folded = {name.lower(): name for name in there}
     close = [folded[name] for name in get_close_matches(path.name.lower(), folded, n=3, cutoff=0.75)]
     names = ", ".join(printable(str(path.parent / name)) for name in close or there[:4])
+    names += ", ..." if not close and len(there) > 4 else ""
     return f"; near it are: {names}" if close else f"; the folder holds: {names}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import textwrap
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -70,6 +71,8 @@ def keys(
         wanted, named = word.lower(), KEYS.get(plain(word), ("", "", ""))[1]
         rows = [row for row in rows if wanted in row[0] or wanted in row[2].lower() or row[0] == named]
         if not rows and elsewhere is None:
+            for near in get_close_matches(word, [row[0] for row in key_rows("en")], n=1):
+                raise ConfigError(f"no key has {word!r} in its name or meaning; did you mean {near}?")
             raise ConfigError(
                 f"no key has {word!r} in its name or meaning; `labeltune keys` lists all of them"
             )

@@ -31,7 +31,7 @@ VERBS = {
     "doctor": ("doctor", "doctor", "Say what this machine has and what each lack means."),
     "data": ("data", "app", "Check, convert and download data."),
     "keys": ("init", "keys", "List the config keys: key, default, meaning."),
-    "plan": ("plan", "plan_command", "Say what training will cost: tokens, memory, hours."),
+    "plan": ("train", "plan_command", "Say what training will cost: tokens, memory, hours."),
     "train": ("train", "train_command", "Fine-tune a model; checkpoints go to the config's output_dir."),
     "sweep": ("sweep", "sweep", "Try values of config keys and compare the runs."),
     "evaluate": ("evaluate", "evaluate_command", "Measure a run on labelled rows."),

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from labeltune.commands.options import AsJson, Overrides
 from labeltune.commands.preparing import (
     count_parameters,
     load_for_training,
@@ -18,26 +14,13 @@ from labeltune.commands.preparing import (
     tell_on_main,
     tokenize_splits,
 )
-from labeltune.config import RunConfig, load_config
+from labeltune.config import RunConfig
 from labeltune.distributed import rank
 from labeltune.io.progress import Say, begin, no_long_silence
 from labeltune.messages import localize
 
 if TYPE_CHECKING:
     from labeltune.training.token_figures import TokenFigures
-
-
-def plan_command(
-    config: Annotated[Path, typer.Argument(help="YAML config of the run.")],
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say what training will cost: tokens, memory, hours.
-
-    The same as `labeltune train CONFIG --dry-run`: everything up to the first step is done, three real steps are timed, and
-    nothing is saved.
-    """
-    print_costs(load_config(config, overrides or []), as_json)
 
 
 def plan(config: RunConfig, *, say: Say = tell_on_main) -> CostEstimate:

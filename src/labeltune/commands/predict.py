@@ -321,7 +321,9 @@ def _answer(
     elif not texts:
         rows = read_stream(sys.stdin.buffer, predictor, options.labels, encoding)
     total = len(texts) or None if path is None else count_rows(path, encoding)
-    shown = total is None or total > predictor.engine.decoded_rows(predictor.generation.batch_size)
+    many = total is None or total > predictor.engine.decoded_rows(predictor.generation.batch_size)
+    # On a terminal the answers themselves are what moves.
+    shown = many and not (target is None and sys.stdout.isatty())
     bad = 0
     with row_progress(total, "predict", shown) as advance:
 

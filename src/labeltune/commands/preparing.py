@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labeltune.config import RunConfig
+from labeltune.config import RunConfig, TrainingConfig
 from labeltune.data.labels import by_count
 from labeltune.data.loading import Splits, evenly, load_splits, stratum
 from labeltune.data.schemas import Fault
@@ -238,6 +238,11 @@ def warn_of_rows(config: RunConfig, splits: Splits, selection: Sequence[Example]
         say(
             f"warning: none of the {len(selection)} validation rows holds an entity, and span_f1 on them picks `best`; "
             "name rows with entities as data.validation, or set eval.metric=loss"
+        )
+    usual = TrainingConfig.model_fields["learning_rate"].default
+    if config.model in ("pocket", "pocket-zh") and config.training.learning_rate == usual:
+        say(
+            f"note: {config.model} is small and learns with training.learning_rate=1e-3; the default is for large models"
         )
     if config.model != "pocket":
         return

@@ -16,7 +16,7 @@ import typer
 
 from labeltune.commands.data import first_rows, guess_task, named_task, reading_config
 from labeltune.commands.evaluate import all_metrics, write_evaluation
-from labeltune.commands.options import Overrides, OverwriteRun, ResumeTraining
+from labeltune.commands.options import AsJson, Overrides, OverwriteRun, ResumeTraining
 from labeltune.commands.plan import print_costs
 from labeltune.commands.preparing import (
     fixed_handful,
@@ -64,6 +64,17 @@ CALIBRATION_ROWS = 2000
 #: Tokens that an entity answer on the board may have, also where the right answers are shorter.
 SHORTEST_SHOWN = 32
 
+Config = Annotated[
+    str | None,
+    typer.Argument(
+        help="YAML config; `labeltune init classification` writes one. None is needed with --data."
+    ),
+]
+Data = Annotated[
+    str | None, typer.Option("--data", "-d", help="Shorthand for data.train=...; enough without a config.")
+]
+Model = Annotated[str | None, typer.Option(help="Shorthand for model=...")]
+License = Annotated[str | None, typer.Option(help="Accept a model's terms by name, e.g. gemma.")]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Say what training will cost: time three real steps, and save nothing."),
@@ -76,27 +87,58 @@ Task = Annotated[
 
 def train_command(
     *,
-    config: Annotated[
-        str | None,
-        typer.Argument(
-            help="YAML config; `labeltune init classification` writes one. None is needed with --data."
-        ),
-    ] = None,
+    config: Config = None,
     overrides: Overrides = None,
     resume: ResumeTraining = False,
     overwrite: OverwriteRun = False,
     dry_run: DryRun = False,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", "-d", help="Shorthand for data.train=...; enough without a config."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Shorthand for model=...")] = None,
+    data: Data = None,
+    model: Model = None,
     task: Task = None,
-    accept_license: Annotated[
-        str | None, typer.Option(help="Accept a model's terms by name, e.g. gemma.")
-    ] = None,
+    accept_license: License = None,
 ) -> None:
     """Fine-tune a model; checkpoints go to the config's output_dir."""
+    loaded, file, command = _config_of(
+        config, overrides, data, model=model, task=task, accept_license=accept_license
+    )
+    if dry_run:
+        if resume:
+            raise ConfigError("--dry-run is about a whole run; leave out --resume")
+        print_costs(loaded, as_json=False)
+        return
+    check_inputs_kept(loaded, file, overwrite and not resume)
+    train(loaded, resume=resume, overwrite=overwrite, command=command)
+
+
+def plan_command(
+    *,
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    data: Data = None,
+    model: Model = None,
+    task: Task = None,
+    accept_license: License = None,
+) -> None:
+    """Say what training will cost: tokens, memory, hours.
+
+    The same as `labeltune train --dry-run`: everything up to the first step is done, three real steps are timed, and nothing is
+    saved.
+    """
+    loaded, *_ = _config_of(config, overrides, data, model=model, task=task, accept_license=accept_license)
+    print_costs(loaded, as_json)
+
+
+def _config_of(
+    config: str | None,
+    overrides: Sequence[str] | None,
+    data: str | None,
+    *,
+    model: str | None,
+    task: str | None,
+    accept_license: str | None,
+) -> tuple[RunConfig, str | None, str]:
+    """The config that a command line means, its file, and the command that trains with it."""
     changes = list(overrides or [])
     if config is not None and "=" in config and not Path(config).exists():
         changes.insert(0, config)
@@ -120,16 +162,8 @@ def train_command(
             f"no config: task={loaded.task} ({how}), {prompt}, model={loaded.model}, output_dir={loaded.output_dir}",
             file=sys.stderr,
         )
-    if dry_run:
-        if resume:
-            raise ConfigError("--dry-run is about a whole run; leave out --resume")
-        print_costs(loaded, as_json=False)
-        return
-    check_inputs_kept(loaded, config, overwrite and not resume)
-
     begins = ["--data", str(data)] if config is None else [config]
-    command = shlex.join(["labeltune", "train", *begins, *changes])
-    train(loaded, resume=resume, overwrite=overwrite, command=command)
+    return loaded, config, shlex.join(["labeltune", "train", *begins, *changes])
 
 
 def _defaults(data: str, task: str | None, changes: list[str]) -> tuple[list[str], str, str]:

@@ -27,7 +27,15 @@ from labeltune.data.records import Record, without_key
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records
 from labeltune.data.standard_input import input_records
-from labeltune.errors import ConfigError, DataError, OutputError, PromptError, counted, printable
+from labeltune.errors import (
+    ConfigError,
+    DataError,
+    Interrupted,
+    OutputError,
+    PromptError,
+    counted,
+    printable,
+)
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import file_hash, link_target, remove_leftovers, write_json, writing
 from labeltune.io.progress import note as say_once
@@ -252,17 +260,20 @@ def predict_file(
         shown = progress and (
             total is None or total > predictor.engine.decoded_rows(predictor.generation.batch_size)
         )
-        with writing(target, "what is done is kept, go on with --resume"):
-            with row_progress(total, "predict", shown) as advance, part.open("ab") as file:
-                if done:
-                    advance(done)
-                lines = predict_lines(predictor, islice(rows, done, None), options)
-                while chunk := list(_counting(islice(lines, CHUNK_ROWS), advance)):
-                    done += len(chunk)
-                    bad += sum(not answered for _, answered in chunk)
-                    file.write("".join(line for line, _ in chunk).encode())
-                    _to_disk(file)
-            _put_in_place(part, target)
+        try:
+            with writing(target, "what is done is kept, go on with --resume"):
+                with row_progress(total, "predict", shown) as advance, part.open("ab") as file:
+                    if done:
+                        advance(done)
+                    lines = predict_lines(predictor, islice(rows, done, None), options)
+                    while chunk := list(_counting(islice(lines, CHUNK_ROWS), advance)):
+                        done += len(chunk)
+                        bad += sum(not answered for _, answered in chunk)
+                        file.write("".join(line for line, _ in chunk).encode())
+                        _to_disk(file)
+                _put_in_place(part, target)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; {done:,} rows of the output are kept, go on with --resume") from None
         note.unlink(missing_ok=True)
     if progress:
         tell_written(str(output), done, bad, started)

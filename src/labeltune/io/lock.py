@@ -27,13 +27,14 @@ def alone_with(lock: Path, what: str, way_out: str, *, tidy: bool = False) -> It
         lock: the file; it stays behind, empty of meaning.
         what: what the other process is doing, for the message: "another training writes into out".
         way_out: what to do about it.
-        tidy: remove the file at the end. A process that had opened it before finds that it has no name any more, and is
-            refused; one that comes later makes a new one.
+        tidy: remove the file at the end, and a folder that was made for it and is empty. A process that had opened it before
+            finds that it has no name any more, and is refused; one that comes later makes a new one.
 
     Raises:
         OutputError: another process holds it (the message names its pid), or the folder cannot be written.
     """
     holder = lock.with_name(f"{lock.name}.pid")
+    made = not lock.parent.exists()
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(lock, timeout=0)
@@ -53,6 +54,9 @@ def alone_with(lock: Path, what: str, way_out: str, *, tidy: bool = False) -> It
             with contextlib.suppress(OSError):  # Windows removes no file that is open
                 lock.unlink()
         held.release()
+        if tidy and made:
+            with contextlib.suppress(OSError):  # something was written there
+                lock.parent.rmdir()
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ from labeltune.messages import localize
 _SECONDS_BETWEEN_LINES = 5.0
 #: Fewer rows say nothing about the time that is left.
 _ROWS_FOR_A_RATE = 10
-#: Rows that are answered together come within this many seconds.
-_BURST = 1.0
+#: Seconds between rows that were not answered together, and after which a burst without an end is counted.
+_PAUSE, _BURST = 0.1, 1.0
 #: Nothing is said for longer than this, without a bar.
 SILENCE = 15.0
 #: A phase of fewer seconds says nothing by itself: what it is a part of does, such as the step that has ended.
@@ -154,7 +154,7 @@ def row_progress(
         TextColumn(localize("left")),
         TimeRemainingColumn(),
     )
-    with bar_shown(), Progress(*columns, console=console) as bar:
+    with bar_shown(), Progress(*columns, console=console, redirect_stdout=False) as bar:
         task = bar.add_task(what, total=total, rate="")
 
         def advance(rows: int) -> None:
@@ -191,11 +191,16 @@ def track(
 
 
 class _Rate:
-    """Rows a second: of the whole work once it is done, before that without the first rows, which wait for what a model does once."""
+    """Rows a second: of the whole work once it is done, before that without the first rows, which wait for what a model does once.
+
+    Many rows come at once, and then none for a while: only whole bursts are counted.
+    """
 
     def __init__(self) -> None:
-        self._started = time.monotonic()
+        self._started = self._last = self._begun = time.monotonic()
+        self._done = 0
         self._first: tuple[int, float] | None = None
+        self._end = (0, self._started)
 
     def __call__(self, done: int, total: int | None) -> float | None:
         """None while it cannot be told.
@@ -206,12 +211,16 @@ class _Rate:
         now = time.monotonic()
         if done == total:
             return done / max(now - self._started, 1e-9)
-        begun = now if self._first is None else self._first[1]
-        if now - begun < _BURST:
-            self._first = (done, begun)
-        if self._first is None or self._first[0] == done:
+        if not self._done:
+            self._begun = now
+        elif now - self._last > _PAUSE or now - self._begun > _BURST:
+            self._begun = now
+            self._end = self._done, self._last
+            self._first = self._first or self._end
+        self._done, self._last = done, now
+        if self._first is None or self._first == self._end:
             return None
-        return (done - self._first[0]) / (now - begun)
+        return (self._end[0] - self._first[0]) / (self._end[1] - self._first[1])
 
 
 def _plain_lines(total: int | None, what: str, last_line: bool) -> Callable[[int], None]:

@@ -226,7 +226,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 progress.TextColumn(localize("left")),
                 progress.TimeRemainingColumn(),
             )
-            self._bar = progress.Progress(*columns, console=console)
+            self._bar = progress.Progress(*columns, console=console, redirect_stdout=False)
             self._bar.start()
             self._shown = bar_shown()
             self._shown.__enter__()
