@@ -895,7 +895,7 @@ def test_the_first_rows_tell_no_rate(
             now += seconds
             advance(rows)
     assert capsys.readouterr().err.splitlines() == [
-        "predict: 31/100 rows, 2.00 rows/s, 34 s left",
+        "predict: 31/100 rows, 2.00 rows/s, 35 s left",
         "predict: 100/100 rows, 1.00 rows/s, 0 s left",
     ]
 
