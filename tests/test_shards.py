@@ -17,7 +17,7 @@ from helpers.rows import joined, parts, write_jsonl
 from helpers.runs import predictor_for, run_without_weights
 from labeltune.config import DataConfig
 from labeltune.data.blocks import block_records
-from labeltune.errors import ConfigError, DataError, OutputError
+from labeltune.errors import ConfigError, DataError, Interrupted, OutputError
 from labeltune.inference import files, shards
 from labeltune.inference.files import PredictOptions, parse_shard, predict_file, shard_output
 from labeltune.inference.predictor import Predictor
@@ -95,7 +95,7 @@ def test_a_killed_shard_goes_on_and_no_other_in_its_place(in_folder: Path, small
         return Predictor.stream(predictor, rows)
 
     predictor.stream = stopped  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="8 rows of the output are kept"):
         predict_file(predictor, path, output, block=second)
     assert not output.exists() and asked[0] == ["r16", "r17", "r18", "r19"]
     for block in (first, None):
