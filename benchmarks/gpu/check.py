@@ -123,6 +123,8 @@ def run(part: str, given: argparse.Namespace, seconds: float, log: Any) -> tuple
     except ValueError:  # stopped while it was written
         found = {"FAILED to read its figures": str(file)}
     file.unlink(missing_ok=True)
+    if isinstance(found, list):  # train_speed.py's: a record for each variant
+        found = {record.pop("variant"): record for record in found}
     wrong = [name for name, value in found.items() if name.startswith("FAILED") or value is False]
     return "; ".join([ended, *wrong]), found
 
