@@ -24,9 +24,9 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 from labeltune.errors import ModelError, first_line
-from labeltune.inference.scoring import CACHED_BYTES, PrefixCache, passes
+from labeltune.inference.scoring import CACHED_BYTES, PrefixCache
 from labeltune.models.own_cache import OwnCache, run_behind, run_side_by_side
-from labeltune.models.precision import sent
+from labeltune.models.precision import passes, sent
 from labeltune.models.tree_attention import (
     KVCache,
     Segment,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 from labeltune.models.own_cache import OwnCache, run_behind
-from labeltune.models.precision import moved_by, other_tokens, sent
+from labeltune.models.precision import moved_by, other_tokens, passes, sent
 from labeltune.models.tree_attention import (
     PADDED,
     KVCache,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Kept = TypeVar("Kept", KVCache, OwnCache)
-Item = TypeVar("Item")
 #: A question and a node of its trie, or nodes behind each other.
 Node = tuple[int, int]
 Branch = tuple[int, tuple[int, ...]]
@@ -440,18 +439,6 @@ def _most_logits(model: PreTrainedModel, max_tokens: int) -> int:
     """Tokens of one pass of at most `max_tokens` that logits may be computed for."""
     weight = model.get_output_embeddings().weight
     return int(LOGITS_BYTES_A_TOKEN.get(weight.device.type, 64 * 2**10) * max_tokens // (4 * weight.shape[0]))
-
-
-def passes(items: Sequence[Item], fits: Callable[[Sequence[Item]], bool]) -> Iterator[list[Item]]:
-    """The items in their order, cut into parts that fit; one that does not fit by itself is a part too."""
-    part: list[Item] = []
-    for item in items:
-        if part and not fits([*part, item]):
-            yield part
-            part = []
-        part.append(item)
-    if part:
-        yield part
 
 
 def _padded(ids: Sequence[int], length: int) -> list[int]:

@@ -214,6 +214,18 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     return [items[at * (len(items) - 1) // max(1, count - 1)] for at in range(count)]
 
 
+def passes(items: Sequence[Item], fits: Callable[[Sequence[Item]], bool]) -> Iterator[list[Item]]:
+    """The items in their order, cut into parts that fit; one that does not fit by itself is a part too."""
+    part: list[Item] = []
+    for item in items:
+        if part and not fits([*part, item]):
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
+
+
 def other_tokens(tokens: Sequence[int]) -> list[int]:
     """As many tokens, each another one than before: what is put into one row to see whether another row changes."""
     return [tokens[at - 1] if tokens[at - 1] != token else int(token == 0) for at, token in enumerate(tokens)]

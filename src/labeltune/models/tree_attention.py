@@ -14,13 +14,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from labeltune.models.precision import sent
+from labeltune.models.precision import passes, sent
 from labeltune.models.shared_prefix import attend_to, attention_on, bias, make_layout, refuse_unknown
 
 if TYPE_CHECKING:
@@ -298,16 +298,8 @@ def worth_padding(sizes: Sequence[int]) -> bool:
     return len(sizes) * max(sizes) <= max(PADDED * sum(sizes), FEW)
 
 
-def _alike(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Neighbours that are worth padding."""
-    part: list[Segment] = []
-    for segment in segments:
-        if part and not worth_padding([len(each.ids) for each in (*part, segment)]):
-            yield part
-            part = []
-        part.append(segment)
-    if part:
-        yield part
+def _alike(segments: Sequence[Segment]) -> bool:
+    return worth_padding([len(segment.ids) for segment in segments])
 
 
 def _side_by_side(
@@ -399,7 +391,7 @@ def run_segments(model: PreTrainedModel, segments: Sequence[Segment]) -> Any:
         kept = [segment for segment in segments if segment.keep]
         behind = segments[len(kept) :]
         if behind and not any(segment.keep or segment.past is not behind[0].past for segment in behind):
-            given = [*kept, *(SegmentRows(part, device) for part in _alike(behind))]
+            given = [*kept, *(SegmentRows(part, device) for part in passes(behind, _alike))]
     logits = _run(model, ids, positions, index or [len(ids) - 1], given)
     for segment in segments:
         if segment.keep:
