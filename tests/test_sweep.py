@@ -104,6 +104,7 @@ def test_a_study_finds_the_better_values_and_adds_trials(
     in_folder: Path, trained: list[RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_for(in_folder)
+    with_test = config.data.model_copy(update={"test": "test.jsonl"})
     said: list[str] = []
     sweep = Sweep.of(config, [RATES, "lora.r=4,8,16"], trials=12)
     trials = run_sweep(sweep, said.append)
@@ -125,6 +126,14 @@ def test_a_study_finds_the_better_values_and_adds_trials(
     conclude(sweep, trials)
     out = capsys.readouterr().out
     assert out.startswith(f"loss on {MEASURED_ON}") and "labeltune train out-sweep/best.yaml" in out
+    assert "Equal to it" not in out and "best-run --data FILE" in out
+    best_of = min(trials, key=lambda trial: trial.value or 9)
+    conclude(
+        replace(sweep, config=config.model_copy(update={"data": with_test})),
+        [*trials, replace(best_of, number=40)],
+    )
+    out = capsys.readouterr().out
+    assert "Equal to it are 40: the metric" in out and out.strip().endswith("best-run")
     first = (sweep.folder / "best.yaml").read_text("utf-8")
     assert MEASURED_ON in first.splitlines()[0]
 

@@ -349,6 +349,21 @@ class GenerationConfig(Section):
     )
 
 
+def changed_generation(generation: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
+    """Other values for keys of `generation`.
+
+    Raises:
+        ConfigError: there is no such key, or it does not take the value.
+    """
+    try:
+        return GenerationConfig.model_validate({**generation.model_dump(), **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"generation.{'.'.join(map(str, first['loc']))}={first['input']}: {first['msg']}"
+        ) from None
+
+
 class CalibrateConfig(Section):
     """How sure a label is."""
 

@@ -24,9 +24,9 @@ from labeltune.commands.options import FiguresAsJson, MaxRows, OnError
 from labeltune.commands.row_hashes import rows_seen
 from labeltune.config import is_config
 from labeltune.errors import ConfigError, DataError
-from labeltune.evaluation.compare import BARE, compare_predictions, comparison_page
+from labeltune.evaluation.compare import BARE, compare_predictions, comparison_page, point_apart
 from labeltune.evaluation.summary import headline, rows_line
-from labeltune.io.outputs import check_folder, write_json, write_jsonl, write_text
+from labeltune.io.outputs import check_folder, note_replaced, write_json, write_jsonl, write_text
 from labeltune.io.progress import phase, track
 from labeltune.models.pocket import POCKET_MODELS
 from labeltune.types import Example, Prediction
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 #: Stands for the second run's model with its adapter switched off.
 BASE = "base"
+COMPARISON_FILES = ("comparison.json", "changed.jsonl", "comparison.html")
 
 
 def compare_command(
@@ -66,7 +67,8 @@ def compare_command(
     read = [*(files_of(first) if first != BASE else []), *files_of(second)]
     data = data_to_measure(second, data)
     if output is not None:
-        check_folder(output, [*read, data], ("comparison.json", "changed.jsonl", "comparison.html"))
+        check_folder(output, [*read, data], COMPARISON_FILES)
+        note_replaced(*(output / name for name in COMPARISON_FILES))
     with phase("loading the model"):
         found = compare(first, second, data, on_error=on_error, max_rows=max_rows, output=output)
     _print_differences(found)
@@ -211,6 +213,11 @@ def _print_differences(found: dict[str, Any]) -> None:
             f"(95 % interval {change['low']:+.3f} to {change['high']:+.3f}, p = {d['p_value']:.2g})",
             file=sys.stderr,
         )
+        if point_apart(d):
+            print(
+                f"{name}: interval (bootstrap) and p (McNemar's test) disagree here; more rows would tell",
+                file=sys.stderr,
+            )
     changed = found["changed"]
     print(
         f"rows that only the second model has right: {len(changed['gained'])}, only the first: {len(changed['lost'])}",

@@ -33,7 +33,7 @@ from labeltune.data.loading import Rows, load_rows
 from labeltune.data.schemas import Fault
 from labeltune.data.sources import download_original, resolve_data
 from labeltune.errors import ConfigError, counted, printable
-from labeltune.io.outputs import check_file, write_text
+from labeltune.io.outputs import check_file, note_replaced, write_text
 from labeltune.io.progress import phase
 from labeltune.messages import spoken, verbatim
 from labeltune.prompts import make_task
@@ -341,6 +341,7 @@ def convert(
 ) -> None:
     """Write the original recipe's instruction/input/output jsonl."""
     check_file(output, [file])
+    note_replaced(output)
     config, source, _ = _check_target(file, None, task, labels)
     maker = make_task(config.task, _labels_of(source, config), config.prompt)
 

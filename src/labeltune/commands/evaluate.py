@@ -24,6 +24,7 @@ from labeltune.config import (
     HubConfig,
     RunConfig,
     TaskName,
+    changed_generation,
     is_config,
     load_config,
 )
@@ -41,9 +42,9 @@ from labeltune.evaluation.summary import (
     slices,
     worse_than_constant,
 )
-from labeltune.io.outputs import check_folder, is_hub_name, write_json, write_jsonl, write_text
+from labeltune.io.outputs import check_folder, is_hub_name, note_replaced, write_json, write_jsonl, write_text
 from labeltune.io.progress import phase, track
-from labeltune.io.run_folder import EVALUATION_FILES, RunInfo, files_read, find_checkpoint
+from labeltune.io.run_folder import EVALUATION_FILES, RunInfo, checkpoint_of, files_read, find_checkpoint
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def evaluate_command(
     if output is not None:
         read += [data, *([train_data] if train_data is not None else [])]
         check_folder(output, read, EVALUATION_FILES)
+        note_replaced(*(output / name for name in EVALUATION_FILES))
     with phase("loading the model"):
         metrics = evaluate(
             run,
@@ -265,9 +267,6 @@ def describe_run(
         ConfigError: a change is not possible.
         ModelError: there is no such run.
     """
-    from labeltune.inference.load import checkpoint_of
-    from labeltune.inference.predictor import changed_generation
-
     folder: Path | None = None
     hub: HubConfig | None = None
     configured = False

@@ -21,22 +21,31 @@ from labeltune.commands.options import Address, Decoding, Workers
 from labeltune.config import ColumnsConfig, DataConfig, build_config
 from labeltune.data.check import first_error
 from labeltune.data.labels import named_labels
-from labeltune.data.records import Record, without_key
+from labeltune.data.records import Record
 from labeltune.data.schemas import parse_record
-from labeltune.data.sources import iter_records, resolve_data
+from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError, MissingExtraError, OutputError, counted
-from labeltune.inference.files import CHUNK_ROWS, csv_of, is_csv, parse_shard, shard_output, unfinished_names
+from labeltune.inference.files import (
+    CHUNK_ROWS,
+    csv_of,
+    is_csv,
+    parse_shard,
+    shard_output,
+    text_columns,
+    unfinished_names,
+)
 from labeltune.io.outputs import (
     check_file,
     check_folder,
     is_file_of,
     is_hub_name,
     is_stream,
+    note_replaced,
     open_stream,
     write_text,
 )
 from labeltune.io.progress import begin, phase, row_progress, track
-from labeltune.io.run_folder import RunInfo, encoding_of, files_read
+from labeltune.io.run_folder import RunInfo, checkpoint_of, files_read, find_checkpoint
 from labeltune.io.uris import Place
 from labeltune.types import Example, Prediction
 
@@ -199,7 +208,7 @@ def predict_on_ray(
         ModelError: a worker could not load the model, or shards kept ending theirs.
     """
     from labeltune.inference.files import alone_with_output, tell_written, used_encoding
-    from labeltune.inference.load import checkpoint_of, load_changed, run_fingerprint
+    from labeltune.inference.load import load_changed, run_fingerprint
     from labeltune.inference.ray import ray_workers
     from labeltune.inference.shards import begin_folder, cut_sources, list_sources, predict_shard
 
@@ -256,14 +265,13 @@ def _texts(given: Sequence[str], file: str | None) -> list[Example]:
 
 
 def _input_file(file: str | None, run: str, encoding: str | None) -> Path | None:
-    """The file to read, None for standard input; one of which nothing can be read is refused before a model is loaded."""
+    """The file to read, None for standard input; one whose texts cannot be found is refused before a model is loaded."""
     if file is None or file == "-":
         return None
     path = resolve_data(file)
-    known = encoding or encoding_of(run)
-    unreadable = next(iter_records(path, known), None) if known is not None else None
-    if unreadable is not None and unreadable.whole:
-        raise DataError(f"{unreadable.where}: {without_key(unreadable.problem, '--encoding')}")
+    if not is_hub_name(run):
+        about = RunInfo.load(find_checkpoint(run))
+        text_columns(path, about.task, about.columns, encoding or about.encoding, "--encoding")
     return path
 
 
@@ -321,7 +329,7 @@ def _answer(
     elif not texts:
         rows = read_stream(sys.stdin.buffer, predictor, options.labels, encoding)
     total = len(texts) or None if path is None else count_rows(path, encoding)
-    many = total is None or total > predictor.engine.decoded_rows(predictor.generation.batch_size)
+    many = total is None or total > predictor.decoded_rows
     # On a terminal the answers themselves are what moves.
     shown = many and not (target is None and sys.stdout.isatty())
     bad = 0
@@ -369,6 +377,7 @@ def _check_target(output: str | None, path: Path | None, run: str) -> None:
     target = Path(output)
     is_csv(target)
     check_file(target, inputs, unfinished_names(target.name))
+    note_replaced(target)
 
 
 def _end(bad: int) -> None:

@@ -109,6 +109,12 @@ def _span_f1s(
     return statistic
 
 
+def point_apart(difference: Mapping[str, Any]) -> bool:
+    """Whether only one of the 95 % interval and the p-value finds a difference, as close to the border they may."""
+    change = difference["difference"]
+    return bool((change["low"] > 0 or change["high"] < 0) != (difference["p_value"] < 0.05))
+
+
 def comparison_page(
     found: Mapping[str, Any],
     examples: Sequence[Example],
@@ -129,6 +135,7 @@ def comparison_page(
         names=_names(found),
         rows_line=f"rows: {rows_line(found)}",
         p_value=p_value,
+        point_apart=point_apart,
         bare=BARE,
         most_shown=SHOWN,
         longest=LONGEST,

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow
 
-from labeltune.config import ColumnsConfig, DataConfig
+from labeltune.config import ColumnsConfig, DataConfig, TaskName
 from labeltune.data.blocks import Block, block_records, cut_file
 from labeltune.data.check import can_be_cut, first_error
 from labeltune.data.columns import columns_of_file
@@ -113,13 +113,29 @@ def read_rows(
         DataError: nothing of the file can be read, or it has no column for the text.
     """
     encoding = encoding or predictor.encoding
-    data = DataConfig(columns=predictor.columns, encoding=encoding)
-    columns = columns_of_file(path, predictor.task.name, data, answers_required=False)
-    if columns.problem is not None:
-        raise DataError(f"{columns.problem.where}: {without_key(columns.problem.problem, option)}")
+    columns = text_columns(path, predictor.task.name, predictor.columns, encoding, option)
     records = iter_records(path, encoding) if block is None else _records_of_block(path, block, encoding)
     first = block.first if block is not None else 0
-    return rows_of(records, predictor, labels, first=first, columns=columns.columns, option=option)
+    return rows_of(records, predictor, labels, first=first, columns=columns, option=option)
+
+
+def text_columns(
+    path: Path, task: TaskName, columns: ColumnsConfig, encoding: str, option: str | None
+) -> ColumnsConfig:
+    """Under which names the columns of a file to predict are read.
+
+    Args:
+        columns: the run's own names.
+        option: what sets the encoding, for messages; None when nothing does.
+
+    Raises:
+        DataError: nothing of the file can be read, or it has no column for the text.
+    """
+    data = DataConfig(columns=columns, encoding=encoding)
+    found = columns_of_file(path, task, data, answers_required=False)
+    if found.problem is not None:
+        raise DataError(f"{found.problem.where}: {without_key(found.problem.problem, option)}")
+    return found.columns
 
 
 def _records_of_block(path: Path, block: Block, encoding: str) -> Iterator[Record]:
@@ -257,9 +273,7 @@ def predict_file(
         }
         done, bad = _resumable(part, note, mine, target) if resume else _begin(part, note, mine, target)
         total = block.rows if block is not None else count_rows(path, encoding) if progress else None
-        shown = progress and (
-            total is None or total > predictor.engine.decoded_rows(predictor.generation.batch_size)
-        )
+        shown = progress and (total is None or total > predictor.decoded_rows)
         try:
             with writing(target, "what is done is kept, go on with --resume"):
                 with row_progress(total, "predict", shown) as advance, part.open("ab") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
-from labeltune.config import CalibrateConfig, ColumnsConfig, GenerationConfig
+from labeltune.config import CalibrateConfig, ColumnsConfig, GenerationConfig, changed_generation
 from labeltune.distributed import (
     all_gather,
     assign,
@@ -26,7 +25,7 @@ from labeltune.distributed import (
     rank,
     world_size,
 )
-from labeltune.errors import ConfigError, DataError, ModelError, PromptError
+from labeltune.errors import DataError, ModelError, PromptError
 from labeltune.inference.calibration import (
     Calibration,
     LabelScores,
@@ -161,6 +160,11 @@ class Predictor:
             ConfigError: there is no such key, or it does not take the value.
         """
         self.generation = changed_generation(self.generation, generation)
+
+    @property
+    def decoded_rows(self) -> int:
+        """How many rows are decoded at once here."""
+        return self.engine.decoded_rows(self.generation.batch_size)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -310,7 +314,7 @@ class Predictor:
                 self.template.end_of_turn_ids[:1],
                 prompts,
                 max_new_tokens=self.generation.max_new_tokens,
-                batch_size=self.engine.decoded_rows(self.generation.batch_size),
+                batch_size=self.decoded_rows,
             )
 
         found = iter(self.engine.decode([ids for ids, _ in prompts], run) if prompts else ())
@@ -338,7 +342,7 @@ class Predictor:
                 prompts,
                 stop_ids=stop_ids(self.model, self.template),
                 max_new_tokens=self._max_new_tokens(examples),
-                batch_size=self.engine.decoded_rows(self.generation.batch_size),
+                batch_size=self.decoded_rows,
             )
         decode, lead = self.template.tokenizer.decode, self.template.answer_lead
         written = [
@@ -405,21 +409,6 @@ class Predictor:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def changed_generation(generation: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
-    """Other values for keys of `generation`.
-
-    Raises:
-        ConfigError: there is no such key, or it does not take the value.
-    """
-    try:
-        return GenerationConfig.model_validate({**generation.model_dump(), **changes})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            f"generation.{'.'.join(map(str, first['loc']))}={first['input']}: {first['msg']}"
-        ) from None
 
 
 def fingerprint(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from labeltune.errors import OutputError, first_line
+from labeltune.io.progress import note
 
 #: Names of descriptors that are open already.
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
@@ -75,6 +76,13 @@ def check_folder(
     for name in names:
         check_file(output / name, inputs)
     _check_parent(output, output.absolute())
+
+
+def note_replaced(*outputs: Path) -> None:
+    """Say, before the work begins, which outputs are there already and will be replaced at its end."""
+    there = [str(output) for output in outputs if not is_stream(output) and link_target(output).is_file()]
+    if there:
+        note(f"already there, and replaced at the end: {', '.join(there)}")
 
 
 def is_hub_name(spec: str) -> bool:

@@ -162,6 +162,20 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
     return sorted((path for path in inside if step_of(path) >= 0 and path.is_dir()), key=step_of)
 
 
+def checkpoint_of(run: str | os.PathLike[str]) -> Path:
+    """The checkpoint folder that `run` means, fetched when it is on a hub (`ms:org/name`, `hf:org/name`).
+
+    Raises:
+        HubError: the hub cannot be reached or has no such checkpoint.
+        ModelError: there is no complete checkpoint.
+    """
+    if is_hub_name(str(run)):
+        from labeltune.models.hub import snapshot
+
+        run = snapshot(str(run), HubConfig())
+    return find_checkpoint(run)
+
+
 def find_checkpoint(run: str | os.PathLike[str], prefer_newest: bool = False) -> Path:
     """The checkpoint that `run` means: itself, or the `best` (else the newest) one in it.
 
@@ -311,17 +325,6 @@ def files_read(run: str | os.PathLike[str]) -> list[Path]:
         *(folder / name for name in (*names, RUN_FILE, MANIFEST_FILE)),
         *([base] if base is not None else []),
     ]
-
-
-def encoding_of(run: str | os.PathLike[str]) -> str | None:
-    """The encoding of a run's data; None for a run on a hub, which is not fetched for it.
-
-    Raises:
-        ModelError: there is no complete checkpoint.
-    """
-    if is_hub_name(str(run)):
-        return None
-    return RunInfo.load(find_checkpoint(run)).encoding
 
 
 def check_inputs_kept(config: RunConfig, path: str | None, overwrite: bool) -> None:

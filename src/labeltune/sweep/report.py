@@ -153,9 +153,13 @@ def conclude(sweep: Sweep, trials: Sequence[Trial]) -> None:
             f"all trials failed; trial {failed.number}: {failed.reason} (to start over, delete {sweep.folder})"
         )
     print(localize(f"The best is trial {best.number}. Train its config: {train_command(sweep)}"))
+    equal = [str(trial.number) for trial in trials if trial.score == best.score and trial is not best]
+    if equal:
+        print(localize(f"Equal to it are {', '.join(equal)}: the metric does not tell them apart."))
+    rows = "" if sweep.config.data.test is not None else " --data FILE"
     print(
         localize(
             "Its figure picked it, so measure the result on rows that no trial has seen: "
-            f"labeltune evaluate {shlex.quote(str(sweep.folder / 'best-run'))} --data FILE"
+            f"labeltune evaluate {shlex.quote(str(sweep.folder / 'best-run'))}{rows}"
         )
     )
