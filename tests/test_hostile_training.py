@@ -20,7 +20,8 @@ from helpers.training import config_for
 from labeltune import load_predictor
 from labeltune.config import HubConfig, PromptConfig, RunConfig, build_config
 from labeltune.errors import ConfigError, DivergedError, HubError, LabeltuneError, ModelError, PromptError
-from labeltune.io.run_folder import MANIFEST_FILE, RUN_FILE, checkpoint_of, checkpoints, damage
+from labeltune.inference.load import checkpoint_of
+from labeltune.io.run_folder import MANIFEST_FILE, RUN_FILE, checkpoints, damage
 from labeltune.models import hub, pocket
 from labeltune.models.hub import resolve_model
 from labeltune.models.lora import load_adapter

@@ -156,7 +156,6 @@ SILENT = {
     f"{HOLE}: {HOLE}",
     f"{HOLE}  {HOLE}",
     f"{HOLE}: {HOLE}; {HOLE}",
-    f"generation.{HOLE}={HOLE}: {HOLE}",
     f"--labels {HOLE}",
     # In the catalogue with each of the words that stand there (COMPOSED).
     f"  text length in {HOLE}: {HOLE}",

@@ -186,7 +186,7 @@ def test_what_cannot_be_done_is_said_before_ray_starts(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(loading, "run_fingerprint", lambda run, changes: "fingerprint")
-    monkeypatch.setattr("labeltune.commands.predict.checkpoint_of", lambda run: run)
+    monkeypatch.setattr(loading, "checkpoint_of", lambda run: run)
     monkeypatch.setattr("labeltune.commands.predict.files_read", lambda run: [])
     info = RunInfo.of(build_config({}), ("a",), "")
     monkeypatch.setattr(RunInfo, "load", lambda folder: info)

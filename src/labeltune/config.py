@@ -349,21 +349,6 @@ class GenerationConfig(Section):
     )
 
 
-def changed_generation(generation: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
-    """Other values for keys of `generation`.
-
-    Raises:
-        ConfigError: there is no such key, or it does not take the value.
-    """
-    try:
-        return GenerationConfig.model_validate({**generation.model_dump(), **changes})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            f"generation.{'.'.join(map(str, first['loc']))}={first['input']}: {first['msg']}"
-        ) from None
-
-
 class CalibrateConfig(Section):
     """How sure a label is."""
 
@@ -500,6 +485,16 @@ def build_config(values: dict[str, Any], where: str = "config") -> RunConfig:
     except ValidationError as error:
         problems = [_describe(problem) for problem in error.errors()]
         raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+
+
+def changed_generation(generation: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
+    """Other values for keys of `generation`.
+
+    Raises:
+        ConfigError: there is no such key, or it does not take the value.
+    """
+    values = {**generation.model_dump(), **changes}
+    return build_config({"generation": values}, "prediction").generation
 
 
 def _unwritable(value: object, key: str = "") -> Iterator[str]:

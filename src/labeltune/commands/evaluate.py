@@ -44,7 +44,7 @@ from labeltune.evaluation.summary import (
 )
 from labeltune.io.outputs import check_folder, is_hub_name, note_replaced, write_json, write_jsonl, write_text
 from labeltune.io.progress import phase, track
-from labeltune.io.run_folder import EVALUATION_FILES, RunInfo, checkpoint_of, files_read, find_checkpoint
+from labeltune.io.run_folder import EVALUATION_FILES, RunInfo, files_read, find_checkpoint
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
@@ -279,13 +279,22 @@ def describe_run(
         task, labels, data, hub = config.task, _labels_of(config), config.data, config.hub
         generation, calibrate, configured = config.generation, config.calibrate, True
     else:
-        folder = checkpoint_of(run)
+        folder = _checkpoint(run)
         info = RunInfo.load(folder)
         task, labels, generation, calibrate = info.task, info.labels, info.generation, info.calibrate
         data, hub = _reading(task, labels, info.columns, info.encoding), info.hub
     generation = changed_generation(generation, changes or {})
     name = str(run) if isinstance(run, str | os.PathLike) else str(folder or run.source)
     return RunDescription(name, task, labels, data, hub, generation, calibrate.prior, folder, configured)
+
+
+def _checkpoint(run: str | os.PathLike[str]) -> Path:
+    if not is_hub_name(str(run)):
+        return find_checkpoint(run)
+    # Loads torch and transformers, which takes seconds; whatever can be wrong with a local run and its rows is said before.
+    from labeltune.inference.load import checkpoint_of
+
+    return checkpoint_of(run)
 
 
 def _reading(task: TaskName, labels: tuple[str, ...], columns: ColumnsConfig, encoding: str) -> DataConfig:

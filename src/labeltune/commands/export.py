@@ -22,7 +22,6 @@ from labeltune.io.run_folder import (
     SELECTION_FILE,
     TRAINING_FILE,
     RunInfo,
-    checkpoint_of,
     public_name,
     validation_file,
 )
@@ -170,6 +169,7 @@ def export(
     from labeltune.export import card
     from labeltune.export.folder import check_target, push_folder, whole_folder
     from labeltune.export.parity import check_parity
+    from labeltune.inference.load import checkpoint_of
 
     info = RunInfo.load(checkpoint := checkpoint_of(run))
     target = Path(output).expanduser()

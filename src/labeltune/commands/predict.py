@@ -45,7 +45,7 @@ from labeltune.io.outputs import (
     write_text,
 )
 from labeltune.io.progress import begin, phase, row_progress, track
-from labeltune.io.run_folder import RunInfo, checkpoint_of, files_read, find_checkpoint
+from labeltune.io.run_folder import RunInfo, files_read, find_checkpoint
 from labeltune.io.uris import Place
 from labeltune.types import Example, Prediction
 
@@ -208,7 +208,7 @@ def predict_on_ray(
         ModelError: a worker could not load the model, or shards kept ending theirs.
     """
     from labeltune.inference.files import alone_with_output, tell_written, used_encoding
-    from labeltune.inference.load import load_changed, run_fingerprint
+    from labeltune.inference.load import checkpoint_of, load_changed, run_fingerprint
     from labeltune.inference.ray import ray_workers
     from labeltune.inference.shards import begin_folder, cut_sources, list_sources, predict_shard
 

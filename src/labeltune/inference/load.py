@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from labeltune.config import RunConfig, changed_generation
+from labeltune.config import HubConfig, RunConfig, changed_generation
 from labeltune.inference.calibration import Calibration
 from labeltune.inference.predictor import Predictor, fingerprint
-from labeltune.io.run_folder import ADAPTER_WEIGHTS, MANIFEST_FILE, RunInfo, checkpoint_of
-from labeltune.models.hub import load_model, load_tokenizer, resolve_model
+from labeltune.io.outputs import is_hub_name
+from labeltune.io.run_folder import ADAPTER_WEIGHTS, MANIFEST_FILE, RunInfo, find_checkpoint
+from labeltune.models.hub import load_model, load_tokenizer, resolve_model, snapshot
 from labeltune.models.lora import load_adapter, merge_adapter
 from labeltune.models.precision import pick_precision
 from labeltune.prompts import make_task
@@ -134,6 +135,16 @@ def run_fingerprint(run: str, changes: dict[str, Any]) -> str:
         calibrate=info.calibrate,
         calibration=Calibration.load(folder),
     )
+
+
+def checkpoint_of(run: str | os.PathLike[str]) -> Path:
+    """The checkpoint folder that `run` means, fetched when it is on a hub (`ms:org/name`, `hf:org/name`).
+
+    Raises:
+        HubError: the hub cannot be reached or has no such checkpoint.
+        ModelError: there is no complete checkpoint.
+    """
+    return find_checkpoint(snapshot(str(run), HubConfig()) if is_hub_name(str(run)) else run)
 
 
 def base_predictor(config: RunConfig, labels: Sequence[str]) -> Predictor:

@@ -162,20 +162,6 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
     return sorted((path for path in inside if step_of(path) >= 0 and path.is_dir()), key=step_of)
 
 
-def checkpoint_of(run: str | os.PathLike[str]) -> Path:
-    """The checkpoint folder that `run` means, fetched when it is on a hub (`ms:org/name`, `hf:org/name`).
-
-    Raises:
-        HubError: the hub cannot be reached or has no such checkpoint.
-        ModelError: there is no complete checkpoint.
-    """
-    if is_hub_name(str(run)):
-        from labeltune.models.hub import snapshot
-
-        run = snapshot(str(run), HubConfig())
-    return find_checkpoint(run)
-
-
 def find_checkpoint(run: str | os.PathLike[str], prefer_newest: bool = False) -> Path:
     """The checkpoint that `run` means: itself, or the `best` (else the newest) one in it.
 
