@@ -42,7 +42,15 @@ def tokenized_rows(
         encoded = builder.training(Example.from_row(splits.train[i]))
         start, end = encoded.answer_span
         # What the template puts behind the end of turn is neither predicted nor needed; no variant gets it.
-        rows.append({"input_ids": encoded.ids[:end], "answer_start": start, "answer_end": end})
+        rows.append(
+            {
+                "input_ids": encoded.ids[:end],
+                "answer_start": start,
+                "answer_end": end,
+                "weight": 1.0,
+                "others": [],
+            }
+        )
     if len(rows) < count:
         raise SystemExit(f"{config.data.train} has {len(rows)} usable rows, {count} are needed")
     tokens = sum(len(row["input_ids"]) for row in rows) / count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from labeltune.models.shared_prefix import (
     make_layout,
     shared_prefix_attention_on,
 )
+from labeltune.prompts.builder import common_prefix
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import chunkable_head, chunked_cross_entropy
-from labeltune.training.packing import Group, Pack, Row, pack_step
+from labeltune.training.packing import Group, Pack, Row, pack_step, to_rows
 from labeltune.training.preflight import enable_checkpointing
 from zoo.families import BY_NAME, make_zoo_model
 
@@ -209,6 +211,88 @@ def test_chunked_cross_entropy_equals_the_plain_one(chunk: int, trained: bool) -
     got = [hidden.grad, *(p.grad for p in head.parameters() if trained)]
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b * 3, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_chunked_cross_entropy_weighs_positions(trained: bool) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50).requires_grad_(trained)
+    hidden, targets = torch.randn(7, 8, requires_grad=True), torch.randint(50, (7,))
+    weights = torch.tensor([0.0, 0.25, 0.5, 1.0, 2.0, 3.5, 1e-3])
+    right = (torch.nn.functional.cross_entropy(head(hidden), targets, reduction="none") * weights).sum()
+    right.backward()
+    expected, hidden.grad = hidden.grad, None
+    found = chunked_cross_entropy(head, hidden, targets, 3, weights=weights)
+    (found * 3).backward()
+    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(hidden.grad, expected * 3, rtol=1e-5, atol=1e-6)
+
+
+def records(rows: list[Row], each: int) -> list[dict[str, Any]]:
+    """Examples of several questions each, as a data set has them."""
+    found = []
+    for at in range(0, len(rows), each):
+        first, *others = rows[at : at + each]
+        found.append(
+            {
+                "input_ids": [*first.ids, first.answer[-1]],
+                "answer_start": first.answer_start,
+                "answer_end": len(first.ids) + 1,
+                "weight": first.weight,
+                "others": [
+                    {
+                        "begin": (begin := common_prefix(first.prompt, row.prompt)),
+                        "ids": [*row.ids[begin:], row.answer[-1]],
+                        "start": row.answer_start - begin,
+                        "weight": row.weight,
+                    }
+                    for row in others
+                ],
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize("packing", ["shared_prefix", "packed", "padded", "shared_cache"])
+@pytest.mark.parametrize("max_tokens", [40, 10_000])
+@pytest.mark.parametrize("in_head", [True, False])
+def test_several_weighted_questions_of_an_example_are_those_of_single_rows(
+    packing: Any, max_tokens: int, in_head: bool
+) -> None:
+    model = lora_model()
+    weights = [1.0, 0.25, 3.0, 0.5]
+    rows = [replace(row, weight=weights[at % 4]) for at, row in enumerate(random_rows(prefixes=(20, 9, 14)))]
+    found = to_rows(records(rows, 4))
+    assert [replace(row, record=-1) for row in found] == rows
+    assert [row.record for row in found] == [at // 4 for at in range(12)]
+    head = chunkable_head(model, torch.tensor([rows[0].ids])) if in_head else None
+    assert (head is not None) == in_head
+    (packs,) = pack_step(found, max_tokens, packing)
+    assert_equal(packed(model, found, packs, packing, head), plain(model, rows), rtol=2e-5)
+
+
+def test_the_questions_of_an_example_stay_together_unless_they_are_too_long() -> None:
+    prompts = [[number, *range(10, 30)] for number in range(3)]
+    rows = to_rows(
+        [
+            {
+                "input_ids": [*prompt, 40, 50],
+                "answer_start": 22,
+                "answer_end": 23,
+                "weight": 1.0,
+                "others": [
+                    {"begin": 21, "ids": [41 + label, 50], "start": 1, "weight": 1.0} for label in range(9)
+                ],
+            }
+            for prompt in prompts
+        ]
+    )
+    (packs,) = pack_step(rows, 10_000)
+    assert [(g.prefix, len(g.rows)) for pack in packs for g in pack.groups] == [(21, 10)] * 3
+    assert sum(pack.tokens(rows) for pack in packs) == 3 * (21 + 10)
+    (packs,) = pack_step(rows, 26)
+    assert all(pack.tokens(rows) <= 26 for pack in packs)
+    assert sorted(row for pack in packs for row in pack.rows) == list(range(30))
 
 
 def test_very_unlikely_answers_have_a_finite_loss() -> None:

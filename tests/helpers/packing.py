@@ -75,8 +75,9 @@ def plain(model: Any, rows: list[Row]) -> tuple[float, dict[str, Any]]:
         labels = torch.full_like(ids, -100)
         labels[0, row.answer_start :] = ids[0, row.answer_start :]
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        total = total + torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
-    loss = total / sum(len(row.answer) for row in rows)
+        loss = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
+        total = total + row.weight * loss
+    loss = total / sum(row.weight * len(row.answer) for row in rows)
     loss.backward()
     return float(loss.detach()), gradients(model)
 
@@ -84,7 +85,7 @@ def plain(model: Any, rows: list[Row]) -> tuple[float, dict[str, Any]]:
 def packed(
     model: Any, rows: list[Row], packs: list[Pack], packing: Any, head: Any
 ) -> tuple[float, dict[str, Any]]:
-    count = sum(len(row.answer) for row in rows)
+    count = sum(row.weight * len(row.answer) for row in rows)
     total = 0.0
     with attention_for(model, packing):
         for pack in packs:

@@ -33,6 +33,21 @@ class View:
     parts: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True)
+class TrainedAnswer:
+    """What is trained behind a prompt.
+
+    Attributes:
+        ids: token ids behind the prompt.
+        start: the first of them that is predicted; those before it are only read.
+        weight: what the loss is multiplied by.
+    """
+
+    ids: list[int]
+    start: int = 0
+    weight: float = 1.0
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Number of tokens that both begin with."""
     return next((at for at, differs in enumerate(map(ne, a, b)) if differs), min(len(a), len(b)))
@@ -68,6 +83,14 @@ class PromptBuilder:
             PromptError: instruction, candidates and answer alone do not fit.
         """
         return self._encode(example, self.task.target(example))
+
+    def answers(self, example: Example, encoded: Encoded) -> list[TrainedAnswer]:
+        """What is trained behind the prompt of an example: its right answer with its end of turn.
+
+        Args:
+            encoded: as `training` gives it.
+        """
+        return [TrainedAnswer(encoded.ids[slice(*encoded.answer_span)])]
 
     def views(self, example: Example, long_text: Literal["truncate", "window"] = "truncate") -> list[View]:
         """The prompts that read a document: one, or with `window` as many overlapping ones as it takes.

@@ -67,6 +67,8 @@ class ModelCall:
         columns: those of these positions, each once, shape [columns].
         picked: the positions over the flattened batch and columns, shape [answer tokens].
         targets: the tokens that are predicted, shape [answer tokens].
+        weights: what the loss of each is multiplied by, shape [answer tokens]: the bits of fp32 numbers as integers, like all tensors that
+            travel to the device together; None where all are 1.
         rows: the examples, in the order of their answer tokens.
     """
 
@@ -75,17 +77,29 @@ class ModelCall:
     columns: torch.Tensor
     picked: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor | None
     rows: tuple[int, ...]
 
     @staticmethod
     def of(
-        inputs: dict[str, Any], index: Sequence[int], targets: Sequence[int], rows: Sequence[int]
+        inputs: dict[str, Any], index: Sequence[int], rows: Sequence[Row], chosen: Sequence[int]
     ) -> ModelCall:
-        """A call that is to predict these tokens at these positions."""
+        """A call that is to predict the answers of chosen rows at these positions."""
+        answers = [rows[i] for i in chosen]
+        targets = torch.tensor([token for row in answers for token in row.answer])
+        weights = None
+        if any(row.weight != 1 for row in answers):
+            each = torch.tensor([row.weight for row in answers for _ in row.answer], dtype=torch.float32)
+            weights = each.view(torch.int32).long()
         at, width = torch.tensor(index), inputs["input_ids"].shape[1]
         columns, place = torch.unique(at % width, return_inverse=True)
         picked = at // width * len(columns) + place
-        return ModelCall(inputs, at, columns, picked, torch.tensor(targets), tuple(rows))
+        return ModelCall(inputs, at, columns, picked, targets, weights, tuple(chosen))
+
+    @property
+    def loss_weights(self) -> torch.Tensor | None:
+        """The weights as fp32 numbers."""
+        return None if self.weights is None else self.weights.to(torch.int32).view(torch.float32)
 
     def wanted(self, found: torch.Tensor) -> torch.Tensor:
         """Those of the answer tokens, from what the model gives when it is asked for `columns`: [rows, columns, size] -> [answer tokens, size].
@@ -99,7 +113,8 @@ class ModelCall:
         """The same with other tensors."""
         inputs = {key: _mapped(value, change) for key, value in self.inputs.items()}
         index, columns, picked, targets = map(change, (self.index, self.columns, self.picked, self.targets))
-        return ModelCall(inputs, index, columns, picked, targets, self.rows)
+        weights = None if self.weights is None else change(self.weights)
+        return ModelCall(inputs, index, columns, picked, targets, weights, self.rows)
 
 
 @dataclass(frozen=True)
@@ -196,7 +211,6 @@ def _one_row(rows: Sequence[Row], groups: Sequence[Group], with_layout: bool) ->
     ids: list[int] = []
     positions: list[int] = []
     index: list[int] = []
-    targets: list[int] = []
     for group in groups:
         start, prefix = len(ids), group.prefix
         ids += rows[group.rows[0]].ids[:prefix]
@@ -208,18 +222,17 @@ def _one_row(rows: Sequence[Row], groups: Sequence[Group], with_layout: bool) ->
             positions += range(prefix, len(row.ids))
             first = row.answer_start - 1
             index += [(start if at < prefix else shift) + at for at in range(first, first + len(row.answer))]
-            targets += row.answer
-    inputs: dict[str, Any] = {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
-        "use_cache": False,
-    }
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.tensor([positions]),
+            "use_cache": False,
+        }
     if with_layout:
         inputs["prefix_layout"] = make_layout(
             [(g.prefix, [len(rows[i].ids) - g.prefix for i in g.rows]) for g in groups]
         )
     together = tuple(i for group in groups for i in group.rows)
-    return ModelCall.of(inputs, index, targets, together)
+    return ModelCall.of(inputs, index, rows, together)
 
 
 def _padded(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> ModelCall:
@@ -228,21 +241,19 @@ def _padded(rows: Sequence[Row], chosen: Sequence[int], pad_id: int) -> ModelCal
     ids = torch.full((len(chosen), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     index: list[int] = []
-    targets: list[int] = []
     for number, row in enumerate(rows[i] for i in chosen):
         left = width - len(row.ids)
         ids[number, left:] = torch.tensor(row.ids)
         mask[number, left:] = 1
         first = number * width + left + row.answer_start - 1
         index += range(first, first + len(row.answer))
-        targets += row.answer
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
         "use_cache": False,
     }
-    return ModelCall.of(inputs, index, targets, chosen)
+    return ModelCall.of(inputs, index, rows, chosen)
 
 
 def _behind(rows: Sequence[Row], chosen: Sequence[int], prefix: int, pad_id: int) -> ModelCall:
@@ -250,12 +261,10 @@ def _behind(rows: Sequence[Row], chosen: Sequence[int], prefix: int, pad_id: int
     width = max(len(rows[i].ids) - prefix for i in chosen)
     ids = torch.full((len(chosen), width), pad_id, dtype=torch.long)
     index: list[int] = []
-    targets: list[int] = []
     for number, row in enumerate(rows[i] for i in chosen):
         ids[number, : len(row.ids) - prefix] = torch.tensor(row.ids[prefix:])
         first = number * width + row.answer_start - 1 - prefix
         index += range(first, first + len(row.answer))
-        targets += row.answer
     positions = torch.arange(prefix, prefix + width).expand(len(chosen), -1)
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    return ModelCall.of(inputs, index, targets, chosen)
+    return ModelCall.of(inputs, index, rows, chosen)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 #: Part of the cache key; raised when the same rows are tokenized differently.
-VERSION = 4
+VERSION = 5
 #: Rows of a token file. Each file is held open while it is mapped, and 1,024 open files are a usual limit.
 SHARD_ROWS = 131_072
 #: Rows that a process tokenizes at once.
@@ -70,7 +70,7 @@ def tokenize_rows(
 ) -> tuple[Dataset, TokenAccount]:
     """What training reads of `token_columns`, and where the tokens go.
 
-    Columns of the result: `input_ids` list of int32, `answer_start` and `answer_end` int32 (end exclusive), `length`.
+    Columns of the result: `input_ids`, `answer_start`, `answer_end`, `weight`, `others` and `length`, as there.
 
     Raises:
         PromptError: a row's instruction, candidates and answer do not fit the budget.
@@ -81,11 +81,13 @@ def tokenize_rows(
     account = TokenAccount(
         rows=len(tokens),
         tokens=int(spans["length"][:].sum()) if len(tokens) else 0,
-        answer_tokens=int((spans["answer_end"][:] - spans["answer_start"][:]).sum()) if len(tokens) else 0,
+        answer_tokens=int(spans["answer_tokens"][:].sum()) if len(tokens) else 0,
         shortened=int(spans["shortened"][:].sum()) if len(tokens) else 0,
         cut_entities=int(spans["cut_entities"][:].sum()) if len(tokens) else 0,
     )
-    return tokens.select_columns(["input_ids", "answer_start", "answer_end", "length"]), account
+    return tokens.select_columns(
+        ["input_ids", "answer_start", "answer_end", "weight", "others", "length"]
+    ), account
 
 
 def token_columns(
@@ -97,8 +99,10 @@ def token_columns(
     run on the same rows reads it, on any machine that shares the folder. Processes that want the same file wait for the first to
     write it.
 
-    Columns of the result: `input_ids` list of int32; int32 each `text_start`, `text_end`, `answer_start`, `answer_end`
-    (positions of tokens, ends exclusive), `length`, `excess` (tokens that the whole document has beyond the budget) and
+    Columns of the result: of an example's first question `input_ids` list of int32, `answer_start`, `answer_end` (where the answer stands in
+    them, end exclusive) and `weight` of its loss; `others`, for each further question {`begin`, `ids`, `start`, `weight`}: it reads the first
+    `begin` of `input_ids` and then `ids`, of which those from `start` on are its answer; int32 each `text_start`, `text_end`
+    (positions of tokens), `length` and `answer_tokens` (of all questions, the prompt once), `excess` (tokens that the whole document has beyond the budget) and
     `cut_entities`; `shortened` bool; `cut_characters` int32, characters of the document that were cut away.
 
     Args:
@@ -167,7 +171,17 @@ def _features() -> Any:
             "text_end": integer,
             "answer_start": integer,
             "answer_end": integer,
+            "weight": datasets.Value("float32"),
+            "others": datasets.List(
+                {
+                    "begin": integer,
+                    "ids": datasets.List(integer),
+                    "start": integer,
+                    "weight": datasets.Value("float32"),
+                }
+            ),
             "length": integer,
+            "answer_tokens": integer,
             "shortened": datasets.Value("bool"),
             "excess": integer,
             "cut_characters": integer,
@@ -197,13 +211,18 @@ class _Tokenize:
     def _encoded(self, row: dict[str, Any]) -> dict[str, Any]:
         example = Example.from_row(row)
         encoded = self.builder.training(example)
+        begin, end = encoded.answer_span
+        first, *others = self.builder.answers(example, encoded)
         return {
-            "input_ids": encoded.ids,
+            "input_ids": [*encoded.ids[:begin], *first.ids],
             "text_start": encoded.text_span[0],
             "text_end": encoded.text_span[1],
-            "answer_start": encoded.answer_span[0],
-            "answer_end": encoded.answer_span[1],
-            "length": len(encoded.ids),
+            "answer_start": begin + first.start,
+            "answer_end": begin + len(first.ids),
+            "weight": first.weight,
+            "others": [{"begin": begin, **asdict(other)} for other in others],
+            "length": len(encoded.ids) - (end - begin) + sum(len(answer.ids) for answer in (first, *others)),
+            "answer_tokens": sum(len(answer.ids) - answer.start for answer in (first, *others)),
             "shortened": encoded.text.strip() != example.text.strip(),
             "excess": encoded.excess,
             "cut_characters": max(0, len(example.text.strip()) - len(encoded.text.strip())),

@@ -28,7 +28,7 @@ def positions_at_once(vocabulary: int, device: torch.device) -> int:
 
 
 def answer_loss(model: PreTrainedModel, head: torch.nn.Module | None, batch: PackBatch) -> torch.Tensor:
-    """Sum of the cross-entropies (fp32, natural logarithm) of a pack's answer tokens.
+    """Sum of the cross-entropies (fp32, natural logarithm) of a pack's answer tokens, each multiplied by the weight of its row.
 
     Args:
         model: may be wrapped (DDP, autocast).
@@ -43,10 +43,18 @@ def answer_loss(model: PreTrainedModel, head: torch.nn.Module | None, batch: Pac
         inputs = {**inputs, "logits_to_keep": call.columns}
         if head is None:
             logits = call.wanted(model(**inputs).logits)
-            losses.append(torch.nn.functional.cross_entropy(logits.float(), call.targets, reduction="sum"))
+            losses.append(_weighted_cross_entropy(logits, call.targets, call.loss_weights))
         else:
             losses.append(_loss_in_head(model, head, inputs, call))
     return torch.stack(losses).sum()
+
+
+def _weighted_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    if weights is None:
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return (torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
 
 
 def answer_logits(model: PreTrainedModel, batch: PackBatch) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
@@ -73,7 +81,9 @@ def _loss_in_head(
     plain = head.forward
 
     def loss_for_logits(hidden: torch.Tensor) -> torch.Tensor:
-        loss = chunked_cross_entropy(head, call.wanted(hidden), call.targets, layer=plain)
+        loss = chunked_cross_entropy(
+            head, call.wanted(hidden), call.targets, weights=call.loss_weights, layer=plain
+        )
         return loss.reshape(1, 1, 1).clone()  # type: ignore[no-any-return]
 
     with replaced_forward(head, loss_for_logits):
@@ -85,9 +95,11 @@ def chunked_cross_entropy(
     hidden: torch.Tensor,
     targets: Any,
     chunk: int | None = None,
+    *,
+    weights: torch.Tensor | None = None,
     layer: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Sum of cross-entropies of `head(hidden)`, with the logits of at most `chunk` positions in memory.
+    """Sum of (weighted) cross-entropies of `head(hidden)`, with the logits of at most `chunk` positions in memory.
 
     A frozen output layer gets the gradient for `hidden` in the same pass as the loss, so its logits are neither kept nor
     computed twice. A trained one is run again in the backward pass.
@@ -95,26 +107,27 @@ def chunked_cross_entropy(
     Args:
         hidden: shape [positions, hidden size].
         targets: shape [positions].
+        weights: fp32, shape [positions]; all 1 when None.
         chunk: `positions_at_once` when None.
         layer: what computes logits in place of `head(...)`: its plain `forward` when this runs inside the call of `head`.
     """
     apply = layer or head
 
-    weights = list(head.parameters())
-    chunk = chunk or positions_at_once(weights[0].shape[0], hidden.device)
-    if type(head) is torch.nn.Linear and not any(w.requires_grad for w in weights) and hidden.requires_grad:
-        return FrozenHeadCrossEntropy.apply(hidden, head.weight, head.bias, targets, chunk)  # type: ignore[no-untyped-call]
+    matrices = list(head.parameters())
+    chunk = chunk or positions_at_once(matrices[0].shape[0], hidden.device)
+    if type(head) is torch.nn.Linear and not any(w.requires_grad for w in matrices) and hidden.requires_grad:
+        return FrozenHeadCrossEntropy.apply(hidden, head.weight, head.bias, (targets, weights), chunk)  # type: ignore[no-untyped-call]
 
-    def part(states: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        logits = apply(states.to(weights[0].dtype) if weights[0].is_floating_point() else states)
-        return torch.nn.functional.cross_entropy(logits.float(), right, reduction="sum")
+    def part(states: torch.Tensor, right: torch.Tensor, each: torch.Tensor | None) -> torch.Tensor:
+        logits = apply(states.to(matrices[0].dtype) if matrices[0].is_floating_point() else states)
+        return _weighted_cross_entropy(logits, right, each)
 
     total = hidden.new_zeros((), dtype=torch.float32)
-    for states, right in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # type: ignore[no-untyped-call]
+    for at in range(0, len(targets), chunk):
+        here = slice(at, at + chunk)
+        given = hidden[here], targets[here], None if weights is None else weights[here]
         total = total + (
-            checkpoint(part, states, right, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else part(states, right)
+            checkpoint(part, *given, use_reentrant=False) if torch.is_grad_enabled() else part(*given)
         )
     return total
 
@@ -137,9 +150,15 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: Any, chunk: int
-    ) -> Any:
-        """Sum of the losses; keeps the gradient for `hidden` that it computed on the way."""
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        right_and_weights: tuple[torch.Tensor, torch.Tensor | None],
+        chunk: int,
+    ) -> torch.Tensor:
+        """Sum of the weighted losses; keeps the gradient for `hidden` that it computed on the way."""
+        targets, weights = right_and_weights
         gradient = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
         buffer = _workspace(min(chunk, len(targets)), weight.shape[0], hidden.device)
@@ -155,8 +174,12 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             torch.log_softmax(logits, 1, out=logits)
-            total -= logits.gather(1, right).sum()
+            known = logits.gather(1, right)
             logits.exp_().scatter_add_(1, right, -torch.ones_like(right, dtype=torch.float32))
+            if weights is not None:
+                factors = weights[start : start + chunk, None]
+                known, logits = known * factors, logits.mul_(factors)
+            total -= known.sum()
             gradient[start : start + chunk] = (logits.to(weight.dtype) @ weight).to(hidden.dtype)
         ctx.save_for_backward(gradient)
         return total

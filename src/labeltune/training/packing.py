@@ -45,17 +45,21 @@ CALL_TOKENS = 64
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenized example.
+    """One question of a tokenized example with its answer; most examples have one.
 
     Attributes:
         ids: the tokens that are read: everything before the answer's last token, which is only ever predicted.
         answer: the tokens that are predicted. Token `i` of them is predicted at position `answer_start - 1 + i`.
         answer_start: position of the answer's first token; `len(ids) == answer_start + len(answer) - 1`.
+        weight: what the loss of its answer is multiplied by.
+        record: number of the example in its step; the rows of one example are kept together.
     """
 
     ids: tuple[int, ...]
     answer: tuple[int, ...]
     answer_start: int
+    weight: float = 1.0
+    record: int = -1
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -63,7 +67,9 @@ class Row:
         return self.ids[: self.answer_start]
 
     @classmethod
-    def of(cls, ids: Sequence[int], answer_start: int, answer_end: int) -> Row:
+    def of(
+        cls, ids: Sequence[int], answer_start: int, answer_end: int, weight: float = 1.0, record: int = -1
+    ) -> Row:
         """From all tokens of an example and the place of its answer.
 
         Raises:
@@ -73,7 +79,8 @@ class Row:
             raise ValueError(
                 f"an answer at {answer_start}:{answer_end} of {len(ids)} tokens cannot be trained"
             )
-        return cls(tuple(ids[: answer_end - 1]), tuple(ids[answer_start:answer_end]), answer_start)
+        answer = tuple(ids[answer_start:answer_end])
+        return cls(tuple(ids[: answer_end - 1]), answer, answer_start, weight, record)
 
 
 @dataclass(frozen=True)
@@ -141,8 +148,17 @@ class Pack:
 
 
 def to_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
-    """Rows of a tokenized data set -> `Row`s."""
-    return [Row.of(r["input_ids"], int(r["answer_start"]), int(r["answer_end"])) for r in records]
+    """Rows of a tokenized data set -> `Row`s: of each the first question, then the others behind the same prompt."""
+    found = []
+    for number, r in enumerate(records):
+        ids, start, end = r["input_ids"], int(r["answer_start"]), int(r["answer_end"])
+        found.append(Row.of(ids, start, end, float(r["weight"]), number))
+        for other in r["others"]:
+            begin = int(other["begin"])
+            whole = [*ids[:begin], *other["ids"]]
+            start = begin + int(other["start"])
+            found.append(Row.of(whole, start, len(whole), float(other["weight"]), number))
+    return found
 
 
 def step_order(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[list[int]]:
@@ -322,22 +338,32 @@ def _share(rows: Sequence[Row], order: list[int], max_tokens: int, unshared: int
     Args:
         unshared: tokens before each answer that are not shared.
     """
-    count = len(order)
     common = _shareable(rows, order)
+    atoms = _together(rows, order, common, max_tokens)
+    whole = [sum(len(rows[order[place]].ids) for place in atom) for atom in atoms]
+    # What the rows of each have in common, by themselves.
+    own = [
+        min(
+            *(max(0, rows[order[place]].answer_start - unshared) for place in atom),
+            *common[atom.start + 1 : atom.stop],
+            len(rows[order[atom.start]].ids),
+        )
+        for atom in atoms
+    ]
     # best[end] = (tokens, groups, tokens of the largest group, where the last group begins, its prefix)
     best: list[tuple[int, int, int, int, int]] = [(0, 0, 0, 0, 0)]
-    for end in range(1, count + 1):
+    for end in range(1, len(atoms) + 1):
         found: tuple[int, int, int, int, int] | None = None
-        shared, total = len(rows[order[end - 1]].ids), 0
+        shared, total, size = own[end - 1], 0, 0
         for start in range(end - 1, -1, -1):
-            row = rows[order[start]]
-            total += len(row.ids)
-            size = end - start
-            most = max(0, row.answer_start - unshared)
-            shared = min(shared, most, common[start + 1] if size > 1 else most)
+            total += whole[start]
+            size += len(atoms[start])
+            shared = min(shared, own[start])
+            if start < end - 1:
+                shared = min(shared, common[atoms[start].stop])
             prefix = shared if size > 1 else 0
             tokens = total - (size - 1) * prefix
-            if size > 1 and tokens > max_tokens:
+            if start < end - 1 and tokens > max_tokens:
                 break
             before = best[start]
             candidate = (before[0] + tokens, before[1] + 1, max(before[2], tokens), start, prefix)
@@ -346,12 +372,33 @@ def _share(rows: Sequence[Row], order: list[int], max_tokens: int, unshared: int
         assert found is not None
         best.append(found)
     groups = []
-    end = count
+    end = len(atoms)
     while end:
         _, _, _, start, prefix = best[end]
-        groups.append(Group(prefix, tuple(order[start:end])))
+        groups.append(Group(prefix, tuple(order[atoms[start].start : atoms[end - 1].stop])))
         end = start
     return groups[::-1]
+
+
+def _together(
+    rows: Sequence[Row], order: Sequence[int], common: Sequence[int], max_tokens: int
+) -> list[range]:
+    """Places of neighbours that are questions about one example, which share more with each other than with any other row; cut
+    only where they would not be within `max_tokens`."""
+    found: list[range] = []
+    tokens = shared = 0
+    for place, at in enumerate(order):
+        size = len(rows[at].ids)
+        if place and rows[at].record == rows[order[place - 1]].record >= 0:
+            least = min(shared, common[place]) if len(found[-1]) > 1 else common[place]
+            whole = tokens + size
+            if whole - len(found[-1]) * least <= max_tokens:
+                found[-1] = range(found[-1].start, place + 1)
+                tokens, shared = whole, least
+                continue
+        found.append(range(place, place + 1))
+        tokens, shared = size, size
+    return found
 
 
 def _fill(

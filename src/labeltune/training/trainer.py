@@ -91,8 +91,8 @@ class StepSettings:
 class LabelTrainer(Trainer):  # type: ignore[misc]
     """Computes a step as the sum over its packs.
 
-    The loss is the sum over answer tokens divided by the answer tokens of the whole step on all processes, so neither the
-    cut into packs nor the number of processes changes it. Gradients are added up over processes once, after the last pack.
+    The loss is the weighted sum over answer tokens divided by the weights of all answer tokens of the whole step on all processes, so
+    neither the cut into packs nor the number of processes changes it. Gradients are added up over processes once, after the last pack.
 
     Args:
         say: told when packs become smaller.
@@ -232,7 +232,7 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
             what these packs add to the step's loss: the sum over their answer tokens, divided by the answer tokens of `rows`.
         """
         settings, processes = self.settings, self.accelerator.num_processes
-        answers = sum(len(row.answer) for row in rows)
+        answers = sum(row.weight * len(row.answer) for row in rows)
         total = torch.zeros((), device=self.args.device)
         packs, batches = self.packs_of(rows)
         quiet = (
@@ -309,12 +309,12 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
         was_training = model.training
         model.eval()
         sums: list[float] = []
-        answers = count = 0
+        answers, count = 0.0, 0
         with torch.no_grad(), join_uneven(model):
             for number, rows in enumerate(dataloader):
                 mine = number % self.accelerator.num_processes == self.accelerator.process_index
                 sums.append(self.evaluated(model, rows) if mine else 0.0)
-                answers += sum(len(row.answer) for row in rows)
+                answers += sum(row.weight * len(row.answer) for row in rows)
                 count += len(rows)
         total = math.fsum(all_reduce(sums, "sum"))
         # One process may have halved its packs; all take the smallest.
