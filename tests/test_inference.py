@@ -20,7 +20,8 @@ import labeltune
 from helpers import forks
 from helpers.rows import LABELS, classification_rows, ner_rows, read_jsonl, write_jsonl
 from helpers.tiny_models import make_model
-from labeltune.config import NER_LABELS, PromptConfig, RunConfig, build_config
+from labeltune.config import PromptConfig, RunConfig, build_config
+from labeltune.default_prompts import NER_LABELS
 from labeltune.errors import DataError, ModelError
 from labeltune.inference.generation import generate_answers
 from labeltune.prompts import make_task

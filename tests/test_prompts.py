@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from helpers.templates import CONTRADICTS_ITSELF, PECULIAR, READS_NO_THINK, on_day, template
 from helpers.tiny_models import CHATML, make_tokenizer
-from labeltune.config import NER_LABELS, PromptConfig, build_config
+from labeltune.config import PromptConfig, build_config
+from labeltune.default_prompts import NER_LABELS
 from labeltune.errors import PromptError
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder, builder_for_base, common_prefix, encode_to_fit

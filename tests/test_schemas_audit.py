@@ -53,7 +53,7 @@ FAULTY: list[tuple[str, Any, str]] = [
     ("missing_field", without("text"), "no column 'text'"),
     ("wrong_type", row(output=True), "must be a string, not bool"),
     ("wrong_type", row(output=1), "must be a string, not int; integers are read as labels where all rows"),
-    ("wrong_type", row(output=["A", "B"]), "rows with several labels (multi-label) are not supported"),
+    ("wrong_type", row(output=["A", "B"]), "rows with several labels are those of task=multilabel"),
     ("wrong_type", row(output=[[0, 2, "A"]]), "a list of [start, end, type], as doccano writes it"),
     ("wrong_type", row(category="['A' 'B']"), "has no comma between 'A' and 'B'"),
     ("wrong_type", row(category="['A', 'C' 'B']"), "has no comma between 'C' and 'B'"),

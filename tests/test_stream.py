@@ -109,7 +109,7 @@ def test_the_command(in_folder: Path, model_folder: Path) -> None:
     for options, message in (
         (["--resume"], "--resume needs"),
         (["--resume", "-o", "new.jsonl"], "nothing to resume"),
-        (["--decoding", "fast"], "generation.decoding=fast"),
+        (["--decoding", "fast"], "generation.decoding: Input should be"),
     ):
         refused = forks.run([*command, *options])
         assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr

@@ -92,7 +92,9 @@ def test_in_bf16_a_run_predicts_as_a_fresh_predictor_does(
         method=method,
     )
     result = labeltune.train(config)
-    texts = [row["text"] for row in map(json.loads, (in_folder / "validation.jsonl").open(encoding="utf-8"))]
+    texts = [
+        json.loads(line)["text"] for line in (in_folder / "validation.jsonl").read_text("utf-8").splitlines()
+    ]
     with labeltune.load_predictor(result.last, precision="bf16", device="cpu") as predictor:
         assert predictor.model.dtype == torch.bfloat16
         assert (predictor.scores(texts[:8]) == seen[-1]).all()

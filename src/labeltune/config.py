@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from labeltune.default_prompts import CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, PROMPTS
 from labeltune.errors import ConfigError, clipped, near_it
 from labeltune.io.safe_yaml import read_yaml
 from labeltune.other_names import KEYS, our_name, plain
@@ -27,38 +28,14 @@ from labeltune.other_names import KEYS, our_name, plain
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-TaskName = Literal["classification", "ner"]
-
-CLASSIFICATION_SYSTEM = (
-    "你是一个文本分类领域的专家，你会接收到一段文本和几个潜在的分类选项，请输出文本内容的正确类型"
-)
-CLASSIFICATION_USER = "文本:{text},类型选型:{category}"
-NER_SYSTEM = (
-    "你是命名实体识别方面的专家。请找出用户所给文本中的全部实体，实体类型只有：{labels}。"
-    '每个实体单独占一行，写成一个合法的JSON对象，形如 {"entity_text": "实体原文", "entity_label": "实体类型"}，'
-    "按照在文本中出现的先后顺序输出。如果文本中一个实体也没有，只输出“{no_entities}”。"
-)
-NER_USER = "文本:{text}"
-#: For English rows; `prompt` of a config has to name them, as the original recipe's are the default.
-ENGLISH_PROMPTS: dict[str, dict[str, str]] = {
-    "classification": {
-        "system": "You are an expert in text classification. Choose the right label for the text.",
-        "user": "Labels: {category}\n{text}",
-    },
-    "ner": {
-        "system": (
-            "Extract all named entities of the types {labels}. Write one JSON object a line: "
-            '{"entity_text": ..., "entity_label": ...}. If there is none, write: {no_entities}'
-        ),
-        "user": "{text}",
-        "no_entities": "none",
-    },
-}
-NER_LABELS = ("地点", "人名", "地理实体", "组织")
-
+TaskName = Literal["classification", "multilabel", "ner"]
 
 #: Figures that can pick a checkpoint, the usual one first.
-METRICS: dict[str, tuple[str, ...]] = {"classification": ("macro_f1", "accuracy"), "ner": ("span_f1",)}
+METRICS: dict[str, tuple[str, ...]] = {
+    "classification": ("macro_f1", "accuracy"),
+    "multilabel": ("micro_f1", "macro_f1"),
+    "ner": ("span_f1",),
+}
 
 
 def higher_is_better(metric: str) -> bool:
@@ -110,8 +87,11 @@ class ColumnsConfig(Section):
 
     id: str = Field("id", description="column of the row id (optional in the file)")
     text: str = Field("text", description="column of the document")
-    category: str = Field("category", description="column of the candidate labels (classification)")
+    category: str = Field(
+        "category", description="column of the candidate labels (classification, multilabel)"
+    )
     output: str = Field("output", description="column of the right label (classification)")
+    labels: str = Field("labels", description="column of the right labels (multilabel)")
     entities: str = Field("entities", description="column of the entities (NER)")
 
 
@@ -176,12 +156,20 @@ class DataConfig(Section):
 
 
 class PromptConfig(Section):
-    """What the model reads. `{text}`, `{category}`, `{labels}` and `{no_entities}` are filled in."""
+    """What the model reads. `{text}`, `{category}`, `{labels}`, `{no_entities}`, `{positive}` and `{negative}` are filled in."""
 
     system: str = Field(CLASSIFICATION_SYSTEM, description="system message; empty for none (default by task)")
     user: str = Field(CLASSIFICATION_USER, description="user message, with `{text}` in it (default by task)")
     no_entities: str = Field(
         "没有找到任何实体", min_length=1, description="the answer when a text holds no entity (NER)"
+    )
+    positive: str = Field(
+        ": yes",
+        min_length=1,
+        description="what stands behind a label that applies (multilabel; default by task)",
+    )
+    negative: str = Field(
+        ": no", min_length=1, description="what stands behind one that does not (multilabel; default by task)"
     )
     layout: Literal["original", "labels_first"] = Field(
         "original",
@@ -223,6 +211,8 @@ class PromptConfig(Section):
             raise ValueError("prompt.user must contain {text} exactly once")
         if "{text}" in self.system:
             raise ValueError("prompt.system cannot contain {text}; put it into prompt.user")
+        if self.positive == self.negative:
+            raise ValueError("prompt.positive and prompt.negative must differ")
         return self
 
 
@@ -254,6 +244,10 @@ class TrainingConfig(Section):
     )
     max_tokens_per_pack: int | Literal["auto"] = Field(
         "auto", description="tokens pushed through the model at once; decides memory use, not the result"
+    )
+    negatives: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        "all",
+        description="multilabel: labels that do not apply to a row and are trained, drawn once a row; evaluation asks all",
     )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     scheduler: str = Field("linear", description="learning rate schedule, by its transformers name")
@@ -292,9 +286,9 @@ class TrainingConfig(Section):
 class EvalConfig(Section):
     """What validation measures at every checkpoint, and what follows from it."""
 
-    metric: Literal["auto", "macro_f1", "accuracy", "span_f1", "loss"] = Field(
+    metric: Literal["auto", "macro_f1", "micro_f1", "accuracy", "span_f1", "loss"] = Field(
         "auto",
-        description="picks `best` (the least loss among equals): auto is macro_f1 for labels, span_f1 (strict) for entities",
+        description="picks `best` (the least loss among equals): auto is macro_f1 for a label a row, micro_f1 for several, span_f1 (strict) for entities",
     )
     max_rows: int = Field(
         500,
@@ -360,11 +354,19 @@ class CalibrateConfig(Section):
         description="batch: divide by each label's mean probability over the rows predicted together (arXiv:2309.17249)",
     )
 
+    thresholds: Literal["none", "one", "label"] = Field(
+        "label",
+        description="multilabel: from what probability on a label is given, chosen on the validation rows for the best `eval.metric`: "
+        "one for all labels, or one a label where that is better on rows it was not chosen on; none: from 0.5 on",
+    )
+
 
 class RunConfig(Section):
     """One run: a task, a model, data, and how to train. `output_dir` follows the original by task."""
 
-    task: TaskName = Field("classification", description="`classification` or `ner`")
+    task: TaskName = Field(
+        "classification", description="`classification`, `multilabel` (several labels a row) or `ner`"
+    )
     model: str = Field(
         "ms:qwen/Qwen2-1.5B-Instruct",
         min_length=1,
@@ -405,9 +407,10 @@ class RunConfig(Section):
         # `training:` with all its keys commented out reads as null; it means the defaults.
         sections = {name for name, field in cls.model_fields.items() if field.default_factory is not None}
         values = {key: value for key, value in values.items() if value is not None or key not in sections}
-        if values.get("task", "classification") == "ner":
-            values.setdefault("output_dir", "./output/Qwen2-NER")
-            _set_default(values, "prompt", system=NER_SYSTEM, user=NER_USER)
+        task = values.get("task", "classification")
+        if task in PROMPTS:
+            values.setdefault("output_dir", f"./output/Qwen2-{'NER' if task == 'ner' else 'Multilabel'}")
+            _set_default(values, "prompt", **PROMPTS[task])
         return values
 
     @model_validator(mode="after")
@@ -419,6 +422,10 @@ class RunConfig(Section):
         if self.eval.metric not in ("auto", "loss", *METRICS[self.task]):
             raise ValueError(
                 f"eval.metric={self.eval.metric} is not measured for {self.task}; it has {', '.join(METRICS[self.task])}, loss"
+            )
+        if self.task == "multilabel" and self.generation.decoding == "free":
+            raise ValueError(
+                "generation.decoding=free writes one answer; multilabel asks about every label, set exact"
             )
         if self.training.method == "full" and (self.lora.dora or self.lora.rslora):
             raise ValueError("lora.dora and lora.rslora need training.method lora or qlora")

@@ -9,12 +9,8 @@ from typing import Literal
 
 import yaml
 
-from labeltune.config import (
-    CLASSIFICATION_SYSTEM,
-    CLASSIFICATION_USER,
-    RunConfig,
-    config_keys,
-)
+from labeltune.config import RunConfig, config_keys
+from labeltune.default_prompts import CLASSIFICATION_SYSTEM, CLASSIFICATION_USER
 
 Language = Literal["en", "zh"]
 #: The page of each language, from the root of the repository.
@@ -23,7 +19,7 @@ BEGIN = "<!-- config table: begin (made by python -m labeltune.config_table) -->
 END = "<!-- config table: end -->"
 _HEADS = {"en": ("key", "default", "meaning"), "zh": ("配置项", "默认值", "含义")}
 _BY_TASK = {"en": "by task", "zh": "随任务而定"}
-_DEFAULTS_BY_TASK = {CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, "./output/Qwen2"}
+_DEFAULTS_BY_TASK = {CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, "./output/Qwen2", ": yes", ": no"}
 
 
 def config_table(language: Language) -> str:

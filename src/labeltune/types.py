@@ -46,6 +46,7 @@ class Example:
         candidates: the labels this row chooses from; empty means the task's label set.
         label: the right label (classification), None when unknown.
         entities: the right entities in order of appearance (NER), None when unknown.
+        labels: the right labels (multilabel), None when unknown.
         source: `file:line`, for messages.
     """
 
@@ -55,6 +56,7 @@ class Example:
     label: str | None = None
     entities: tuple[Entity, ...] | None = None
     source: str = ""
+    labels: tuple[str, ...] | None = None
 
     @property
     def where(self) -> str:
@@ -73,6 +75,7 @@ class Example:
             if entities is None
             else [{"text": e.text, "label": e.label, "start": e.start, "end": e.end} for e in entities],
             "source": self.source,
+            "labels": None if self.labels is None else list(self.labels),
         }
 
     @staticmethod
@@ -88,6 +91,7 @@ class Example:
             if entities is None
             else tuple(Entity(e["text"], e["label"], e["start"], e["end"]) for e in entities),
             source=row["source"],
+            labels=None if row["labels"] is None else tuple(row["labels"]),
         )
 
 
@@ -100,8 +104,10 @@ class Prediction:
         answer: what the model wrote, without the end of turn.
         label: the predicted label, None when the answer is not one of the candidates (classification).
         entities: the predicted entities (NER), None for classification.
+        labels: the labels that apply (multilabel), None for the other tasks.
         parsed: False when the answer, or a part of it, did not have the form the prompt asks for.
-        ranking: all candidates with their probabilities, the most probable first (classification by scoring).
+        ranking: all candidates with their probabilities, the most probable first (scored labels); those of `multilabel` are of each label
+            by itself, and do not sum to 1.
         truncated: the answer was longer than its limit, and entities may be missing.
     """
 
@@ -112,48 +118,66 @@ class Prediction:
     parsed: bool = True
     ranking: tuple[tuple[str, float], ...] = ()
     truncated: bool = False
+    labels: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         """For people: four digits, five candidates; what `ranking` holds is exact."""
         shown = [f"id={self.id!r}"]
-        if self.entities is None:
-            shown.append(f"label={self.label!r}")
-            if self.ranking:
-                best = [f"{label!r}: {probability:.4f}" for label, probability in self.ranking[:5]]
-                more = f", and {len(self.ranking) - 5} more" if len(self.ranking) > 5 else ""
-                shown += [f"confidence={self.ranking[0][1]:.4f}", f"ranking=<{', '.join(best)}{more}>"]
-        else:
+        if self.entities is not None:
             shown.append(f"entities={self.entities!r}")
-        if self.label is None or self.answer != self.label:
+        elif self.labels is not None:
+            shown += [f"labels={list(self.labels)!r}", *self._shown_ranking()]
+        else:
+            confidence = [f"confidence={self.ranking[0][1]:.4f}"] if self.ranking else []
+            shown += [f"label={self.label!r}", *confidence, *self._shown_ranking()]
+        if self.labels is None and (self.label is None or self.answer != self.label):
             shown.append(f"answer={self.answer!r}")
         if not self.parsed:
             shown.append("parsed=False")
         return f"Prediction({', '.join(shown)}{', truncated=True' if self.truncated else ''})"
 
+    def _shown_ranking(self) -> list[str]:
+        best = [f"{label!r}: {probability:.4f}" for label, probability in self.ranking[:5]]
+        more = f", and {len(self.ranking) - 5} more" if len(self.ranking) > 5 else ""
+        return [f"ranking=<{', '.join(best)}{more}>"] if best else []
+
+    def labels_from(self, threshold: float | None) -> tuple[str, ...]:
+        """The labels from this probability on, the surest first; the predicted ones when None."""
+        if threshold is None:
+            return self.labels or ()
+        return tuple(label for label, p in self.ranking if p >= threshold)
+
     @property
     def confidence(self) -> float | None:
-        """Probability of the most probable candidate, None without scores."""
-        return self.ranking[0][1] if self.ranking else None
+        """Probability of the most probable candidate, None without scores or with several labels a row."""
+        return self.ranking[0][1] if self.ranking and self.labels is None else None
 
-    def to_dict(self, top_k: int | None = None, min_confidence: float | None = None) -> dict[str, Any]:
-        """A JSON-ready row: `id`, `label` with `confidence` and `ranking` or `entities`, then `answer`, `parsed`.
+    def to_dict(
+        self,
+        top_k: int | None = None,
+        min_confidence: float | None = None,
+        threshold: float | None = None,
+    ) -> dict[str, Any]:
+        """A JSON-ready row: `id`; `label` with `confidence` and `ranking`, `labels` with `ranking`, or `entities`; then `answer`, `parsed`.
 
         Args:
             top_k: candidates of the ranking to show; all when None.
             min_confidence: probability of the best candidate below which `label` is None; `ranking` and `answer` are kept.
+            threshold: probability from which on a label is among `labels`; the run's own when None.
         """
         row: dict[str, Any] = {"id": self.id}
-        if self.entities is None:
+        ranking = [{"label": label, "probability": round(p, 6)} for label, p in self.ranking[:top_k]]
+        if self.entities is not None:
+            row["entities"] = [entity.to_dict() for entity in self.entities]
+        elif self.labels is not None:
+            given = self.labels_from(threshold)
+            row |= {"labels": list(given), "ranking": ranking, "answer": "\n".join(given)}
+        else:
             unsure = min_confidence is not None and self.ranking and self.ranking[0][1] < min_confidence
             row["label"] = None if unsure else self.label
             if self.ranking:
-                row["confidence"] = round(self.ranking[0][1], 6)
-                row["ranking"] = [
-                    {"label": label, "probability": round(p, 6)} for label, p in self.ranking[:top_k]
-                ]
-        else:
-            row["entities"] = [entity.to_dict() for entity in self.entities]
-        row["answer"] = self.answer
+                row |= {"confidence": round(self.ranking[0][1], 6), "ranking": ranking}
+        row.setdefault("answer", self.answer)
         row["parsed"] = self.parsed
         if self.truncated:
             row["truncated"] = True

@@ -75,7 +75,8 @@ def check(
         str | None, typer.Option(help="Test rows; those that also stand in FILE are errors.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="classification or ner; guessed from the columns when missing.")
+        str | None,
+        typer.Option(help="classification, multilabel or ner; guessed from the columns when missing."),
     ] = None,
     labels: Labels = None,
     tokenizer: Annotated[
@@ -238,9 +239,10 @@ def first_rows(spec: str, config: RunConfig) -> list[dict[str, Any]]:
 
 
 def guess_task(rows: Sequence[dict[str, Any]], config: RunConfig) -> TaskName:
-    """`ner` when one of the rows has entities, else `classification`."""
-    named = config.data.columns.entities
-    return "ner" if any(named in row or columns.guess_task(row) for row in rows) else "classification"
+    """`ner` when one of the rows has entities, `multilabel` when one has a list of labels, else `classification`."""
+    found = {columns.guess_task(row, config.data.columns) for row in rows}
+    order: tuple[TaskName, ...] = ("ner", "multilabel", "classification")
+    return next((task for task in order if task in found), "classification")
 
 
 def _model_at_hand(tokenizer: str | None, config: RunConfig | None) -> Path | None:
@@ -335,7 +337,9 @@ def _print_audit(audit: Audit, limit: int) -> None:
 def convert(
     file: Annotated[str, typer.Argument(help="Rows in the classification or NER schema.")],
     output: Annotated[Path, typer.Argument(help="jsonl to write.")],
-    task: Annotated[str | None, typer.Option(help="classification or ner; guessed when missing.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="classification, multilabel or ner; guessed when missing.")
+    ] = None,
     labels: Labels = None,
     on_error: OnError = "stop",
 ) -> None:

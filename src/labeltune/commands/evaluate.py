@@ -34,9 +34,11 @@ from labeltune.data.records import without_key
 from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.metrics import classification_metrics
+from labeltune.evaluation.multilabel import multilabel_metrics
 from labeltune.evaluation.report import report_page
 from labeltune.evaluation.spans import entity_dictionary, ner_metrics
 from labeltune.evaluation.summary import (
+    SHOWN_FIRST,
     rows_line,
     shown_headline,
     slices,
@@ -195,7 +197,9 @@ def all_metrics(
     dictionary: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """What is reported of labelled rows and their predictions, behind `about`."""
-    if examples[0].entities is None:
+    if examples[0].labels is not None:
+        found = {"task": "multilabel", **multilabel_metrics(examples, predictions, labels)}
+    elif examples[0].entities is None:
         found = {"task": "classification", **classification_metrics(examples, predictions, labels)}
     else:
         found = {"task": "ner", **ner_metrics(examples, predictions, dictionary)}
@@ -344,7 +348,9 @@ def _evaluated_row(example: Example, prediction: Prediction) -> dict[str, Any]:
 
 
 def right_answer(example: Example) -> Any:
-    """The right label, or the right entities, JSON-ready."""
+    """The right label, labels or entities, JSON-ready."""
+    if example.labels is not None:
+        return list(example.labels)
     if example.entities is None:
         return example.label
     return [entity.to_dict() for entity in example.entities]
@@ -479,7 +485,7 @@ def print_summary(metrics: dict[str, Any]) -> None:
         print(f"{key}: {value}", file=sys.stderr)
     if (worse := worse_than_constant(metrics)) is not None:
         print(f"accuracy: {worse}", file=sys.stderr)
-    figure = "accuracy" if metrics["task"] == "classification" else "span_f1"
+    figure = SHOWN_FIRST[metrics["task"]][0]
     for name, m in metrics.get("baselines", {}).items():
         print(f"baseline {name}: {figure} {m['value']:.3f}", file=sys.stderr)
     print(f"unparsable answers: {metrics['unparsable']:.1%} of {metrics['rows']} rows", file=sys.stderr)

@@ -8,10 +8,11 @@ import textwrap
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
+from labeltune.config import TaskName
 from labeltune.config_table import key_rows
 from labeltune.errors import ConfigError, OutputError
 from labeltune.io.outputs import check_folder, write_text
@@ -21,7 +22,9 @@ from labeltune.other_names import KEYS, our_name, plain
 
 @spoken("stdout")
 def init(
-    task: Annotated[str | None, typer.Argument(help="What is learnt.", metavar="classification|ner")] = None,
+    task: Annotated[
+        str | None, typer.Argument(help="What is learnt.", metavar="classification|multilabel|ner")
+    ] = None,
     folder: Annotated[Path, typer.Argument(help="Where to write.")] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     as_option: Annotated[str | None, typer.Option("--task", hidden=True)] = None,
@@ -30,9 +33,11 @@ def init(
     if task is None:
         if as_option is not None:
             raise ConfigError(f"name the task: labeltune init {as_option}")
-        raise ConfigError("name the task: labeltune init classification, or labeltune init ner")
-    if task not in ("classification", "ner"):
-        raise ConfigError(f"unknown task {task!r}; it is classification or ner")
+        raise ConfigError(
+            "name the task: labeltune init classification, labeltune init multilabel, or labeltune init ner"
+        )
+    if task not in get_args(TaskName):
+        raise ConfigError(f"unknown task {task!r}; it is classification, multilabel or ner")
     check_folder(folder, [])
     source = resources.files("labeltune.starter")
     chinese = language() == "zh"

@@ -11,8 +11,9 @@ import typer
 import labeltune
 from labeltune.commands.main import run_app, single
 from labeltune.commands.options import Overrides, OverwriteRun, ResumeTraining
-from labeltune.config import NER_LABELS, RunConfig, TaskName, load_config
+from labeltune.config import RunConfig, TaskName, load_config
 from labeltune.data.labels import named_labels
+from labeltune.default_prompts import NER_LABELS
 from labeltune.errors import DataError
 from labeltune.io.run_folder import find_checkpoint
 from labeltune.types import Prediction

@@ -81,6 +81,10 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with an output tha
 MinConfidence = Annotated[
     float | None, typer.Option(help="Below this probability the label is null.", min=0.0, max=1.0)
 ]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="Several labels a row: give those from this probability on.", min=0.0, max=1.0),
+]
 TopK = Annotated[int | None, typer.Option(help="Candidates shown a row; all when missing.", min=1)]
 LongText = Annotated[str | None, typer.Option(help="truncate or window; the run's own when missing.")]
 ShardOption = Annotated[
@@ -112,6 +116,7 @@ def predict_command(
     with_text: WithText = False,
     resume: Resume = False,
     min_confidence: MinConfidence = None,
+    threshold: Threshold = None,
     top_k: TopK = None,
     decoding: Decoding = None,
     long_text: LongText = None,
@@ -131,17 +136,18 @@ def predict_command(
     """
     labels = named_labels("--category", category) if category is not None else ()
     check_engine(engine, workers, address)
+    _check_bounds(run, min_confidence, threshold)
     if encoding is not None:
         build_config({"data": {"encoding": encoding}}, "--encoding")
     given = {"decoding": decoding, "long_text": long_text}
-    changes = {key: value for key, value in given.items() if value is not None}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     output = None if output == "-" else output
     if engine == "ray":
         source, folder = _ray_files(run, file, output, bool(text or shard))
         from labeltune.inference.files import PredictOptions
         from labeltune.inference.ray import Cluster
 
-        options = PredictOptions(labels, min_confidence, top_k, with_text, encoding)
+        options = PredictOptions(labels, min_confidence, top_k, with_text, encoding, threshold)
         spread = partial(predict_on_ray, run, source, folder, options, Cluster(workers, address))
         _end(spread(changes=changes, resume=resume, block_rows=block_rows))
         return
@@ -158,7 +164,7 @@ def predict_command(
         predictor.change(**changes)
         if not text:
             encoding = used_encoding(encoding, predictor.encoding, str(path or "stdin"))
-        options = PredictOptions(labels, min_confidence, top_k, with_text, encoding)
+        options = PredictOptions(labels, min_confidence, top_k, with_text, encoding, threshold)
         bad = _answer(predictor, texts, path, target, options, part=part, resume=resume)
     _end(bad)
 
@@ -236,6 +242,21 @@ def predict_on_ray(
 def absolute_run(run: str) -> str:
     """A run's name that means the same in other working folders."""
     return run if is_hub_name(run) else str(Path(run).expanduser().absolute())
+
+
+def _check_bounds(run: str, min_confidence: float | None, threshold: float | None) -> None:
+    """Raise ConfigError where a bound is for runs of another task; a run on a hub is not fetched for it."""
+    if (min_confidence is None and threshold is None) or is_hub_name(run):
+        return
+    several = RunInfo.load(find_checkpoint(run)).task == "multilabel"
+    if threshold is not None and not several:
+        raise ConfigError(
+            "--threshold is for several labels a row; --min-confidence withholds an unsure label"
+        )
+    if min_confidence is not None and several:
+        raise ConfigError(
+            "--min-confidence is for one label a row; --threshold decides which of several are given"
+        )
 
 
 def _ray_files(run: str, file: str | None, output: str | None, other: bool) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from labeltune.io.run_folder import RunInfo, public_name
 from labeltune.models.kernels import missing_kernels
 from labeltune.models.pocket import check_spec, tell_terms
 from labeltune.prompts import make_task
-from labeltune.prompts.builder import PromptBuilder, builder_for_base
+from labeltune.prompts.builder import Negatives, PromptBuilder, builder_for_base
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example
 
@@ -144,7 +144,11 @@ def tokenize_splits(
     from labeltune.training.dataset import tokenize_rows
 
     begin("tokenizing the rows")
-    train, account = tokenize_rows(splits.train, builder, config.data.workers)
+    most, seed = config.training.negatives, config.training.seed
+    trained = (
+        builder if most == "all" else PromptBuilder(builder.task, builder.template, Negatives(most, seed))
+    )
+    train, account = tokenize_rows(splits.train, trained, config.data.workers)
     validation = splits.validation
     if validation is not None:
         validation, _ = tokenize_rows(validation, builder, config.data.workers)
@@ -208,6 +212,8 @@ def summarize(config: RunConfig, splits: Splits) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     if config.task == "classification":
         counts.update(splits.train["label"])
+    elif config.task == "multilabel":
+        counts.update(label for labels in splits.train["labels"] for label in labels)
     else:
         counts.update(e["label"] for row in splits.train["entities"] for e in row)
     validation = config.data.validation
@@ -270,7 +276,7 @@ def validation_rows(splits: Splits, count: int) -> list[Example]:
     if len(source) <= count:
         return [Example.from_row(row) for row in source]
 
-    names = [stratum(row) for row in source.select_columns(["label", "entities"])]
+    names = [stratum(row) for row in source.select_columns(["label", "labels", "entities"])]
     order = sorted(range(len(source)), key=lambda i: (names[i], i))
     chosen = sorted(order[i] for i in evenly(len(order), count))
     return [Example.from_row(source[i]) for i in chosen]

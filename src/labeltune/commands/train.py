@@ -28,9 +28,10 @@ from labeltune.commands.preparing import (
     tokenize_splits,
 )
 from labeltune.commands.row_hashes import Seen, hashes_file, save_selection
-from labeltune.config import ENGLISH_PROMPTS, RunConfig, load_config
+from labeltune.config import METRICS, RunConfig, load_config
 from labeltune.data.columns import tells_task
 from labeltune.data.loading import Splits
+from labeltune.default_prompts import ENGLISH_PROMPTS
 from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.evaluation.summary import SELECTION, Evaluation, headline
@@ -426,7 +427,7 @@ def _finish(
 
     `evaluate` tells by the hashes which of its rows were used for selection.
     """
-    from labeltune.inference.calibration import calibrate, calibration_figures
+    from labeltune.inference.calibration import calibrate, calibrate_labels, calibration_figures
     from labeltune.inference.load import load_predictor
     from labeltune.models.lora import restore_adapter
     from labeltune.training.sharded import load_weights
@@ -440,7 +441,12 @@ def _finish(
         predictor.shares_rows = True
     else:
         restore_adapter(predictor.model, best)
-    if config.calibrate.temperature and config.task == "classification":
+    if config.task == "multilabel":
+        begin("measuring confidence on the validation rows")
+        objective = config.metric if config.metric in METRICS["multilabel"] else METRICS["multilabel"][0]
+        handful = fixed_handful(splits, CALIBRATION_ROWS)
+        predictor.calibration, _ = calibrate_labels(predictor, handful, best, objective, say)
+    elif config.calibrate.temperature and config.task == "classification":
         begin("measuring confidence on the validation rows")
         calibration, report = calibrate(predictor, fixed_handful(splits, CALIBRATION_ROWS), best, say)
         predictor.calibration = calibration

@@ -229,7 +229,7 @@ def add_records(
         audit.text_hashes.append(text_hash(example.text))
         audit.answer_hashes.append(_answer_hash(example))
         _count_labels(audit, example, record.where)
-        if audit.task == "classification" and not example.candidates:
+        if audit.task != "ner" and not example.candidates:
             audit.without_candidates += 1
             audit.first_without = audit.first_without or record.where
         pending.append(example.text)
@@ -291,7 +291,8 @@ def text_hash(text: str) -> int:
 
 def _answer_hash(example: Example) -> int:
     entities = None if example.entities is None else [(e.start, e.end, e.label) for e in example.entities]
-    return text_hash(json.dumps([example.label, entities], ensure_ascii=False))
+    several = [] if example.labels is None else [sorted(example.labels)]
+    return text_hash(json.dumps([example.label, entities, *several], ensure_ascii=False))
 
 
 def _count_labels(audit: Audit, example: Example, where: str) -> None:
@@ -299,7 +300,9 @@ def _count_labels(audit: Audit, example: Example, where: str) -> None:
         audit.candidates.update(example.candidates)
         for label in example.candidates:
             audit.first_places.setdefault(label, where)
-    if example.entities is None:
+    if example.labels is not None:
+        names = list(example.labels)
+    elif example.entities is None:
         names = [example.label or ""]
     else:
         names = [entity.label for entity in example.entities]
@@ -496,6 +499,8 @@ def nothing_to_learn(audit: Audit) -> str | None:
     if audit.task == "classification" and len(audit.labels) == 1:
         (label,) = audit.labels
         return f"the training rows hold 1 label, {label!r}: there is nothing to tell apart; add rows of other labels"
+    if audit.task == "multilabel" and not audit.labels:
+        return "no label applies to any of the training rows: there is nothing to tell apart; add rows with labels"
     if audit.task == "ner" and not audit.labels:
         return "the training rows hold no entity: there is nothing to find; add rows with entities"
     return None
@@ -503,14 +508,19 @@ def nothing_to_learn(audit: Audit) -> str | None:
 
 def other_task(path: Path, task: TaskName, data: DataConfig) -> str | None:
     """Whether the rows of a file that has no usable one are those of the other task, by their columns; in words, or None."""
-    mine, theirs = data.columns.output, data.columns.entities
-    other = "ner"
-    if task == "ner":
-        mine, theirs, other = theirs, mine, "classification"
+    read = {
+        "classification": data.columns.output,
+        "multilabel": data.columns.labels,
+        "ner": data.columns.entities,
+    }
     rows = first_values(path, data.encoding)
-    if not rows or any(mine in row for row in rows) or not all(theirs in row for row in rows):
+    mine = read.pop(task)
+    if not rows or any(mine in row for row in rows):
         return None
-    return f"these are rows for task={other} (column {theirs!r}); task={task} reads a column {mine!r}"
+    for other, theirs in read.items():
+        if all(theirs in row for row in rows):
+            return f"these are rows for task={other} (column {theirs!r}); task={task} reads a column {mine!r}"
+    return None
 
 
 def add_unknown_labels(
@@ -521,7 +531,7 @@ def add_unknown_labels(
     A classification row that brings its own candidates is answered with one of these, so its label may be any of them.
 
     Args:
-        rows: the usable rows in order, with the columns `candidates`, `label`, `entities` and `source` of `Example.to_row`.
+        rows: the usable rows in order, with the columns `candidates`, `label`, `labels`, `entities` and `source` of `Example.to_row`.
         known: the label set.
         whose: where it comes from, for the message: "the labels of the training rows".
     """
@@ -530,7 +540,9 @@ def add_unknown_labels(
         return []
     found = []
     for number, row in enumerate(rows):
-        if row["entities"] is not None:
+        if row["labels"] is not None:
+            unknown = {label: None for label in row["labels"] if label not in names and not row["candidates"]}
+        elif row["entities"] is not None:
             unknown = {entity["label"]: None for entity in row["entities"] if entity["label"] not in names}
         else:
             unknown = {} if row["candidates"] or row["label"] in names else {row["label"]: None}

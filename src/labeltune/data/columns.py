@@ -19,6 +19,8 @@ from labeltune.io.progress import note
 #: Rows that are looked at.
 LOOKED_AT = 100
 _DEFAULTS = ColumnsConfig()
+#: Which column holds the right answer; the names are those of `ColumnsConfig`.
+ANSWERS: dict[TaskName, str] = {"classification": "output", "multilabel": "labels", "ner": "entities"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def find_columns(
     """
     wanted = ["text"]
     if answers_required:
-        wanted.append("output" if task == "classification" else "entities")
+        wanted.append(ANSWERS[task])
     records = list(records)
     seen = _Seen(records)
     if not seen.first:
@@ -193,6 +195,8 @@ def _missing(missing: dict[str, list[str]], columns: ColumnsConfig, seen: _Seen,
     if len(missing) == 1 and role != "text":
         if seen.spans:
             return f"{problem}; {min(seen.spans)!r} holds [start, end, type], as doccano writes it: {DOCCANO}"
+        if task == "multilabel":
+            return f"{problem}; write a list of strings into it, [] for a text to which no label applies, or give --task classification"
         if task == "ner":
             return f"{problem}; write a list of objects into it, [] for a text without entities, or give --task classification"
     keys = {role: found[0] if found else "COLUMN" for role, found in missing.items()}
@@ -218,9 +222,18 @@ def _called(role: str, columns: ColumnsConfig) -> str:
 def tells_task(values: dict[str, Any], columns: ColumnsConfig) -> bool:
     """Whether a row has a column that is read as an answer, so that its task need not be assumed."""
     names = {columns.output, columns.entities, *ALIASES["output"]}
-    return guess_task(values) or any(name.strip().casefold() in names or name in names for name in values)
+    return guess_task(values, columns) != "classification" or any(
+        name.strip().casefold() in names or name in names for name in values
+    )
 
 
-def guess_task(values: dict[str, Any]) -> bool:
-    """Whether a row looks like one with entities."""
-    return "entities" in values or any(is_spans(value) for value in values.values())
+def guess_task(values: dict[str, Any], columns: ColumnsConfig = _DEFAULTS) -> TaskName:
+    """What a row looks like: one with entities, with several labels, or with one."""
+    if columns.entities in values or "entities" in values or any(map(is_spans, values.values())):
+        return "ner"
+    if columns.labels in values:
+        return "multilabel"
+    names = {columns.output, *ALIASES["labels"]}
+    lists = [value for name, value in values.items() if name in names and isinstance(value, list)]
+    several = any(all(isinstance(label, str) for label in value) for value in lists)
+    return "multilabel" if several else "classification"

@@ -39,6 +39,7 @@ ROW_LISTS = frozenset(
 ALIASES = {
     "text": ("text", "sentence", "content", "文本", "内容", "正文", "input"),
     "output": ("output", "label", "标签", "类别", "类", "标注"),
+    "labels": ("labels", "label", "output", "tags", "intents", "topics", "标签", "类别"),
     "entities": ("entities",),
 }
 #: The names that the README gives: nobody has to be told how they are read.

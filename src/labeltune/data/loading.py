@@ -63,7 +63,7 @@ class Rows:
 
     def answers(self) -> Dataset:
         """The rows without their texts."""
-        return self.dataset.select_columns(["candidates", "label", "entities", "source"])
+        return self.dataset.select_columns(["candidates", "label", "labels", "entities", "source"])
 
     def without(self, rows: Sequence[int]) -> Rows:
         """All rows but these; the audit stays that of the whole file."""
@@ -123,6 +123,7 @@ def features() -> Features:
             "label": Value("string"),
             "entities": List(entity),
             "source": Value("string"),
+            "labels": List(Value("string")),
         }
     )
 
@@ -353,12 +354,14 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def stratum(row: Mapping[str, Any]) -> str:
-    """What a row is counted under when rows are drawn in proportion: its label, or the set of its entity types.
+    """What a row is counted under when rows are drawn in proportion: its label, or the set of its labels or entity types.
 
     Args:
-        row: with the columns `label` and `entities` of `Example.to_row`.
+        row: with the columns `label`, `labels` and `entities` of `Example.to_row`.
     """
     entities = row["entities"]
+    if row["labels"] is not None:
+        return "+".join(sorted(row["labels"]))
     if entities is None:
         return row["label"] or ""
     return "+".join(sorted({entity["label"] for entity in entities}))
@@ -368,10 +371,14 @@ def stratified_split(rows: Rows, fraction: float, seed: int) -> NDArray[numpy.in
     """Numbers of the rows to hold out, sorted: about `fraction` of every stratum, equal texts on one side.
 
     A stratum is a label (classification) or the set of a row's entity types (NER). A stratum of one text stays in
-    training.
+    training. Of rows with several labels about `fraction` of every label's are held out.
     """
-    codes, names = _strata(rows)
     hashes = numpy.frombuffer(rows.audit.text_hashes, dtype=numpy.uint64)
+    if rows.audit.task == "multilabel":
+        texts, firsts = numpy.unique(hashes, return_index=True)
+        held = iterative_split(_label_flags(rows)[firsts], fraction, seed)
+        return _places(hashes, texts[held])
+    codes, names = _strata(rows)
     order = numpy.argsort(codes, kind="stable")
     ends = numpy.cumsum(numpy.bincount(codes, minlength=len(names)))
     generator = numpy.random.default_rng(seed)
@@ -393,6 +400,49 @@ def stratified_split(rows: Rows, fraction: float, seed: int) -> NDArray[numpy.in
     return _places(hashes, numpy.sort(numpy.concatenate(taken)))
 
 
+def iterative_split(labels: NDArray[numpy.bool_], fraction: float, seed: int) -> NDArray[numpy.intp]:
+    """Numbers of the rows to hold out, sorted, by iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011,
+    doi:10.1007/978-3-642-23808-6_10): the label with the fewest rows left comes first, and each of them goes to the side that still
+    wants most of that label.
+
+    Args:
+        labels: which labels each row has, shape [rows, labels].
+    """
+    generator = numpy.random.default_rng(seed)
+    shares = numpy.array([1 - fraction, fraction])
+    wanted, rows_wanted = numpy.outer(shares, labels.sum(axis=0)), shares * len(labels)
+    side = numpy.full(len(labels), -1)
+
+    def put(row: int, column: int | None) -> None:
+        of_label = rows_wanted if column is None else wanted[:, column]
+        most = numpy.flatnonzero(of_label >= of_label.max() - 1e-9)
+        most = most[rows_wanted[most] >= rows_wanted[most].max() - 1e-9]
+        chosen = int(most[0] if len(most) == 1 else generator.choice(most))
+        side[row] = chosen
+        wanted[chosen] -= labels[row]
+        rows_wanted[chosen] -= 1
+
+    while True:
+        left = labels[side < 0].sum(axis=0)
+        if not left.any():
+            break
+        column = int(numpy.where(left > 0, left, len(labels) + 1).argmin())
+        for row in generator.permutation(numpy.flatnonzero(labels[:, column] & (side < 0))):
+            put(int(row), column)
+    for row in generator.permutation(numpy.flatnonzero(side < 0)):
+        put(int(row), None)
+    return numpy.flatnonzero(side == 1)
+
+
+def _label_flags(rows: Rows) -> NDArray[numpy.bool_]:
+    """Which labels each row has, shape [rows, labels], labels in the order of their names."""
+    place = {label: column for column, label in enumerate(sorted(rows.audit.labels))}
+    found = numpy.zeros((len(rows.dataset), len(place)), dtype=bool)
+    for number, labels in enumerate(rows.dataset["labels"]):
+        found[number, [place[label] for label in labels]] = True
+    return found
+
+
 def _places(values: NDArray[numpy.uint64], wanted: NDArray[numpy.uint64]) -> NDArray[numpy.intp]:
     """Where `values` are among `wanted`, which is sorted; `numpy.isin` would sort them all, in 50 bytes each."""
     found = numpy.zeros(len(values), dtype=bool)
@@ -409,7 +459,9 @@ def _strata(rows: Rows) -> tuple[NDArray[numpy.int32], dict[str, int]]:
     codes = numpy.zeros(len(rows.dataset), dtype=numpy.int32)
     at = 0
     for batch in (
-        rows.dataset.select_columns(["label", "entities"]).with_format("arrow").iter(batch_size=1000)
+        rows.dataset.select_columns(["label", "labels", "entities"])
+        .with_format("arrow")
+        .iter(batch_size=1000)
     ):
         for row in batch.to_pylist():
             codes[at] = names.setdefault(stratum(row), len(names))

@@ -32,6 +32,7 @@ FAULT_KINDS: dict[str, tuple[Severity, str]] = {
     "wrong_type": ("error", "a value has the wrong type"),
     "output_not_in_candidates": ("error", "the right label is not among the row's candidates"),
     "duplicate_candidate": ("error", "a candidate label stands twice in its row"),
+    "duplicate_label": ("error", "a right label stands twice in its row"),
     "unknown_label": ("error", "a label is not in the label set"),
     "span_mismatch": ("error", "text[start:end] is not the entity's text"),
     "entity_not_in_text": ("error", "the entity does not occur in the text"),
@@ -101,7 +102,7 @@ def parse_record(
         record: what stands in the file.
         number: the row's number (from 0), its id when it has none.
         labels: the label set, None to accept every label.
-        answers_required: False for prediction, which does not look at `output` and `entities`.
+        answers_required: False for prediction, which does not look at `output`, `labels` and `entities`.
         integer_labels: all labels of the file are integers, and stand for themselves or for a number of `numbered`.
         numbered: labels by their number; `labels` when None.
 
@@ -126,8 +127,16 @@ def parse_record(
     candidates: tuple[str, ...] = ()
     label: str | None = None
     entities: tuple[Entity, ...] | None = None
-    if task == "classification":
+    several: tuple[str, ...] | None = None
+    if task != "ner":
         candidates = check(lambda: _candidates(values, columns.category)) or ()
+    if task == "multilabel" and answers_required:
+        several = check(lambda: _labels(values, columns.labels))
+        known = candidates or tuple(several or () if labels is None else labels)
+        whose = columns.category if candidates else "data.labels"
+        unknown = [each for each in several or () if each not in known]
+        faults += [Fault("unknown_label", record.where, not_among(each, known, whose)) for each in unknown]
+    elif task == "classification":
         if answers_required:
             label = check(lambda: _label(values, columns.output, numbered or labels, integer_labels))
         if label is not None and candidates and label not in candidates:
@@ -142,7 +151,7 @@ def parse_record(
             faults += [Fault(kind, record.where, message) for kind, message in problems]
     if example_id is None or text is None or any(fault.severity == "error" for fault in faults):
         return None, faults
-    return Example(example_id, text, candidates, label, entities, record.where), faults
+    return Example(example_id, text, candidates, label, entities, record.where, several), faults
 
 
 def _text(values: dict[str, Any], column: str) -> str:
@@ -187,7 +196,7 @@ def _label(values: dict[str, Any], column: str, names: Sequence[str] | None, int
             "wrong_type", f"{column} must be an integer, as in the rows before, not the string {value!r}"
         )
     if isinstance(value, (list, tuple)):
-        hint = "rows with several labels (multi-label) are not supported, write one label a row"
+        hint = "rows with several labels are those of task=multilabel, whose column is called 'labels'"
         if is_spans(value):
             hint = f"this is a list of [start, end, type], as doccano writes it; {DOCCANO}"
         raise _Problem("wrong_type", f"{column} must be a string, not list; {hint}")
@@ -235,6 +244,25 @@ def _candidates(values: dict[str, Any], column: str) -> tuple[str, ...]:
     value = values.get(column)
     if value is None or value == "":
         return ()
+    labels = _label_list(value, column, "duplicate_candidate")
+    if not labels:
+        raise _Problem("empty_field", f"{column} is an empty list; leave the column out to use the label set")
+    return labels
+
+
+def _labels(values: dict[str, Any], column: str) -> tuple[str, ...]:
+    """The right labels of a row, of which there may be none."""
+    value = values.get(column)
+    if value is None:
+        kind, what = ("empty_field", "is null") if column in values else ("missing_field", "is missing")
+        raise _Problem(kind, f"{column} {what}; write [] for a text to which no label applies")
+    if isinstance(value, str) and not value.strip():
+        return ()
+    return _label_list(value, column, "duplicate_label")
+
+
+def _label_list(value: object, column: str, repeated_kind: str) -> tuple[str, ...]:
+    """Labels that stand in one cell, each once."""
     if isinstance(value, str):
         try:
             labels = parse_candidates(value)
@@ -244,13 +272,11 @@ def _candidates(values: dict[str, Any], column: str) -> tuple[str, ...]:
         labels = [label.strip() for label in value]
     else:
         raise _Problem("wrong_type", f"{column} must be a list of strings, or a string that lists them")
-    if not labels:
-        raise _Problem("empty_field", f"{column} is an empty list; leave the column out to use the label set")
     if not all(labels):
         raise _Problem("empty_field", f"{column} holds an empty label: {value!r}")
     repeated = [label for label, count in Counter(labels).items() if count > 1]
     if repeated:
-        raise _Problem("duplicate_candidate", f"{column} holds {repeated[0]!r} more than once")
+        raise _Problem(repeated_kind, f"{column} holds {repeated[0]!r} more than once")
     return tuple(_encodable(label, column) for label in labels)
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from labeltune.evaluation.decisions import OBJECTIVES
 from labeltune.evaluation.intervals import mcnemar, paired_bootstrap
 from labeltune.evaluation.metrics import label_numbers, macro_f1_of
+from labeltune.evaluation.multilabel import LabelTable, label_counts
 from labeltune.evaluation.pages import render
 from labeltune.evaluation.spans import f1_of_counts, span_counts, spans
 from labeltune.evaluation.summary import rows_line
@@ -28,7 +30,8 @@ def compare_predictions(
 ) -> dict[str, Any]:
     """The second model minus the first on the same rows, JSON-ready.
 
-    `differences` has for every figure (accuracy and macro-F1, or strict span F1 and the share of rows answered exactly)
+    `differences` has for every figure (accuracy and macro-F1; of several labels a row micro-F1, macro-F1 and subset accuracy; strict span F1
+    and the share of rows answered exactly)
     `first`, `second`, `difference` with its paired bootstrap interval, and `p_value`: McNemar's exact test for shares of
     rows, the paired bootstrap's otherwise. `changed` lists the numbers of the rows that only one of the two has right.
     """
@@ -40,9 +43,17 @@ def compare_predictions(
         return float(rights[0][rows].mean()), float(rights[1][rows].mean())
 
     differences: dict[str, Any] = {}
-    name = "accuracy" if _is_classification(examples) else "exact_rows"
+    several = bool(examples) and examples[0].labels is not None
+    one = not several and _is_classification(examples)
+    name = "subset_accuracy" if several else "accuracy" if one else "exact_rows"
     differences[name] = _difference(shares, len(examples)) | {"p_value": mcnemar(len(lost), len(gained))}
-    if _is_classification(examples):
+    if several:
+        found = {
+            figure: _difference(_label_f1s(examples, first, second, OBJECTIVES[figure]), len(examples))
+            for figure in OBJECTIVES
+        }
+        differences = found | differences
+    elif one:
         differences["macro_f1"] = _difference(_macro_f1s(examples, first, second), len(examples))
     else:
         differences = {
@@ -59,7 +70,9 @@ def compare_predictions(
 
 
 def right_row(example: Example, prediction: Prediction) -> bool:
-    """Whether a row is answered rightly: its label, or exactly its entities."""
+    """Whether a row is answered rightly: its label, or exactly its labels or entities."""
+    if example.labels is not None:
+        return set(example.labels) == set(prediction.labels or ())
     if example.entities is None:
         return example.label == prediction.label
     return spans(example.entities) == spans(prediction.entities)
@@ -93,6 +106,23 @@ def _macro_f1s(
     def statistic(rows: NDArray[numpy.intp]) -> tuple[float, float]:
         a, b = (macro_f1_of(right[rows], given[rows], count) for right, given, count in numbers)
         return a, b
+
+    return statistic
+
+
+def _label_f1s(
+    examples: Sequence[Example],
+    first: Sequence[Prediction],
+    second: Sequence[Prediction],
+    measure: Callable[[NDArray[Any]], float],
+) -> Callable[[Any], tuple[float, float]]:
+    names = {label for p in (*first, *second) for label in p.labels or ()}
+    tables = [LabelTable.of(examples, predictions, sorted(names)) for predictions in (first, second)]
+    counts = [label_counts(table.right, table.given) for table in tables]
+
+    def statistic(rows: NDArray[numpy.intp]) -> tuple[float, float]:
+        weights = numpy.bincount(rows, minlength=len(examples))
+        return measure(weights @ counts[0]), measure(weights @ counts[1])
 
     return statistic
 

@@ -27,6 +27,13 @@ def softmax(scores: np.ndarray[Any, Any], temperature: float = 1.0) -> np.ndarra
     return np.asarray(powers / powers.sum())
 
 
+def sigmoid(log_odds: np.ndarray[Any, Any] | np.float64) -> np.ndarray[Any, Any]:
+    """Probabilities of log-odds; shape as given."""
+    from scipy.special import expit
+
+    return np.asarray(expit(log_odds))
+
+
 def negative_log_likelihood(rows: Rows, right: Sequence[int], temperature: float = 1.0) -> float:
     """Mean of -ln p(right candidate)."""
     losses = []

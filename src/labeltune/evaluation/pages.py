@@ -78,12 +78,18 @@ FIGURES: dict[str, tuple[str, str]] = {
     "partial_span_f1": ("Partial span F1", "实体部分匹配 F1"),
     "precision": ("Precision", "精确率"),
     "recall": ("Recall", "召回率"),
+    "micro_f1": ("Micro-F1", "微平均 F1"),
+    "sample_f1": ("Sample F1", "样本平均 F1"),
+    "subset_accuracy": ("Subset accuracy", "标签集完全正确率"),
+    "hamming_loss": ("Hamming loss", "汉明损失"),
+    "map": ("mAP", "mAP"),
     "unparsable": ("Unparsable answers", "无法解析的回答"),
     "exact_rows": ("Rows answered exactly", "完全正确的样本"),
 }
 BASELINES = {
     "majority": ("always the most frequent label", "始终回答最常见的类别"),
     "uniform_guess": ("guessing at random", "随机猜测"),
+    "constant_set": ("always the same labels, the best such set", "始终给出同一组最优标签"),
     "dictionary": ("dictionary of the training entities", "训练集实体词典"),
 }
 ERROR_KINDS = {
@@ -111,6 +117,13 @@ REPORT = {
     "rightIs": ("right", "真实"),
     "answered": ("predicted", "预测"),
     "none": ("no entities", "无实体"),
+    "noLabels": ("none", "无"),
+    "anyLabel": ("any label", "任意标签"),
+    "together": ("Labels that occur together", "标签共现"),
+    "togetherHint": (
+        "Rows with both labels, by right answers; on the diagonal all rows of a label. Choose a cell to list its rows.",
+        "真实标签同时包含两个标签的样本数，对角线为该标签的样本数；点击单元格查看对应的样本。",
+    ),
     "confusion": ("Confusion matrix", "混淆矩阵"),
     "hint": (
         "Rows are right labels, columns predicted ones; choose a cell to list its rows.",

@@ -9,7 +9,7 @@ from typing import Any
 from labeltune.evaluation.compare import right_row
 from labeltune.evaluation.pages import ERROR_KINDS, FREQUENCY_SLICES, REPORT, render
 from labeltune.evaluation.spans import ERRORS, match_entities
-from labeltune.evaluation.summary import rows_line, worse_than_constant
+from labeltune.evaluation.summary import SHOWN_FIRST, rows_line, worse_than_constant
 from labeltune.types import Entity, Example, Prediction
 
 _Words = tuple[str, str]
@@ -21,9 +21,14 @@ SHORTEST, LONGEST = 200, 4000
 RANKING = 5
 
 #: The figures shown first, and those below them.
-_HEADLINES = {"classification": ("accuracy", "macro_f1"), "ner": ("span_f1", "precision", "recall")}
+_HEADLINES = {
+    "classification": ("accuracy", "macro_f1"),
+    "multilabel": ("micro_f1", "macro_f1", "subset_accuracy"),
+    "ner": ("span_f1", "precision", "recall"),
+}
 _MINOR = {
     "classification": ("weighted_f1", "mcc", "unparsable"),
+    "multilabel": ("weighted_f1", "sample_f1", "hamming_loss", "map"),
     "ner": ("partial_span_f1", "exact_rows", "unparsable"),
 }
 
@@ -43,6 +48,7 @@ def report_page(
         "task": task,
         "rows": [_row(e, p, limit) for e, p in zip(examples, predictions, strict=True)],
         "confusion": metrics.get("confusion"),
+        "together": metrics.get("together"),
         "errors": list(ERRORS) if task == "ner" else [],
         "words": {**REPORT, **ERROR_KINDS},
     }
@@ -51,6 +57,7 @@ def report_page(
         metrics=metrics,
         rows_line=f"rows: {rows_line(metrics)}",
         worse=worse_than_constant(metrics),
+        figure=SHOWN_FIRST[task][0],
         headlines=_HEADLINES[task],
         minor=_MINOR[task],
         slice_tables=_slice_tables(metrics),
@@ -69,7 +76,7 @@ def _slice_tables(metrics: Mapping[str, Any]) -> list[tuple[_Words, _Words, list
         found.append((("By length of the text", "按文本长度"), rows, by_length))
     by_frequency = [(FREQUENCY_SLICES[part["slice"]], part) for part in parts.get("by_label_frequency") or []]
     if by_frequency and len({figures["support"] for figures in metrics["labels"].values()}) > 1:
-        counted = rows if metrics["task"] == "classification" else ("entities", "实体数")
+        counted = ("entities", "实体数") if metrics["task"] == "ner" else rows
         found.append((("By frequency of the label", "按类别频次"), counted, by_frequency))
     return found
 
@@ -87,6 +94,10 @@ def _row(example: Example, prediction: Prediction, limit: int) -> dict[str, Any]
         "ok": right_row(example, prediction),
         "source": example.source,
     }
+    if example.labels is not None:
+        row |= {"right": list(example.labels), "given": list(prediction.labels or ())}
+        row["p"] = [[label, round(p, 4)] for label, p in prediction.ranking[:RANKING]]
+        return row
     if example.entities is None:
         row |= {"right": example.label, "given": prediction.label, "answer": prediction.answer[:LONGEST]}
         if prediction.ranking:

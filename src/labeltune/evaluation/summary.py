@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -12,6 +12,13 @@ import numpy
 from labeltune.errors import counted
 from labeltune.evaluation.intervals import wilson
 from labeltune.evaluation.metrics import label_numbers, macro_f1_of
+from labeltune.evaluation.multilabel import (
+    LabelTable,
+    label_counts,
+    micro_f1,
+    multilabel_headline,
+    over_rows,
+)
 from labeltune.evaluation.spans import f1_of_counts, precision_and_recall, span_counts, spans, strict_span_f1
 from labeltune.types import Example, Prediction
 
@@ -19,6 +26,12 @@ from labeltune.types import Example, Prediction
 SELECTION = "validation (used for selection)"
 #: What figures are called as soon as one of their rows was trained on.
 TRAINING = "training (seen by the model)"
+#: The figures to show first, by task.
+SHOWN_FIRST = {
+    "classification": ("accuracy", "macro_f1"),
+    "multilabel": ("micro_f1", "macro_f1", "subset_accuracy"),
+    "ner": ("span_f1",),
+}
 #: Parts that rows are cut into by length.
 LENGTH_SLICES = 4
 FREQUENCIES = ("rare", "middle", "frequent")
@@ -41,7 +54,10 @@ def validation_figures(logged: Mapping[str, Any]) -> dict[str, float]:
 
 
 def headline(examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, float]:
-    """`macro_f1` and `accuracy`, or `span_f1`, `precision` and `recall`, without intervals; rounded as `evaluate` does."""
+    """`macro_f1` and `accuracy`, `micro_f1` and `macro_f1` of several labels a row, or `span_f1`, `precision` and `recall`, without
+    intervals; rounded as `evaluate` does."""
+    if examples and examples[0].labels is not None:
+        return multilabel_headline(examples, predictions)
     if examples and examples[0].entities is not None:
         counts = span_counts([spans(e.entities) for e in examples], [spans(p.entities) for p in predictions])
         hits, given, wanted = (int(n) for n in counts.sum(axis=0))
@@ -85,9 +101,8 @@ def worse_than_constant(metrics: Mapping[str, Any]) -> str | None:
 
 def shown_headline(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, value with interval) of the figures to show first."""
-    names = ("accuracy", "macro_f1") if metrics["task"] == "classification" else ("span_f1",)
     found = []
-    for name in names:
+    for name in SHOWN_FIRST[metrics["task"]]:
         m = metrics[name]
         shown = f"{m['value']:.3f}  (95 % interval {m['low']:.3f} to {m['high']:.3f})"
         if m["low"] == m["high"]:  # as a bootstrap of answers that are all right
@@ -97,7 +112,7 @@ def shown_headline(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def slices(examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, list[dict[str, Any]]]:
-    """`by_length` and `by_label_frequency`: accuracy, or strict span F1 for entities, each with its interval and rows.
+    """`by_length` and `by_label_frequency`: accuracy, micro-F1 of several labels a row, or strict span F1, each with its interval and rows.
 
     Lengths are characters, cut at the quartiles of these rows. Labels are ordered by how many of these rows (entities) have
     them and cut into thirds.
@@ -130,6 +145,9 @@ def _part_figures(
 ) -> dict[str, Any]:
     mine = [examples[i] for i in rows]
     answers = [predictions[i] for i in rows]
+    if mine[0].labels is not None:
+        table = LabelTable.of(mine, answers)
+        return {"micro_f1": over_rows(label_counts(table.right, table.given), micro_f1).to_dict()}
     if mine[0].entities is None:
         hits = sum(e.label == p.label for e, p in zip(mine, answers, strict=True))
         return {"accuracy": wilson(hits, len(mine)).to_dict()}
@@ -140,14 +158,15 @@ def _span_f1(truth: Sequence[set[Any]], given: Sequence[set[Any]]) -> dict[str, 
     return {"span_f1": strict_span_f1(truth, given)["span_f1"]}
 
 
+def right_names(example: Example) -> list[str]:
+    """Its right label, all of its right labels, or the types of its entities."""
+    if example.labels is not None:
+        return list(example.labels)
+    return [example.label or ""] if example.entities is None else [e.label for e in example.entities]
+
+
 def _by_frequency(examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    support = Counter(
-        label
-        for example in examples
-        for label in (
-            [example.label or ""] if example.entities is None else [e.label for e in example.entities]
-        )
-    )
+    support = Counter(label for example in examples for label in right_names(example))
     ordered = [label for label, _ in sorted(support.items(), key=lambda pair: (pair[1], pair[0]))]
     parts = [
         part.tolist() for part in numpy.array_split(numpy.array(ordered, dtype=object), len(FREQUENCIES))
@@ -164,7 +183,13 @@ def _by_frequency(examples: Sequence[Example], predictions: Sequence[Prediction]
 def _of_labels(
     examples: Sequence[Example], predictions: Sequence[Prediction], labels: set[str]
 ) -> dict[str, Any]:
-    """Accuracy of the rows with one of these labels; for entities the strict span F1 of these types alone."""
+    """Accuracy of the rows with one of these labels; micro-F1 or strict span F1 of these labels or types alone."""
+    if examples and examples[0].labels is not None:
+        mine = [replace(e, labels=tuple(name for name in e.labels or () if name in labels)) for e in examples]
+        answers = [
+            replace(p, labels=tuple(name for name in p.labels or () if name in labels)) for p in predictions
+        ]
+        return _part_figures(mine, answers, range(len(mine)))
     if examples and examples[0].entities is None:
         chosen = [i for i, example in enumerate(examples) if (example.label or "") in labels]
         return _part_figures(examples, predictions, chosen)

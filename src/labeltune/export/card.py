@@ -111,7 +111,7 @@ def read_metrics(path: Path, task: str) -> dict[str, Any]:
 
 def card(info: RunInfo, facts: Facts) -> str:
     """The whole card, Markdown with the front matter that hubs read."""
-    classifies = info.task == "classification"
+    classifies = info.task != "ner"
     metadata = ModelCardData(
         library_name="peft" if facts.kind == "adapter" else "transformers",
         base_model=base_name(info.model) if is_hub_name(info.model) else None,

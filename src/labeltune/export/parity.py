@@ -65,7 +65,7 @@ class Parity:
 def compare_answers(
     examples: Sequence[Example], before: Sequence[Prediction], after: Sequence[Prediction]
 ) -> Parity:
-    """The run's answers against the export's: labels, or entities as a set of places and types."""
+    """The run's answers against the export's: a label, a set of labels, or entities as a set of places and types."""
     differences, shifts = [], []
     for example, old, new in zip(examples, before, after, strict=True):
         known, given = dict(old.ranking), dict(new.ranking)
@@ -74,6 +74,10 @@ def compare_answers(
             same = spans(old.entities) == spans(new.entities)
             shown = _entities(old.entities), _entities(new.entities or ())
             margin = None
+        elif old.labels is not None:
+            kept, other = set(old.labels), set(new.labels or ())
+            same, margin = kept == other, None
+            shown = _labels(old.labels), _labels(new.labels or ())
         else:
             same = old.label == new.label
             shown = str(old.label), str(new.label)
@@ -82,6 +86,10 @@ def compare_answers(
         if not same:
             differences.append(Difference(example.where, *shown, margin))
     return Parity(len(examples), tuple(differences), max(shifts, default=None))
+
+
+def _labels(labels: Sequence[str]) -> str:
+    return ", ".join(labels) or "no label"
 
 
 def _entities(entities: Sequence[Entity]) -> str:

@@ -15,6 +15,7 @@ from labeltune.errors import ModelError
 from labeltune.io.outputs import is_hub_name, write_json
 from labeltune.io.run_folder import ADAPTER_FILE, ADAPTER_WEIGHTS
 from labeltune.prompts import Task
+from labeltune.prompts.multilabel import MultilabelTask
 from labeltune.prompts.ner import BEFORE_LABEL, BEFORE_TEXT, END, escaped
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example
@@ -126,6 +127,10 @@ def request(task: Task, template: ChatTemplate, name: str, max_tokens: int) -> d
     found: dict[str, Any] = {"model": name, "messages": messages, "temperature": 0}
     if task.name == "classification":
         found["structured_outputs"] = {"choice": [template.answer_lead + label for label in task.labels]}
+    elif isinstance(task, MultilabelTask):
+        # One request a label; this one asks about the first. The two answers differ in what stands behind the label.
+        answers = [template.answer_lead + answer for answer in task.answers_about(task.labels[0])]
+        found["structured_outputs"] = {"choice": answers}
     else:
         found["max_tokens"] = max_tokens
         pattern = re.escape(template.answer_lead) + entity_pattern(task.labels, task.prompt.no_entities)

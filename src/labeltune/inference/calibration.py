@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from labeltune.distributed import rank
 from labeltune.errors import ModelError
-from labeltune.evaluation.confidence import calibration_report, softmax
+from labeltune.evaluation.confidence import calibration_report, sigmoid, softmax
+from labeltune.evaluation.decisions import scales_report, threshold_report
 from labeltune.evaluation.summary import SELECTION
 from labeltune.io.outputs import write_json
 from labeltune.types import Example, Prediction
@@ -52,10 +53,33 @@ class Calibration:
     Attributes:
         temperature: divides the compared scores before they are made probabilities.
         length_norm: the comparison it was fitted for; another one is not calibrated.
+        scales: of labels that are decided each by itself, (slope, intercept): their log-odds become slope * log-odds + intercept.
+        threshold: a label is given from this probability on,
+        thresholds: unless it has one of its own.
     """
 
     temperature: float = 1.0
     length_norm: str = "none"
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    threshold: float = 0.5
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+    def each(self, odds: Mapping[str, float]) -> dict[str, float]:
+        """Probabilities of labels that are decided each by itself.
+
+        Args:
+            odds: label -> ln p(applies) - ln p(does not).
+        """
+        plain = (1 / self.temperature, 0.0)
+        scaled = {}
+        for label, value in odds.items():
+            slope, intercept = self.scales.get(label, plain)
+            scaled[label] = slope * value + intercept
+        return {label: float(sigmoid(np.float64(value))) for label, value in scaled.items()}
+
+    def threshold_of(self, label: str) -> float:
+        """The probability from which on a label is given."""
+        return self.thresholds.get(label, self.threshold)
 
     def probabilities(self, row: LabelScores, length_norm: str) -> dict[str, float]:
         """Probabilities of the candidates; they sum to 1."""
@@ -79,8 +103,14 @@ class Calibration:
             return Calibration()
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            return Calibration(float(values["temperature"]), str(values["length_norm"]))
-        except (ValueError, KeyError, TypeError) as error:
+            return Calibration(
+                float(values["temperature"]),
+                str(values["length_norm"]),
+                {label: (float(a), float(b)) for label, (a, b) in values.get("scales", {}).items()},
+                float(values.get("threshold", 0.5)),
+                {label: float(at) for label, at in values.get("thresholds", {}).items()},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{file} is damaged: {error}; remove it to predict uncalibrated") from error
 
 
@@ -143,6 +173,53 @@ def calibrate(
     kept = f" is kept, {report['refused']}" if report["refused"] is not None else ""
     say(f"confidence: temperature {temperature:.2f}{kept}; {len(rows)} validation rows: {figures}")
     return calibration, report
+
+
+def calibrate_labels(
+    predictor: Predictor,
+    examples: Sequence[Example],
+    folder: Path,
+    objective: str,
+    say: Callable[[str], None],
+) -> tuple[Calibration, dict[str, Any]]:
+    """The same for labels that are decided each by itself: scales of their log-odds, and thresholds for `objective`, as far as
+    `predictor.calibrate` allows.
+
+    Returns:
+        The calibration, and the reports of `scales_report` (None when it was not asked for) and `threshold_report`.
+    """
+    rows = predictor.log_odds(examples)
+    names = sorted({label for row in rows for label in row})
+    odds = np.array([[row.get(label, np.nan) for label in names] for row in rows])
+    right = np.array([[label in (example.labels or ()) for label in names] for example in examples])
+    scales, of_scales = None, None
+    if predictor.calibrate.temperature:
+        scales, of_scales = scales_report(odds, right)
+        before, after = of_scales["before"], of_scales["after"]
+        kept = of_scales["refused"] or "cross-fitted"
+        say(
+            f"confidence: {len(rows)} validation rows, NLL {before['nll']:.3f} -> {after['nll']:.3f}, "
+            f"ECE {before['ece']:.3f} -> {after['ece']:.3f} ({kept}; {of_scales['own']} labels have a scale of their own)"
+        )
+    probabilities = sigmoid(odds) if scales is None else scales.apply(odds)
+    threshold, own, of_thresholds = threshold_report(
+        probabilities, right, objective, predictor.calibrate.thresholds
+    )
+    found = ", ".join(f"{way} {value:.3f}" for way, value in of_thresholds["cross_fitted"].items())
+    say(f"thresholds: {of_thresholds['chosen']}; {objective} on rows they were not chosen on: {found}")
+    calibration = Calibration(
+        scales={}
+        if scales is None
+        else {
+            name: (float(a), float(b))
+            for name, a, b in zip(names, scales.slopes, scales.intercepts, strict=True)
+        },
+        threshold=threshold,
+        thresholds={} if own is None else dict(zip(names, map(float, own), strict=True)),
+    )
+    if rank() == 0:
+        calibration.save(folder, {"scales": of_scales, "thresholds": of_thresholds})
+    return calibration, {"scales": of_scales, "thresholds": of_thresholds}
 
 
 def calibration_figures(report: Mapping[str, Any]) -> dict[str, float]:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 256
 #: Columns of csv.
 _LABEL = ("id", "label", "confidence", "ranking", "answer", "parsed")
+_LABELS = ("id", "labels", "ranking", "answer", "parsed")
 _ENTITIES = ("id", "entities", "answer", "parsed", "truncated")
 #: What people call tables that are not written.
 _OTHERS = (".tsv", ".xlsx", ".xls", ".parquet", ".arrow")
@@ -78,6 +79,7 @@ class PredictOptions:
         labels: candidates for rows that bring none.
         min_confidence: probability of the best candidate below which the label is null.
         top_k: candidates shown a row; all when None.
+        threshold: probability from which on one of several labels is given; the run's own when None.
         with_text: rows hold their document.
         encoding: of a text file; the run's when None.
     """
@@ -87,6 +89,7 @@ class PredictOptions:
     top_k: int | None = None
     with_text: bool = False
     encoding: str | None = None
+    threshold: float | None = None
 
 
 _DEFAULTS = PredictOptions()
@@ -353,7 +356,7 @@ def alone_with_output(output: Path, name: str) -> AbstractContextManager[None]:
 def to_line(row: Prediction | BadRow, options: PredictOptions = _DEFAULTS, text: str | None = None) -> str:
     """A row of the output, with the document it answers when that is given."""
     if isinstance(row, Prediction):
-        values = row.to_dict(options.top_k, options.min_confidence)
+        values = row.to_dict(options.top_k, options.min_confidence, options.threshold)
     else:
         values = row.to_dict()
     if text is not None:
@@ -467,22 +470,23 @@ def csv_of(lines: Iterable[str], faulty: bool = True) -> Iterator[str]:
     """Lines of predicted rows (JSON) as lines of csv, with a header and the byte order mark that spreadsheets look for.
 
     The columns are those of `Prediction.to_dict`, then `error` and `source` of rows that could not be predicted, then `text`
-    where the first row that was predicted has it. `ranking` and `entities` are JSON, true and false are written so.
+    where the first row that was predicted has it. `ranking`, `labels` and `entities` are JSON, true and false are written so.
 
     Args:
         faulty: a row may be one that could not be predicted; otherwise its two columns are left out.
     """
     source = iter(lines)
     first: list[str] = []
-    rows_are_entities = with_text = False
+    answers: tuple[str, ...] = _LABEL
+    with_text = False
     for line in source:
         first.append(line)
         row = json.loads(line)
         if "error" not in row:
-            rows_are_entities, with_text = "entities" in row, "text" in row
+            answers = _ENTITIES if "entities" in row else _LABELS if "labels" in row else _LABEL
+            with_text = "text" in row
             break
-    columns = [*(_ENTITIES if rows_are_entities else _LABEL)]
-    columns += [*(["error", "source"] if faulty else []), *(["text"] if with_text else [])]
+    columns = [*answers, *(["error", "source"] if faulty else []), *(["text"] if with_text else [])]
     held = io.StringIO()
     writer = csv.writer(held, lineterminator="\n")
     yield "\ufeff"

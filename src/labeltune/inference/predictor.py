@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -42,6 +42,7 @@ from labeltune.models.precision import spread
 from labeltune.prompts import Task
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.classification import ClassificationTask
+from labeltune.prompts.multilabel import MultilabelTask
 from labeltune.prompts.ner import NerTask, locate
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Entity, Example, Prediction
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 #: the last bit, so neither the number of processes nor the assignment changes a result.
 UNIT = 32
 
+#: Labels of a row that are decided in one segment; every one of them sees the row's prompt, which is computed once.
+VERDICTS = 256
 #: Label sets whose tries are kept; most files have one.
 KEPT_TRIES = 1000
 
@@ -124,6 +127,9 @@ class Predictor:
             return self._answered(examples, self._generated)
         if isinstance(self.task, NerTask):
             return self._answered(examples, partial(self._extracted, self.task))
+        if isinstance(self.task, MultilabelTask):
+            each = self.label_probabilities(examples)
+            return [self._with_labels(example.id, row) for example, row in zip(examples, each, strict=True)]
         rows = self._probabilities(self.log_probabilities(examples))
         return [ranked(example.id, row) for example, row in zip(examples, rows, strict=True)]
 
@@ -174,7 +180,8 @@ class Predictor:
     def scores(
         self, texts: str | Iterable[str | Example], labels: Sequence[str] | None = None
     ) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Probabilities of labels as an array of shape [rows, labels], in the order of `labels` (`self.labels` when None).
+        """Probabilities of labels as an array of shape [rows, labels], in the order of `labels` (`self.labels` when None); those of a run
+        with several labels a row are of each label by itself.
 
         Raises:
             DataError: there are no labels to choose from.
@@ -182,7 +189,10 @@ class Predictor:
         """
         columns = tuple(labels or self.task.labels)
         examples = [replace(e, candidates=columns) for e in self._examples(texts, columns)]
-        rows = self._probabilities(self.log_probabilities(examples))
+        if self.task.name == "multilabel":
+            rows = self.label_probabilities(examples)
+        else:
+            rows = self._probabilities(self.log_probabilities(examples))
         found = [[row[label] for label in columns] for row in rows]
         return np.array(found, dtype=np.float64).reshape(len(rows), len(columns))
 
@@ -207,6 +217,25 @@ class Predictor:
             raise ModelError("this run extracts entities; ask it with .predict or .extract")
         return self._answered(examples, partial(self._scored, self.task))
 
+    def label_probabilities(self, examples: Sequence[Example]) -> list[dict[str, float]]:
+        """Of every example the probability of each candidate that it applies, calibrated.
+
+        Raises:
+            DataError: an example has no candidates, or two that are the same to the model.
+            ModelError: this run gives one label a row, or extracts entities.
+        """
+        return [self.calibration.each(row) for row in self.log_odds(examples)]
+
+    def log_odds(self, examples: Sequence[Example]) -> list[dict[str, float]]:
+        """Of every example and candidate the exact ln p(applies) - ln p(does not); with `long_text=window` its largest over windows.
+
+        Raises:
+            DataError, ModelError: as `label_probabilities`.
+        """
+        if not isinstance(self.task, MultilabelTask):
+            raise ModelError("this run does not decide every label by itself; ask it with .predict")
+        return self._answered(examples, partial(self._decided, self.task))
+
     def verify_fast_path(self, examples: Sequence[Example]) -> None:
         """Choose the fastest way that is exact on some of these examples, if that has not been done yet."""
         if self.generation.decoding == "free" or not examples:
@@ -214,8 +243,8 @@ class Predictor:
         task = self.task
         chosen = spread(sorted(examples, key=lambda example: len(example.text)), CHECKED_PROMPTS)
         prompts = [self.builder.views(example, self.generation.long_text)[0].ids for example in chosen]
-        if isinstance(task, ClassificationTask):
-            tries = [self._trie(example, task.candidates(example)) for example in chosen]
+        if not isinstance(task, NerTask):
+            tries = [self._tries_of(example)[0] for example in chosen]
             self.engine.verify_scoring([Question(*each) for each in zip(prompts, tries, strict=True)])
         else:
             self.engine.verify_decoding(prompts)
@@ -264,17 +293,47 @@ class Predictor:
     def fault(self, example: Example) -> DataError | PromptError | None:
         """What `predict` would raise because of this row: its labels, or that its prompt cannot be made to fit; else None."""
         try:
-            if isinstance(self.task, ClassificationTask):
-                self._trie(example, self.task.candidates(example))
+            if not isinstance(self.task, NerTask):
+                self._tries_of(example)
             self.builder.views(example, self.generation.long_text)
         except (DataError, PromptError) as error:
             return error
         return None
 
+    def _decided(self, task: MultilabelTask, examples: Sequence[Example]) -> list[dict[str, float]]:
+        questions, asked = [], []
+        for example in examples:
+            tries = self._tries_of(example)
+            views = self.builder.views(example, self.generation.long_text)
+            asked.append((task.candidates(example), len(tries), len(views)))
+            questions += [Question(view.ids, trie) for view in views for trie in tries]
+        found = iter(self.engine.score(questions))
+        rows = []
+        for labels, parts, count in asked:
+            windows = [[score for _ in range(parts) for score in next(found)] for _ in range(count)]
+            odds = np.array(windows).reshape(count, len(labels), 2)
+            rows.append(dict(zip(labels, (odds[..., 0] - odds[..., 1]).max(axis=0).tolist(), strict=True)))
+        return rows
+
+    def _with_labels(self, number: str, probabilities: Mapping[str, float]) -> Prediction:
+        ranking = tuple(sorted(probabilities.items(), key=lambda pair: -pair[1]))
+        labels = tuple(label for label, p in ranking if p >= self.calibration.threshold_of(label))
+        return Prediction(number, "\n".join(labels), labels=labels, ranking=ranking)
+
+    def _tries_of(self, example: Example) -> list[LabelTrie]:
+        """The answers that are compared for a row: all labels together, or, where every label is decided by itself, what is answered
+        about `VERDICTS` of them each."""
+        task = self.task
+        if not isinstance(task, MultilabelTask):
+            assert isinstance(task, ClassificationTask)
+            return [self._trie(example, task.candidates(example))]
+        labels = task.candidates(example)
+        return [self._trie(example, labels[at : at + VERDICTS]) for at in range(0, len(labels), VERDICTS)]
+
     def _trie(self, example: Example, labels: tuple[str, ...]) -> LabelTrie:
         if labels not in self._tries:
             try:
-                trie = LabelTrie.of([self.builder.answer_ids(example, label) for label in labels])
+                found = self._new_trie(example, labels)
             except ValueError as error:
                 raise DataError(
                     f"{example.where}: {error}: two of the labels {list(labels)} are the same to this "
@@ -282,8 +341,15 @@ class Predictor:
                 ) from error
             if len(self._tries) >= KEPT_TRIES:
                 self._tries.clear()
-            self._tries[labels] = trie
+            self._tries[labels] = found
         return self._tries[labels]
+
+    def _new_trie(self, example: Example, labels: tuple[str, ...]) -> LabelTrie:
+        if not isinstance(self.task, MultilabelTask):
+            return LabelTrie.of([self.builder.answer_ids(example, label) for label in labels])
+        verdicts = [self.builder.verdict(example, label) for label in labels]
+        answers = [answer for verdict in verdicts for answer in (verdict.yes, verdict.no)]
+        return LabelTrie.of(answers, [verdict.asked for verdict in verdicts for _ in range(2)])
 
     def _probabilities(self, rows: Sequence[LabelScores]) -> list[dict[str, float]]:
         found = [self.calibration.probabilities(row, self.generation.length_norm) for row in rows]

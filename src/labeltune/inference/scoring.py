@@ -59,16 +59,21 @@ class LabelTrie:
         parents: the node before each node; -1 for node 0.
         depths: tokens of the answer read at each node; 0 for node 0.
         paths: for every answer, (node, next token) for each of its tokens.
+        asked: for every answer, from which of its tokens on it is scored; those before it are only read.
     """
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
     depths: tuple[int, ...]
     paths: tuple[tuple[tuple[int, int], ...], ...]
+    asked: tuple[int, ...]
 
     @staticmethod
-    def of(answers: Sequence[Sequence[int]]) -> LabelTrie:
+    def of(answers: Sequence[Sequence[int]], asked: Sequence[int] = ()) -> LabelTrie:
         """The trie of answers given as token ids, each with its end of turn.
+
+        Args:
+            asked: see `LabelTrie`; all tokens of all answers when empty.
 
         Raises:
             ValueError: an answer is empty, is given twice, or is the beginning of another one (their ends of turn would
@@ -97,7 +102,8 @@ class LabelTrie:
             paths.append((*path, last))
         if ends & children.keys():
             raise ValueError("an answer is the beginning of another one")
-        return LabelTrie(tuple(tokens), tuple(parents), tuple(depths), tuple(paths))
+        begins = tuple(asked) or (0,) * len(paths)
+        return LabelTrie(tuple(tokens), tuple(parents), tuple(depths), tuple(paths), begins)
 
     def __len__(self) -> int:
         """Number of nodes, the end of the prompt included."""
@@ -118,11 +124,16 @@ class LabelTrie:
 
     @cached_property
     def wanted(self) -> dict[int, list[int]]:
-        """The tokens whose probabilities are asked for at each node."""
+        """The tokens whose probabilities are asked for at each node that has some, nodes in their order."""
         found: dict[int, set[int]] = defaultdict(set)
-        for node, token in (step for path in self.paths for step in path):
+        for node, token in (step for path in self.scored for step in path):
             found[node].add(token)
-        return {node: sorted(tokens) for node, tokens in found.items()}
+        return {node: sorted(found[node]) for node in sorted(found)}
+
+    @property
+    def scored(self) -> list[tuple[tuple[int, int], ...]]:
+        """The parts of the paths whose probabilities make those of the answers."""
+        return [path[begin:] for path, begin in zip(self.paths, self.asked, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -222,7 +233,7 @@ def score_answers(
             segments += [_segment(questions[row], shared, parent) for row in rows]
             scores.read(
                 run_segments(model, segments),
-                [(row, node) for row in rows for node in range(len(questions[row].trie))],
+                [(row, node) for row in rows for node in questions[row].trie.wanted],
             )
     return scores.of_answers()
 
@@ -246,18 +257,19 @@ def plan_passes(
         if rows:
             common = min(shared, common_prefix(questions[rows[-1]].prompt, prompt), len(prompt) - 1)
             tokens = common - begin + own + size - (len(rows) + 1) * common
-            if tokens <= max_tokens and nodes + len(trie) <= max_nodes:
+            if tokens <= max_tokens and nodes + len(trie.wanted) <= max_nodes:
                 rows.append(i)
-                shared, own, nodes = common, own + size, nodes + len(trie)
+                shared, own, nodes = common, own + size, nodes + len(trie.wanted)
                 continue
             yield rows, shared if len(rows) > 1 else begin
-        rows, shared, own, nodes = [i], len(prompt) - 1, size, len(trie)
+        rows, shared, own, nodes = [i], len(prompt) - 1, size, len(trie.wanted)
     if rows:
         yield rows, shared if len(rows) > 1 else begin
 
 
 def _segment(question: Question, shared: int, parent: KVCache) -> Segment:
-    """The row's own part of the prompt and after it the trie, each node of which sees the prompt and its ancestors."""
+    """The row's own part of the prompt and after it the trie, each node of which sees the prompt and its ancestors; logits are
+    wanted at the nodes where something is asked."""
     own, trie = list(question.prompt[shared:]), question.trie
     count = len(own)
     ids = own + list(trie.tokens[1:])
@@ -266,9 +278,8 @@ def _segment(question: Question, shared: int, parent: KVCache) -> Segment:
     for node, seen in enumerate(trie.ancestors(), start=1):
         visible[count + node - 1, [count + other - 1 for other in seen]] = True
     depths = [*range(count), *(count - 1 + depth for depth in trie.depths[1:])]
-    return Segment(
-        ids, parent, depths=depths, visible=visible, wanted=range(count - 1, len(ids)), begins_at=shared
-    )
+    wanted = [count - 1 + node for node in trie.wanted]
+    return Segment(ids, parent, depths=depths, visible=visible, wanted=wanted, begins_at=shared)
 
 
 class _Scores:
@@ -284,8 +295,11 @@ class _Scores:
         Args:
             nodes: (question, node of its trie).
         """
-        steps = [(row, node, token) for row, node in nodes for token in self.questions[row].trie.wanted[node]]
-        places = [at for at, (row, node) in enumerate(nodes) for _ in self.questions[row].trie.wanted[node]]
+        asked = [self.questions[row].trie.wanted.get(node, ()) for row, node in nodes]
+        steps = [(*nodes[at], token) for at, tokens in enumerate(asked) for token in tokens]
+        places = [at for at, tokens in enumerate(asked) for _ in tokens]
+        if not steps:
+            return
         logits = logits.float()
         places_and_tokens = torch.tensor([places, [token for *_, token in steps]])
         at, tokens = sent(places_and_tokens, logits.device)
@@ -297,7 +311,7 @@ class _Scores:
     def of_answers(self) -> list[list[float]]:
         """Those of complete answers."""
         return [
-            [math.fsum(known[step] for step in path) for path in question.trie.paths]
+            [math.fsum(known[step] for step in path) for path in question.trie.scored]
             for question, known in zip(self.questions, self._known, strict=True)
         ]
 
@@ -353,7 +367,7 @@ def _score_behind(
     for part in passes(todo, fits):
         width = len(part[-1][1])
         ids = [_padded([tries[at].tokens[node] for node in branch], width) for at, branch in part]
-        nodes, *places = _not_read(part, read)
+        nodes, *places = _not_read(part, tries, read)
         with _logits_at(model, *places):
             logits, _ = run_behind(model, state.repeated([at for at, _ in part], last=True), ids, width)
         scores.read(logits[0], [(rows[at], node) for at, node in nodes])
@@ -394,7 +408,7 @@ def score_side_by_side(
                 )
                 for row, branch in part
             ]
-            nodes, places, columns = _not_read(part, read)
+            nodes, places, columns = _not_read(part, [question.trie for question in questions], read)
             columns = [
                 len(questions[row].prompt) - 1 + column
                 for (row, _), column in zip(nodes, columns, strict=True)
@@ -405,13 +419,15 @@ def score_side_by_side(
     return scores.of_answers()
 
 
-def _not_read(part: Sequence[Branch], read: set[Node]) -> tuple[list[Node], list[int], list[int]]:
-    """The nodes of branches that are not in `read`, which gets them, with their rows and columns in the batch; the end of a
-    branch is always one."""
+def _not_read(
+    part: Sequence[Branch], tries: Sequence[LabelTrie], read: set[Node]
+) -> tuple[list[Node], list[int], list[int]]:
+    """The nodes of branches where something is asked that are not in `read`, which gets them, with their rows and columns in the
+    batch; the end of a branch is always one."""
     found = []
     for place, (row, branch) in enumerate(part):
         for column, node in enumerate(branch):
-            if (row, node) not in read:
+            if node in tries[row].wanted and (row, node) not in read:
                 read.add((row, node))
                 found.append(((row, node), place, column))
     nodes, places, columns = map(list, zip(*found, strict=True))
@@ -452,13 +468,13 @@ def score_one_by_one(model: PreTrainedModel, question: Question) -> list[float]:
     answers = [[token for _, token in path] for path in question.trie.paths]
     scores = []
     with torch.inference_mode():
-        for answer in answers:
+        for answer, begin in zip(answers, question.trie.asked, strict=True):
             ids = torch.tensor([[*question.prompt, *answer[:-1]]], device=device)
             logits = model(input_ids=ids, logits_to_keep=len(answer), use_cache=False).logits[0]
             # Some models keep all positions, whatever they are asked for (xLSTM).
             logits = logits[-len(answer) :].float()
             picked = logits.log_softmax(-1)[range(len(answer)), answer]
-            scores.append(math.fsum(picked.cpu().tolist()))
+            scores.append(math.fsum(picked[begin:].cpu().tolist()))
     return scores
 
 
@@ -482,6 +498,11 @@ def leak_between_rows(
             segment.wanted = [*range(min(FIRST_TOKENS, segment.wanted[0])), *segment.wanted]
         return list(run_segments(model, segments).split([len(segment.wanted) for segment in segments]))
 
+    # All nodes are looked at, whatever is asked of them.
+    questions = [
+        replace(question, trie=replace(question.trie, asked=(0,) * len(question.trie.paths)))
+        for question in questions
+    ]
     with torch.inference_mode(), segment_attention_on(model):
         before, again = logits(questions), logits(questions)
         for changed, question in enumerate(questions):

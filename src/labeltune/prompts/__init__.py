@@ -1,4 +1,4 @@
-"""What classification and entity extraction have of their own: prompt, target, parsing and scoring."""
+"""What both kinds of classification and entity extraction have of their own: prompt, target, parsing and scoring."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Protocol
 
 from labeltune.config import PromptConfig, TaskName
 from labeltune.prompts.classification import ClassificationTask
+from labeltune.prompts.multilabel import MultilabelTask
 from labeltune.prompts.ner import NerTask
 from labeltune.prompts.template import Conversation
 from labeltune.types import Example, Prediction
@@ -17,7 +18,7 @@ class Task(Protocol):
 
     @property
     def name(self) -> TaskName:
-        """`classification` or `ner`."""
+        """`classification`, `multilabel` or `ner`."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -51,4 +52,6 @@ def make_task(name: TaskName, labels: Sequence[str], prompt: PromptConfig) -> Ta
     """The task of this name for a label set."""
     if name == "classification":
         return ClassificationTask(tuple(labels), prompt)
+    if name == "multilabel":
+        return MultilabelTask(tuple(labels), prompt)
     return NerTask(tuple(labels), prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import ne
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from labeltune.config import RunConfig
 from labeltune.errors import PromptError
 from labeltune.prompts import Task, make_task
+from labeltune.prompts.multilabel import MultilabelTask
 from labeltune.prompts.template import ChatTemplate, Conversation, Encoded
 from labeltune.types import Example
 
@@ -48,6 +50,52 @@ class TrainedAnswer:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """A label and what is answered about it.
+
+    Attributes:
+        yes: token ids of the label and that it applies.
+        no: of the label and that it does not.
+        asked: the first place where the two differ; from there on they are decided.
+    """
+
+    name: str
+    yes: tuple[int, ...]
+    no: tuple[int, ...]
+    asked: int
+
+    def trained(self, applies: bool) -> TrainedAnswer:
+        """What is trained of it."""
+        return TrainedAnswer(list(self.yes if applies else self.no), self.asked)
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """How many of the labels that do not apply to a row are trained, drawn by a seed; the weight of each grows as their number
+    shrinks, so that the loss is on average that of all."""
+
+    most: int
+    seed: int
+
+    def drawn(
+        self, example: Example, answers: Sequence[TrainedAnswer], applies: Sequence[bool]
+    ) -> list[TrainedAnswer]:
+        """The answers of an example that are trained.
+
+        Args:
+            applies: for each of them, whether its label does.
+        """
+        wrong = [at for at, right in enumerate(applies) if not right]
+        kept = set(random.Random(f"{self.seed}:{example.text}").sample(wrong, min(self.most, len(wrong))))
+        weight = len(wrong) / max(len(kept), 1)
+        return [
+            answer if applies[at] else replace(answer, weight=answer.weight * weight)
+            for at, answer in enumerate(answers)
+            if applies[at] or at in kept
+        ]
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Number of tokens that both begin with."""
     return next((at for at, differs in enumerate(map(ne, a, b)) if differs), min(len(a), len(b)))
@@ -61,9 +109,10 @@ class PromptBuilder:
     answer in training, and only for itself in prediction, where the answer is not known.
     """
 
-    def __init__(self, task: Task, template: ChatTemplate) -> None:
+    def __init__(self, task: Task, template: ChatTemplate, negatives: Negatives | None = None) -> None:
         self.task = task
         self.template = template
+        self.negatives = negatives
         self._lengths: dict[str, int] = {}
         self._answers: dict[str, list[int]] = {}
 
@@ -82,14 +131,29 @@ class PromptBuilder:
             DataError: the example has no right answer.
             PromptError: instruction, candidates and answer alone do not fit.
         """
-        return self._encode(example, self.task.target(example))
+        return self._encode(example, self._first_answer(example))
+
+    def _first_answer(self, example: Example) -> str:
+        task = self.task
+        return task.possible_answers(example)[0] if isinstance(task, MultilabelTask) else task.target(example)
 
     def answers(self, example: Example, encoded: Encoded) -> list[TrainedAnswer]:
-        """What is trained behind the prompt of an example: its right answer with its end of turn.
+        """What is trained behind the prompt of an example: its right answer with its end of turn; or, of every label, whether it
+        applies.
 
         Args:
             encoded: as `training` gives it.
+
+        Raises:
+            DataError: the example has no right answer.
         """
+        if isinstance(self.task, MultilabelTask):
+            right = set(self.task.right_labels(example))
+            verdicts = [self.verdict(example, label) for label in self.task.candidates(example)]
+            answers = [verdict.trained(verdict.name in right) for verdict in verdicts]
+            if self.negatives is None:
+                return answers
+            return self.negatives.drawn(example, answers, [verdict.name in right for verdict in verdicts])
         return [TrainedAnswer(encoded.ids[slice(*encoded.answer_span)])]
 
     def views(self, example: Example, long_text: Literal["truncate", "window"] = "truncate") -> list[View]:
@@ -125,7 +189,7 @@ class PromptBuilder:
             DataError: the example has no right answer.
         """
         conversation = self.task.conversation(example).with_text("")
-        encoded = self.template.encode(conversation, self.task.target(example))
+        encoded = self.template.encode(conversation, self._first_answer(example))
         return needed_tokens(encoded, self.reserve(example))
 
     def answer_ids(self, example: Example, answer: str) -> list[int]:
@@ -137,6 +201,24 @@ class PromptBuilder:
                 self._answers.clear()
             self._answers[answer] = encoded.ids[slice(*encoded.answer_span)]
         return self._answers[answer]
+
+    def verdict(self, example: Example, label: str) -> Verdict:
+        """A label as it is decided behind the prompt of an example; the same behind every prompt.
+
+        Raises:
+            PromptError: `prompt.positive` and `prompt.negative` begin alike to this tokenizer.
+        """
+        assert isinstance(self.task, MultilabelTask)
+        yes, no = (
+            self.answer_ids(example, answer)[: -len(self.template.end_of_turn_ids)]
+            for answer in self.task.answers_about(label)
+        )
+        asked = common_prefix(yes, no)
+        if asked == min(len(yes), len(no)):
+            raise PromptError(
+                f"prompt.positive={self.task.prompt.positive!r} and prompt.negative={self.task.prompt.negative!r} begin alike to this model; name other words"
+            )
+        return Verdict(label, tuple(yes), tuple(no), asked)
 
     def reserve(self, example: Example) -> int:
         """Tokens of the longest possible answer with its end of turn; 0 when answers cannot be listed."""

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
 from labeltune.errors import DataError
+from labeltune.prompts.labels import candidates_of, listed
 from labeltune.prompts.template import Conversation, build_conversation
 from labeltune.types import Example, Prediction
 
 _WRAPPERS = " \t\r\n'\"“”‘’「」[]()（）.,。，:：;；*`"
-
-
-@functools.lru_cache(maxsize=1024)
-def label_fault(labels: tuple[str, ...]) -> str | None:
-    """Why these labels cannot be chosen from, or None: one is empty, or two are equal but for spaces around them and Unicode
-    composition (NFC, which tokenizers apply)."""
-    seen: dict[str, str] = {}
-    for label in labels:
-        plain = unicodedata.normalize("NFC", label).strip()
-        if not plain:
-            return f"the label {label!r} is empty"
-        if plain in seen:
-            return f"the labels {seen[plain]!r} and {label!r} cannot be told apart; rename one or remove it"
-        seen[plain] = label
-    return None
 
 
 @dataclass(frozen=True)
@@ -44,15 +28,11 @@ class ClassificationTask:
         Raises:
             DataError: neither the row nor the task has any; one is empty, or two cannot be told apart.
         """
-        found = example.candidates or self.labels
-        fault = "no candidate labels, and no label set is known" if not found else label_fault(found)
-        if fault:
-            raise DataError(f"{example.where}: {fault}")
-        return found
+        return candidates_of(example, self.labels)
 
     def values(self, labels: Sequence[str]) -> dict[str, str]:
         """The candidates, written as Python writes a list of strings and between semicolons."""
-        return {"category": repr(list(labels)), "labels": "; ".join(labels)}
+        return listed(labels)
 
     def conversation(self, example: Example) -> Conversation:
         """The prompt, with the candidates in it."""

@@ -85,7 +85,7 @@ class Conversation:
 
 #: Between the text and what follows it in a prompt; dropped where that moves to the front.
 _SEPARATORS = " \t\r\n,，;；、"
-_PLACEHOLDER = re.compile(r"\{(text|category|labels|no_entities)\}")
+_PLACEHOLDER = re.compile(r"\{(text|category|labels|no_entities|positive|negative)\}")
 
 
 def fill(pattern: str, values: Mapping[str, str]) -> str:

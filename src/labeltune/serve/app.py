@@ -125,10 +125,10 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     async def classify(
         request: Request, given: schemas.ClassifyRequest = classify_body
     ) -> schemas.ClassifyResponse:
-        served = service.pick(given.model, "classification")
+        served = service.pick(given.model, "classification", "multilabel")
         labels = given.labels or []
         answers = await service.ask(served, given.text, labels, receive=request.receive)
-        found = [_classified(answer.prediction, given) for answer in answers]
+        found = [_classified(answer.prediction, given, served) for answer in answers]
         return schemas.ClassifyResponse(model=served.name, results=found)
 
     @app.post("/v1/extract", tags=["answers"], summary="Entities with their places", responses=_FAULTS)
@@ -152,7 +152,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         responses=_FAULTS,
     )
     async def chat(request: Request, given: schemas.ChatRequest = chat_body) -> Response:
-        served = service.pick(given.model, None)
+        served = service.pick(given.model)
         check(given, served)
         text, labels, field = question(given, served)
         (answer,) = await service.ask(
@@ -174,7 +174,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
 def examples_for(models: Models) -> dict[str, dict[str, Any] | None]:
     """OpenAPI examples by route, which work as they stand with the runs and labels of this server; None for a task that no run does."""
-    labeller, extractor = models.first("classification"), models.first("ner")
+    labeller, extractor = models.first("classification", "multilabel"), models.first("ner")
     classify: dict[str, Any] = {}
     extract: dict[str, Any] = {}
     chat: dict[str, Any] = {}
@@ -182,8 +182,9 @@ def examples_for(models: Models) -> dict[str, dict[str, Any] | None]:
         one, two = (*documents(labeller), *DOCUMENTS["classification"])[:2]
         own = list(labeller.labels)[:8] or ["Space", "Sports"]
         classify["one text"] = {"value": {"text": one, **({} if labeller.labels else {"labels": own})}}
+        bound = "threshold" if labeller.task == "multilabel" else "min_confidence"
         classify["a list, labels of its own"] = {
-            "value": {"text": [one, two], "labels": own, "top_k": 3, "min_confidence": 0.5}
+            "value": {"text": [one, two], "labels": own, "top_k": 3, bound: 0.5}
         }
     if extractor is not None:
         one, two = (*documents(extractor), *DOCUMENTS["ner"])[:2]
@@ -196,8 +197,22 @@ def examples_for(models: Models) -> dict[str, dict[str, Any] | None]:
     return {"classify": classify or None, "extract": extract or None, "chat": chat or None}
 
 
-def _classified(prediction: Prediction, given: schemas.ClassifyRequest) -> schemas.Classified:
-    return schemas.Classified.model_validate(prediction.to_dict(given.top_k, given.min_confidence))
+def _classified(
+    prediction: Prediction, given: schemas.ClassifyRequest, served: Served
+) -> schemas.Classified | schemas.Labelled:
+    if prediction.labels is None:
+        if given.threshold is not None:
+            raise ApiError(
+                422, f"threshold: {served.name} gives one label a text; send min_confidence", "threshold"
+            )
+        return schemas.Classified.model_validate(prediction.to_dict(given.top_k, given.min_confidence))
+    if given.min_confidence is not None:
+        raise ApiError(
+            422,
+            f"min_confidence: {served.name} decides every label by itself; send threshold",
+            "min_confidence",
+        )
+    return schemas.Labelled.model_validate(prediction.to_dict(given.top_k, threshold=given.threshold))
 
 
 def _extracted(prediction: Prediction, given: schemas.ExtractRequest) -> schemas.Extracted:

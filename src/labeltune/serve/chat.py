@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from labeltune.data.labels import parse_candidates
 from labeltune.errors import DataError
-from labeltune.prompts.classification import label_fault
+from labeltune.prompts.labels import label_fault
 from labeltune.prompts.template import build_conversation
 from labeltune.serve.batching import Answer
 from labeltune.serve.models import Served
@@ -49,7 +49,7 @@ def read_prompt(content: str, served: Served) -> tuple[str, tuple[str, ...]]:
     """Document and candidates of a user message: what stands where the run's prompt has them, else all of it and none."""
     task = served.predictor.task
     values = task.values(served.labels)
-    if task.name == "classification":
+    if task.name != "ner":
         values["category"] = _MARK
     shape = build_conversation(task.prompt, "", values)
     marks = shape.user.count(_MARK)
@@ -92,6 +92,12 @@ def check(request: ChatRequest, served: Served) -> None:
     if request.logprobs and served.task == "ner":
         raise ApiError(
             422, f"logprobs: {served.name} finds entities; /v1/extract gives their scores", "logprobs"
+        )
+    if request.logprobs and served.task == "multilabel":
+        raise ApiError(
+            422,
+            f"logprobs: {served.name} decides every label by itself; /v1/classify gives their probabilities",
+            "logprobs",
         )
 
 

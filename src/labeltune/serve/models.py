@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from labeltune.config import CalibrateConfig, TaskName
+from labeltune.config import TaskName
 from labeltune.errors import ConfigError, DataError, ModelError, PromptError
 from labeltune.inference.load import load_predictor, predictor_on
 from labeltune.inference.predictor import Predictor
@@ -27,6 +27,10 @@ DOCUMENTS = {
     "classification": (
         "The probe sent its first pictures of the far side of the moon.",
         "The striker scored twice in the final minutes.",
+    ),
+    "multilabel": (
+        "The probe sent its first pictures of the far side of the moon.",
+        "I was charged twice, please cancel the order.",
     ),
     "ner": ("Mara left Oslo and joined the Red Cross in Geneva.", "他在南京大学学习。"),
 }
@@ -51,7 +55,7 @@ class Served:
 
     @property
     def task(self) -> TaskName:
-        """`classification` or `ner`."""
+        """`classification`, `multilabel` or `ner`."""
         return self.predictor.task.name
 
     @property
@@ -68,9 +72,9 @@ class Models:
         self._active = served[0].adapter if len(served) == 1 else ""
         self._lock = threading.Lock()
 
-    def first(self, task: TaskName) -> Served | None:
-        """The run that answers when a request names none."""
-        return next((each for each in self.served.values() if each.task == task), None)
+    def first(self, *tasks: TaskName) -> Served | None:
+        """The run that answers when a request names none: the first for one of these tasks."""
+        return next((each for each in self.served.values() if each.task in tasks), None)
 
     def cost(self, served: Served, example: Example) -> int:
         """Tokens of a row, estimated from above by its characters."""
@@ -248,7 +252,7 @@ def _make_exact(served: Served) -> None:
             f"warning: {served.name}: calibrate.prior=batch is left out; it needs all rows of a file at once",
             file=sys.stderr,
         )
-        predictor.calibrate = CalibrateConfig(temperature=predictor.calibrate.temperature)
+        predictor.calibrate = predictor.calibrate.model_copy(update={"prior": "none"})
 
 
 def _warm_up(models: Models, served: Served) -> None:

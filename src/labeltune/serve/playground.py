@@ -166,7 +166,7 @@ def page(service: Service) -> Any:
             return [gr.update(label=words["file"]), gr.update(label=words["upload"])]
 
         def switch(name: str) -> Any:
-            now = service.pick(name, None)
+            now = service.pick(name)
             return gr.update(choices=list(now.labels), value=list(now.labels))
 
         blocks.load(name_files, None, [file_tab, upload], **_PRIVATE)
@@ -188,7 +188,7 @@ def _text_tab(service: Service, first: Served, model: gr.Dropdown, labels: gr.Dr
             label = gr.Label(
                 label=_TEXTS("probabilities"),
                 num_top_classes=20,
-                visible=first.task == "classification",
+                visible=first.task != "ner",
                 elem_id="probabilities",
             )
             entities = gr.HighlightedText(
@@ -204,10 +204,10 @@ def _text_tab(service: Service, first: Served, model: gr.Dropdown, labels: gr.Dr
         return await _try_text(service, name, chosen, given)
 
     def switch(name: str) -> tuple[Any, ...]:
-        now = service.pick(name, None)
+        now = service.pick(name)
         return (
             gr.update(choices=_choices(now), value=None),
-            gr.update(visible=now.task == "classification", value=None),
+            gr.update(visible=now.task != "ner", value=None),
             gr.update(visible=now.task == "ner", value=None),
             "",
         )
@@ -257,15 +257,15 @@ async def _try_text(
     """(probabilities, highlighted parts, what it took)."""
     started = time.perf_counter()
     try:
-        served = service.pick(name, None)
+        served = service.pick(name)
         own = _labels(served, chosen)
-        candidates = own if served.task == "classification" else ()
+        candidates = own if served.task != "ner" else ()
         (answer,) = await service.ask(served, [text or ""], candidates)
     except ApiError as error:
         raise gr.Error(error.message, print_exception=False) from None
     spent = f"{(time.perf_counter() - started) * 1000:.0f} ms"
     found = answer.prediction
-    if served.task == "classification":
+    if served.task != "ner":
         return dict(found.ranking), None, spent
     return None, parts(text, [entity for entity in found.entities or () if entity.label in own]), spent
 
@@ -316,8 +316,8 @@ async def _try_file(
     with tempfile.TemporaryDirectory(prefix="labeltune-") as folder:
         result = Path(folder) / "predictions.jsonl"
         try:
-            served = service.pick(name, None)
-            labels = _labels(served, chosen) if served.task == "classification" else ()
+            served = service.pick(name)
+            labels = _labels(served, chosen) if served.task != "ner" else ()
             total = count_rows(Path(path), served.predictor.encoding)
             rows = read_rows(Path(path), served.predictor, labels, option=None)
             with result.open("w", encoding="utf-8") as file:
@@ -346,7 +346,7 @@ async def _answer(service: Service, served: Served, row: Example | BadRow) -> Pr
     row = replace(row, source=Path(row.source).name)
     if isinstance(row, BadRow):
         return row
-    candidates = row.candidates if served.task == "classification" else ()
+    candidates = row.candidates if served.task != "ner" else ()
     for attempt in range(ATTEMPTS):
         try:
             (answer,) = await service.ask(served, [row.text], candidates)

@@ -16,6 +16,8 @@ from pydantic import (
     field_validator,
 )
 
+from labeltune.config import TaskName
+
 #: HTTP status -> (`type` of the error, what it says).
 KINDS: dict[int, str] = {
     400: "invalid_request_error",
@@ -121,12 +123,18 @@ class _Request(BaseModel):
 
 
 class ClassifyRequest(_Request):
-    """Documents to be given one of the labels."""
+    """Documents to be given one of the labels, or those that apply."""
 
     labels: Labels = Field(None, description="candidates; the run's own label set when left out")
     top_k: int | None = Field(None, ge=1, description="candidates of the ranking to show; all when left out")
     min_confidence: float | None = Field(
         None, ge=0, le=1, description="below this probability the label is null; the ranking is kept"
+    )
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="several labels a text: those from this probability on; the run's own when left out",
     )
 
 
@@ -155,11 +163,18 @@ class Classified(BaseModel):
     ranking: list[Candidate]
 
 
+class Labelled(BaseModel):
+    """The answer to one document by a run with several labels a text."""
+
+    labels: list[str] = Field(description="those whose probability reaches the threshold, the surest first")
+    ranking: list[Candidate] = Field(description="every label with its own probability; they do not sum to 1")
+
+
 class ClassifyResponse(BaseModel):
     """One result a document, in order."""
 
     model: str
-    results: list[Classified]
+    results: list[Classified | Labelled]
 
 
 class FoundEntity(BaseModel):
@@ -401,7 +416,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "labeltune"
-    task: Literal["classification", "ner"]
+    task: TaskName
     labels: list[str]
 
 

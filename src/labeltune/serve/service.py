@@ -8,7 +8,7 @@ from typing import Any
 
 from labeltune.config import TaskName
 from labeltune.errors import DataError, LabeltuneError, PromptError
-from labeltune.prompts.classification import label_fault
+from labeltune.prompts.labels import label_fault
 from labeltune.serve.batching import Answer, Batcher, Row
 from labeltune.serve.guard import ClientGone, Metrics, Receive, note
 from labeltune.serve.models import Models, Served
@@ -36,20 +36,20 @@ class Service:
             raise ApiError(404, f"there is no such model here; this server has {known}", "model")
         return self.models.served[name]
 
-    def pick(self, name: str | None, task: TaskName | None) -> Served:
-        """The run that answers; where there is only one, it answers to any name, as clients come with other models' names.
+    def pick(self, name: str | None, *tasks: TaskName) -> Served:
+        """The run that answers, for one of these tasks (any when none is given); where there is only one, it answers to any name, as clients come with other models' names.
 
         Raises:
             ApiError: there is no run of this name (404), or none for this task (422).
         """
         if name is None:
-            found = self.models.first(task) if task else next(iter(self.models.served.values()))
+            found = self.models.first(*tasks) if tasks else next(iter(self.models.served.values()))
             if found is None:
-                raise ApiError(422, f"no model of this server does {task}", "model")
+                raise ApiError(422, f"no model of this server does {' or '.join(tasks)}", "model")
             return found
         served = next(iter(self.models.served.values())) if len(self.models.served) == 1 else self.named(name)
-        if task and served.task != task:
-            raise ApiError(422, f"model {served.name} does {served.task}, not {task}", "model")
+        if tasks and served.task not in tasks:
+            raise ApiError(422, f"model {served.name} does {served.task}, not {' or '.join(tasks)}", "model")
         return served
 
     async def ask(
@@ -134,7 +134,7 @@ class Service:
             )
         if sum(map(len, labels)) > limits.max_chars:
             raise ApiError(413, f"labels have more than {limits.max_chars} characters", "labels")
-        if served.task == "classification":
+        if served.task != "ner":
             if not labels and not served.labels:
                 raise ApiError(422, "this run has no label set of its own; send labels", "labels")
             fault = label_fault(tuple(labels)) if labels else None

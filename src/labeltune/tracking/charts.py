@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from labeltune.evaluation.summary import Evaluation
+from labeltune.evaluation.summary import Evaluation, right_names
 from labeltune.types import Example, Prediction
 
 #: Labels that get a precision-recall curve of their own, the most frequent ones.
@@ -29,6 +29,10 @@ def charts(echarts: ModuleType, evaluation: Evaluation) -> dict[str, Any]:
     found = {"per label": _bars(echarts, metrics["labels"], ("precision", "recall", "f1"))}
     if metrics["task"] == "classification":
         found["confusion matrix"] = _confusion(echarts, examples, predictions)
+        if metrics.get("reliability"):
+            found["reliability"] = _reliability(echarts, metrics["reliability"])
+            found.update(_curves(echarts, examples, predictions))
+    elif metrics["task"] == "multilabel":
         if metrics.get("reliability"):
             found["reliability"] = _reliability(echarts, metrics["reliability"])
             found.update(_curves(echarts, examples, predictions))
@@ -109,11 +113,11 @@ def _curves(
     echarts: ModuleType, examples: Sequence[Example], predictions: Sequence[Prediction]
 ) -> dict[str, Any]:
     """One curve a label against all others, from its probability in every row that offers it."""
-    support = Counter(example.label or "" for example in examples)
+    support = Counter(name for example in examples for name in right_names(example))
     found = {}
     for label, _ in support.most_common(CURVES):
         rows = [
-            (int(e.label == label), dict(p.ranking)[label])
+            (int(label in right_names(e)), dict(p.ranking)[label])
             for e, p in zip(examples, predictions, strict=True)
             if label in dict(p.ranking)
         ]

@@ -17,7 +17,7 @@
     node.translate = false;
     return node;
   };
-  const ner = data.task === "ner";
+  const ner = data.task === "ner", several = data.task === "multilabel";
   const name = (label) => (label === null || label === "" ? say("offList") : label);
 
   function choices(id, pairs) {
@@ -37,6 +37,9 @@
     if (ner) {
       for (const hit of row.hits) labels.add(hit[2]);
       for (const [, right, given] of row.errors) { if (right) labels.add(right[2]); if (given) labels.add(given[2]); }
+    } else if (several) {
+      for (const label of row.right) labels.add(label);
+      for (const label of row.given) predicted.add(label);
     } else { labels.add(row.right); predicted.add(row.given ?? ""); }
   }
 
@@ -44,7 +47,7 @@
     const states = [["all", say("all")], ["wrong", say("wrong")], ["right", say("right")]];
     choices("state", states.concat(data.errors.map((kind) => [kind, say(kind)])));
     const sorted = (set) => [...set].sort().map((label) => ["=" + label, name(label)]);
-    choices("right", [["", say(ner ? "anyType" : "anyRight")], ...sorted(labels)]);
+    choices("right", [["", say(ner ? "anyType" : several ? "anyLabel" : "anyRight")], ...sorted(labels)]);
     choices("given", [["", say("anyGiven")], ...sorted(predicted)]);
     const scored = data.rows.some((row) => row.p);
     choices("order", [["file", say("file")], ...(scored ? [["sure", say("sure")], ["unsure", say("unsure")]] : [])]);
@@ -60,10 +63,12 @@
     if (state === "right" && !row.ok) return false;
     if (data.errors.includes(state) && !row.errors.some((error) => error[0] === state)) return false;
     if (at("right").value) {
-      if (!ner && row.right !== right) return false;
+      if (several && !(row.right.includes(right) && (!cell || row.right.includes(cell[1])))) return false;
+      if (!ner && !several && row.right !== right) return false;
       if (ner && !row.hits.concat(...row.errors.map((e) => e.slice(1))).some((e) => e && e[2] === right)) return false;
     }
-    if (at("given").value && (row.given ?? "") !== given) return false;
+    if (at("given").value && several && !row.given.includes(given)) return false;
+    if (at("given").value && !several && (row.given ?? "") !== given) return false;
     const search = at("search").value.toLowerCase();
     return !search || row.text.toLowerCase().includes(search) || row.id.toLowerCase() === search;
   }
@@ -147,7 +152,9 @@
       if (!row.hits.length && !row.errors.length) card.append(make("div", "soft", say("none")));
     } else {
       const halves = make("div", "halves"), answer = make("div");
-      const line = told([say("rightIs"), row.right], [say("answered"), name(row.given), row.given === null]);
+      const set = (labels) => [labels.join(", ") || say("noLabels"), !labels.length];
+      const line = several ? told([say("rightIs"), ...set(row.right)], [say("answered"), ...set(row.given)])
+        : told([say("rightIs"), row.right], [say("answered"), name(row.given), row.given === null]);
       line.className = row.ok ? "good" : "bad";
       answer.append(line);
       if (row.p) answer.append(bars(row));
@@ -170,10 +177,10 @@
   }
 
   function confusion() {
-    const place = at("confusion");
-    if (!place || !data.confusion) return;
-    const rights = Object.keys(data.confusion);
-    const columns = [...new Set([...rights, ...rights.flatMap((r) => Object.keys(data.confusion[r]))])]
+    const place = at("confusion") ?? at("together"), counts = data.confusion ?? data.together;
+    if (!place || !counts) return;
+    const rights = Object.keys(counts);
+    const columns = [...new Set([...rights, ...rights.flatMap((r) => Object.keys(counts[r]))])]
       .sort((a, b) => (a === "") - (b === "") || (a < b ? -1 : 1));
     const grid = make("table", "confusion"), head = make("tr");
     const named = (label, className) => {
@@ -184,19 +191,20 @@
     head.append(make("th", "side"), ...columns.map((c) => named(c, "")));
     grid.append(head);
     for (const right of rights) {
-      const line = make("tr"), total = Object.values(data.confusion[right]).reduce((a, b) => a + b, 0);
+      const line = make("tr"), total = several ? counts[right][right] : Object.values(counts[right]).reduce((a, b) => a + b, 0);
       line.append(named(right, "side"));
       for (const given of columns) {
-        const count = data.confusion[right][given] || 0, box = make("td");
+        const count = counts[right][given] || 0, box = make("td");
         const button = make("button", "", count || "");
         button.type = "button";
         button.dataset.right = right; button.dataset.given = given;
-        button.title = say("rightIs") + colon() + right + " · " + say("answered") + colon() + name(given) + " · " + count;
+        button.title = several ? right + " + " + given + " · " + count
+          : say("rightIs") + colon() + right + " · " + say("answered") + colon() + name(given) + " · " + count;
         box.style.background = "rgba(var(--heat), " + (0.85 * count / total).toFixed(3) + ")";
         if (cell && cell[0] === right && cell[1] === given) box.className = "chosen";
         button.addEventListener("click", () => {
           cell = [right, given];
-          at("state").value = "all"; at("right").value = "=" + right; at("given").value = "=" + given; at("search").value = "";
+          at("state").value = "all"; at("right").value = "=" + right; at("given").value = several ? "" : "=" + given; at("search").value = "";
           shown = STEP; confusion(); list();
           at("rows").scrollIntoView({ behavior: "smooth" });
         });
@@ -205,7 +213,7 @@
       grid.append(line);
     }
     const wide = make("div", "wide"); wide.append(grid);
-    place.replaceChildren(make("h2", "", say("confusion")), make("p", "soft", say("hint")), wide);
+    place.replaceChildren(make("h2", "", say(several ? "together" : "confusion")), make("p", "soft", say(several ? "togetherHint" : "hint")), wide);
   }
 
   language.told.push(() => { fill(); confusion(); list(); });
