@@ -47,6 +47,8 @@ class Example:
         label: the right label (classification), None when unknown.
         entities: the right entities in order of appearance (NER), None when unknown.
         source: `file:line`, for messages.
+        shares: a soft label: labels with their shares, which are positive and sum to 1, the largest first; `label` is the
+            first. Empty when `label` is certain.
     """
 
     id: str
@@ -55,6 +57,7 @@ class Example:
     label: str | None = None
     entities: tuple[Entity, ...] | None = None
     source: str = ""
+    shares: tuple[tuple[str, float], ...] = ()
 
     @property
     def where(self) -> str:
@@ -73,6 +76,7 @@ class Example:
             if entities is None
             else [{"text": e.text, "label": e.label, "start": e.start, "end": e.end} for e in entities],
             "source": self.source,
+            "shares": [{"label": label, "share": share} for label, share in self.shares],
         }
 
     @staticmethod
@@ -88,6 +92,7 @@ class Example:
             if entities is None
             else tuple(Entity(e["text"], e["label"], e["start"], e["end"]) for e in entities),
             source=row["source"],
+            shares=tuple((each["label"], each["share"]) for each in row["shares"]),
         )
 
 

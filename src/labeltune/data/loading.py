@@ -63,7 +63,7 @@ class Rows:
 
     def answers(self) -> Dataset:
         """The rows without their texts."""
-        return self.dataset.select_columns(["candidates", "label", "entities", "source"])
+        return self.dataset.select_columns(["candidates", "label", "shares", "entities", "source"])
 
     def without(self, rows: Sequence[int]) -> Rows:
         """All rows but these; the audit stays that of the whole file."""
@@ -123,6 +123,7 @@ def features() -> Features:
             "label": Value("string"),
             "entities": List(entity),
             "source": Value("string"),
+            "shares": List({"label": Value("string"), "share": Value("float64")}),
         }
     )
 

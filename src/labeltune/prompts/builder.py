@@ -11,6 +11,7 @@ from labeltune.config import RunConfig
 from labeltune.errors import PromptError
 from labeltune.prompts import Task, make_task
 from labeltune.prompts.template import ChatTemplate, Conversation, Encoded
+from labeltune.prompts.weights import AnswerWeights
 from labeltune.types import Example
 
 if TYPE_CHECKING:
@@ -59,11 +60,15 @@ class PromptBuilder:
     A classification prompt always leaves room for the longest candidate, so a row's prompt is the same in training
     and prediction, token for token, also when its text is shortened. A NER prompt is shortened for the row's own
     answer in training, and only for itself in prediction, where the answer is not known.
+
+    Attributes:
+        weights: what the answers of an example count for in training; nothing else depends on them.
     """
 
-    def __init__(self, task: Task, template: ChatTemplate) -> None:
+    def __init__(self, task: Task, template: ChatTemplate, weights: AnswerWeights | None = None) -> None:
         self.task = task
         self.template = template
+        self.weights = weights or AnswerWeights()
         self._lengths: dict[str, int] = {}
         self._answers: dict[str, list[int]] = {}
 
@@ -85,12 +90,15 @@ class PromptBuilder:
         return self._encode(example, self.task.target(example))
 
     def answers(self, example: Example, encoded: Encoded) -> list[TrainedAnswer]:
-        """What is trained behind the prompt of an example: its right answer with its end of turn.
+        """What is trained behind the prompt of an example: its answers with their end of turn, the right one first.
 
         Args:
             encoded: as `training` gives it.
         """
-        return [TrainedAnswer(encoded.ids[slice(*encoded.answer_span)])]
+        weighed = self.weights.weighed(self.task.shares(example), self.task.possible_answers(example))
+        (_, first), *others = weighed.items()
+        right = TrainedAnswer(encoded.ids[slice(*encoded.answer_span)], weight=first)
+        return [right, *(TrainedAnswer(self.answer_ids(example, a), weight=w) for a, w in others)]
 
     def views(self, example: Example, long_text: Literal["truncate", "window"] = "truncate") -> list[View]:
         """The prompts that read a document: one, or with `window` as many overlapping ones as it takes.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
 from labeltune.errors import DataError
+from labeltune.prompts.descriptions import listed
 from labeltune.prompts.template import Conversation, build_conversation
 from labeltune.types import Example, Prediction
 
@@ -51,8 +52,8 @@ class ClassificationTask:
         return found
 
     def values(self, labels: Sequence[str]) -> dict[str, str]:
-        """The candidates, written as Python writes a list of strings and between semicolons."""
-        return {"category": repr(list(labels)), "labels": "; ".join(labels)}
+        """The candidates, as `listed` writes them."""
+        return listed(labels, self.prompt.descriptions)
 
     def conversation(self, example: Example) -> Conversation:
         """The prompt, with the candidates in it."""
@@ -63,6 +64,10 @@ class ClassificationTask:
         if example.label is None:
             raise DataError(f"{example.where}: no label")
         return example.label
+
+    def shares(self, example: Example) -> dict[str, float]:
+        """The label, or the labels of a soft label with their shares."""
+        return dict(example.shares) or {self.target(example): 1.0}
 
     def possible_answers(self, example: Example) -> tuple[str, ...]:
         """The candidates."""
