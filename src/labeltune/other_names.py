@@ -70,6 +70,7 @@ KEYS: dict[str, tuple[str, str, str]] = {
     "lr": (HF, "training.learning_rate", ""),
     "lr_scheduler_type": (_ALL, "training.scheduler", ""),
     "warmup_ratio": (_ALL, "training.warmup_steps", "a number of steps, not a share"),
+    "label_smoothing_factor": (_ALL, "training.label_smoothing", ""),
     "precision": (HF, "training.precision", ""),
     "bf16": (_ALL, "training.precision", "auto takes bf16 where the card has it"),
     "fp16": (_ALL, "training.precision", "auto takes fp16 where the card has no bf16"),

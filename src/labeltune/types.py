@@ -48,6 +48,8 @@ class Example:
         entities: the right entities in order of appearance (NER), None when unknown.
         labels: the right labels (multilabel), None when unknown.
         source: `file:line`, for messages.
+        shares: a soft label: labels with their shares, which are positive and sum to 1, the largest first; `label` is the
+            first. Empty when `label` is certain.
     """
 
     id: str
@@ -56,6 +58,7 @@ class Example:
     label: str | None = None
     entities: tuple[Entity, ...] | None = None
     source: str = ""
+    shares: tuple[tuple[str, float], ...] = ()
     labels: tuple[str, ...] | None = None
 
     @property
@@ -75,6 +78,7 @@ class Example:
             if entities is None
             else [{"text": e.text, "label": e.label, "start": e.start, "end": e.end} for e in entities],
             "source": self.source,
+            "shares": [{"label": label, "share": share} for label, share in self.shares],
             "labels": None if self.labels is None else list(self.labels),
         }
 
@@ -91,6 +95,7 @@ class Example:
             if entities is None
             else tuple(Entity(e["text"], e["label"], e["start"], e["end"]) for e in entities),
             source=row["source"],
+            shares=tuple((each["label"], each["share"]) for each in row["shares"]),
             labels=None if row["labels"] is None else tuple(row["labels"]),
         )
 

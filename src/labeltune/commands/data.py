@@ -349,12 +349,14 @@ def convert(
     config, source, _ = _check_target(file, None, task, labels)
     maker = make_task(config.task, _labels_of(source, config), config.prompt)
 
-    def render(example: Example) -> dict[str, str]:
+    def render(example: Example) -> dict[str, object]:
         conversation = maker.conversation(example)
+        soft = {"shares": dict(example.shares)} if example.shares else {}
         return {
             "instruction": conversation.system,
             "input": conversation.user,
             "output": maker.target(example),
+            **soft,
         }
 
     written, skipped = convert_file(source, output, config, render, skip=on_error == "skip")

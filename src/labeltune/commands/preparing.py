@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeltune.config import RunConfig, TrainingConfig
-from labeltune.data.labels import by_count
+from labeltune.data.labels import by_count, not_among
 from labeltune.data.loading import Splits, evenly, load_splits, stratum
 from labeltune.data.schemas import Fault
 from labeltune.distributed import rank
-from labeltune.errors import MissingExtraError, PromptError, counted, listed
+from labeltune.errors import ConfigError, MissingExtraError, PromptError, counted, listed
 from labeltune.io.progress import Say, begin, tell
 from labeltune.io.run_folder import RunInfo, public_name
 from labeltune.models.kernels import missing_kernels
 from labeltune.models.pocket import check_spec, tell_terms
 from labeltune.prompts import make_task
-from labeltune.prompts.builder import Negatives, PromptBuilder, builder_for_base
+from labeltune.prompts.builder import PromptBuilder, builder_for_base
 from labeltune.prompts.template import ChatTemplate
+from labeltune.prompts.weights import AnswerWeights, balanced, balanced_each
 from labeltune.types import Example
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def read_rows(config: RunConfig, say: Say) -> Splits:
     """The checked rows, split into training and validation.
 
     Raises:
+        ConfigError: a key names a label that is not there.
         DataError: rows are faulty, and `data.on_error` is `stop`.
         LicenseError, ModelError: the model's name alone shows that it cannot be used.
         MissingExtraError: the tracker is not installed.
@@ -56,8 +58,27 @@ def read_rows(config: RunConfig, say: Say) -> Splits:
     tell_terms(config.model, config.hub.accept_license)
     begin("checking the rows")
     splits = load_splits(config.task, config.data, config.hub, config.training.seed)
+    check_labels_named(config, splits.labels)
     report_splits(splits, say)
     return splits
+
+
+def check_labels_named(config: RunConfig, labels: Sequence[str]) -> None:
+    """Whether the labels that keys of the config name are there.
+
+    Raises:
+        ConfigError: one is not; the message names it and its key.
+    """
+    whose = "data.labels" if config.data.labels is not None else "the labels of the training rows"
+    weights = config.training.class_weights
+    named = {
+        "prompt.descriptions": [*config.prompt.descriptions],
+        "training.class_weights": [] if isinstance(weights, str) else [*weights],
+    }
+    for key, names in named.items():
+        for label in names:
+            if label not in labels:
+                raise ConfigError(f"{key} names an unknown label: {not_among(label, labels, whose)}")
 
 
 @dataclass(frozen=True)
@@ -140,15 +161,19 @@ def load_prompts(
 def tokenize_splits(
     config: RunConfig, splits: Splits, builder: PromptBuilder, say: Say
 ) -> tuple[Dataset, Dataset | None]:
-    """Tokens of the training rows and of the validation rows (None without any), as `tokenize_rows` has them."""
+    """Tokens of the training rows and of the validation rows (None without any), as `tokenize_rows` has them.
+
+    Class weights and label smoothing are for training rows only, so that validation losses of different runs compare.
+    """
     from labeltune.training.dataset import tokenize_rows
 
     begin("tokenizing the rows")
-    most, seed = config.training.negatives, config.training.seed
-    trained = (
-        builder if most == "all" else PromptBuilder(builder.task, builder.template, Negatives(most, seed))
-    )
-    train, account = tokenize_rows(splits.train, trained, config.data.workers)
+    weights = training_weights(config.training, splits.train)
+    if weights.classes:
+        low, high = min(weights.classes, key=weights.of), max(weights.classes, key=weights.of)
+        say(f"class weights: from {weights.of(low):.3g} ({low}) to {weights.of(high):.3g} ({high})")
+    weighing = PromptBuilder(builder.task, builder.template, weights)
+    train, account = tokenize_rows(splits.train, weighing, config.data.workers)
     validation = splits.validation
     if validation is not None:
         validation, _ = tokenize_rows(validation, builder, config.data.workers)
@@ -162,6 +187,37 @@ def tokenize_splits(
             "raise prompt.max_length"
         )
     return train, validation
+
+
+def training_weights(options: TrainingConfig, train: Dataset) -> AnswerWeights:
+    """What answers count for in training, as the config says; `balanced` weights follow from the training rows."""
+    classes = options.class_weights
+    if classes == "none":
+        classes = {}
+    elif classes == "balanced":
+        classes = _balanced(train)
+    if options.negatives == "all":
+        return AnswerWeights(classes, options.label_smoothing)
+    return AnswerWeights(classes, options.label_smoothing, options.negatives, options.seed)
+
+
+def _balanced(train: Dataset) -> dict[str, float]:
+    several = train["labels"][:]
+    if any(labels is not None for labels in several):
+        counts = Counter(label for labels in several for label in labels)
+        return balanced_each(counts, len(train))
+    return balanced(rows_by_label(train))
+
+
+def rows_by_label(dataset: Dataset) -> dict[str, float]:
+    """Label -> its rows; a soft label counts by its shares."""
+    counts: dict[str, float] = {}
+    columns = dataset.select_columns(["label", "shares"]).with_format("arrow")
+    for batch in columns.iter(batch_size=1000):
+        for row in batch.to_pylist():
+            for each in row["shares"] or [{"label": row["label"], "share": 1.0}]:
+                counts[each["label"]] = counts.get(each["label"], 0.0) + each["share"]
+    return counts
 
 
 def load_for_training(prepared: Prepared, say: Say) -> PreTrainedModel:

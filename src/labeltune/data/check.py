@@ -58,6 +58,7 @@ class Audit:
             whose text and pairs can be read, also where they are unusable, e.g. because a span does not match: what a
             file holds must not depend on which of its rows have other faults.
         without_candidates: usable classification rows that name no candidates; `first_without` is the place of the first.
+        shared_labels: labels that have a share in a soft label.
         first_places: label -> where it stands first, as an answer or a candidate.
     """
 
@@ -71,6 +72,7 @@ class Audit:
     counts: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
     candidates: set[str] = field(default_factory=set)
+    shared_labels: set[str] = field(default_factory=set)
     without_candidates: int = 0
     first_without: str = ""
     first_places: dict[str, str] = field(default_factory=dict)
@@ -97,6 +99,7 @@ class Audit:
         self.counts.update(other.counts)
         self.labels.update(other.labels)
         self.candidates |= other.candidates
+        self.shared_labels |= other.shared_labels
         self.first_places = {**other.first_places, **self.first_places}
         self.text_hashes.extend(other.text_hashes)
         self.answer_hashes.extend(other.answer_hashes)
@@ -132,9 +135,14 @@ class Audit:
                 found.append(fault)
         return found
 
+    @property
+    def right_labels(self) -> set[str]:
+        """The labels that are right somewhere, also by a share."""
+        return {*self.labels, *self.shared_labels}
+
     def label_set(self, named: tuple[str, ...] | None = None) -> tuple[str, ...]:
         """The labels that a config names; else those of the file, sorted: right answers, and candidates where rows name them."""
-        return named or tuple(sorted(set(self.labels) | self.candidates))
+        return named or tuple(sorted(self.right_labels | self.candidates))
 
     def length_percentiles(self) -> dict[str, int]:
         """Text lengths at p10, p50, p90, p99 and the maximum, in `length_unit`."""
@@ -292,7 +300,8 @@ def text_hash(text: str) -> int:
 def _answer_hash(example: Example) -> int:
     entities = None if example.entities is None else [(e.start, e.end, e.label) for e in example.entities]
     several = [] if example.labels is None else [sorted(example.labels)]
-    return text_hash(json.dumps([example.label, entities, *several], ensure_ascii=False))
+    shares = [example.shares] if example.shares else []
+    return text_hash(json.dumps([example.label, entities, *several, *shares], ensure_ascii=False))
 
 
 def _count_labels(audit: Audit, example: Example, where: str) -> None:
@@ -307,7 +316,9 @@ def _count_labels(audit: Audit, example: Example, where: str) -> None:
     else:
         names = [entity.label for entity in example.entities]
         _count_mentions(audit, [(entity.text, entity.label) for entity in example.entities])
-    for label in names:
+    shared = dict(example.shares)
+    audit.shared_labels.update(shared)
+    for label in (*names, *shared):
         audit.first_places.setdefault(label, where)
     audit.labels.update(names)
 
@@ -496,8 +507,8 @@ def nothing_to_learn(audit: Audit) -> str | None:
     """Why training rows teach nothing: all have the same label, or none has an entity. None when they do, or there are none."""
     if not audit.usable:
         return None
-    if audit.task == "classification" and len(audit.labels) == 1:
-        (label,) = audit.labels
+    if audit.task == "classification" and len(audit.right_labels) == 1:
+        (label,) = audit.right_labels
         return f"the training rows hold 1 label, {label!r}: there is nothing to tell apart; add rows of other labels"
     if audit.task == "multilabel" and not audit.labels:
         return "no label applies to any of the training rows: there is nothing to tell apart; add rows with labels"
@@ -531,12 +542,13 @@ def add_unknown_labels(
     A classification row that brings its own candidates is answered with one of these, so its label may be any of them.
 
     Args:
-        rows: the usable rows in order, with the columns `candidates`, `label`, `labels`, `entities` and `source` of `Example.to_row`.
+        rows: the usable rows in order, with the columns `candidates`, `label`, `shares`, `labels`, `entities` and `source` of
+            `Example.to_row`.
         known: the label set.
         whose: where it comes from, for the message: "the labels of the training rows".
     """
     names = set(known)
-    if names.issuperset(audit.labels):
+    if names.issuperset(audit.right_labels):
         return []
     found = []
     for number, row in enumerate(rows):
@@ -545,7 +557,8 @@ def add_unknown_labels(
         elif row["entities"] is not None:
             unknown = {entity["label"]: None for entity in row["entities"] if entity["label"] not in names}
         else:
-            unknown = {} if row["candidates"] or row["label"] in names else {row["label"]: None}
+            right = [] if row["candidates"] else [row["label"], *(each["label"] for each in row["shares"])]
+            unknown = {label: None for label in right if label not in names}
         for label in unknown:
             audit.add_fault(Fault("unknown_label", row["source"], not_among(label, known, whose)))
         if unknown:

@@ -22,7 +22,7 @@ def convert_file(
     spec: str,
     output: Path,
     config: RunConfig,
-    render: Callable[[Example], dict[str, str]],
+    render: Callable[[Example], dict[str, object]],
     skip: bool = False,
 ) -> tuple[int, int]:
     """Stream a labelled file into jsonl; the output appears whole or not at all.

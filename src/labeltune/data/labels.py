@@ -6,6 +6,7 @@ import ast
 import difflib
 import io
 import json
+import math
 import re
 import tokenize
 import unicodedata
@@ -62,6 +63,67 @@ def parse_candidates(value: str) -> list[str]:
     for separator in "，、":
         stripped = stripped.replace(separator, ",")
     return [label.strip() for label in stripped.split(",")]
+
+
+#: Shares may miss 1 by this much, as they are often rounded.
+_ROUNDED = 1e-3
+
+
+def parse_shares(value: object) -> tuple[tuple[str, float], ...]:
+    """A soft label: labels with their shares, the largest first, those of one share by name; nothing where the value is another one.
+
+    Written as an object, or as the JSON or Python text of one. Shares are divided by their sum; a share of 0 or null is none.
+
+    >>> parse_shares({"Economy": 0.25, "Sports": 0.75, "Farm": None})
+    (('Sports', 0.75), ('Economy', 0.25))
+    >>> parse_shares("Sports")
+    ()
+
+    Raises:
+        DataError: it is an object that holds no distribution over labels.
+    """
+    if isinstance(value, str):
+        value = _written_shares(value.strip())
+    if not isinstance(value, dict):
+        return ()
+    found: dict[str, float] = {}
+    for name, given in value.items():
+        share = 0 if given is None else given
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share <= 1 + _ROUNDED:
+            raise DataError(f"the share of {name!r} is {given!r}; shares are numbers from 0 to 1")
+        if not share:
+            continue
+        label = name.strip()
+        if not label:
+            raise DataError("a label is empty")
+        if label in found:
+            raise DataError(f"{label!r} has more than one share")
+        found[label] = float(share)
+    total = math.fsum(found.values())
+    if abs(total - 1) > _ROUNDED:
+        raise DataError(f"the shares sum to {total:.6g}; they must sum to 1")
+    ordered = sorted(found.items(), key=lambda each: (-each[1], each[0]))
+    return tuple((label, share / total) for label, share in ordered)
+
+
+def _written_shares(text: str) -> object:
+    """An object with numbers that stands in a text, as in the cell of a table; None where it is no such text."""
+    if not (text.startswith("{") and text.endswith("}")) or len(text) > _MAX_WRITTEN_LIST:
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = read(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, dict) and found and all(map(_is_share, found.items())):
+            return found
+    return None
+
+
+def _is_share(pair: tuple[object, object]) -> bool:
+    return isinstance(pair[0], str) and (pair[1] is None or isinstance(pair[1], int | float))
 
 
 def named_labels(option: str, value: str) -> tuple[str, ...]:

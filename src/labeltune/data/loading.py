@@ -63,7 +63,8 @@ class Rows:
 
     def answers(self) -> Dataset:
         """The rows without their texts."""
-        return self.dataset.select_columns(["candidates", "label", "labels", "entities", "source"])
+        wanted = ["candidates", "label", "shares", "labels", "entities", "source"]
+        return self.dataset.select_columns(wanted)
 
     def without(self, rows: Sequence[int]) -> Rows:
         """All rows but these; the audit stays that of the whole file."""
@@ -124,6 +125,7 @@ def features() -> Features:
             "entities": List(entity),
             "source": Value("string"),
             "labels": List(Value("string")),
+            "shares": List({"label": Value("string"), "share": Value("float64")}),
         }
     )
 

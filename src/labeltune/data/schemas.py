@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 from labeltune.config import ColumnsConfig, TaskName
-from labeltune.data.labels import like, meant, not_among, parse_candidates
+from labeltune.data.labels import like, meant, not_among, parse_candidates, parse_shares
 from labeltune.data.records import Record
 from labeltune.errors import DataError, clipped, printable
 from labeltune.types import Entity, Example
@@ -33,6 +33,7 @@ FAULT_KINDS: dict[str, tuple[Severity, str]] = {
     "output_not_in_candidates": ("error", "the right label is not among the row's candidates"),
     "duplicate_candidate": ("error", "a candidate label stands twice in its row"),
     "duplicate_label": ("error", "a right label stands twice in its row"),
+    "soft_label": ("error", "a soft label holds no shares that sum to 1"),
     "unknown_label": ("error", "a label is not in the label set"),
     "span_mismatch": ("error", "text[start:end] is not the entity's text"),
     "entity_not_in_text": ("error", "the entity does not occur in the text"),
@@ -126,6 +127,7 @@ def parse_record(
     example_id = check(lambda: _encodable(str(number if row_id in (None, "") else row_id), columns.id))
     candidates: tuple[str, ...] = ()
     label: str | None = None
+    shares: tuple[tuple[str, float], ...] = ()
     entities: tuple[Entity, ...] | None = None
     several: tuple[str, ...] | None = None
     if task != "ner":
@@ -138,12 +140,14 @@ def parse_record(
         faults += [Fault("unknown_label", record.where, not_among(each, known, whose)) for each in unknown]
     elif task == "classification":
         if answers_required:
-            label = check(lambda: _label(values, columns.output, numbered or labels, integer_labels))
-        if label is not None and candidates and label not in candidates:
-            message = f"{columns.output} {label!r} is not in {list(candidates)}{like(label, candidates)}"
-            faults.append(Fault("output_not_in_candidates", record.where, message))
-        if labels is not None and label is not None and not candidates and label not in labels:
-            faults.append(Fault("unknown_label", record.where, not_among(label, labels, "data.labels")))
+            answer = check(lambda: _answer(values, columns.output, numbered or labels, integer_labels))
+            label, shares = answer or (None, ())
+        for each in () if label is None else dict(shares) or (label,):
+            if candidates and each not in candidates:
+                message = f"{columns.output} {each!r} is not in {list(candidates)}{like(each, candidates)}"
+                faults.append(Fault("output_not_in_candidates", record.where, message))
+            if labels is not None and not candidates and each not in labels:
+                faults.append(Fault("unknown_label", record.where, not_among(each, labels, "data.labels")))
     elif answers_required:
         found = check(lambda: _entity_dicts(values, columns.entities))
         if found is not None and text is not None:
@@ -151,7 +155,7 @@ def parse_record(
             faults += [Fault(kind, record.where, message) for kind, message in problems]
     if example_id is None or text is None or any(fault.severity == "error" for fault in faults):
         return None, faults
-    return Example(example_id, text, candidates, label, entities, record.where, several), faults
+    return Example(example_id, text, candidates, label, entities, record.where, shares, several), faults
 
 
 def _text(values: dict[str, Any], column: str) -> str:
@@ -180,6 +184,21 @@ def is_blank(text: str) -> bool:
     return not any(c.isalnum() for c in text[:32]) and all(
         c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text
     )
+
+
+def _answer(
+    values: dict[str, Any], column: str, names: Sequence[str] | None, integer_labels: bool
+) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """(the most probable label, the shares of a soft label)."""
+    try:
+        shares = parse_shares(values.get(column))
+    except DataError as error:
+        raise _Problem("soft_label", f"{column} is no soft label: {error}") from None
+    if not shares:
+        return _label(values, column, names, integer_labels), ()
+    for label, _ in shares:
+        _encodable(label, column)
+    return shares[0][0], shares if len(shares) > 1 else ()
 
 
 def _label(values: dict[str, Any], column: str, names: Sequence[str] | None, integer_labels: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import ne
@@ -13,6 +12,7 @@ from labeltune.errors import PromptError
 from labeltune.prompts import Task, make_task
 from labeltune.prompts.multilabel import MultilabelTask
 from labeltune.prompts.template import ChatTemplate, Conversation, Encoded
+from labeltune.prompts.weights import AnswerWeights
 from labeltune.types import Example
 
 if TYPE_CHECKING:
@@ -65,35 +65,9 @@ class Verdict:
     no: tuple[int, ...]
     asked: int
 
-    def trained(self, applies: bool) -> TrainedAnswer:
-        """What is trained of it."""
-        return TrainedAnswer(list(self.yes if applies else self.no), self.asked)
-
-
-@dataclass(frozen=True)
-class Negatives:
-    """How many of the labels that do not apply to a row are trained, drawn by a seed; the weight of each grows as their number
-    shrinks, so that the loss is on average that of all."""
-
-    most: int
-    seed: int
-
-    def drawn(
-        self, example: Example, answers: Sequence[TrainedAnswer], applies: Sequence[bool]
-    ) -> list[TrainedAnswer]:
-        """The answers of an example that are trained.
-
-        Args:
-            applies: for each of them, whether its label does.
-        """
-        wrong = [at for at, right in enumerate(applies) if not right]
-        kept = set(random.Random(f"{self.seed}:{example.text}").sample(wrong, min(self.most, len(wrong))))
-        weight = len(wrong) / max(len(kept), 1)
-        return [
-            answer if applies[at] else replace(answer, weight=answer.weight * weight)
-            for at, answer in enumerate(answers)
-            if applies[at] or at in kept
-        ]
+    def trained(self, applies: bool, weight: float) -> TrainedAnswer:
+        """One of the two answers, as it is trained."""
+        return TrainedAnswer(list(self.yes if applies else self.no), self.asked, weight)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -107,12 +81,15 @@ class PromptBuilder:
     A classification prompt always leaves room for the longest candidate, so a row's prompt is the same in training
     and prediction, token for token, also when its text is shortened. A NER prompt is shortened for the row's own
     answer in training, and only for itself in prediction, where the answer is not known.
+
+    Attributes:
+        weights: what the answers of an example count for in training; nothing else depends on them.
     """
 
-    def __init__(self, task: Task, template: ChatTemplate, negatives: Negatives | None = None) -> None:
+    def __init__(self, task: Task, template: ChatTemplate, weights: AnswerWeights | None = None) -> None:
         self.task = task
         self.template = template
-        self.negatives = negatives
+        self.weights = weights or AnswerWeights()
         self._lengths: dict[str, int] = {}
         self._answers: dict[str, list[int]] = {}
 
@@ -138,8 +115,8 @@ class PromptBuilder:
         return task.possible_answers(example)[0] if isinstance(task, MultilabelTask) else task.target(example)
 
     def answers(self, example: Example, encoded: Encoded) -> list[TrainedAnswer]:
-        """What is trained behind the prompt of an example: its right answer with its end of turn; or, of every label, whether it
-        applies.
+        """What is trained behind the prompt of an example: its answers with their end of turn, the right one first; or what is decided
+        about each of its labels.
 
         Args:
             encoded: as `training` gives it.
@@ -148,13 +125,22 @@ class PromptBuilder:
             DataError: the example has no right answer.
         """
         if isinstance(self.task, MultilabelTask):
-            right = set(self.task.right_labels(example))
-            verdicts = [self.verdict(example, label) for label in self.task.candidates(example)]
-            answers = [verdict.trained(verdict.name in right) for verdict in verdicts]
-            if self.negatives is None:
-                return answers
-            return self.negatives.drawn(example, answers, [verdict.name in right for verdict in verdicts])
-        return [TrainedAnswer(encoded.ids[slice(*encoded.answer_span)])]
+            return self._verdicts(self.task, example)
+        weighed = self.weights.weighed(self.task.shares(example), self.task.possible_answers(example))
+        (_, first), *others = weighed.items()
+        right = TrainedAnswer(encoded.ids[slice(*encoded.answer_span)], weight=first)
+        return [right, *(TrainedAnswer(self.answer_ids(example, a), weight=w) for a, w in others)]
+
+    def _verdicts(self, task: MultilabelTask, example: Example) -> list[TrainedAnswer]:
+        right = set(task.right_labels(example))
+        applies = {label: label in right for label in task.candidates(example)}
+        found = []
+        for label, (weight, other) in self.weights.decided(example.text, applies).items():
+            verdict = self.verdict(example, label)
+            found.append(verdict.trained(applies[label], weight))
+            if other:
+                found.append(verdict.trained(not applies[label], other))
+        return found
 
     def views(self, example: Example, long_text: Literal["truncate", "window"] = "truncate") -> list[View]:
         """The prompts that read a document: one, or with `window` as many overlapping ones as it takes.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
 from labeltune.errors import DataError
-from labeltune.prompts.labels import candidates_of, listed
+from labeltune.prompts.descriptions import listed
+from labeltune.prompts.labels import candidates_of
 from labeltune.prompts.template import Conversation, build_conversation
 from labeltune.types import Example, Prediction
 
@@ -31,8 +32,8 @@ class ClassificationTask:
         return candidates_of(example, self.labels)
 
     def values(self, labels: Sequence[str]) -> dict[str, str]:
-        """The candidates, written as Python writes a list of strings and between semicolons."""
-        return listed(labels)
+        """The candidates, as `listed` writes them."""
+        return listed(labels, self.prompt.descriptions)
 
     def conversation(self, example: Example) -> Conversation:
         """The prompt, with the candidates in it."""
@@ -43,6 +44,10 @@ class ClassificationTask:
         if example.label is None:
             raise DataError(f"{example.where}: no label")
         return example.label
+
+    def shares(self, example: Example) -> dict[str, float]:
+        """The label, or the labels of a soft label with their shares."""
+        return dict(example.shares) or {self.target(example): 1.0}
 
     def possible_answers(self, example: Example) -> tuple[str, ...]:
         """The candidates."""

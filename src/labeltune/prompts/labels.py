@@ -1,10 +1,9 @@
-"""The labels that a row chooses from, and how a prompt lists them; for both kinds of classification."""
+"""The labels that a row chooses from, for both kinds of classification."""
 
 from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Sequence
 
 from labeltune.errors import DataError
 from labeltune.types import Example
@@ -36,8 +35,3 @@ def candidates_of(example: Example, labels: tuple[str, ...]) -> tuple[str, ...]:
     if fault:
         raise DataError(f"{example.where}: {fault}")
     return found
-
-
-def listed(labels: Sequence[str]) -> dict[str, str]:
-    """Labels as Python writes a list of strings and between semicolons, by the names of their places in a prompt."""
-    return {"category": repr(list(labels)), "labels": "; ".join(labels)}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
 from labeltune.errors import DataError
-from labeltune.prompts.labels import candidates_of, listed
+from labeltune.prompts.descriptions import listed
+from labeltune.prompts.labels import candidates_of
 from labeltune.prompts.template import Conversation, build_conversation
 from labeltune.types import Example, Prediction
 
@@ -33,8 +34,11 @@ class MultilabelTask:
 
     def values(self, labels: Sequence[str]) -> dict[str, str]:
         """The candidates, as of classification, and the words for what applies and what does not."""
-        words = {"positive": self.prompt.positive.strip(_AROUND), "negative": self.prompt.negative.strip(_AROUND)}
-        return {**listed(labels), **words}
+        words = {
+            "positive": self.prompt.positive.strip(_AROUND),
+            "negative": self.prompt.negative.strip(_AROUND),
+        }
+        return {**listed(labels, self.prompt.descriptions), **words}
 
     def conversation(self, example: Example) -> Conversation:
         """The prompt, which all labels of the example share."""
@@ -43,6 +47,10 @@ class MultilabelTask:
     def target(self, example: Example) -> str:
         """The labels that apply, one a line."""
         return "\n".join(f"{label}{self.prompt.positive}" for label in self.right_labels(example))
+
+    def shares(self, example: Example) -> dict[str, float]:
+        """The whole answer."""
+        return {self.target(example): 1.0}
 
     def right_labels(self, example: Example) -> tuple[str, ...]:
         """The labels that apply.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
 from labeltune.errors import DataError
+from labeltune.prompts.descriptions import listed
 from labeltune.prompts.template import Conversation, build_conversation
 from labeltune.types import Entity, Example, Prediction
 
@@ -30,12 +31,8 @@ class NerTask:
     name: TaskName = "ner"
 
     def values(self, labels: Sequence[str]) -> dict[str, str]:
-        """The label names, between semicolons and as Python writes a list, and the sentence that there is no entity."""
-        return {
-            "labels": "; ".join(labels),
-            "category": repr(list(labels)),
-            "no_entities": self.prompt.no_entities,
-        }
+        """The label names, as `listed` writes them, and the sentence that there is no entity."""
+        return {**listed(labels, self.prompt.descriptions), "no_entities": self.prompt.no_entities}
 
     def conversation(self, example: Example) -> Conversation:
         """The prompt, with the label names in it."""
@@ -51,6 +48,10 @@ class NerTask:
         return "\n".join(
             f"{BEFORE_TEXT}{escaped(e.text)}{BEFORE_LABEL}{escaped(e.label)}{END}" for e in ordered
         )
+
+    def shares(self, example: Example) -> dict[str, float]:
+        """The whole answer."""
+        return {self.target(example): 1.0}
 
     def possible_answers(self, example: Example) -> tuple[str, ...]:
         """None that could be listed."""

@@ -46,10 +46,13 @@ def question(request: ChatRequest, served: Served) -> tuple[str, tuple[str, ...]
 
 
 def read_prompt(content: str, served: Served) -> tuple[str, tuple[str, ...]]:
-    """Document and candidates of a user message: what stands where the run's prompt has them, else all of it and none."""
+    """Document and candidates of a user message: what stands where the run's prompt has them, else all of it and none.
+
+    Where labels are described, only the run's own list of them is known.
+    """
     task = served.predictor.task
     values = task.values(served.labels)
-    if task.name != "ner":
+    if task.name != "ner" and not task.prompt.descriptions:
         values["category"] = _MARK
     shape = build_conversation(task.prompt, "", values)
     marks = shape.user.count(_MARK)

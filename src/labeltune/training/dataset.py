@@ -136,7 +136,9 @@ def rows_that_cannot_fit(dataset: Dataset, builder: PromptBuilder) -> dict[int, 
     found: dict[int, int] = {}
     without = 0  # tokens of a row of entities without its answer; 0 when that is not known yet
     first = 0
-    columns = dataset.select_columns(["candidates", "label", "labels", "entities"]).with_format("arrow")
+    columns = dataset.select_columns(["candidates", "label", "labels", "entities", "shares"]).with_format(
+        "arrow"
+    )
     for batch in columns.iter(batch_size=_BATCH_ROWS):
         rows = batch.to_pylist()
         for number, row in enumerate(rows, start=first):
@@ -265,12 +267,8 @@ def _shard_keys(dataset: Dataset, builder: PromptBuilder, workers: int) -> Itera
     """The key of every `SHARD_ROWS` rows."""
     tokenizer, task = builder.template.tokenizer, builder.task
     common = hashlib.sha256()
-    prompt = {
-        "task": task.name,
-        "labels": task.labels,
-        "prompt": task.prompt.model_dump(mode="json"),
-        "negatives": None if builder.negatives is None else asdict(builder.negatives),
-    }
+    prompt = {"task": task.name, "labels": task.labels, "prompt": task.prompt.model_dump(mode="json")}
+    prompt["weights"] = asdict(builder.weights)
     common.update(json.dumps([VERSION, prompt, builder.template.rendered], sort_keys=True).encode())
     common.update(json.dumps(sorted(map(str, tokenizer.all_special_tokens))).encode())
     common.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -292,7 +290,7 @@ class _Hash:
     dataset: Dataset
 
     def __call__(self, rows: range) -> bytes:
-        columns = ["text", "candidates", "label", "entities", "labels"]
+        columns = ["text", "candidates", "label", "entities", "shares", "labels"]
         table = self.dataset.select(rows).select_columns(columns).with_format("arrow")[:]
         # As JSON, not as Arrow's bytes: those depend on how the rows lie in their file.
         values = [[row[name] for name in columns] for row in table.to_pylist()]

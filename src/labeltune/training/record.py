@@ -43,6 +43,8 @@ MAY_CHANGE = (
     "generation.batch_size",
     "calibrate.temperature",
 )
+#: Keys of `training` that runs of labeltune 0.1.0 could not set, and what they did.
+_CAME_LATER = {"class_weights": "none", "label_smoothing": 0.0}
 #: Figures that Trainer's log ends with.
 _LAST_LOGGED = "train_runtime"
 
@@ -78,8 +80,9 @@ def check_unchanged(checkpoint: Path, config: RunConfig, splits: Splits, summary
     record = _read(checkpoint / RECORD_FILE)
     now = leaves(config.model_dump(mode="json"))
     if record is not None:
-        # A record of an earlier version lacks the keys of `prompt` that came later.
-        then = leaves({"prompt": info.prompt.model_dump(mode="json")}) | leaves(record["config"])
+        # A record of an earlier version lacks the keys of `prompt` and `training` that came later.
+        later = {"prompt": info.prompt.model_dump(mode="json"), "training": _CAME_LATER}
+        then = leaves(later) | leaves(record["config"])
         same_rows = record["rows"] == _rows(splits)
     else:
         then = _told(checkpoint, info)
@@ -143,8 +146,7 @@ def _told(checkpoint: Path, info: RunInfo) -> dict[str, Any]:
             "dora": "use_dora",
         }
         known["lora"] = {ours: adapter[theirs] for ours, theirs in names.items() if theirs in adapter}
-    if not info.adapter:
-        known["training"] = {"method": "full"}
+    known["training"] = _CAME_LATER if info.adapter else {**_CAME_LATER, "method": "full"}
     return leaves(known)
 
 

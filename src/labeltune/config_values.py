@@ -1,0 +1,89 @@
+"""Plain values of a config: what is made of them before they are checked, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from labeltune.errors import clipped
+from labeltune.other_names import KEYS, our_name, plain
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+
+def with_descriptions(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with a mapping `data.labels` as what it stands for: its keys there, and itself as `prompt.descriptions`.
+
+    Raises:
+        ValueError: there are descriptions in both places, or one is no text.
+    """
+    data, prompt = values.get("data"), values.get("prompt") or {}
+    if not isinstance(data, dict) or not isinstance(data.get("labels"), dict) or not isinstance(prompt, dict):
+        return values
+    described = {label: text for label, text in data["labels"].items() if text is not None}
+    if prompt.get("descriptions"):
+        raise ValueError(
+            "labels are described in data.labels and in prompt.descriptions; write the descriptions into one of them"
+        )
+    for label, text in described.items():
+        if not isinstance(text, str | int | float):
+            raise ValueError(
+                f"data.labels.{label} is the description of a label and must be a string, not {type(text).__name__}"
+            )
+    return {
+        **values,
+        "data": {**data, "labels": [*data["labels"]]},
+        "prompt": {**prompt, "descriptions": described},
+    }
+
+
+def unwritable(value: object, key: str = "") -> Iterator[str]:
+    """Dotted names of strings that no file could hold."""
+    if isinstance(value, str):
+        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            yield key
+    elif isinstance(value, dict):
+        for name, child in value.items():
+            if key:
+                yield from unwritable(name, key)
+            yield from unwritable(child, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for child in value:
+            yield from unwritable(child, key)
+
+
+def describe(problem: ErrorDetails, known: Sequence[str]) -> str:
+    """What is wrong with one key.
+
+    Args:
+        known: all keys that there are.
+    """
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {clipped(key, 200)!r}{_suggestion(key, known, problem['input'])}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {clipped(repr(problem['input']), 200)})" if key else message
+
+
+#: What people call a key, where it is spelled too differently to be found and no other tool's name.
+_OTHER_NAMES = {"rank": "lora.r"}
+
+
+def _suggestion(key: str, known: Sequence[str], value: object) -> str:
+    sections = sorted({name.rpartition(".")[0] for name in known if "." in name})
+    leaf = key.rpartition(".")[2]
+    elsewhere = our_name(key, value)
+    if elsewhere is not None:
+        named = KEYS.get(plain(key))
+        return f": {elsewhere}" if named is None else f"; did you mean {named[1]!r}? {elsewhere}"
+    if leaf in _OTHER_NAMES:
+        close = [_OTHER_NAMES[leaf]]
+    else:
+        close = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.75)
+    if not close:
+        leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
+        found = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.7)
+        close = [leaves[found[0]]] if found else []
+    return f"; did you mean {close[0]!r}?" if close else "; `labeltune keys` lists all keys"
