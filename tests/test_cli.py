@@ -21,8 +21,9 @@ from helpers.hubs import fake_hub
 from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
 from helpers.runs import run_without_weights
 from labeltune.commands import main, original
-from labeltune.config import CLASSIFICATION_USER, ENGLISH_PROMPTS, load_config
+from labeltune.config import load_config
 from labeltune.data.sources import iter_records
+from labeltune.default_prompts import CLASSIFICATION_USER, ENGLISH_PROMPTS
 from labeltune.io import progress
 
 ROOT = Path(__file__).resolve().parents[1]

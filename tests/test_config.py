@@ -11,14 +11,13 @@ from pydantic import BaseModel, ValidationError
 
 from labeltune.commands.original import original_config
 from labeltune.config import (
-    CLASSIFICATION_SYSTEM,
-    NER_SYSTEM,
     RunConfig,
     TaskName,
     build_config,
     config_keys,
     load_config,
 )
+from labeltune.default_prompts import CLASSIFICATION_SYSTEM, NER_SYSTEM
 from labeltune.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]

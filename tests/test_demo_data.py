@@ -13,7 +13,8 @@ import pytest
 
 import labeltune
 from helpers.rows import read_jsonl
-from labeltune.config import ENGLISH_PROMPTS, load_config
+from labeltune.config import load_config
+from labeltune.default_prompts import ENGLISH_PROMPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "examples" / "data"

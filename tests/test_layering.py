@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "labeltune"
 LAYERS = (
     ("types", "errors", "messages"),
     ("io.safe_yaml",),
-    ("config", "config_table", "other_names"),
+    ("config", "config_table", "default_prompts", "other_names"),
     ("io", "distributed"),
     ("data",),
     ("prompts",),

@@ -20,6 +20,13 @@ from pydantic import (
     model_validator,
 )
 
+from labeltune.default_prompts import (
+    CLASSIFICATION_SYSTEM,
+    CLASSIFICATION_USER,
+    NER_MARKS_SYSTEM,
+    NER_SYSTEM,
+    NER_USER,
+)
 from labeltune.errors import ConfigError, clipped, near_it
 from labeltune.io.safe_yaml import read_yaml
 from labeltune.other_names import KEYS, our_name, plain
@@ -28,32 +35,8 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 TaskName = Literal["classification", "ner"]
+EntitiesKind = Literal["flat", "nested"]
 
-CLASSIFICATION_SYSTEM = (
-    "你是一个文本分类领域的专家，你会接收到一段文本和几个潜在的分类选项，请输出文本内容的正确类型"
-)
-CLASSIFICATION_USER = "文本:{text},类型选型:{category}"
-NER_SYSTEM = (
-    "你是命名实体识别方面的专家。请找出用户所给文本中的全部实体，实体类型只有：{labels}。"
-    '每个实体单独占一行，写成一个合法的JSON对象，形如 {"entity_text": "实体原文", "entity_label": "实体类型"}，'
-    "按照在文本中出现的先后顺序输出。如果文本中一个实体也没有，只输出“{no_entities}”。"
-)
-NER_USER = "文本:{text}"
-#: For English rows; `prompt` of a config has to name them, as the original recipe's are the default.
-ENGLISH_PROMPTS: dict[str, dict[str, str]] = {
-    "classification": {
-        "system": "You are an expert in text classification. Choose the right label for the text.",
-        "user": "Labels: {category}\n{text}",
-    },
-    "ner": {
-        "system": (
-            "Extract all named entities of the types {labels}. Write one JSON object a line: "
-            '{"entity_text": ..., "entity_label": ...}. If there is none, write: {no_entities}'
-        ),
-        "user": "{text}",
-        "no_entities": "none",
-    },
-}
 NER_LABELS = ("地点", "人名", "地理实体", "组织")
 
 
@@ -141,6 +124,9 @@ class DataConfig(Section):
     )
     columns: ColumnsConfig = Field(default_factory=lambda: ColumnsConfig(), description="column names")
     encoding: str = Field("utf-8", description="encoding of text files, e.g. `gb18030` for GBK")
+    entities: EntitiesKind = Field(
+        "flat", description="nested: entities may lie inside entities (NER); ones that cross stay an error"
+    )
     on_error: Literal["stop", "skip"] = Field(
         "stop", description="what training does with faulty rows: stop, or skip them and say how many"
     )
@@ -182,6 +168,10 @@ class PromptConfig(Section):
     user: str = Field(CLASSIFICATION_USER, description="user message, with `{text}` in it (default by task)")
     no_entities: str = Field(
         "没有找到任何实体", min_length=1, description="the answer when a text holds no entity (NER)"
+    )
+    answer: Literal["json", "marks"] = Field(
+        "json",
+        description="json: an entity a line; marks: the text again with marks around its entities, `[Oslo|LOC]` (NER, docs/train.md)",
     )
     layout: Literal["original", "labels_first"] = Field(
         "original",
@@ -337,7 +327,9 @@ class GenerationConfig(Section):
         "auto", description="rows decoded at once; auto: 128 on a GPU, 16 on the CPU"
     )
     max_new_tokens: int = Field(
-        256, ge=1, description="longest NER answer in tokens; label answers are bounded by the labels"
+        256,
+        ge=1,
+        description="longest NER answer in tokens, of marks beside the text's own; label answers are bounded by the labels",
     )
     long_text: Literal["truncate", "window"] = Field(
         "truncate",
@@ -407,7 +399,9 @@ class RunConfig(Section):
         values = {key: value for key, value in values.items() if value is not None or key not in sections}
         if values.get("task", "classification") == "ner":
             values.setdefault("output_dir", "./output/Qwen2-NER")
-            _set_default(values, "prompt", system=NER_SYSTEM, user=NER_USER)
+            prompt = values.get("prompt")
+            marked = isinstance(prompt, dict) and prompt.get("answer") == "marks"
+            _set_default(values, "prompt", system=NER_MARKS_SYSTEM if marked else NER_SYSTEM, user=NER_USER)
         return values
 
     @model_validator(mode="after")
@@ -420,6 +414,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"eval.metric={self.eval.metric} is not measured for {self.task}; it has {', '.join(METRICS[self.task])}, loss"
             )
+        if self.task == "classification" and (self.prompt.answer, self.data.entities) != ("json", "flat"):
+            raise ValueError("prompt.answer and data.entities are for entities (task: ner)")
         if self.training.method == "full" and (self.lora.dora or self.lora.rslora):
             raise ValueError("lora.dora and lora.rslora need training.method lora or qlora")
         return self

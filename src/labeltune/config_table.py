@@ -9,12 +9,8 @@ from typing import Literal
 
 import yaml
 
-from labeltune.config import (
-    CLASSIFICATION_SYSTEM,
-    CLASSIFICATION_USER,
-    RunConfig,
-    config_keys,
-)
+from labeltune.config import RunConfig, config_keys
+from labeltune.default_prompts import CLASSIFICATION_SYSTEM, CLASSIFICATION_USER
 
 Language = Literal["en", "zh"]
 #: The page of each language, from the root of the repository.

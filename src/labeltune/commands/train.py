@@ -28,9 +28,10 @@ from labeltune.commands.preparing import (
     tokenize_splits,
 )
 from labeltune.commands.row_hashes import Seen, hashes_file, save_selection
-from labeltune.config import ENGLISH_PROMPTS, RunConfig, load_config
+from labeltune.config import RunConfig, load_config
 from labeltune.data.columns import tells_task
 from labeltune.data.loading import Splits
+from labeltune.default_prompts import ENGLISH_PROMPTS
 from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.evaluation.summary import SELECTION, Evaluation, headline
@@ -190,7 +191,9 @@ def _defaults(data: str, task: str | None, changes: list[str]) -> tuple[list[str
         return found, "your own prompt", how
     if any(_CHINESE.search(str([*row.values()])) for row in rows):
         return found, "a Chinese prompt", how
-    found += [_change(f"prompt.{key}", text) for key, text in ENGLISH_PROMPTS.get(guessed, {}).items()]
+    marked = reading.prompt.answer == "marks" and guessed == "ner"
+    prompts = ENGLISH_PROMPTS.get("ner_marks" if marked else guessed, {})
+    found += [_change(f"prompt.{key}", text) for key, text in prompts.items()]
     return found, "an English prompt", how
 
 

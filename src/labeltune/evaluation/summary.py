@@ -12,7 +12,14 @@ import numpy
 from labeltune.errors import counted
 from labeltune.evaluation.intervals import wilson
 from labeltune.evaluation.metrics import label_numbers, macro_f1_of
-from labeltune.evaluation.spans import f1_of_counts, precision_and_recall, span_counts, spans, strict_span_f1
+from labeltune.evaluation.spans import (
+    f1_of_counts,
+    nesting_figures,
+    precision_and_recall,
+    span_counts,
+    spans,
+    strict_span_f1,
+)
 from labeltune.types import Example, Prediction
 
 #: What a run's figures on its validation rows are called, wherever they are shown.
@@ -100,12 +107,18 @@ def slices(examples: Sequence[Example], predictions: Sequence[Prediction]) -> di
     """`by_length` and `by_label_frequency`: accuracy, or strict span F1 for entities, each with its interval and rows.
 
     Lengths are characters, cut at the quartiles of these rows. Labels are ordered by how many of these rows (entities) have
-    them and cut into thirds.
+    them and cut into thirds. Where entities lie inside entities, `by_nesting` has those by themselves, around others and inside others.
     """
-    return {
+    found = {
         "by_length": _by_length(examples, predictions),
         "by_label_frequency": _by_frequency(examples, predictions),
     }
+    nested = nesting_figures([spans(e.entities) for e in examples], [spans(p.entities) for p in predictions])
+    if nested:
+        found["by_nesting"] = [
+            {"slice": kind, "rows": part.pop("support"), **part} for kind, part in nested.items()
+        ]
+    return found
 
 
 def _by_length(examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:

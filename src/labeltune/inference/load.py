@@ -73,7 +73,7 @@ def predictor_on(model: PreTrainedModel, folder: Path, trust_remote_code: bool =
         ModelError: the checkpoint is incomplete or damaged.
     """
     info = RunInfo.load(folder)
-    task = make_task(info.task, info.labels, info.prompt)
+    task = make_task(info.task, info.labels, info.prompt, info.entities)
     return Predictor(
         model,
         task,
@@ -129,7 +129,7 @@ def run_fingerprint(run: str, changes: dict[str, Any]) -> str:
     return fingerprint(
         info.model,
         weights_file(folder, info),
-        task=make_task(info.task, info.labels, info.prompt),
+        task=make_task(info.task, info.labels, info.prompt, info.entities),
         template=run_template(folder, info),
         generation=changed_generation(info.generation, changes),
         calibrate=info.calibrate,

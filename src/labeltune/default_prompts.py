@@ -1,0 +1,42 @@
+"""What a model is asked where the config does not say: the original recipe's prompts, and English ones."""
+
+from __future__ import annotations
+
+CLASSIFICATION_SYSTEM = (
+    "你是一个文本分类领域的专家，你会接收到一段文本和几个潜在的分类选项，请输出文本内容的正确类型"
+)
+CLASSIFICATION_USER = "文本:{text},类型选型:{category}"
+NER_SYSTEM = (
+    "你是命名实体识别方面的专家。请找出用户所给文本中的全部实体，实体类型只有：{labels}。"
+    '每个实体单独占一行，写成一个合法的JSON对象，形如 {"entity_text": "实体原文", "entity_label": "实体类型"}，'
+    "按照在文本中出现的先后顺序输出。如果文本中一个实体也没有，只输出“{no_entities}”。"
+)
+NER_MARKS_SYSTEM = (
+    "你是命名实体识别方面的专家。请找出用户所给文本中的全部实体，实体类型只有：{labels}。"
+    "原样重复整段文本，并标出其中的每个实体，形如 [实体原文|实体类型]；"
+    "文本自身的 [ ] | \\ 前面加上反斜杠。如果文本中一个实体也没有，只输出“{no_entities}”。"
+)
+NER_USER = "文本:{text}"
+#: For English rows; `prompt` of a config has to name them, as the original recipe's are the default.
+ENGLISH_PROMPTS: dict[str, dict[str, str]] = {
+    "classification": {
+        "system": "You are an expert in text classification. Choose the right label for the text.",
+        "user": "Labels: {category}\n{text}",
+    },
+    "ner": {
+        "system": (
+            "Extract all named entities of the types {labels}. Write one JSON object a line: "
+            '{"entity_text": ..., "entity_label": ...}. If there is none, write: {no_entities}'
+        ),
+        "user": "{text}",
+        "no_entities": "none",
+    },
+    "ner_marks": {
+        "system": (
+            "Mark all named entities of the types {labels}. Repeat the text as it is, each entity written as "
+            "[entity|type]; put a backslash before [ ] | \\ of the text. If there is none, write: {no_entities}"
+        ),
+        "user": "{text}",
+        "no_entities": "none",
+    },
+}
