@@ -10,6 +10,11 @@ rounds of ratios taken within a round. Classification rows are offered 20 candid
 
 No run, but random weights in a small shape of a hybrid model: `per_label` and `labeltune` alone, and ratios to `per_label`.
 
+    python benchmarks/predict_speed.py --model RUN --task ner --data rows.jsonl --without original --without original_bf16
+
+With a run that answers with marks (prompt.answer=marks) there is `token_by_token` too: the same decoding without reading ahead. `passes/row` is how often
+the model was asked.
+
 `original`: one row at a time, the chat template applied, `generate` with up to 512 new tokens; `original_bf16` the same with
 the weights in bf16, as the original loads them (the others have fp32 on a CPU). `free_batched`: the same prompts in batches. `per_label`: one forward pass for every candidate. `labeltune`: label scoring, or constrained extraction.
 """
@@ -27,6 +32,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from labeltune.io.run_folder import RunInfo, find_checkpoint
 
 MADE_UP = [
     "Agriculture",
@@ -55,7 +62,7 @@ MADE_UP = [
 CANDIDATES = 20
 VARIANTS = {
     "classification": ("original", "original_bf16", "free_batched", "per_label", "labeltune"),
-    "ner": ("original", "original_bf16", "free_batched", "labeltune"),
+    "ner": ("original", "original_bf16", "free_batched", "token_by_token", "labeltune"),
 }
 
 
@@ -114,23 +121,28 @@ def run_variant(given: argparse.Namespace) -> dict[str, Any]:
     from labeltune.data.loading import load_rows
     from labeltune.inference.generation import generate_answers
     from labeltune.inference.load import load_predictor
+    from labeltune.inference.runners import CacheRunner, SegmentRunner
     from labeltune.inference.scoring import Question, score_one_by_one
     from labeltune.prompts import make_task
     from labeltune.prompts.builder import PromptBuilder
 
     # As `labeltune predict` loads it; the original leaves its adapter beside the weights.
-    merge = given.variant == "labeltune"
+    merge = given.variant in ("labeltune", "token_by_token")
     predictor = (
         random_predictor(given)
         if given.family
         else load_predictor(given.model, device=given.device, merge=merge)
     )
     task = make_task(
-        given.task, predictor.task.labels, predictor.task.prompt.model_copy(update={"layout": given.layout})
+        given.task,
+        predictor.task.labels,
+        predictor.task.prompt.model_copy(update={"layout": given.layout}),
+        predictor.entities,
     )
     predictor.task, predictor.builder = task, PromptBuilder(task, predictor.template)
     labels = task.labels if given.task == "ner" else None
-    loaded = load_rows(given.data, given.task, DataConfig(labels=labels, columns=predictor.columns))
+    reading = DataConfig(labels=labels, columns=predictor.columns, entities=predictor.entities)
+    loaded = load_rows(given.data, given.task, reading)
     rows = [loaded.example(i) for i in range(min(given.rows + 1, len(loaded.dataset)))]
     if given.task == "classification":
         candidates = tuple(
@@ -140,6 +152,15 @@ def run_variant(given: argparse.Namespace) -> dict[str, Any]:
     tokenizer, model = predictor.template.tokenizer, predictor.model
     if given.variant == "original_bf16":
         model.bfloat16()
+    if given.variant == "token_by_token":
+        SegmentRunner.lookahead = CacheRunner.lookahead = 0
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    model.register_forward_pre_hook(count)
 
     def generate(batch: list[Any], batch_size: int, limit: int) -> None:
         prompts = [predictor.builder.prompt(row).ids for row in batch]
@@ -176,6 +197,7 @@ def run_variant(given: argparse.Namespace) -> dict[str, Any]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     ask(rows[:1])
+    passes = 0
     start = time.perf_counter()
     ask(rows[1:])
     seconds = time.perf_counter() - start
@@ -185,7 +207,12 @@ def run_variant(given: argparse.Namespace) -> dict[str, Any]:
         import torch
 
         peak[0] = torch.cuda.max_memory_allocated()
-    return {"rows_per_second": (len(rows) - 1) / seconds, "peak_memory_mb": peak[0] / 1e6}
+    count_of_rows = len(rows) - 1
+    return {
+        "rows_per_second": count_of_rows / seconds,
+        "passes_per_row": passes / count_of_rows,
+        "peak_memory_mb": peak[0] / 1e6,
+    }
 
 
 def main() -> None:
@@ -196,7 +223,8 @@ def main() -> None:
         return
     found: dict[str, list[dict[str, float]]] = {}
     variants = ("per_label", "labeltune") if given.family else VARIANTS[given.task]
-    base = variants[0]
+    if given.task == "ner" and RunInfo.load(find_checkpoint(given.model)).prompt.answer == "json":
+        given.without.append("token_by_token")
     for number in range(given.repeats):
         for variant in (v for v in variants if v not in given.without):
             done = subprocess.run(
@@ -218,7 +246,8 @@ def main() -> None:
     print(
         f"{given.task}, layout {given.layout}, {Path(given.data).name}, {given.rows} rows, {given.device}\n"
     )
-    print(f"| variant | rows/s | to {base} | peak MB |\n|---|---|---|---|")
+    base = next(iter(found))
+    print(f"| variant | rows/s | to {base} | passes/row | peak MB |\n|---|---|---|---|---|")
     for variant, runs in found.items():
         ratios = [
             run["rows_per_second"] / other["rows_per_second"]
@@ -229,12 +258,14 @@ def main() -> None:
             "variant": variant,
             "rows_per_second": round(statistics.median(run["rows_per_second"] for run in runs), 3),
             f"ratio_to_{base}": round(statistics.median(ratios), 2),
+            "passes_per_row": round(statistics.median(run["passes_per_row"] for run in runs), 2),
             "peak_memory_mb": round(statistics.median(run["peak_memory_mb"] for run in runs)),
             "layout": given.layout,
         }
         records.append(record)
         print(
-            f"| {variant} | {record['rows_per_second']:.2f} | {record[f'ratio_to_{base}']:.2f} | {record['peak_memory_mb']} |"
+            f"| {variant} | {record['rows_per_second']:.2f} | {record[f'ratio_to_{base}']:.2f} | {record['passes_per_row']} "
+            f"| {record['peak_memory_mb']} |"
         )
     if given.json:
         Path(given.json).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")

@@ -13,17 +13,8 @@ from hypothesis import strategies as st
 from helpers.tiny_models import CACHE_KINDS, HYBRID_KINDS, MODEL_KINDS, make_model, make_tokenizer
 from labeltune.errors import ModelError
 from labeltune.inference.engine import Engine
-from labeltune.inference.extraction import (
-    CacheRunner,
-    Grammars,
-    PlainRunner,
-    Runner,
-    SegmentRunner,
-    escape_units,
-    extract,
-    nothing_left,
-    occurrences,
-)
+from labeltune.inference.extraction import Grammars, escape_units, extract, nothing_left, occurrences
+from labeltune.inference.runners import CacheRunner, PlainRunner, Runner, SegmentRunner
 from labeltune.inference.scoring import own_prefix, segment_prefix
 
 LABELS = ["地点", 'a "quoted" label', "组织"]

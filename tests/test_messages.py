@@ -26,6 +26,8 @@ CHINESE = re.compile("[\u3400-\u9fff]")
 HOLE = "7"
 #: Put together by the source from more than one string, so that no template stands there in one piece.
 COMPOSED = {
+    "{where}: {entity} at {start}:{end} and {other} at {begin}:{stop} cross: each holds a part of the other; marks can only nest",
+    "{where}: entity {entity} has no place in the text, so no marks can stand around it",
     "step {step}/{steps}  epoch {epoch}",
     "step {step}/{steps}  epoch {epoch}  loss {loss}  lr {rate}",
     "step {step}/{steps}  epoch {epoch}  {speed} examples/s  {left} s left",

@@ -19,7 +19,8 @@ from helpers.tiny_models import make_model, make_tokenizer
 from helpers.training import logged
 from labeltune.config import build_config
 from labeltune.inference.engine import Engine
-from labeltune.inference.extraction import Grammars, PlainRunner, SegmentRunner, extract
+from labeltune.inference.extraction import Grammars, extract
+from labeltune.inference.runners import PlainRunner, SegmentRunner
 from labeltune.inference.scoring import (
     LabelTrie,
     Question,

@@ -318,7 +318,53 @@ def test_overlaps_are_found_where_offsets_are_wrong_too() -> None:
     found = [entity(10, -1, "Oslo"), entity(11, 14, "slo"), entity(0, 3, "Nils")]
     _, faults = parse_record(Record("f:1", ner(*found, text="Nils left Oslo.")), 0, "ner", ColumnsConfig())
     assert [fault.kind for fault in faults] == ["span_mismatch", "span_mismatch", "overlapping_entities"]
-    assert faults[2].message == "'Oslo' at 10:14 and 'slo' at 11:14"
+    assert faults[2].message == (
+        "'Oslo' at 10:14 and 'slo' at 11:14: one lies inside the other; data.entities=nested keeps both"
+    )
+
+
+@pytest.mark.parametrize(
+    ("spans", "flat", "nested"),
+    [
+        ([(0, 4, "A"), (5, 9, "A")], None, None),
+        (
+            [(0, 9, "A"), (0, 4, "B"), (5, 9, "A")],
+            "one lies inside the other; data.entities=nested keeps both",
+            None,
+        ),
+        (
+            [(0, 4, "A"), (0, 4, "B")],
+            "stands twice, as 'A' and as 'B'; data.entities=nested keeps both",
+            None,
+        ),
+        ([(0, 4, "A"), (0, 4, "A")], "'abcd' at 0:4 stands twice", "'abcd' at 0:4 stands twice as 'A'"),
+        (
+            [(0, 4, "A"), (2, 6, "B")],
+            "'abcd' at 0:4 and 'cdef' at 2:6",
+            "'abcd' at 0:4 and 'cdef' at 2:6 cross",
+        ),
+        # Not neighbours by place.
+        (
+            [(0, 6, "A"), (1, 2, "B"), (5, 9, "A")],
+            "'abcdef' at 0:6 and 'b' at 1:2: one lies inside the other",
+            "'abcdef' at 0:6 and 'fghi' at 5:9 cross",
+        ),
+    ],
+)
+def test_entities_inside_entities(spans: list[Any], flat: str | None, nested: str | None) -> None:
+    text = "abcdefghi"
+    rows = [
+        {"start_idx": a, "end_idx": b, "entity_text": text[a:b], "entity_label": label}
+        for a, b, label in spans
+    ]
+    for wanted, kind in ((flat, False), (nested, True)):
+        record = Record("f:1", ner(*rows, text=text))
+        example, faults = parse_record(record, 0, "ner", ColumnsConfig(), nested=kind)
+        if wanted is None:
+            assert example is not None and not faults
+            assert {(e.start, e.end, e.label) for e in example.entities or ()} == set(spans)
+        else:
+            assert example is None and wanted in faults[0].message
 
 
 def test_entities_with_blanks_at_their_ends_are_warnings() -> None:

@@ -234,7 +234,8 @@ def correct(part: Part) -> None:
             part.add(f"fp32 label scores of {kind} against the CPU", max(abs(a - b) for a, b in pairs))
             part.add(f"{kind} scores in segments", not caught)
     with part.going_on("extraction"):
-        from labeltune.inference.extraction import Grammars, PlainRunner, SegmentRunner, extract
+        from labeltune.inference.extraction import Grammars, extract
+        from labeltune.inference.runners import PlainRunner, SegmentRunner
         from labeltune.inference.scoring import segment_prefix
 
         tokenizer = make_tokenizer()

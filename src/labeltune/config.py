@@ -19,12 +19,13 @@ from pydantic import (
     model_validator,
 )
 
-from labeltune.config_values import describe, unwritable, with_descriptions
+from labeltune.config_values import apply_override, describe, unwritable, with_descriptions
 from labeltune.default_prompts import CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, PROMPTS
 from labeltune.errors import ConfigError, near_it
 from labeltune.io.safe_yaml import read_yaml
 
 TaskName = Literal["classification", "multilabel", "ner"]
+EntitiesKind = Literal["flat", "nested"]
 
 #: Figures that can pick a checkpoint, the usual one first.
 METRICS: dict[str, tuple[str, ...]] = {
@@ -118,6 +119,9 @@ class DataConfig(Section):
     )
     columns: ColumnsConfig = Field(default_factory=lambda: ColumnsConfig(), description="column names")
     encoding: str = Field("utf-8", description="encoding of text files, e.g. `gb18030` for GBK")
+    entities: EntitiesKind = Field(
+        "flat", description="nested: entities may lie inside entities (NER); ones that cross stay an error"
+    )
     on_error: Literal["stop", "skip"] = Field(
         "stop", description="what training does with faulty rows: stop, or skip them and say how many"
     )
@@ -167,6 +171,10 @@ class PromptConfig(Section):
     )
     negative: str = Field(
         ": no", min_length=1, description="what stands behind one that does not (multilabel; default by task)"
+    )
+    answer: Literal["json", "marks"] = Field(
+        "json",
+        description="json: an entity a line; marks: the text again with marks around its entities, `[Oslo|LOC]` (NER, docs/train.md)",
     )
     layout: Literal["original", "labels_first"] = Field(
         "original",
@@ -350,7 +358,9 @@ class GenerationConfig(Section):
         "auto", description="rows decoded at once; auto: 128 on a GPU, 16 on the CPU"
     )
     max_new_tokens: int = Field(
-        256, ge=1, description="longest NER answer in tokens; label answers are bounded by the labels"
+        256,
+        ge=1,
+        description="longest NER answer in tokens, of marks beside the text's own; label answers are bounded by the labels",
     )
     long_text: Literal["truncate", "window"] = Field(
         "truncate",
@@ -427,9 +437,11 @@ class RunConfig(Section):
         sections = {name for name, field in cls.model_fields.items() if field.default_factory is not None}
         values = {key: value for key, value in values.items() if value is not None or key not in sections}
         task = values.get("task", "classification")
+        prompt = values.get("prompt")
+        marked = task == "ner" and isinstance(prompt, dict) and prompt.get("answer") == "marks"
         if task in PROMPTS:
             values.setdefault("output_dir", f"./output/Qwen2-{'NER' if task == 'ner' else 'Multilabel'}")
-            _set_default(values, "prompt", **PROMPTS[task])
+            _set_default(values, "prompt", **PROMPTS["ner_marks" if marked else task])
         return with_descriptions(values)
 
     @model_validator(mode="after")
@@ -451,6 +463,8 @@ class RunConfig(Section):
             raise ValueError(
                 "generation.decoding=free writes one answer; multilabel asks about every label, set exact"
             )
+        if self.task != "ner" and (self.prompt.answer, self.data.entities) != ("json", "flat"):
+            raise ValueError("prompt.answer and data.entities are for entities (task: ner)")
         if self.training.method == "full" and (self.lora.dora or self.lora.rslora):
             raise ValueError("lora.dora and lora.rslora need training.method lora or qlora")
         if self.task == "ner" and self.training.class_weights != "none":
@@ -565,29 +579,3 @@ def leaves(values: Mapping[str, Any]) -> dict[str, Any]:
 def is_among(key: str, keys: Iterable[str]) -> bool:
     """Whether a config key is one of these, or stands in a section that is."""
     return any(key == each or key.startswith(f"{each}.") for each in keys)
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `key=value` in a plain mapping; the value is read as YAML.
-
-    Raises:
-        ConfigError: it does not look like that, or the key leads through a value.
-    """
-    key, separator, text = override.partition("=")
-    key = key.strip()
-    if not separator or not key:
-        raise ConfigError(f"override {override!r} must look like key=value, e.g. training.epochs=3")
-    try:
-        value = read_yaml(text, f"override {key}") if text.strip() else None
-    except ConfigError:
-        value = text
-    *parents, leaf = key.split(".")
-    node = values
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
-        node = child
-    node[leaf] = value

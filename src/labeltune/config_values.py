@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from labeltune.errors import clipped
+from labeltune.errors import ConfigError, clipped
+from labeltune.io.safe_yaml import read_yaml
 from labeltune.other_names import KEYS, our_name, plain
 
 if TYPE_CHECKING:
@@ -87,3 +88,29 @@ def _suggestion(key: str, known: Sequence[str], value: object) -> str:
         found = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.7)
         close = [leaves[found[0]]] if found else []
     return f"; did you mean {close[0]!r}?" if close else "; `labeltune keys` lists all keys"
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `key=value` in a plain mapping; the value is read as YAML.
+
+    Raises:
+        ConfigError: it does not look like that, or the key leads through a value.
+    """
+    key, separator, text = override.partition("=")
+    key = key.strip()
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} must look like key=value, e.g. training.epochs=3")
+    try:
+        value = read_yaml(text, f"override {key}") if text.strip() else None
+    except ConfigError:
+        value = text
+    *parents, leaf = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    node[leaf] = value

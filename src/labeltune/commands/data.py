@@ -347,7 +347,7 @@ def convert(
     check_file(output, [file])
     note_replaced(output)
     config, source, _ = _check_target(file, None, task, labels)
-    maker = make_task(config.task, _labels_of(source, config), config.prompt)
+    maker = make_task(config.task, _labels_of(source, config), config.prompt, config.data.entities)
 
     def render(example: Example) -> dict[str, object]:
         conversation = maker.conversation(example)

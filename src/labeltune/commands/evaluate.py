@@ -20,6 +20,7 @@ from labeltune.commands.row_hashes import rows_seen
 from labeltune.config import (
     ColumnsConfig,
     DataConfig,
+    EntitiesKind,
     GenerationConfig,
     HubConfig,
     RunConfig,
@@ -276,7 +277,7 @@ def describe_run(
     configured = False
     if not isinstance(run, str | os.PathLike):
         task, labels, generation, calibrate = run.task.name, run.task.labels, run.generation, run.calibrate
-        data = _reading(task, labels, run.columns, run.encoding)
+        data = _reading(task, labels, run.columns, run.encoding, run.entities)
         folder = run.weights.parent if run.weights is not None else None
     elif is_config(run):
         config = load_config(run, overrides)
@@ -286,7 +287,8 @@ def describe_run(
         folder = _checkpoint(run)
         info = RunInfo.load(folder)
         task, labels, generation, calibrate = info.task, info.labels, info.generation, info.calibrate
-        data, hub = _reading(task, labels, info.columns, info.encoding), info.hub
+        data = _reading(task, labels, info.columns, info.encoding, info.entities)
+        hub = info.hub
     generation = changed_generation(generation, changes or {})
     name = str(run) if isinstance(run, str | os.PathLike) else str(folder or run.source)
     return RunDescription(name, task, labels, data, hub, generation, calibrate.prior, folder, configured)
@@ -301,9 +303,12 @@ def _checkpoint(run: str | os.PathLike[str]) -> Path:
     return checkpoint_of(run)
 
 
-def _reading(task: TaskName, labels: tuple[str, ...], columns: ColumnsConfig, encoding: str) -> DataConfig:
+def _reading(
+    task: TaskName, labels: tuple[str, ...], columns: ColumnsConfig, encoding: str, entities: EntitiesKind
+) -> DataConfig:
     """How the rows of a run are read: entity types by their configured names."""
-    return DataConfig(labels=labels if task == "ner" else None, columns=columns, encoding=encoding)
+    known = labels if task == "ner" else None
+    return DataConfig(labels=known, columns=columns, encoding=encoding, entities=entities)
 
 
 def _labels_of(config: RunConfig) -> tuple[str, ...]:

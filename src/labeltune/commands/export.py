@@ -290,7 +290,7 @@ class _Job:
         """The body of a request to vLLM, with a sample text."""
         from labeltune.export import vllm
 
-        task = make_task(self.info.task, self.info.labels, self.info.prompt)
+        task = make_task(self.info.task, self.info.labels, self.info.prompt, self.info.entities)
         return vllm.request(task, self.template, self.name, self.info.generation.max_new_tokens)
 
     def write_model(self, folder: Path, say: Say) -> dict[str, str]:

@@ -155,7 +155,9 @@ def load_prompts(
     if resume_from is None:
         return folder, builder_for_base(config, labels, tokenizer)
     template = ChatTemplate.of_run(RunInfo.load(resume_from), tokenizer)
-    return folder, PromptBuilder(make_task(config.task, labels, config.prompt), template)
+    return folder, PromptBuilder(
+        make_task(config.task, labels, config.prompt, config.data.entities), template
+    )
 
 
 def tokenize_splits(
@@ -181,10 +183,14 @@ def tokenize_splits(
         f"tokens: {account.tokens} in {account.rows} rows, {account.answer_tokens} of them answers; "
         f"{account.shortened} texts were shortened to fit prompt.max_length={config.prompt.max_length}"
     )
-    if account.cut_entities:
+    if account.cut_entities and builder.marks is None:
         say(
             f"warning: {account.cut_entities} entities stand in text that was cut away but are still asked for; "
             "raise prompt.max_length"
+        )
+    elif account.cut_entities:
+        say(
+            f"warning: {account.cut_entities} entities stand in text that was cut away and are not learnt; raise prompt.max_length"
         )
     return train, validation
 

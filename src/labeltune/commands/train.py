@@ -191,7 +191,9 @@ def _defaults(data: str, task: str | None, changes: list[str]) -> tuple[list[str
         return found, "your own prompt", how
     if any(_CHINESE.search(str([*row.values()])) for row in rows):
         return found, "a Chinese prompt", how
-    found += [_change(f"prompt.{key}", text) for key, text in ENGLISH_PROMPTS.get(guessed, {}).items()]
+    marked = reading.prompt.answer == "marks" and guessed == "ner"
+    prompts = ENGLISH_PROMPTS.get("ner_marks" if marked else guessed, {})
+    found += [_change(f"prompt.{key}", text) for key, text in prompts.items()]
     return found, "an English prompt", how
 
 

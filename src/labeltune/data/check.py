@@ -226,6 +226,7 @@ def add_records(
             labels,
             integer_labels=columns.integer_labels,
             numbered=columns.numbered,
+            nested=data.entities == "nested",
         )
         for fault in faults:
             audit.add_fault(fault)

@@ -52,6 +52,7 @@ def convert_file(
                 columns.columns,
                 config.data.labels,
                 integer_labels=columns.integer_labels,
+                nested=config.data.entities == "nested",
             )
             if example is None:
                 if record.whole:

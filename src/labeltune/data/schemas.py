@@ -96,6 +96,7 @@ def parse_record(
     answers_required: bool = True,
     integer_labels: bool = False,
     numbered: Sequence[str] | None = None,
+    nested: bool = False,
 ) -> tuple[Example | None, list[Fault]]:
     """Read one record by its task's schema.
 
@@ -106,6 +107,7 @@ def parse_record(
         answers_required: False for prediction, which does not look at `output`, `labels` and `entities`.
         integer_labels: all labels of the file are integers, and stand for themselves or for a number of `numbered`.
         numbered: labels by their number; `labels` when None.
+        nested: entities may lie inside entities.
 
     Returns:
         The example (None when any fault is an error) and all faults of the row.
@@ -151,7 +153,7 @@ def parse_record(
     elif answers_required:
         found = check(lambda: _entity_dicts(values, columns.entities))
         if found is not None and text is not None:
-            entities, problems = _entities(found, text, labels)
+            entities, problems = _entities(found, text, labels, nested)
             faults += [Fault(kind, record.where, message) for kind, message in problems]
     if example_id is None or text is None or any(fault.severity == "error" for fault in faults):
         return None, faults
@@ -344,12 +346,12 @@ def readable_mentions(
 
 
 def _entities(
-    found: list[dict[str, Any]], text: str, labels: Sequence[str] | None
+    found: list[dict[str, Any]], text: str, labels: Sequence[str] | None, nested: bool
 ) -> tuple[tuple[Entity, ...], list[tuple[str, str]]]:
     problems: list[tuple[str, str]] = []
     entities: list[Entity] = []
-    #: Where entities stand, also those whose offsets are wrong but can be told.
-    placed: list[tuple[int, int, str]] = []
+    #: Where entities stand, with text and label, also those whose offsets are wrong but can be told.
+    placed: list[tuple[int, int, str, str]] = []
     for index, raw in enumerate(found):
         name = f"entities[{index}]"
         try:
@@ -361,17 +363,53 @@ def _entities(
         if entity is not None:
             entities.append(entity)
         if place is not None:
-            placed.append((*place, raw["entity_text"]))
+            placed.append((*place, raw["entity_text"], raw["entity_label"].strip()))
     entities.sort(key=lambda e: (e.start or 0, e.end or 0))
     placed.sort()
-    for (start, end, left), (begin, stop, right) in pairwise(placed):
-        if (start, end) == (begin, stop):
-            problems.append(("duplicate_entity", f"{left!r} at {start}:{end} stands twice"))
-        elif begin < end:
-            problems.append(
-                ("overlapping_entities", f"{left!r} at {start}:{end} and {right!r} at {begin}:{stop}")
-            )
+    problems += _crossing(placed) if nested else _overlapping(placed)
     return tuple(entities), problems
+
+
+def _overlapping(placed: Sequence[tuple[int, int, str, str]]) -> Iterator[tuple[str, str]]:
+    """Faults of entities of which none may lie inside another."""
+    for (start, end, left, label), (begin, stop, right, other) in pairwise(placed):
+        if (start, end) == (begin, stop) and label == other:
+            yield "duplicate_entity", f"{left!r} at {start}:{end} stands twice"
+        elif (start, end) == (begin, stop):
+            yield (
+                "duplicate_entity",
+                f"{left!r} at {start}:{end} stands twice, as {label!r} and as {other!r}; data.entities=nested keeps both",
+            )
+        elif begin < end and (start == begin or stop <= end):
+            yield (
+                "overlapping_entities",
+                f"{left!r} at {start}:{end} and {right!r} at {begin}:{stop}: one lies inside the other; "
+                "data.entities=nested keeps both",
+            )
+        elif begin < end:
+            yield (
+                "overlapping_entities",
+                f"{left!r} at {start}:{end} and {right!r} at {begin}:{stop}",
+            )
+
+
+def _crossing(placed: Sequence[tuple[int, int, str, str]]) -> Iterator[tuple[str, str]]:
+    """Faults of entities that may lie inside others."""
+    around: list[tuple[int, int, str]] = []
+    seen = set()
+    for start, end, text, label in sorted(placed, key=lambda each: (each[0], -each[1])):
+        if (start, end, label) in seen:
+            yield "duplicate_entity", f"{text!r} at {start}:{end} stands twice as {label!r}"
+        seen.add((start, end, label))
+        while around and around[-1][1] <= start:
+            around.pop()
+        if around and around[-1][1] < end:
+            begin, stop, outer = around[-1]
+            yield (
+                "overlapping_entities",
+                f"{outer!r} at {begin}:{stop} and {text!r} at {start}:{end} cross: each holds a part of the other",
+            )
+        around.append((start, end, text))
 
 
 def _entity(

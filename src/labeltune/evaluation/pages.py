@@ -100,6 +100,11 @@ ERROR_KINDS = {
     "spurious": ("spurious", "多报"),
 }
 FREQUENCY_SLICES = {"rare": ("rare", "少见"), "middle": ("middle", "中等"), "frequent": ("frequent", "常见")}
+NESTING_SLICES = {
+    "flat": ("by itself", "非嵌套"),
+    "outer": ("around others", "外层"),
+    "inner": ("inside another", "内层"),
+}
 #: What report.js says.
 REPORT = {
     "all": ("all rows", "全部样本"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from labeltune.evaluation.compare import right_row
-from labeltune.evaluation.pages import ERROR_KINDS, FREQUENCY_SLICES, REPORT, render
+from labeltune.evaluation.pages import ERROR_KINDS, FREQUENCY_SLICES, NESTING_SLICES, REPORT, render
 from labeltune.evaluation.spans import ERRORS, match_entities
 from labeltune.evaluation.summary import SHOWN_FIRST, rows_line, worse_than_constant
 from labeltune.types import Entity, Example, Prediction
@@ -78,6 +78,9 @@ def _slice_tables(metrics: Mapping[str, Any]) -> list[tuple[_Words, _Words, list
     if by_frequency and len({figures["support"] for figures in metrics["labels"].values()}) > 1:
         counted = ("entities", "实体数") if metrics["task"] == "ner" else rows
         found.append((("By frequency of the label", "按类别频次"), counted, by_frequency))
+    by_nesting = [(NESTING_SLICES[part["slice"]], part) for part in parts.get("by_nesting") or []]
+    if by_nesting:
+        found.append((("Entities inside entities", "嵌套实体"), ("entities", "实体数"), by_nesting))
     return found
 
 

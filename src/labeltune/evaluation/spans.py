@@ -43,6 +43,48 @@ def spans(entities: Sequence[Entity] | None) -> set[Span]:
     return found
 
 
+#: Where an entity stands among others: by itself, around others, or inside another one (and perhaps around others, too).
+NESTING = ("flat", "outer", "inner")
+
+
+def by_nesting(found: set[Span]) -> dict[str, set[Span]]:
+    """The spans of a row by `NESTING`; of spans with equal places neither is inside the other, and one without a place is flat."""
+    parts: dict[str, set[Span]] = {kind: set() for kind in NESTING}
+    placed = [span[:2] for span in found if len(span) == 3]
+    for span in found:
+        inside = around = False
+        for other in placed if len(span) == 3 else ():
+            if other != span[:2]:
+                inside = inside or _holds(other, span)
+                around = around or _holds(span, other)
+        parts["inner" if inside else "outer" if around else "flat"].add(span)
+    return parts
+
+
+def _holds(outer: Sequence[Any], inner: Sequence[Any]) -> bool:
+    return bool(outer[0] <= inner[0] and inner[1] <= outer[1])
+
+
+def nesting_figures(truth: Sequence[set[Span]], predicted: Sequence[set[Span]]) -> dict[str, dict[str, Any]]:
+    """Strict span F1, precision, recall and right entities by `NESTING`; empty where no entity lies inside another.
+
+    What is predicted right counts where the right entity stands, what is wrong where it stands among the row's predictions.
+    """
+    wanted = [by_nesting(spans) for spans in truth]
+    given = [by_nesting(spans) for spans in predicted]
+    if not any(row["inner"] for row in (*wanted, *given)):
+        return {}
+    figures = {}
+    for kind in NESTING:
+        mine = [row[kind] for row in wanted]
+        others = [
+            (row[kind] - right) | (spans & part)
+            for row, right, spans, part in zip(given, truth, predicted, mine, strict=True)
+        ]
+        figures[kind] = {**strict_span_f1(mine, others), "support": sum(map(len, mine))}
+    return figures
+
+
 def match_entities(truth: Sequence[Entity], predicted: Sequence[Entity]) -> Matched:
     """Pair right and predicted entities one to one: equal ones first, then equal places, then overlapping places in order
     of appearance. What is left over was missed or is spurious: predicted where nothing is."""

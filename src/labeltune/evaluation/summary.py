@@ -19,7 +19,14 @@ from labeltune.evaluation.multilabel import (
     multilabel_headline,
     over_rows,
 )
-from labeltune.evaluation.spans import f1_of_counts, precision_and_recall, span_counts, spans, strict_span_f1
+from labeltune.evaluation.spans import (
+    f1_of_counts,
+    nesting_figures,
+    precision_and_recall,
+    span_counts,
+    spans,
+    strict_span_f1,
+)
 from labeltune.types import Example, Prediction
 
 #: What a run's figures on its validation rows are called, wherever they are shown.
@@ -115,12 +122,18 @@ def slices(examples: Sequence[Example], predictions: Sequence[Prediction]) -> di
     """`by_length` and `by_label_frequency`: accuracy, micro-F1 of several labels a row, or strict span F1, each with its interval and rows.
 
     Lengths are characters, cut at the quartiles of these rows. Labels are ordered by how many of these rows (entities) have
-    them and cut into thirds.
+    them and cut into thirds. Where entities lie inside entities, `by_nesting` has those by themselves, around others and inside others.
     """
-    return {
+    found = {
         "by_length": _by_length(examples, predictions),
         "by_label_frequency": _by_frequency(examples, predictions),
     }
+    nested = nesting_figures([spans(e.entities) for e in examples], [spans(p.entities) for p in predictions])
+    if nested:
+        found["by_nesting"] = [
+            {"slice": kind, "rows": part.pop("support"), **part} for kind, part in nested.items()
+        ]
+    return found
 
 
 def _by_length(examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:

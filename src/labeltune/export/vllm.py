@@ -15,8 +15,9 @@ from labeltune.errors import ModelError
 from labeltune.io.outputs import is_hub_name, write_json
 from labeltune.io.run_folder import ADAPTER_FILE, ADAPTER_WEIGHTS
 from labeltune.prompts import Task
+from labeltune.prompts.marks import OPEN, closing
 from labeltune.prompts.multilabel import MultilabelTask
-from labeltune.prompts.ner import BEFORE_LABEL, BEFORE_TEXT, END, escaped
+from labeltune.prompts.ner import BEFORE_LABEL, BEFORE_TEXT, END, NerTask, escaped
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example
 
@@ -116,7 +117,8 @@ def _serve(model: str, options: list[str], trust_remote_code: bool) -> str:
 def request(task: Task, template: ChatTemplate, name: str, max_tokens: int) -> dict[str, Any]:
     """A chat completion request: the run's prompt around a sample text, answers bound to its form.
 
-    It names what the template is told; a run's own template takes that for granted, one that a server was given may not.
+    It names what the template is told; a run's own template takes that for granted, one that a server was given may not. Marks in a text
+    are bound to their form alone: neither a regular expression nor a grammar of a server knows the document.
 
     Args:
         name: the model or adapter that is asked.
@@ -131,6 +133,13 @@ def request(task: Task, template: ChatTemplate, name: str, max_tokens: int) -> d
         # One request a label; this one asks about the first. The two answers differ in what stands behind the label.
         answers = [template.answer_lead + answer for answer in task.answers_about(task.labels[0])]
         found["structured_outputs"] = {"choice": answers}
+    elif isinstance(task, NerTask) and task.marked:
+        found["max_tokens"] = task.prompt.max_length + max_tokens
+        found["structured_outputs"] = (
+            {"grammar": marks_grammar(task, template.answer_lead)}
+            if task.nested
+            else {"regex": marks_pattern(task, template.answer_lead)}
+        )
     else:
         found["max_tokens"] = max_tokens
         pattern = re.escape(template.answer_lead) + entity_pattern(task.labels, task.prompt.no_entities)
@@ -147,6 +156,34 @@ def entity_pattern(labels: tuple[str, ...], no_entities: str) -> str:
     begin, end = BEFORE_TEXT.replace("{", r"\{"), END.replace("}", r"\}")
     line = f"{begin}{text}{BEFORE_LABEL}({types}){end}"
     return rf"({re.escape(no_entities)}|{line}(\n{line})*)"
+
+
+def marks_pattern(task: NerTask, lead: str) -> str:
+    """A regular expression for a text with marks around entities, of which none lies inside another, or the sentence that there is none."""
+    ends = "|".join(re.escape(closing(label)) for label in task.labels)
+    text = r"([^\[\]|\\]|\\[\[\]|\\])"
+    return (
+        rf"{re.escape(lead)}({re.escape(task.prompt.no_entities)}|({text}|{re.escape(OPEN)}{text}+({ends}))+)"
+    )
+
+
+def marks_grammar(task: NerTask, lead: str) -> str:
+    """The same for entities inside entities, as a grammar in the form that xgrammar reads (EBNF of llama.cpp)."""
+    ends = " | ".join(_quoted(closing(label)) for label in task.labels)
+    none = _quoted(lead + task.prompt.no_entities)
+    return "\n".join(
+        [
+            f"root ::= {none} | {_quoted(lead)} part+" if lead else f"root ::= {none} | part+",
+            f"part ::= character | {_quoted(OPEN)} part+ end",
+            r'character ::= [^\[\]|\\] | "\\" [\[\]|\\]',
+            f"end ::= {ends}",
+        ]
+    )
+
+
+def _quoted(text: str) -> str:
+    """A string of the grammar."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def request_command(folder: Path) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 
 from labeltune.errors import ModelError, first_line
-from labeltune.inference.extraction import (
+from labeltune.inference.runners import (
     CacheRunner,
     PlainRunner,
     Runner,

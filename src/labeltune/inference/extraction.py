@@ -7,14 +7,12 @@ says how their tokens go through the model: several rows at once in segments, se
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import llguidance.hf
 import numpy as np
@@ -23,24 +21,14 @@ from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
-from labeltune.errors import ModelError, first_line
-from labeltune.inference.scoring import CACHED_BYTES, PrefixCache
-from labeltune.models.own_cache import OwnCache, run_behind, run_side_by_side
-from labeltune.models.precision import passes, sent
-from labeltune.models.tree_attention import (
-    KVCache,
-    Segment,
-    SlotCache,
-    run_segments,
-    run_slots,
-    segment_attention_on,
-    worth_padding,
-)
+from labeltune.errors import ModelError
+from labeltune.inference.runners import Runner
+from labeltune.models.precision import sent
 from labeltune.prompts.ner import BEFORE_LABEL, BEFORE_TEXT, END, escaped, occurrences
 from labeltune.types import Entity
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -295,218 +283,6 @@ def nothing_left(pieces: Sequence[str], exhausted: Sequence[str]) -> bool:
     return parts <= set(exhausted)
 
 
-class Session(Protocol):
-    """Sequences in progress."""
-
-    def start(self, prompt: Sequence[int], capacity: int) -> tuple[Any, list[int]]:
-        """A new sequence: its state, and the tokens that have to go through the model first.
-
-        Args:
-            capacity: tokens that may follow the prompt.
-        """
-
-    def advance(self, rows: Sequence[tuple[Any, Sequence[int]]]) -> torch.Tensor:
-        """Add tokens to sequences; the logits after each of them, shape [rows, vocabulary]."""
-
-    def end(self, state: Any) -> None:
-        """A sequence is not continued."""
-
-
-class Runner(Protocol):
-    """A way to run a model."""
-
-    def session(self, prompts: Sequence[Sequence[int]]) -> contextlib.AbstractContextManager[Session]:
-        """A session for these prompts."""
-
-
-class SegmentRunner:
-    """All sequences in one row; what their prompts begin with is computed once. On the CPU each has keys and values of its own, elsewhere
-    all have one tensor a layer."""
-
-    def __init__(self, model: PreTrainedModel, cache: PrefixCache[KVCache], max_tokens: int) -> None:
-        self.model, self.cache, self.max_tokens = model, cache, max_tokens
-
-    @contextlib.contextmanager
-    def session(self, prompts: Sequence[Sequence[int]]) -> Iterator[Session]:
-        """Segment attention is switched on while the session is open."""
-        with torch.inference_mode(), segment_attention_on(self.model):
-            prefix = (self.cache.common(self.model, prompts) if prompts else None) or KVCache()
-            on_cpu = next(self.model.parameters()).device.type == "cpu"
-            longest = max(map(len, prompts), default=0)
-            yield (
-                _Segments(self.model, prefix, self.max_tokens)
-                if on_cpu
-                else _Slots(self.model, prefix, longest, self.max_tokens)
-            )
-
-
-class _Segments:
-    def __init__(self, model: PreTrainedModel, prefix: KVCache, max_tokens: int) -> None:
-        self.model, self.prefix, self.max_tokens = model, prefix, max_tokens
-
-    def start(self, prompt: Sequence[int], capacity: int) -> tuple[KVCache, list[int]]:
-        own = list(prompt[self.prefix.length :])
-        return KVCache(self.prefix, len(own) + capacity), own
-
-    def advance(self, rows: Sequence[tuple[KVCache, Sequence[int]]]) -> torch.Tensor:
-        def fits(part: Sequence[Segment]) -> bool:
-            return sum(len(segment.ids) for segment in part) <= self.max_tokens
-
-        segments = [Segment(ids, cache, keep=True, wanted=[len(ids) - 1]) for cache, ids in rows]
-        return torch.cat([run_segments(self.model, part) for part in passes(segments, fits)])
-
-    def end(self, state: KVCache) -> None:
-        """Its memory goes with it."""
-
-
-class _Slots:
-    def __init__(self, model: PreTrainedModel, prefix: KVCache, longest: int, max_tokens: int) -> None:
-        self.model, self.prefix, self.longest, self.max_tokens = model, prefix, longest, max_tokens
-        self.cache: SlotCache | None = None
-        self.used: set[int] = set()
-
-    def start(self, prompt: Sequence[int], capacity: int) -> tuple[int, list[int]]:
-        if self.cache is None:
-            self.cache = SlotCache(self.prefix, self.longest - self.prefix.length + capacity)
-        slot = next(at for at in itertools.count() if at not in self.used)
-        self.used.add(slot)
-        self.cache.begin(slot)
-        return slot, list(prompt[self.prefix.length :])
-
-    def advance(self, rows: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
-        assert self.cache is not None
-
-        def fits(part: Sequence[int]) -> bool:
-            sizes = [len(rows[i][1]) for i in part]
-            return len(part) * max(sizes) <= self.max_tokens and worth_padding(sizes)
-
-        found: dict[int, torch.Tensor] = {}
-        for part in passes(sorted(range(len(rows)), key=lambda i: len(rows[i][1])), fits):
-            part.sort(key=lambda i: rows[i][0])
-            logits = run_slots(self.model, self.cache, [rows[i][1] for i in part], [rows[i][0] for i in part])
-            found |= dict(zip(part, logits, strict=True))
-        return torch.stack([found[i] for i in range(len(rows))])
-
-    def end(self, state: int) -> None:
-        self.used.discard(state)
-
-
-class CacheRunner:
-    """Through the model's own cache; sequences that go on by as many tokens go together, padded in front where they are shorter."""
-
-    def __init__(self, model: PreTrainedModel, cache: PrefixCache[OwnCache], max_tokens: int) -> None:
-        self.model, self.cache, self.max_tokens = model, cache, max_tokens
-
-    @contextlib.contextmanager
-    def session(self, prompts: Sequence[Sequence[int]]) -> Iterator[Session]:
-        """What the prompts begin with is computed first."""
-        with torch.inference_mode():
-            prefix = self.cache.common(self.model, prompts) if prompts else None
-            yield _Cached(self.model, prefix, self.max_tokens)
-
-
-@dataclass
-class _Held:
-    """A sequence in progress; None before its first token."""
-
-    cache: OwnCache | None
-
-
-class _Cached:
-    def __init__(self, model: PreTrainedModel, prefix: OwnCache | None, max_tokens: int) -> None:
-        self.model, self.prefix, self.max_tokens = model, prefix, max_tokens
-
-    def start(self, prompt: Sequence[int], capacity: int) -> tuple[_Held, list[int]]:
-        return _Held(self.prefix), list(prompt[self.prefix.length if self.prefix else 0 :])
-
-    def advance(self, rows: Sequence[tuple[_Held, Sequence[int]]]) -> torch.Tensor:
-        sizes = [state.cache.bytes_per_row if state.cache else 0 for state, _ in rows]
-        kinds = [(state.cache is None, len(ids)) for state, ids in rows]
-
-        def fits(part: Sequence[int]) -> bool:
-            return (
-                kinds[part[0]] == kinds[part[-1]]
-                and len(part) * kinds[part[0]][1] <= self.max_tokens
-                and len(part) * max(sizes[i] for i in part) <= CACHED_BYTES * self.max_tokens
-            )
-
-        found: dict[int, torch.Tensor] = {}
-        for part in passes(sorted(range(len(rows)), key=kinds.__getitem__), fits):
-            caches = [cache for i in part if (cache := rows[i][0].cache) is not None]
-            logits, behind = run_side_by_side(self.model, caches or None, [rows[i][1] for i in part])
-            for k, i in enumerate(part):
-                rows[i][0].cache, found[i] = behind[k], logits[k]
-        return torch.stack([found[i] for i in range(len(rows))])
-
-    def end(self, state: _Held) -> None:
-        """Its memory goes with it."""
-
-
-def decoded_scores(runner: Runner, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-    """Log-probabilities of tokens behind prompts, decoded side by side; the rows go on by one token or two, at different times.
-
-    Args:
-        rows: prompts and at least one token behind each.
-    """
-    found: list[list[float]] = [[] for _ in rows]
-    with runner.session([prompt for prompt, _ in rows]) as session:
-        active = [
-            (number, *session.start(prompt, len(behind)), 0) for number, (prompt, behind) in enumerate(rows)
-        ]
-        while active:
-            logits = session.advance([(state, ids) for _, state, ids, _ in active])
-            still = []
-            for (number, state, _, at), row in zip(active, logits.float().log_softmax(-1), strict=True):
-                behind = rows[number][1]
-                found[number].append(float(row[behind[at]]))
-                end = at + 1 + (at + number) % 2
-                if end < len(behind):
-                    still.append((number, state, list(behind[at:end]), end))
-                else:
-                    session.end(state)
-            active = still
-    return found
-
-
-class PlainRunner:
-    """Every sequence by itself, and behind its prompt token by token, as `generate` does: the reference, and for models that need it."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    @contextlib.contextmanager
-    def session(self, prompts: Sequence[Sequence[int]]) -> Iterator[Session]:
-        """Needs no preparation."""
-        with torch.inference_mode():
-            yield _Plain(self.model)
-
-
-class _Plain:
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def start(self, prompt: Sequence[int], capacity: int) -> tuple[_Held, list[int]]:
-        return _Held(None), list(prompt)
-
-    def advance(self, rows: Sequence[tuple[_Held, Sequence[int]]]) -> torch.Tensor:
-        found = []
-        for state, ids in rows:
-            for part in [ids] if state.cache is None else [[token] for token in ids]:
-                try:
-                    logits, state.cache = run_behind(self.model, state.cache, [part], 1)
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:
-                    raise ModelError(
-                        f"the model's own code cannot go on behind what it has read, which entities need: {first_line(error)}"
-                    ) from error
-            found.append(logits[0, -1])
-        return torch.stack(found)
-
-    def end(self, state: _Held) -> None:
-        """Its memory goes with it."""
-
-
 def _score(entity: Entity) -> float:
     return -math.inf if entity.score is None else entity.score
 
@@ -520,3 +296,30 @@ def merge_entities(windows: Sequence[Sequence[Entity]]) -> tuple[Entity, ...]:
         if held is None or _score(entity) > _score(held):
             best[place] = entity
     return tuple(sorted(best.values(), key=lambda e: (e.start or 0, e.end or 0)))
+
+
+def without_crossing(windows: Sequence[Sequence[Entity]], nested: bool) -> tuple[Entity, ...]:
+    """Entities of overlapping windows, as of `merge_entities`, but for those that cross a surer one, or if not `nested` overlap it.
+
+    A nested one may share its place with others of other labels.
+    """
+    if not nested:
+        merged = merge_entities(windows)
+    else:
+        best: dict[tuple[int | None, int | None, str], Entity] = {}
+        for entity in (entity for window in windows for entity in window):
+            held = best.get((entity.start, entity.end, entity.label))
+            if held is None or _score(entity) > _score(held):
+                best[entity.start, entity.end, entity.label] = entity
+        merged = tuple(best.values())
+    kept: list[Entity] = []
+    for entity in sorted(merged, key=_score, reverse=True):
+        if not any(_in_the_way(entity, other, nested) for other in kept):
+            kept.append(entity)
+    return tuple(sorted(kept, key=lambda e: (e.start or 0, e.end or 0)))
+
+
+def _in_the_way(entity: Entity, other: Entity, nested: bool) -> bool:
+    a, b, c, d = entity.start or 0, entity.end or 0, other.start or 0, other.end or 0
+    overlap = a < d and c < b
+    return overlap and not (nested and ((a <= c and d <= b) or (c <= a and b <= d)))

@@ -11,7 +11,8 @@ import torch
 
 from labeltune.config import HubConfig, RunConfig, changed_generation
 from labeltune.inference.calibration import Calibration
-from labeltune.inference.predictor import Predictor, fingerprint
+from labeltune.inference.fingerprint import fingerprint
+from labeltune.inference.predictor import Predictor
 from labeltune.io.outputs import is_hub_name
 from labeltune.io.run_folder import ADAPTER_WEIGHTS, MANIFEST_FILE, RunInfo, find_checkpoint
 from labeltune.models.hub import load_model, load_tokenizer, resolve_model, snapshot
@@ -73,7 +74,7 @@ def predictor_on(model: PreTrainedModel, folder: Path, trust_remote_code: bool =
         ModelError: the checkpoint is incomplete or damaged.
     """
     info = RunInfo.load(folder)
-    task = make_task(info.task, info.labels, info.prompt)
+    task = make_task(info.task, info.labels, info.prompt, info.entities)
     return Predictor(
         model,
         task,
@@ -129,7 +130,7 @@ def run_fingerprint(run: str, changes: dict[str, Any]) -> str:
     return fingerprint(
         info.model,
         weights_file(folder, info),
-        task=make_task(info.task, info.labels, info.prompt),
+        task=make_task(info.task, info.labels, info.prompt, info.entities),
         template=run_template(folder, info),
         generation=changed_generation(info.generation, changes),
         calibrate=info.calibrate,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -15,7 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from labeltune.config import CalibrateConfig, ColumnsConfig, GenerationConfig, changed_generation
+from labeltune.config import (
+    CalibrateConfig,
+    ColumnsConfig,
+    EntitiesKind,
+    GenerationConfig,
+    changed_generation,
+)
 from labeltune.distributed import (
     all_gather,
     assign,
@@ -34,14 +39,18 @@ from labeltune.inference.calibration import (
     remove_prior,
 )
 from labeltune.inference.engine import CHECKED_PROMPTS, Engine, predicting
-from labeltune.inference.extraction import Extracted, Grammars, Runner, extract, merge_entities
+from labeltune.inference.extraction import Extracted, Grammars, extract, merge_entities, without_crossing
+from labeltune.inference.fingerprint import fingerprint
 from labeltune.inference.generation import generate_answers, stop_ids
+from labeltune.inference.marked import Marked, extract_marked
+from labeltune.inference.marked import Question as MarkedQuestion
+from labeltune.inference.runners import Runner
 from labeltune.inference.scoring import LabelTrie, Question
-from labeltune.io.outputs import file_hash
 from labeltune.models.precision import spread
-from labeltune.prompts import Task
+from labeltune.prompts import Task, marks
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.classification import ClassificationTask
+from labeltune.prompts.marked_copy import MarkTokens, Shown
 from labeltune.prompts.multilabel import MultilabelTask
 from labeltune.prompts.ner import NerTask, locate
 from labeltune.prompts.template import ChatTemplate
@@ -126,7 +135,13 @@ class Predictor:
         if self.generation.decoding == "free":
             return self._answered(examples, self._generated)
         if isinstance(self.task, NerTask):
-            return self._answered(examples, partial(self._extracted, self.task))
+            tokens = self.builder.marks
+            how = (
+                partial(self._extracted, self.task)
+                if tokens is None
+                else partial(self._marked, self.task, tokens)
+            )
+            return self._answered(examples, how)
         if isinstance(self.task, MultilabelTask):
             each = self.label_probabilities(examples)
             return [self._with_labels(example.id, row) for example, row in zip(examples, each, strict=True)]
@@ -177,6 +192,11 @@ class Predictor:
         """The run's labels, or entity types: the columns of `scores` when it is asked without labels of its own."""
         return self.task.labels
 
+    @property
+    def entities(self) -> EntitiesKind:
+        """Whether this run's entities may lie inside entities."""
+        return "nested" if isinstance(self.task, NerTask) and self.task.nested else "flat"
+
     def scores(
         self, texts: str | Iterable[str | Example], labels: Sequence[str] | None = None
     ) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -205,6 +225,31 @@ class Predictor:
         if self.task.name != "ner":
             raise ModelError("this run classifies; ask it with .predict or .scores")
         return [prediction.entities or () for prediction in self.predict(texts)]
+
+    def spans(self, texts: str | Iterable[str | Example]) -> list[dict[int, float]]:
+        """For every text, the places (characters) where an entity may begin, each with the probability that one does.
+
+        Probabilities are those of the opening mark in the answer that is decoded, so they depend on the marks before it. Of a
+        text in several windows, a place has the largest of its probabilities; where a text is shortened, only what is shown has any.
+
+        Raises:
+            ModelError: this run does not answer with marks.
+        """
+        if not isinstance(self.task, NerTask) or self.builder.marks is None:
+            raise ModelError(
+                "this run does not mark entities in the text; train one with prompt.answer=marks"
+            )
+        tokens = self.builder.marks
+        rows = self._answered(list(self._examples(texts, None)), partial(self._marked_views, tokens))
+        found = []
+        for views in rows:
+            places: dict[int, float] = {}
+            for shown, answer in views:
+                for place, probability in answer.begins.items():
+                    at = shown.in_document(place)
+                    places[at] = max(probability, places.get(at, 0.0))
+            found.append(dict(sorted(places.items())))
+        return found
 
     def log_probabilities(self, examples: Sequence[Example]) -> list[LabelScores]:
         """Exact log-probabilities of every example's candidates; with `long_text=window` their means over windows.
@@ -399,6 +444,53 @@ class Predictor:
             predictions.append(Prediction(example.id, written, entities=entities, truncated=truncated))
         return predictions
 
+    def _marked(self, task: NerTask, tokens: MarkTokens, examples: Sequence[Example]) -> list[Prediction]:
+        """Entities as marks in the text."""
+        predictions = []
+        for example, views in zip(examples, self._marked_views(tokens, examples), strict=True):
+            windows = [
+                [_in_document(entity, shown, example.text) for entity in answer.entities]
+                for shown, answer in views
+            ]
+            entities = tuple(windows[0]) if len(windows) == 1 else without_crossing(windows, task.nested)
+            if len(views) == 1:
+                shown, answer = views[0]
+                written = task.prompt.no_entities if answer.none else marks.write(shown.text, answer.entities)
+            else:
+                written = task.target(replace(example, entities=entities))
+            truncated = any(answer.truncated for _, answer in views)
+            predictions.append(Prediction(example.id, written, entities=entities, truncated=truncated))
+        return predictions
+
+    def _marked_views(
+        self, tokens: MarkTokens, examples: Sequence[Example]
+    ) -> list[list[tuple[Shown, Marked]]]:
+        """What each prompt of each example shows, and what was decoded for it."""
+        views = [self.builder.views(example, self.generation.long_text) for example in examples]
+        shown = [
+            [Shown.of(example.text, view.text, view.parts) for view in each]
+            for example, each in zip(examples, views, strict=True)
+        ]
+        questions = [
+            MarkedQuestion(view.ids, text)
+            for each, texts in zip(views, shown, strict=True)
+            for view, text in zip(each, texts, strict=True)
+        ]
+
+        def run(runner: Runner) -> list[Marked]:
+            return extract_marked(
+                runner,
+                tokens,
+                questions,
+                nested=self.entities == "nested",
+                end=self.template.end_of_turn_ids[0],
+                max_new_tokens=self.generation.max_new_tokens,
+                batch_size=self.decoded_rows,
+            )
+
+        found = iter(self.engine.decode([question.ids for question in questions], run) if questions else ())
+        return [[(text, next(found)) for text in texts] for texts in shown]
+
     def _generated(self, examples: Sequence[Example]) -> list[Prediction]:
         prompts = [self.builder.prompt(example).ids for example in examples]
         with predicting(self.model, self.engine.weights):
@@ -460,7 +552,9 @@ class Predictor:
 
     def _max_new_tokens(self, examples: Sequence[Example]) -> int:
         if self.task.name == "ner":
-            return self.generation.max_new_tokens
+            copies = (len(self.template.plain_ids(marks.escape(example.text))) for example in examples)
+            longest = min(max(copies, default=0), self.task.prompt.max_length) if self.builder.marks else 0
+            return longest + self.generation.max_new_tokens
         return max(self.builder.reserve(example) for example in examples) if examples else 1
 
     def __enter__(self) -> Predictor:
@@ -477,25 +571,9 @@ class Predictor:
             torch.cuda.empty_cache()
 
 
-def fingerprint(
-    source: str,
-    weights: Path | None,
-    *,
-    task: Task,
-    template: ChatTemplate,
-    generation: GenerationConfig,
-    calibrate: CalibrateConfig,
-    calibration: Calibration,
-) -> str:
-    """See `Predictor.fingerprint`; this one needs no model."""
-    known = ""
-    if weights is not None:
-        known = file_hash(weights) if weights.exists() else str(weights.parent.resolve())
-    settings = [generation, calibrate, task.prompt]
-    values = [
-        f"{source} {known}",
-        *(s.model_dump_json() for s in settings),
-        repr(calibration),
-        template.rendered,
-    ]
-    return hashlib.sha256("\n".join([*values, *task.labels]).encode()).hexdigest()
+def _in_document(entity: Entity, shown: Shown, text: str) -> Entity:
+    """An entity of a shown text with its place in the document."""
+    assert entity.start is not None and entity.end is not None
+    start = shown.in_document(entity.start)
+    end = start + entity.end - entity.start
+    return replace(entity, text=text[start:end], start=start, end=end)

@@ -16,6 +16,7 @@ from labeltune.config import (
     CalibrateConfig,
     ColumnsConfig,
     DataConfig,
+    EntitiesKind,
     GenerationConfig,
     HubConfig,
     PromptConfig,
@@ -44,6 +45,7 @@ class RunInfo(Section):
         model: the `model:` string of the base model.
         columns: names of the columns in the run's data files.
         encoding: of its text files.
+        entities: whether its entities may lie inside entities.
         chat_template: the template the run was trained with, which says by itself what the run is asked: on what day, whether
             to think, and up to where an answer begins.
         answer_lead: see `ChatTemplate`; runs of version 0.1.0 have none, and a template as its model has it.
@@ -62,6 +64,7 @@ class RunInfo(Section):
     generation: GenerationConfig
     columns: ColumnsConfig
     encoding: str = "utf-8"
+    entities: EntitiesKind = "flat"
     chat_template: str
     answer_lead: str = ""
     adapter: bool
@@ -91,6 +94,7 @@ class RunInfo(Section):
             generation=config.generation,
             columns=config.data.columns,
             encoding=config.data.encoding,
+            entities=config.data.entities,
             chat_template=chat_template,
             answer_lead=answer_lead,
             adapter=config.training.method != "full",

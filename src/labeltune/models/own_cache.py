@@ -101,7 +101,10 @@ def run_behind(
 
 
 def run_side_by_side(
-    model: PreTrainedModel, caches: Sequence[OwnCache] | None, ids: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    caches: Sequence[OwnCache] | None,
+    ids: Sequence[Sequence[int]],
+    logits_to_keep: int = 1,
 ) -> tuple[torch.Tensor, list[OwnCache]]:
     """Run as many tokens for each of some rows of different lengths, as one batch whose shorter rows are padded on their left.
 
@@ -109,7 +112,7 @@ def run_side_by_side(
         caches: of one row each; they stay as they are. None for the beginning of rows.
 
     Returns:
-        Logits of each row's last token, shape [rows, vocabulary], and the rows' caches behind it.
+        Logits of each row's last `logits_to_keep` tokens, shape [rows, tokens, vocabulary], and the rows' caches behind them.
     """
     lengths = [cache.length for cache in caches] if caches else [0] * len(ids)
     longest, added = max(lengths), len(ids[0])
@@ -122,13 +125,15 @@ def run_side_by_side(
             "position_ids": starts + torch.arange(added, device=device),
             "attention_mask": (places >= longest - starts).long(),
         }
-    logits, behind = run_behind(model, _batch(caches, longest) if caches else None, ids, 1, **options)
+    logits, behind = run_behind(
+        model, _batch(caches, longest) if caches else None, ids, logits_to_keep, **options
+    )
     found = []
     for row, length in enumerate(lengths):
         own = copy.copy(behind.cache)
         own.layers = [_of_row(layer, row, length + added) for layer in behind.cache.layers]
         found.append(OwnCache(behind.name, own, length + added))
-    return logits[:, -1], found
+    return logits[:, -logits_to_keep:], found
 
 
 def _batch(caches: Sequence[OwnCache], length: int) -> OwnCache:

@@ -91,6 +91,12 @@ class KVCache:
         assert found is not None
         return found
 
+    def drop(self, tokens: int) -> None:
+        """Take the last tokens out again."""
+        self.length -= tokens
+        for layer, (key, value, used) in self._layers.items():
+            self._layers[layer] = key, value, used - tokens
+
 
 @dataclass
 class Segment:
@@ -400,12 +406,19 @@ def run_segments(model: PreTrainedModel, segments: Sequence[Segment]) -> Any:
 
 
 def run_slots(
-    model: PreTrainedModel, cache: SlotCache, ids: Sequence[Sequence[int]], slots: Sequence[int]
+    model: PreTrainedModel,
+    cache: SlotCache,
+    ids: Sequence[Sequence[int]],
+    slots: Sequence[int],
+    wanted: Sequence[Sequence[int]] | None = None,
 ) -> Any:
     """Run tokens behind the sequences of a cache, which then holds them; as `run_segments`.
 
+    Args:
+        wanted: tokens of each sequence (numbers in its ids) whose next token is to be predicted; its last one when None.
+
     Returns:
-        Logits behind the last token of each, shape [sequences, vocabulary].
+        Logits behind them in order, shape [wanted tokens, vocabulary].
     """
     device = next(model.parameters()).device
     cache.reserve(max(cache.lengths[slot] + len(each) for slot, each in zip(slots, ids, strict=True)))
@@ -413,8 +426,13 @@ def run_slots(
     positions = [
         cache.lengths[slot] + at for slot, each in zip(slots, ids, strict=True) for at in range(len(each))
     ]
-    last = [end - 1 for end in itertools.accumulate(rows.sizes)]
-    logits = _run(model, [token for each in ids for token in each], positions, last, [rows])
+    ends = list(itertools.accumulate(rows.sizes))
+    index = (
+        [end - 1 for end in ends]
+        if wanted is None
+        else [end - size + at for end, size, own in zip(ends, rows.sizes, wanted, strict=True) for at in own]
+    )
+    logits = _run(model, [token for each in ids for token in each], positions, index, [rows])
     for slot, size in zip(slots, rows.sizes, strict=True):
         cache.lengths[slot] += size
     return logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from labeltune.config import PromptConfig, TaskName
+from labeltune.config import EntitiesKind, PromptConfig, TaskName
 from labeltune.prompts.classification import ClassificationTask
 from labeltune.prompts.multilabel import MultilabelTask
 from labeltune.prompts.ner import NerTask
@@ -55,10 +55,16 @@ class Task(Protocol):
         """Read an answer; never raises, whatever the model wrote."""
 
 
-def make_task(name: TaskName, labels: Sequence[str], prompt: PromptConfig) -> Task:
-    """The task of this name for a label set."""
+def make_task(
+    name: TaskName, labels: Sequence[str], prompt: PromptConfig, entities: EntitiesKind = "flat"
+) -> Task:
+    """The task of this name for a label set.
+
+    Args:
+        entities: whether entities may lie inside entities.
+    """
     if name == "classification":
         return ClassificationTask(tuple(labels), prompt)
     if name == "multilabel":
         return MultilabelTask(tuple(labels), prompt)
-    return NerTask(tuple(labels), prompt)
+    return NerTask(tuple(labels), prompt, entities == "nested")

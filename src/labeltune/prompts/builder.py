@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import ne
 from typing import TYPE_CHECKING, Literal
@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Literal
 from labeltune.config import RunConfig
 from labeltune.errors import PromptError
 from labeltune.prompts import Task, make_task
+from labeltune.prompts.marked_copy import MarkTokens, Shown
 from labeltune.prompts.multilabel import MultilabelTask
-from labeltune.prompts.template import ChatTemplate, Conversation, Encoded
+from labeltune.prompts.ner import NerTask
+from labeltune.prompts.template import ELLIPSIS, ChatTemplate, Conversation, Encoded
 from labeltune.prompts.weights import AnswerWeights
-from labeltune.types import Example
+from labeltune.types import Entity, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,10 +31,12 @@ class View:
     Attributes:
         ids: token ids.
         parts: (start, end) in characters of the document, in order.
+        text: the text as it is shown.
     """
 
     ids: list[int]
     parts: tuple[tuple[int, int], ...]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,11 @@ class PromptBuilder:
 
     A classification prompt always leaves room for the longest candidate, so a row's prompt is the same in training
     and prediction, token for token, also when its text is shortened. A NER prompt is shortened for the row's own
-    answer in training, and only for itself in prediction, where the answer is not known.
+    answer in training, and only for itself in prediction, where the answer is not known. Where answers are marks in the
+    text, both leave room for a copy of it.
 
     Attributes:
+        marks: the tokens of marks, where answers are marks in the text.
         weights: what the answers of an example count for in training; nothing else depends on them.
     """
 
@@ -90,6 +96,8 @@ class PromptBuilder:
         self.task = task
         self.template = template
         self.weights = weights or AnswerWeights()
+        marked = isinstance(task, NerTask) and task.marked
+        self.marks = MarkTokens(template, task.labels, task.prompt.no_entities) if marked else None
         self._lengths: dict[str, int] = {}
         self._answers: dict[str, list[int]] = {}
 
@@ -99,7 +107,7 @@ class PromptBuilder:
         Raises:
             PromptError: instruction and candidates alone do not fit.
         """
-        return self._encode(example, None)
+        return self._encode(example)
 
     def training(self, example: Example) -> Encoded:
         """Prompt, right answer and end of turn.
@@ -108,11 +116,19 @@ class PromptBuilder:
             DataError: the example has no right answer.
             PromptError: instruction, candidates and answer alone do not fit.
         """
-        return self._encode(example, self._first_answer(example))
+        if isinstance(self.task, MultilabelTask):
+            return self._encode(example, self.task.possible_answers(example)[0])
+        if self.marks is None:
+            return self._encode(example, self.task.target(example))
+        self.task.target(example)  # for its errors
+        return self._encode_marked(self.marks, example, example.entities)
 
-    def _first_answer(self, example: Example) -> str:
-        task = self.task
-        return task.possible_answers(example)[0] if isinstance(task, MultilabelTask) else task.target(example)
+    def cut_entities(self, example: Example, encoded: Encoded) -> int:
+        """Entities of a row that are not in the text that its prompt shows."""
+        entities = example.entities or ()
+        if self.marks is None:
+            return sum(entity.text not in encoded.text for entity in entities)
+        return len(entities) - len(self._shown(example, encoded).inside(entities))
 
     def answers(self, example: Example, encoded: Encoded) -> list[TrainedAnswer]:
         """What is trained behind the prompt of an example: its answers with their end of turn, the right one first; or what is decided
@@ -152,13 +168,14 @@ class PromptBuilder:
         """
         encoded = self.prompt(example)
         if long_text == "truncate" or encoded.text.strip() == example.text.strip():
-            return [View(encoded.ids, kept_parts(example.text, encoded.text, self.task.prompt.truncation))]
+            parts = kept_parts(example.text, encoded.text, self.task.prompt.truncation)
+            return [View(encoded.ids, parts, encoded.text)]
         found, start = [], 0
         while True:
-            encoded = self._encode(replace(example, text=example.text[start:]), None, side="head")
+            encoded = self._encode(replace(example, text=example.text[start:]), side="head")
             begin = example.text.find(encoded.text, start)
             end = begin + len(encoded.text)
-            found.append(View(encoded.ids, ((begin, end),)))
+            found.append(View(encoded.ids, ((begin, end),), encoded.text))
             if not example.text[end:].strip():
                 return found
             if end <= start + 1:
@@ -175,8 +192,18 @@ class PromptBuilder:
             DataError: the example has no right answer.
         """
         conversation = self.task.conversation(example).with_text("")
-        encoded = self.template.encode(conversation, self._first_answer(example))
+        encoded = self.template.encode(conversation, self.least_answer(example))
         return needed_tokens(encoded, self.reserve(example))
+
+    def least_answer(self, example: Example) -> str:
+        """The right answer of a row of whose text nothing is shown.
+
+        Raises:
+            DataError: the example has no right answer.
+        """
+        if isinstance(self.task, MultilabelTask):
+            return self.task.possible_answers(example)[0]
+        return self.task.target(example) if self.marks is None else self.task.prompt.no_entities
 
     def answer_ids(self, example: Example, answer: str) -> list[int]:
         """Token ids of an answer with its end of turn, as training has them; they do not depend on the text."""
@@ -218,8 +245,10 @@ class PromptBuilder:
             self._lengths[answer] = len(alone) + self.template.closing_length
         return self._lengths[answer]
 
-    def _encode(self, example: Example, answer: str | None, side: Side | None = None) -> Encoded:
+    def _encode(self, example: Example, answer: str | None = None, side: Side | None = None) -> Encoded:
         prompt = self.task.prompt
+        if self.marks is not None:
+            return self._encode_marked(self.marks, example, None, side)
         return encode_to_fit(
             self.template,
             self.task.conversation(example),
@@ -230,6 +259,38 @@ class PromptBuilder:
             reserve=self.reserve(example),
         )
 
+    def _encode_marked(
+        self,
+        marks: MarkTokens,
+        example: Example,
+        entities: Sequence[Entity] | None,
+        side: Side | None = None,
+    ) -> Encoded:
+        """A prompt whose answer repeats the text, with the answer unless `entities` is None; there is room for a copy in any case."""
+        closing = self.template.closing_length
+
+        def attempt(conversation: Conversation) -> tuple[Encoded, int]:
+            prompt = self.template.encode(conversation)
+            shown = self._shown(example, prompt, side)
+            needed = len(prompt.ids) + marks.longest_plain(shown) + closing
+            if entities is None:
+                return prompt, needed
+            answered = self.template.answered(prompt, marks.answer(shown, entities))
+            return answered, max(needed, len(answered.ids))
+
+        return shorten_to_fit(
+            attempt,
+            self.task.conversation(example),
+            self.task.prompt.max_length,
+            side or self.task.prompt.truncation,
+            where=example.where,
+            copied=True,
+        )
+
+    def _shown(self, example: Example, encoded: Encoded, side: Side | None = None) -> Shown:
+        kept = kept_parts(example.text, encoded.text, side or self.task.prompt.truncation)
+        return Shown.of(example.text, encoded.text, kept)
+
 
 def builder_for_base(
     config: RunConfig, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase
@@ -239,7 +300,7 @@ def builder_for_base(
     Raises:
         PromptError: the template cannot be used with this model or these prompts.
     """
-    task = make_task(config.task, labels, config.prompt)
+    task = make_task(config.task, labels, config.prompt, config.data.entities)
     template = ChatTemplate(tokenizer, config.prompt)
     template.check(task.conversation(Example("0", "text", ("first", "second"))))
     return PromptBuilder(task, template)
@@ -261,9 +322,6 @@ def kept_parts(text: str, kept: str, side: Side) -> tuple[tuple[int, int], ...]:
 
 
 Side = Literal["head", "tail", "head_tail"]
-
-#: Stands between the two halves that `head_tail` keeps.
-ELLIPSIS = "…"
 
 
 def encode_to_fit(
@@ -289,28 +347,55 @@ def encode_to_fit(
     Raises:
         PromptError: instruction, candidates and answer alone exceed `max_length`; the message says by how many tokens.
     """
-    encoded = template.encode(conversation, answer)
-    excess = needed_tokens(encoded, reserve) - max_length
+
+    def attempt(conversation: Conversation) -> tuple[Encoded, int]:
+        encoded = template.encode(conversation, answer)
+        return encoded, needed_tokens(encoded, reserve)
+
+    return shorten_to_fit(attempt, conversation, max_length, side, where=where)
+
+
+def shorten_to_fit(
+    attempt: Callable[[Conversation], tuple[Encoded, int]],
+    conversation: Conversation,
+    max_length: int,
+    side: Side,
+    *,
+    where: str = "",
+    copied: bool = False,
+) -> Encoded:
+    """As `encode_to_fit`, whatever follows the prompt.
+
+    Args:
+        attempt: encodes a conversation, and says how many tokens it needs.
+        copied: what follows gets shorter with the text, so as many tokens less as there are too many would be too few.
+    """
+    encoded, needed = attempt(conversation)
+    excess = needed - max_length
     if excess <= 0:
         return encoded
     text, (begin, end) = encoded.text, encoded.text_chars
     spans = [
         (max(a, begin) - begin, min(b, end) - begin) for a, b in encoded.offsets[slice(*encoded.text_span)]
     ]
-    keep = len(spans) - excess
-    whole = excess
-    while True:
-        keep = max(keep, 0)
-        shortened = template.encode(conversation.with_text(_shorten(text, spans, keep, side)), answer)
-        excess = needed_tokens(shortened, reserve) - max_length
-        if excess <= 0:
-            return replace(shortened, excess=whole)
+    whole, keep, limit = excess, len(spans), len(spans)
+    while excess > 0:
         if keep == 0:
             raise PromptError(
                 f"{where + ': ' if where else ''}instruction, candidates and answer alone need {max_length + excess} tokens, "
                 f"{excess} more than prompt.max_length={max_length}; raise prompt.max_length or shorten prompt and labels"
             )
-        keep -= excess
+        limit, keep = keep, max(keep - excess, 0)
+        encoded, needed = attempt(conversation.with_text(_shorten(text, spans, keep, side)))
+        excess = needed - max_length
+    while copied and limit - keep > 1:
+        middle = (keep + limit) // 2
+        longer, needed = attempt(conversation.with_text(_shorten(text, spans, middle, side)))
+        if needed <= max_length:
+            encoded, keep = longer, middle
+        else:
+            limit = middle
+    return replace(encoded, excess=whole)
 
 
 def needed_tokens(encoded: Encoded, reserve: int) -> int:

@@ -1,4 +1,4 @@
-"""A document -> its named entities, one JSON object a line."""
+"""A document -> its named entities, one JSON object a line, or the document again with marks around them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
 from labeltune.errors import DataError
+from labeltune.prompts import marks
 from labeltune.prompts.descriptions import listed
-from labeltune.prompts.template import Conversation, build_conversation
+from labeltune.prompts.template import ELLIPSIS, Conversation, build_conversation
 from labeltune.types import Entity, Example, Prediction
 
 #: The parts of an answer's line around an entity's text and its label, both as they stand in JSON.
@@ -24,11 +25,21 @@ def escaped(text: str) -> str:
 
 @dataclass(frozen=True)
 class NerTask:
-    """Flat named-entity recognition over a label set."""
+    """Named-entity recognition over a label set.
+
+    Attributes:
+        nested: entities may lie inside entities.
+    """
 
     labels: tuple[str, ...]
     prompt: PromptConfig
+    nested: bool = False
     name: TaskName = "ner"
+
+    @property
+    def marked(self) -> bool:
+        """Whether answers are marks in the text."""
+        return self.prompt.answer == "marks"
 
     def values(self, labels: Sequence[str]) -> dict[str, str]:
         """The label names, as `listed` writes them, and the sentence that there is no entity."""
@@ -39,11 +50,16 @@ class NerTask:
         return build_conversation(self.prompt, example.text, self.values(self.labels))
 
     def target(self, example: Example) -> str:
-        """JSON lines in order of appearance, or the sentence that there is none."""
+        """JSON lines in order of appearance, or the text with marks; where there is no entity, the sentence that says so."""
         if example.entities is None:
             raise DataError(f"{example.where}: no entities; write [] for a text without any")
         if not example.entities:
             return self.prompt.no_entities
+        if self.marked:
+            try:
+                return marks.write(example.text, example.entities)
+            except DataError as error:
+                raise DataError(f"{example.where}: {error}") from None
         ordered = sorted(example.entities, key=lambda e: (e.start or 0, e.end or 0))
         return "\n".join(
             f"{BEFORE_TEXT}{escaped(e.text)}{BEFORE_LABEL}{escaped(e.label)}{END}" for e in ordered
@@ -58,9 +74,11 @@ class NerTask:
         return ()
 
     def parse(self, example: Example, answer: str) -> Prediction:
-        """Entities of all well-formed lines; `parsed` is False when some line is not, or has an unknown label."""
+        """Entities of all well-formed lines or marks; `parsed` is False when some are not, or have an unknown label."""
         if answer.strip() == self.prompt.no_entities:
             return Prediction(example.id, answer, entities=())
+        if self.marked:
+            return self._parse_marks(example, answer)
         found: list[tuple[str, str]] = []
         lines = [line for line in answer.split("\n") if line.strip()]
         parsed = bool(lines)
@@ -71,6 +89,26 @@ class NerTask:
             else:
                 found.append(pair)
         return Prediction(example.id, answer, entities=locate(example.text, found), parsed=parsed)
+
+    def _parse_marks(self, example: Example, answer: str) -> Prediction:
+        """Entities where the copy around them agrees with the text; elsewhere they have no place."""
+        copy = marks.read(answer)
+        places = marks.places(copy.text, example.text)
+        spans = [
+            span for span in copy.spans if span[2] in self.labels and copy.text[span[0] : span[1]].strip()
+        ]
+        kept = spans if self.nested else [span for span in spans if not any(_holds(o, span) for o in spans)]
+        entities = [_placed(example.text, copy.text[a:b], label, places[a:b]) for a, b, label in kept]
+        parsed = (
+            copy.well_formed and len(kept) == len(copy.spans) and all(e.start is not None for e in entities)
+        )
+        entities.sort(key=lambda e: (e.start or 0, e.end or 0))
+        whole = all(
+            at is not None or c.isspace() or c == ELLIPSIS for c, at in zip(copy.text, places, strict=True)
+        )
+        return Prediction(
+            example.id, answer, entities=tuple(entities), parsed=parsed and whole and bool(places)
+        )
 
     def pairs(self, answer: str) -> list[tuple[str, str]]:
         """(entity text, label) of an answer that is known to be right in form."""
@@ -90,6 +128,20 @@ class NerTask:
         if not isinstance(text, str) or not text or label not in self.labels:
             return None
         return text, label
+
+
+def _holds(outer: tuple[int, int, str], inner: tuple[int, int, str]) -> bool:
+    """Whether an entity lies inside another one, of which it is no part itself."""
+    return outer[0] <= inner[0] and inner[1] <= outer[1] and outer[:2] != inner[:2]
+
+
+def _placed(text: str, copied: str, label: str, places: Sequence[int | None]) -> Entity:
+    """An entity of a copy where the text has it: from its first to its last character that is no blank."""
+    known = [at for at, c in zip(places, copied, strict=True) if at is not None and not c.isspace()]
+    found = text[known[0] : known[-1] + 1] if known else ""
+    if "".join(found.split()) != "".join(copied.split()):
+        return Entity(copied, label)
+    return Entity(found, label, known[0], known[-1] + 1)
 
 
 def locate(

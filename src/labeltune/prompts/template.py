@@ -83,6 +83,9 @@ class Conversation:
         return [*system, {"role": "user", "content": self.user}]
 
 
+#: Stands between the two halves of a text that `prompt.truncation=head_tail` keeps.
+ELLIPSIS = "…"
+
 #: Between the text and what follows it in a prompt; dropped where that moves to the front.
 _SEPARATORS = " \t\r\n,，;；、"
 _PLACEHOLDER = re.compile(r"\{(text|category|labels|no_entities|positive|negative)\}")
@@ -322,7 +325,11 @@ class ChatTemplate:
 
     def plain_ids(self, text: str) -> list[int]:
         """Ids of a text that is data: special tokens in it are split into ordinary ones."""
-        return self._tokenize(text, [])[0]
+        return self.plain_tokens(text)[0]
+
+    def plain_tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same, with the characters of every token."""
+        return self._tokenize(text, [])
 
     def _end_of_turn(self, end: str, specials: set[str]) -> tuple[list[int], list[int]]:
         """(ids that end the answer, ids the template puts after them)."""
@@ -369,6 +376,17 @@ class ChatTemplate:
             prompt[slice(*text_chars)],
             offsets,
             text_chars,
+        )
+
+    def answered(self, prompt: Encoded, answer: list[int]) -> Encoded:
+        """A prompt with an answer of these tokens behind it, and the end of turn."""
+        ids = [*prompt.ids, *answer, *self.end_of_turn_ids, *self._tail_ids]
+        end = prompt.offsets[-1][1] if prompt.offsets else 0
+        return replace(
+            prompt,
+            ids=ids,
+            answer_span=(len(prompt.ids), len(ids) - len(self._tail_ids)),
+            offsets=prompt.offsets + [(end, end)] * (len(ids) - len(prompt.ids)),
         )
 
     def check(self, conversation: Conversation) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy
 
-from labeltune.config import RunConfig, apply_override, build_config, config_keys
+from labeltune.config import RunConfig, build_config, config_keys
+from labeltune.config_values import apply_override
 from labeltune.distributed import world_size
 from labeltune.errors import ConfigError
 

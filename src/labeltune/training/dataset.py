@@ -147,7 +147,7 @@ def rows_that_cannot_fit(dataset: Dataset, builder: PromptBuilder) -> dict[int, 
                 key: Any = (tuple(row["candidates"] or ()), row["label"])
             else:
                 example = Example.from_row({**row, "id": "", "text": "", "source": ""})
-                key = builder.task.target(example)
+                key = builder.least_answer(example)
                 without = without or builder.least(replace(example, entities=()))
                 # A token stands for a byte at least, so most answers need not be tokenized.
                 if without + len(key.encode()) + _MARGIN <= limit:
@@ -228,7 +228,7 @@ class _Tokenize:
             "shortened": encoded.text.strip() != example.text.strip(),
             "excess": encoded.excess,
             "cut_characters": max(0, len(example.text.strip()) - len(encoded.text.strip())),
-            "cut_entities": sum(entity.text not in encoded.text for entity in example.entities or ()),
+            "cut_entities": self.builder.cut_entities(example, encoded),
         }
 
 
