@@ -483,8 +483,11 @@ def test_init_writes_a_config_that_loads(
         (("sweep", "run.yaml", "--search", "lora.r=4..8", "--grid"), "a grid needs choices"),
         (("sweep", "run.yaml", "data.validation_fraction=0", "--search", "lora.r=4,8"), "on validation rows"),
         (("evaluate", "run", "--on-error", "maybe"), "--on-error must be stop or skip"),
-        (("init", "summary"), "classification or ner"),
-        (("init",), "name the task: labeltune init classification, or labeltune init ner"),
+        (("init", "summary"), "classification, multilabel or ner"),
+        (
+            ("init",),
+            "name the task: labeltune init classification, labeltune init multilabel, or labeltune init ner",
+        ),
         (("init", "--task", "ner"), "name the task: labeltune init ner"),
         (("data", "download", "imdb"), "fudan, ccfbdci"),
         (("data", "check", "run.yaml", "--task", "nre"), "'ner'"),

@@ -132,7 +132,7 @@ def test_time_outs_lost_clients_and_long_prompts(caplog: pytest.LogCaptureFixtur
     service.close()
     service = service_for(predictor_for(), timeout=0.0001)
     with pytest.raises(ApiError) as late:
-        asyncio.run(service.ask(service.pick(None, None), ["a"] * 20))
+        asyncio.run(service.ask(service.pick(None), ["a"] * 20))
     assert late.value.status == 504
     service.close()
 
@@ -144,7 +144,7 @@ def test_documents_are_logged_only_when_that_was_asked_for() -> None:
         service = service_for(predictor_for(), log_texts=wanted)
         notes: dict[str, Any] = {}
         token = request_notes.set(notes)
-        asyncio.run(service.ask(service.pick(None, None), ["a document"]))
+        asyncio.run(service.ask(service.pick(None), ["a document"]))
         request_notes.reset(token)
         service.close()
         assert notes == {"model": "m", "rows": 1, **({"texts": ["a document"]} if wanted else {})}
@@ -213,8 +213,8 @@ def test_names_of_runs_and_fields(tmp_path: Path) -> None:
 def test_a_single_run_answers_to_any_name() -> None:
     """Clients come with other models' names, and `base_url` is all that is to be changed."""
     service = service_for(predictor_for())
-    only = service.pick("m", None)
-    assert service.pick("gpt-4o", None) is service.pick("gpt-4o", "classification") is only
+    only = service.pick("m")
+    assert service.pick("gpt-4o") is service.pick("gpt-4o", "classification") is only
     with pytest.raises(ApiError, match="model m does classification, not ner"):
         service.pick("gpt-4o", "ner")
     with pytest.raises(ApiError, match="this server has m") as missing:

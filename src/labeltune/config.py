@@ -439,7 +439,7 @@ class RunConfig(Section):
         task = values.get("task", "classification")
         prompt = values.get("prompt")
         marked = task == "ner" and isinstance(prompt, dict) and prompt.get("answer") == "marks"
-        if task in PROMPTS:
+        if isinstance(task, str) and task in PROMPTS:
             values.setdefault("output_dir", f"./output/Qwen2-{'NER' if task == 'ner' else 'Multilabel'}")
             _set_default(values, "prompt", **PROMPTS["ner_marks" if marked else task])
         return with_descriptions(values)

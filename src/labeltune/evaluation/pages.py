@@ -82,7 +82,7 @@ FIGURES: dict[str, tuple[str, str]] = {
     "sample_f1": ("Sample F1", "样本平均 F1"),
     "subset_accuracy": ("Subset accuracy", "标签集完全正确率"),
     "hamming_loss": ("Hamming loss", "汉明损失"),
-    "map": ("mAP", "mAP"),
+    "map": ("Mean average precision", "平均精度均值（mAP）"),
     "unparsable": ("Unparsable answers", "无法解析的回答"),
     "exact_rows": ("Rows answered exactly", "完全正确的样本"),
 }
