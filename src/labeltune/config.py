@@ -414,8 +414,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"eval.metric={self.eval.metric} is not measured for {self.task}; it has {', '.join(METRICS[self.task])}, loss"
             )
-        if self.task == "classification" and (self.prompt.answer, self.data.entities) != ("json", "flat"):
-            raise ValueError("prompt.answer and data.entities are for entities (task: ner)")
+        if self.task == "classification" and self.prompt.answer == "marks":
+            raise ValueError("prompt.answer=marks is for entities (task: ner)")
         if self.training.method == "full" and (self.lora.dora or self.lora.rslora):
             raise ValueError("lora.dora and lora.rslora need training.method lora or qlora")
         return self

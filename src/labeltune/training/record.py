@@ -78,8 +78,9 @@ def check_unchanged(checkpoint: Path, config: RunConfig, splits: Splits, summary
     record = _read(checkpoint / RECORD_FILE)
     now = leaves(config.model_dump(mode="json"))
     if record is not None:
-        # A record of an earlier version lacks the keys of `prompt` that came later.
-        then = leaves({"prompt": info.prompt.model_dump(mode="json")}) | leaves(record["config"])
+        # A record of an earlier version lacks the keys that came later.
+        later = {"prompt": info.prompt.model_dump(mode="json"), "data": {"entities": info.entities}}
+        then = leaves(later) | leaves(record["config"])
         same_rows = record["rows"] == _rows(splits)
     else:
         then = _told(checkpoint, info)
@@ -129,6 +130,7 @@ def _told(checkpoint: Path, info: RunInfo) -> dict[str, Any]:
         "task": info.task,
         "model": info.model,
         "hub": {"revision": info.hub.revision},
+        "data": {"entities": info.entities},
         "prompt": info.prompt.model_dump(mode="json"),
         "generation": info.generation.model_dump(mode="json"),
         "calibrate": info.calibrate.model_dump(mode="json"),
