@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
 def split(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Rows of the file in a fixed random order, without repeated texts."""
     rows = [json.loads(line) for line in Path(options.data).read_text("utf-8").splitlines()]
-    unique = list({row["text"]: {"text": row["text"], "labels": row["labels"]} for row in rows}.values())
+    unique = list({row["text"]: {"text": row["text"], "labels": list(dict.fromkeys(row["labels"]))} for row in rows}.values())
     random.Random(options.seed).shuffle(unique)
     held = options.train // 10
     train, rest = unique[: options.train], unique[options.train :]

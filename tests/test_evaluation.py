@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,14 @@ from labeltune.evaluation.metrics import (
     matthews,
     reliability_bins,
 )
-from labeltune.evaluation.spans import ERRORS, match_entities, ner_metrics, partial_span_f1
+from labeltune.evaluation.report import report_page
+from labeltune.evaluation.spans import (
+    ERRORS,
+    match_entities,
+    ner_metrics,
+    nesting_figures,
+    partial_span_f1,
+)
 from labeltune.evaluation.summary import headline, shown_headline, slices
 from labeltune.types import Entity, Example, Prediction
 
@@ -238,6 +246,55 @@ def test_every_kind_of_error_has_its_name() -> None:
     assert found["partial_span_f1"]["value"] == pytest.approx(2 * 3 / 11, abs=1e-6)
     assert found["labels"]["Y"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
     json.dumps(found, allow_nan=False)
+
+
+SPANS = st.sets(
+    st.tuples(st.integers(0, 6), st.integers(1, 4), st.sampled_from("AB")).map(
+        lambda t: (t[0], t[0] + t[1], t[2])
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(SPANS, SPANS), min_size=1, max_size=3))
+def test_figures_of_nested_entities_are_counted_one_by_one(rows: list[Any]) -> None:
+    def kind(span: Any, among: Any) -> str:
+        others = [other for other in among if other[:2] != span[:2]]
+        if any(other[0] <= span[0] and span[1] <= other[1] for other in others):
+            return "inner"
+        return "outer" if any(span[0] <= other[0] and other[1] <= span[1] for other in others) else "flat"
+
+    found = nesting_figures([truth for truth, _ in rows], [given for _, given in rows])
+    kinds = [kind(span, side) for row in rows for side in row for span in side]
+    if "inner" not in kinds:
+        assert found == {}
+        return
+    assert list(found) == ["flat", "outer", "inner"]
+    for name, figures in found.items():
+        right = sum(kind(s, truth) == name for truth, given in rows for s in truth & given)
+        wanted = sum(kind(s, truth) == name for truth, _ in rows for s in truth)
+        given = right + sum(kind(s, side) == name for truth, side in rows for s in side - truth)
+        expected = 2 * right / (wanted + given) if wanted + given else 1.0
+        assert figures["support"] == wanted
+        assert figures["span_f1"]["value"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_report_tells_inner_and_outer_entities() -> None:
+    right = (Entity("ab", "X", 0, 2), Entity("a", "Y", 0, 1), Entity("d", "X", 3, 4))
+    examples = [Example("0", "ab d", entities=right)]
+    predictions = [Prediction("0", "", entities=right[:2])]
+    found = slices(examples, predictions)["by_nesting"]
+    assert [(part["slice"], part["rows"], part["recall"]) for part in found] == [
+        ("flat", 1, 0.0),
+        ("outer", 1, 1.0),
+        ("inner", 1, 1.0),
+    ]
+    metrics = {"task": "ner", "run": "r", "data": "d", **ner_metrics(examples, predictions)}
+    page = report_page({**metrics, "slices": {"by_nesting": found}}, examples, predictions)
+    assert "Entities inside entities" in page and "嵌套实体" in page and "内层" in page
+    flat = slices([Example("0", "ab d", entities=right[2:])], [Prediction("0", "", entities=())])
+    assert "by_nesting" not in flat
 
 
 def test_mcnemar_is_the_binomial_test() -> None:

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import llguidance.hf
 import pytest
+from llguidance import LLMatcher
 
 from helpers.templates import PECULIAR
 from helpers.tiny_models import CHATML, make_tokenizer
@@ -287,6 +289,52 @@ def test_a_request_for_entities_takes_exactly_the_answers_of_training() -> None:
         assert not re.fullmatch(pattern, wrong)
     request = vllm.request(task, ChatTemplate(make_tokenizer(GEMMA)), "m", 64)
     assert request["max_tokens"] == 64 and request["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+LABELS = ("GPE", 'odd "(x)|]"')
+
+
+def test_a_request_for_marks_takes_the_answers_of_training() -> None:
+    prompt = PromptConfig(user="{text}", system="", answer="marks", max_length=100)
+    task = make_task("ner", LABELS, prompt)
+    request = vllm.request(task, ChatTemplate(make_tokenizer()), "m", 64)
+    pattern = request["structured_outputs"]["regex"]
+    assert request["max_tokens"] == 164, "the copy and its marks"
+    text = "a [q] \\ |\n南京🎉"
+    entities = (Entity("a [q]", "GPE", 0, 5), Entity("南京🎉", LABELS[1], 10, 13))
+    for some in ((), entities[:1], entities):
+        assert re.fullmatch(pattern, task.target(Example("0", text, entities=some)))
+    for wrong in ("", "a [b", "a [b|XX]", "a [|GPE]", "[[a|GPE] b|GPE]", "a | b", "a \\b"):
+        assert not re.fullmatch(pattern, wrong), wrong
+
+
+def test_a_request_for_nested_marks_is_a_grammar_of_the_answers_of_training() -> None:
+    """Read by llguidance, whose Lark dialect differs from EBNF in the signs between a rule and its body."""
+    prompt = PromptConfig(user="{text}", system="", answer="marks", no_entities="none")
+    task = make_task("ner", LABELS, prompt, "nested")
+    grammar = vllm.request(task, ChatTemplate(make_tokenizer()), "m", 64)["structured_outputs"]["grammar"]
+    assert grammar.splitlines()[0] == 'root ::= "none" | part+'
+    lark = grammar.replace("root ::=", "start ::=").replace("::=", ":")
+    lark = lark.replace(r"[^\[\]|\\]", r"/(?s:[^\[\]|\\])/").replace(r"[\[\]|\\]", r"/[\[\]|\\]/")
+    tokenizer = make_tokenizer()
+    known = llguidance.hf.from_tokenizer(tokenizer)
+
+    def takes(answer: str) -> bool:
+        matcher = LLMatcher(known, LLMatcher.grammar_from_lark(lark))
+        assert not matcher.is_error(), matcher.get_error()
+        ids = tokenizer(answer, add_special_tokens=False).input_ids
+        return (
+            matcher.validate_tokens(ids) == len(ids)
+            and matcher.consume_tokens(ids)
+            and matcher.is_accepting()
+        )
+
+    text = "a [q] 南京🎉"
+    entities = (Entity("a [q]", "GPE", 0, 5), Entity("[q]", LABELS[1], 2, 5), Entity("南京🎉", "GPE", 6, 9))
+    for some in ((), entities[:1], entities):
+        assert takes(task.target(Example("0", text, entities=some)))
+    for wrong in ("a [b", "a [b|XX]", "a [|GPE]", "a | b"):
+        assert not takes(wrong), wrong
 
 
 @pytest.mark.parametrize("name", PECULIAR)

@@ -18,6 +18,7 @@ from helpers.rows import classification_rows, ner_rows, write_jsonl
 from helpers.tiny_models import make_model, make_tokenizer
 from helpers.training import logged
 from labeltune.config import build_config
+from labeltune.inference import marked
 from labeltune.inference.engine import Engine
 from labeltune.inference.extraction import Grammars, extract
 from labeltune.inference.runners import PlainRunner, SegmentRunner
@@ -29,6 +30,8 @@ from labeltune.inference.scoring import (
     score_by_cache,
     segment_prefix,
 )
+from labeltune.prompts.marked_copy import MarkTokens, Shown
+from labeltune.prompts.template import ChatTemplate
 from labeltune.training.collate import attention_for, make_batch
 from labeltune.training.loss import answer_loss
 from labeltune.training.packing import pack_step
@@ -203,6 +206,39 @@ def test_a_step_of_decoding_waits_once_and_equals_the_cpu_s(gpu: Device) -> None
             assert f.scores == pytest.approx(r.scores, rel=1e-4, abs=1e-4)
         assert len(gpu.waits) <= len(passes), "one for each step, however many passes it takes"
         assert {each.rpartition(":")[0] for each in gpu.waits} == {"tolist in inference/extraction.py"}
+
+
+def test_marks_are_decoded_in_slots_and_wait_once_a_pass(gpu: Device) -> None:
+    """What is read ahead and dropped leaves the slots as they were."""
+    template = ChatTemplate(make_tokenizer())
+    tokens = MarkTokens(template, ["地点", "组织"], "none")
+    documents = ["他在南京大学。", "a", "x y z" * 9, "今天下雨", "bc d", "南京 北京 上海"]
+    asked = [
+        marked.Question(template.plain_ids(f"mark {text} :"), Shown(text, ((0, 0, len(text)),)))
+        for text in documents
+    ]
+    model = make_model(len(template.tokenizer), seed=5).eval()
+    model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(len(template.tokenizer)))
+    model.get_output_embeddings().bias.data[tokens.none[0]] = -9
+
+    def answers(runner: Any, **limits: int) -> Any:
+        options = {"max_new_tokens": 60, "batch_size": 4, **limits}
+        end = template.end_of_turn_ids[0]
+        return marked.extract_marked(runner, tokens, asked, nested=True, end=end, **options)
+
+    right = answers(PlainRunner(model), batch_size=1)
+    assert sum(len(each.entities) for each in right) > 4
+    model.to(DEVICE)
+    passes: list[int] = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    for size in (1, 2, 6):
+        gpu.waits.clear()
+        passes.clear()
+        found = answers(SegmentRunner(model, segment_prefix(), 500), batch_size=size)
+        for f, r in zip(found, right, strict=True):
+            assert (f.entities, f.none, f.truncated) == (r.entities, r.none, r.truncated)
+        assert len(gpu.waits) <= len(passes)
+        assert {each.rpartition(":")[0] for each in gpu.waits} == {"tolist in inference/runners.py"}
 
 
 def test_a_shared_cache_scores_there_too(gpu: Device) -> None:

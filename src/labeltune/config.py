@@ -463,8 +463,8 @@ class RunConfig(Section):
             raise ValueError(
                 "generation.decoding=free writes one answer; multilabel asks about every label, set exact"
             )
-        if self.task != "ner" and (self.prompt.answer, self.data.entities) != ("json", "flat"):
-            raise ValueError("prompt.answer and data.entities are for entities (task: ner)")
+        if self.task != "ner" and self.prompt.answer == "marks":
+            raise ValueError("prompt.answer=marks is for entities (task: ner)")
         if self.training.method == "full" and (self.lora.dora or self.lora.rslora):
             raise ValueError("lora.dora and lora.rslora need training.method lora or qlora")
         if self.task == "ner" and self.training.class_weights != "none":

@@ -12,7 +12,7 @@ class Entity:
     """A named entity: `text` stands at `example.text[start:end]` (characters, end exclusive).
 
     `start` and `end` are None for a predicted entity whose text does not occur in the document. `score` is the mean
-    log-probability of the tokens with which a model chose it, None where there is none.
+    log-probability of the tokens with which a model chose it (of marks in the text: the sum over its marks), None where there is none.
     """
 
     text: str

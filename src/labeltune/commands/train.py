@@ -191,7 +191,7 @@ def _defaults(data: str, task: str | None, changes: list[str]) -> tuple[list[str
         return found, "your own prompt", how
     if any(_CHINESE.search(str([*row.values()])) for row in rows):
         return found, "a Chinese prompt", how
-    marked = reading.prompt.answer == "marks" and guessed == "ner"
+    marked = any(re.fullmatch(r"\s*prompt\.answer\s*=\s*marks\s*", change) for change in changes)
     prompts = ENGLISH_PROMPTS.get("ner_marks" if marked else guessed, {})
     found += [_change(f"prompt.{key}", text) for key, text in prompts.items()]
     return found, "an English prompt", how

@@ -287,11 +287,11 @@ def _labels(served: Served, chosen: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def parts(text: str, entities: Sequence[Entity]) -> list[tuple[str, str | None]]:
-    """The text in pieces, each an entity with its label or what stands between; of entities that overlap the first."""
+    """The text in pieces, each an entity with its label or what stands between; of entities that overlap the first, or the outer one."""
     found: list[tuple[str, str | None]] = []
     at = 0
     placed = [(e.start, e.end, e.label) for e in entities if e.start is not None and e.end is not None]
-    for start, end, label in sorted(placed):
+    for start, end, label in sorted(placed, key=lambda each: (each[0], -each[1])):
         if start < at:
             continue
         if start > at:

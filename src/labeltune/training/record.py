@@ -80,8 +80,12 @@ def check_unchanged(checkpoint: Path, config: RunConfig, splits: Splits, summary
     record = _read(checkpoint / RECORD_FILE)
     now = leaves(config.model_dump(mode="json"))
     if record is not None:
-        # A record of an earlier version lacks the keys of `prompt` and `training` that came later.
-        later = {"prompt": info.prompt.model_dump(mode="json"), "training": _CAME_LATER}
+        # A record of an earlier version lacks the keys that came later.
+        later = {
+            "prompt": info.prompt.model_dump(mode="json"),
+            "training": _CAME_LATER,
+            "data": {"entities": info.entities},
+        }
         then = leaves(later) | leaves(record["config"])
         same_rows = record["rows"] == _rows(splits)
     else:
@@ -132,6 +136,7 @@ def _told(checkpoint: Path, info: RunInfo) -> dict[str, Any]:
         "task": info.task,
         "model": info.model,
         "hub": {"revision": info.hub.revision},
+        "data": {"entities": info.entities},
         "prompt": info.prompt.model_dump(mode="json"),
         "generation": info.generation.model_dump(mode="json"),
         "calibrate": info.calibrate.model_dump(mode="json"),
