@@ -28,6 +28,8 @@ from labeltune.prompts.weights import AnswerWeights, balanced
 from labeltune.training.dataset import content_key, tokenize_rows
 from labeltune.training.loss import chunkable_head
 from labeltune.training.packing import pack_step, to_rows
+from labeltune.training.preflight import MemoryBudget, describe
+from labeltune.training.trainer import StepSettings
 from labeltune.types import Example
 
 SOFT = (("Space", 0.625), ("Art", 0.25), ("Sports", 0.125))
@@ -140,6 +142,16 @@ def test_smoothing_costs_only_the_answers(in_folder: Path) -> None:
         assert [after["weight"], *(each["weight"] for each in after["others"])] == pytest.approx(
             [0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3]
         )
+
+
+def test_costs_are_told_an_example_not_an_answer(in_folder: Path) -> None:
+    _, splits, builder = loaded(in_folder, classification_rows(6))
+    weighing = PromptBuilder(builder.task, builder.template, AnswerWeights({}, 0.1))
+    rows = to_rows(list(tokenize_rows(splits.train, weighing)[0]))
+    settings = StepSettings("shared_prefix", 10_000, 0, None)
+    told = describe(settings, MemoryBudget(10_000, False, 1, 1), [rows])
+    given = sum(len(row.ids) for row in rows)
+    assert f"{settings.computed([rows]) / 6:.0f} tokens computed per example of {given / 6:.0f};" in told
 
 
 def test_validation_rows_are_neither_weighted_nor_smoothed(in_folder: Path) -> None:

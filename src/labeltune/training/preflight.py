@@ -255,7 +255,7 @@ def prepare_steps(
 
 def describe(settings: StepSettings, memory: MemoryBudget, steps: list[list[Row]]) -> str:
     """One line on how steps are computed."""
-    examples = sum(map(len, steps))
+    examples = sum(len({row.record for row in step}) for step in steps)
     given = sum(len(row.ids) for step in steps for row in step)
     computed = settings.computed(steps)
     return (
