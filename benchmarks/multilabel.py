@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
         "--out", type=Path, required=True, help="folder for rows, the run, its report and result.json"
     )
     parser.add_argument("--steps", action="store_true", help="time steps alone, and train nothing")
+    parser.add_argument("--batch", type=int, default=16, help="examples a step")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -48,7 +49,11 @@ def arguments() -> argparse.Namespace:
 def split(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Rows of the file in a fixed random order, without repeated texts."""
     rows = [json.loads(line) for line in Path(options.data).read_text("utf-8").splitlines()]
-    unique = list({row["text"]: {"text": row["text"], "labels": list(dict.fromkeys(row["labels"]))} for row in rows}.values())
+    unique = list(
+        {
+            row["text"]: {"text": row["text"], "labels": list(dict.fromkeys(row["labels"]))} for row in rows
+        }.values()
+    )
     random.Random(options.seed).shuffle(unique)
     held = options.train // 10
     train, rest = unique[: options.train], unique[options.train :]
@@ -71,6 +76,7 @@ def config_of(options: argparse.Namespace, labels: list[str], **training: Any) -
             "prompt": {**prompts["multilabel"], "max_length": 320},
             "training": {
                 "epochs": options.epochs,
+                "batch_size": options.batch,
                 "learning_rate": 1e-3,
                 "scheduler": "linear",
                 "save_steps": "epoch",

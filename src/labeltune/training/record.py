@@ -42,9 +42,14 @@ MAY_CHANGE = (
     "eval.min_delta",
     "generation.batch_size",
     "calibrate.temperature",
+    "calibrate.thresholds",
 )
-#: Keys of `training` that runs of labeltune 0.1.0 could not set, and what they did.
-_CAME_LATER = {"class_weights": "none", "label_smoothing": 0.0}
+#: Keys that runs of labeltune 0.1.0 could not set, and what they did.
+_CAME_LATER: dict[str, Any] = {
+    "training": {"class_weights": "none", "label_smoothing": 0.0, "negatives": "all"},
+    "calibrate": {"thresholds": "label"},
+    "data": {"columns": {"labels": "labels"}},
+}
 #: Figures that Trainer's log ends with.
 _LAST_LOGGED = "train_runtime"
 
@@ -81,12 +86,8 @@ def check_unchanged(checkpoint: Path, config: RunConfig, splits: Splits, summary
     now = leaves(config.model_dump(mode="json"))
     if record is not None:
         # A record of an earlier version lacks the keys that came later.
-        later = {
-            "prompt": info.prompt.model_dump(mode="json"),
-            "training": _CAME_LATER,
-            "data": {"entities": info.entities},
-        }
-        then = leaves(later) | leaves(record["config"])
+        later = {"prompt": info.prompt.model_dump(mode="json"), "data": {"entities": info.entities}}
+        then = leaves(_CAME_LATER) | leaves(later) | leaves(record["config"])
         same_rows = record["rows"] == _rows(splits)
     else:
         then = _told(checkpoint, info)
