@@ -135,6 +135,7 @@ def _of_form(text: str, start: int, end: int, form: str) -> tuple[int, int]:
 
 
 def stripped(text: str, start: int, end: int) -> tuple[int, int]:
+    """The place without the blanks at its ends."""
     found = text[start:end]
     return start + len(found) - len(found.lstrip()), start + len(found.rstrip())
 
