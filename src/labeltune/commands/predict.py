@@ -139,9 +139,8 @@ def predict_command(
     _check_bounds(run, min_confidence, threshold)
     if encoding is not None:
         build_config({"data": {"encoding": encoding}}, "--encoding")
-    given = {"decoding": decoding, "long_text": long_text}
-    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    output = None if output == "-" else output
+    given = (("decoding", decoding), ("long_text", long_text))
+    changes: dict[str, Any] = {key: value for key, value in given if value is not None}
     if engine == "ray":
         source, folder = _ray_files(run, file, output, bool(text or shard))
         from labeltune.inference.files import PredictOptions
@@ -269,7 +268,7 @@ def _ray_files(run: str, file: str | None, output: str | None, other: bool) -> t
         ConfigError: there is no file or no folder.
         OutputError: what is read lies in the folder, or it cannot be written.
     """
-    if file is None or file == "-" or output is None or other:
+    if file is None or output is None or "-" in (file, output) or other:
         raise ConfigError(
             "--engine ray needs an input file or folder, and --output for a folder of parts; it takes no --text and no --shard"
         )
@@ -305,6 +304,7 @@ def _target(
         ConfigError: an option needs files, or another kind of file.
         OutputError: see `_check_target`.
     """
+    output = None if output == "-" else output
     in_files = path not in (None, STANDARD_INPUT) and output is not None and not is_stream(Path(output))
     if resume and not in_files:
         raise ConfigError("--resume needs an input file, and a file for --output")

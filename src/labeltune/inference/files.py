@@ -246,8 +246,7 @@ def predict_file(
 ) -> int:
     """Predict a file into another, jsonl or (by its name) csv; `output` appears when it is whole.
 
-    Until then answers stand in `.NAME.part` beside it, with a note of what they belong to. After a kill, `resume` keeps the
-    whole chunks of it and goes on behind them; the result is that of an uninterrupted run.
+    Until then answers stand in `.NAME.part` beside it. After a kill, `resume` goes on behind its whole chunks, to the same result.
 
     Args:
         block: the part of the file to predict (a shard); all of it when None.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from labeltune.config import PromptConfig, TaskName
 from labeltune.errors import DataError
-from labeltune.prompts import marks
 from labeltune.prompts.descriptions import listed
+from labeltune.prompts.marks import places, read, write
 from labeltune.prompts.template import ELLIPSIS, Conversation, build_conversation
 from labeltune.types import Entity, Example, Prediction
 
@@ -57,7 +57,7 @@ class NerTask:
             return self.prompt.no_entities
         if self.marked:
             try:
-                return marks.write(example.text, example.entities)
+                return write(example.text, example.entities)
             except DataError as error:
                 raise DataError(f"{example.where}: {error}") from None
         ordered = sorted(example.entities, key=lambda e: (e.start or 0, e.end or 0))
@@ -92,22 +92,22 @@ class NerTask:
 
     def _parse_marks(self, example: Example, answer: str) -> Prediction:
         """Entities where the copy around them agrees with the text; elsewhere they have no place."""
-        copy = marks.read(answer)
-        places = marks.places(copy.text, example.text)
+        copy = read(answer)
+        found = places(copy.text, example.text)
         spans = [
             span for span in copy.spans if span[2] in self.labels and copy.text[span[0] : span[1]].strip()
         ]
         kept = spans if self.nested else [span for span in spans if not any(_holds(o, span) for o in spans)]
-        entities = [_placed(example.text, copy.text[a:b], label, places[a:b]) for a, b, label in kept]
+        entities = [_placed(example.text, copy.text[a:b], label, found[a:b]) for a, b, label in kept]
         parsed = (
             copy.well_formed and len(kept) == len(copy.spans) and all(e.start is not None for e in entities)
         )
         entities.sort(key=lambda e: (e.start or 0, e.end or 0))
         whole = all(
-            at is not None or c.isspace() or c == ELLIPSIS for c, at in zip(copy.text, places, strict=True)
+            at is not None or c.isspace() or c == ELLIPSIS for c, at in zip(copy.text, found, strict=True)
         )
         return Prediction(
-            example.id, answer, entities=tuple(entities), parsed=parsed and whole and bool(places)
+            example.id, answer, entities=tuple(entities), parsed=parsed and whole and bool(found)
         )
 
     def pairs(self, answer: str) -> list[tuple[str, str]]:
