@@ -156,6 +156,15 @@ def test_words_that_begin_alike_are_refused() -> None:
         build_config({"task": "multilabel", "generation": {"decoding": "free"}})
 
 
+def test_labels_are_read_off_lines() -> None:
+    task = make_task("multilabel", ("a", "b c"), build_config({"task": "multilabel"}).prompt)
+    example = Example("0", "t", labels=("a", "b c"))
+    assert task.target(example) == "a\nb c"
+    assert task.parse(example, "b c\na\n").labels == ("a", "b c")
+    assert task.parse(example, "").labels == () and task.parse(example, "").parsed
+    assert task.parse(example, "a\nother").labels == ("a",) and not task.parse(example, "a\nother").parsed
+
+
 # Training
 
 
@@ -244,7 +253,10 @@ def test_a_run_learns_and_its_commands_know_the_task(
     result = train(config, say=said.append)
     assert result.metric_name == "micro_f1"
     assert any(line.startswith("thresholds: ") and "; micro_f1 on rows they were" in line for line in said)
-    assert any(line.startswith("confidence: 60 validation rows, NLL") for line in said)
+    assert any(
+        line.startswith("confidence: probabilities are ") and "; 60 validation rows: NLL" in line
+        for line in said
+    )
     figures = evaluate("out", "test.jsonl", output="report")
     assert figures["task"] == "multilabel" and figures["map"] > 0.7
     assert figures["micro_f1"]["value"] > figures["baselines"]["constant_set"]["value"]

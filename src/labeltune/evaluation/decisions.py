@@ -121,14 +121,12 @@ def scales_report(odds: Array, right: Flags) -> tuple[Scales | None, dict[str, A
     before = decision_figures(sigmoid(odds), right)
     report: dict[str, Any] = {"rows": len(odds), "own": 0, "refused": None, "before": before, "after": before}
     if len(odds) < ENOUGH_ROWS:
-        return None, report | {"refused": f"at least {ENOUGH_ROWS} rows are needed to fit one"}
+        return None, report | {"refused": f"at least {ENOUGH_ROWS} rows are needed for that"}
     scales = fit_scales(odds, right)
     after = decision_figures(cross_fitted(odds, right), right)
     report |= {"after": after, "own": int((scales.intercepts != 0).sum())}
     if any(after[name] > before[name] for name in ("nll", "brier")):
-        return None, report | {
-            "refused": f"{1 / scales.slopes.min():.2f} does not hold on rows it was not fitted on"
-        }
+        return None, report | {"refused": "what fits does not hold on rows it was not fitted on"}
     return scales, report
 
 

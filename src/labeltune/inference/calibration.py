@@ -195,12 +195,17 @@ def calibrate_labels(
     scales, of_scales = None, None
     if predictor.calibrate.temperature:
         scales, of_scales = scales_report(odds, right)
-        before, after = of_scales["before"], of_scales["after"]
-        kept = of_scales["refused"] or "cross-fitted"
-        say(
-            f"confidence: {len(rows)} validation rows, NLL {before['nll']:.3f} -> {after['nll']:.3f}, "
-            f"ECE {before['ece']:.3f} -> {after['ece']:.3f} ({kept}; {of_scales['own']} labels have a scale of their own)"
-        )
+        before, after, refused = (of_scales[name] for name in ("before", "after", "refused"))
+        if refused is not None:
+            figures = f"NLL {before['nll']:.3f}, ECE {before['ece']:.3f}"
+            say(
+                f"confidence: probabilities are not scaled, {refused}; {len(rows)} validation rows: {figures}"
+            )
+        else:
+            say(
+                f"confidence: probabilities are scaled ({of_scales['own']} labels by themselves); {len(rows)} validation rows: "
+                f"NLL {before['nll']:.3f} -> {after['nll']:.3f}, ECE {before['ece']:.3f} -> {after['ece']:.3f} (after: cross-fitted)"
+            )
     probabilities = sigmoid(odds) if scales is None else scales.apply(odds)
     threshold, own, of_thresholds = threshold_report(
         probabilities, right, objective, predictor.calibrate.thresholds

@@ -46,7 +46,7 @@ class MultilabelTask:
 
     def target(self, example: Example) -> str:
         """The labels that apply, one a line."""
-        return "\n".join(f"{label}{self.prompt.positive}" for label in self.right_labels(example))
+        return "\n".join(self.right_labels(example))
 
     def shares(self, example: Example) -> dict[str, float]:
         """The whole answer."""
@@ -71,9 +71,8 @@ class MultilabelTask:
         return tuple(answer for label in self.candidates(example) for answer in self.answers_about(label))
 
     def parse(self, example: Example, answer: str) -> Prediction:
-        """The candidates that are said to apply, in lines as `target` writes them; other lines leave `parsed` False."""
+        """The candidates that stand in lines of their own, as `target` writes them; other lines leave `parsed` False."""
         lines = [line.strip() for line in answer.splitlines() if line.strip()]
-        about = {label: self.answers_about(label) for label in self.candidates(example)}
-        given = tuple(label for label, (yes, _) in about.items() if yes.strip() in lines)
-        known = {each.strip() for both in about.values() for each in both}
-        return Prediction(example.id, answer, labels=given, parsed=known.issuperset(lines))
+        candidates = self.candidates(example)
+        given = tuple(label for label in candidates if label.strip() in lines)
+        return Prediction(example.id, answer, labels=given, parsed=len(given) == len(set(lines)))
