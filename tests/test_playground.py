@@ -47,7 +47,7 @@ def test_a_text_in_pieces() -> None:
     from labeltune.serve.playground import parts  # an extra, which takes long to import
 
     found = [Entity("b", "X", 1, 2), Entity("bc", "Y", 1, 3), Entity("d", "Z", 3, 4), Entity("z", "Z")]
-    assert parts("abcd", found) == [("a", None), ("b", "X"), ("c", None), ("d", "Z")]
+    assert parts("abcd", found) == [("a", None), ("bc", "Y"), ("d", "Z")]
     assert parts("abc", []) == [("abc", None)]
 
 

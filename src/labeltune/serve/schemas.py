@@ -169,7 +169,10 @@ class FoundEntity(BaseModel):
     end_idx: int | None
     entity_text: str
     entity_label: str
-    score: float | None = Field(None, description="mean log-probability of the tokens that chose it; of marks in the text, the sum over its marks")
+    score: float | None = Field(
+        None,
+        description="mean log-probability of the tokens that chose it; of marks in the text, the sum over its marks",
+    )
 
 
 class Extracted(BaseModel):
