@@ -119,9 +119,9 @@ def run_variant(given: argparse.Namespace) -> dict[str, Any]:
 
     from labeltune.config import DataConfig
     from labeltune.data.loading import load_rows
+    from labeltune.inference import runners
     from labeltune.inference.generation import generate_answers
     from labeltune.inference.load import load_predictor
-    from labeltune.inference.runners import CacheRunner, SegmentRunner
     from labeltune.inference.scoring import Question, score_one_by_one
     from labeltune.prompts import make_task
     from labeltune.prompts.builder import PromptBuilder
@@ -153,7 +153,7 @@ def run_variant(given: argparse.Namespace) -> dict[str, Any]:
     if given.variant == "original_bf16":
         model.bfloat16()
     if given.variant == "token_by_token":
-        SegmentRunner.lookahead = CacheRunner.lookahead = 0
+        runners.LOOKAHEAD, runners.FAR = {}, 0
     passes = 0
 
     def count(*_: Any) -> None:

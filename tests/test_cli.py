@@ -703,6 +703,8 @@ def test_without_a_config_the_prompt_is_in_the_language_of_the_rows(
     write_jsonl(in_folder / "people.jsonl", [{"text": "Ada", "entities": [entity]}])
     assert labeltune("train", "--data", "people.jsonl").code == 0
     assert seen.pop().prompt.no_entities == "none"
+    assert labeltune("train", "--data", "people.jsonl", "prompt.answer=marks").code == 0
+    assert "[entity|type]" in seen.pop().prompt.system
     (in_folder / "old.yaml").write_text("data: {train: rows.jsonl}\n")
     assert labeltune("train", "old.yaml").code == 0
     assert seen[1].prompt.user == CLASSIFICATION_USER, "a config means what it did"

@@ -17,7 +17,7 @@ from labeltune.config import (
     config_keys,
     load_config,
 )
-from labeltune.default_prompts import CLASSIFICATION_SYSTEM, NER_SYSTEM
+from labeltune.default_prompts import CLASSIFICATION_SYSTEM, NER_MARKS_SYSTEM, NER_SYSTEM
 from labeltune.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -227,6 +227,8 @@ def test_missing_files(tmp_path: Path) -> None:
         (["data.labels=[A, A]"], "empty or repeated label"),
         (["data.labels=[A, ' ']"], "empty or repeated label"),
         (["training.method=full", "lora.dora=true"], "lora.dora and lora.rslora need training.method"),
+        (["prompt.answer=marks"], "prompt.answer=marks is for entities (task: ner)"),
+        (["task=ner", "data.entities=deep"], "data.entities: "),
         (["data.validation_fraction=1"], "data.validation_fraction: "),
         (["model="], "model: "),
         (["training.learning_rate=fast"], "training.learning_rate: "),
@@ -236,6 +238,13 @@ def test_cross_checks(overrides: list[str], part: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config(None, overrides)
     assert part in str(raised.value)
+
+
+def test_marks_have_a_prompt_of_their_own() -> None:
+    marks = load_config(None, ["task=ner", "prompt.answer=marks"]).prompt
+    assert marks.system == NER_MARKS_SYSTEM and "[实体原文|实体类型]" in marks.system
+    assert load_config(None, ["task=ner", "prompt.answer=marks", "prompt.system=S"]).prompt.system == "S"
+    assert load_config(None, ["task=ner"]).prompt.system == NER_SYSTEM
 
 
 def test_checks_let_right_values_pass() -> None:

@@ -147,9 +147,9 @@ class World:
         for token in ids:
             assert token in grammar.allowed(state)
             state = grammar.after(state, token)
-        way = grammar.ended(state, self.end)
-        assert way is not None
-        return way.place.marks
+        last = grammar.ended(state, self.end)
+        assert last is not None
+        return last[0].marks
 
 
 @pytest.fixture(scope="module")
@@ -186,18 +186,18 @@ def test_a_random_walk_ends_and_is_canonical(
     text = text[:200]
     grammar = world.grammar(text, nested)
     random = data.draw(st.randoms(use_true_random=False))
-    state, ids, way = grammar.start(), [], None
-    while way is None and len(ids) < 4 * len(text.encode()) + 60:
+    state, ids, last = grammar.start(), [], None
+    while last is None and len(ids) < 4 * len(text.encode()) + 60:
         allowed = grammar.allowed(state)
         further = grammar.going_on(state)
         token = further if further is not None and random.random() < 0.5 else random.choice(allowed)
-        way = grammar.ended(state, token)
-        if way is None:
+        last = grammar.ended(state, token)
+        if last is None:
             ids.append(token)
             state = grammar.after(state, token)
-    if way is None or way.kind == "none":
+    if last is None or last[1]:
         return
-    marks = way.place.marks
+    marks = last[0].marks
     assert [token for piece, _ in world.tokens.path(grammar.units, marks) for token in piece] == ids
     entities = [Entity(text[m.start : m.at], m.label, m.start, m.at) for m in marks if m.label]
     assert len(set(spans(entities))) == len(entities) and all(e.text for e in entities)
@@ -215,9 +215,9 @@ def sequences(grammar: MarkGrammar, end: int, most: int) -> dict[tuple[int, ...]
     while waiting:
         ids, state = waiting.pop()
         for token in grammar.allowed(state):
-            way = grammar.ended(state, token)
-            if way is not None:
-                found[ids] = way.place.marks
+            last = grammar.ended(state, token)
+            if last is not None:
+                found[ids] = last[0].marks
                 continue
             further = grammar.after(state, token)
             if min(sum(m.label is None for m in each.place.marks) for each in further) <= most:
@@ -291,7 +291,7 @@ def test_the_space_in_front_of_an_answer_is_no_part_of_it() -> None:
 def test_a_tokenizer_without_marks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     monkeypatch.setattr(ChatTemplate, "plain_ids", lambda *_: [])
-    with pytest.raises(PromptError, match=r"no tokens for the marks.*prompt\.answer=json"):
+    with pytest.raises(PromptError, match=r"cannot write the marks.*prompt\.answer=json"):
         MarkTokens(world.template, LABELS, NONE)
 
 

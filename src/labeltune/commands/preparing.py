@@ -307,6 +307,11 @@ def warn_of_rows(config: RunConfig, splits: Splits, selection: Sequence[Example]
             f"warning: none of the {len(selection)} validation rows holds an entity, and span_f1 on them picks `best`; "
             "name rows with entities as data.validation, or set eval.metric=loss"
         )
+    if config.prompt.answer == "marks" and "entity_text" in config.prompt.system + config.prompt.user:
+        say(
+            "warning: answers are marks in the text (prompt.answer=marks), but the prompt asks for JSON (entity_text); describe the marks "
+            "in prompt.system, or leave it out"
+        )
     usual = TrainingConfig.model_fields["learning_rate"].default
     if config.model in ("pocket", "pocket-zh") and config.training.learning_rate == usual:
         say(

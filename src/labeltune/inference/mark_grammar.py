@@ -7,9 +7,9 @@ without one: an entity is begun, and gone on with, only where it can still end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Literal, NamedTuple
 
 from labeltune.prompts.marked_copy import MarkTokens, Units
@@ -35,27 +35,50 @@ class Place:
     must: Literal["nothing", "mark", "close"] = "nothing"
 
 
-class Way(NamedTuple):
-    """One way to go on.
+class Piece(NamedTuple):
+    """One way to go on from a place.
 
     Attributes:
-        ids: tokens that are left of its piece.
-        place: where the piece began.
-        kind: what the piece is: text up to the end of its unit, a part of the unit, a mark, the end of the turn, or all of the answer
+        ids: its tokens, or what is left of them.
+        kind: text up to the end of its unit, a part of the unit, a blank and the opening mark, a mark, the end of the turn, or all of the answer
             that there is no entity.
-        to: where the piece ends.
+        to: where it ends.
         label: of a closing mark.
     """
 
     ids: tuple[int, ...]
-    place: Place
     kind: Literal["text", "part", "blank", "open", "close", "end", "none"]
     to: int
     label: str | None = None
 
 
-#: All ways that agree with the tokens so far, the text's own first.
-State = tuple[Way, ...]
+class Pieces:
+    """Ways to go on, the text's own first.
+
+    Attributes:
+        allowed: their first tokens, each once, in their order.
+        by_first: the ways that begin with each.
+    """
+
+    def __init__(self, ways: Iterable[Piece]) -> None:
+        self.by_first: dict[int, list[Piece]] = {}
+        for way in ways:
+            self.by_first.setdefault(way.ids[0], []).append(way)
+        self.allowed = list(self.by_first)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return chain.from_iterable(self.by_first.values())
+
+
+class Branch(NamedTuple):
+    """Ways that began at one place."""
+
+    place: Place
+    pieces: Pieces
+
+
+#: All branches that agree with the tokens so far; usually one.
+State = tuple[Branch, ...]
 
 
 class MarkGrammar:
@@ -68,95 +91,102 @@ class MarkGrammar:
 
     def __init__(self, tokens: MarkTokens, units: Units, nested: bool, end: int) -> None:
         self.tokens, self.units, self.nested, self.end = tokens, units, nested, end
-        self._cuts: dict[tuple[int, int], list[tuple[tuple[int, ...], int, bool]]] = {}
+        self._known: dict[tuple[object, ...], tuple[Pieces, list[Piece]]] = {}
 
     def start(self) -> State:
         """Before the first token."""
-        return tuple(self._ways(Place(0, 0)))
+        return tuple(self._branches(Place(0, 0)))
 
     def allowed(self, state: State) -> list[int]:
         """Tokens that may come next, at least one; the text's own first."""
-        return list(dict.fromkeys(way.ids[0] for way in state))
+        if len(state) == 1:
+            return state[0].pieces.allowed
+        return list(dict.fromkeys(token for branch in state for token in branch.pieces.allowed))
 
     def after(self, state: State, token: int) -> State:
-        """The state behind one of them; empty when the answer is complete, see `marks`."""
-        return tuple(
-            further
-            for way in state
-            if way.ids[0] == token
-            for further in ([way._replace(ids=way.ids[1:])] if len(way.ids) > 1 else self._behind(way))
-        )
+        """The state behind one of them; empty when the answer is complete, see `ended`."""
+        found: list[Branch] = []
+        for place, pieces in state:
+            ways = pieces.by_first.get(token, [])
+            if rest := [way._replace(ids=way.ids[1:]) for way in ways if len(way.ids) > 1]:
+                found.append(Branch(place, Pieces(rest)))
+            for way in ways:
+                if len(way.ids) == 1:
+                    found += self._behind(place, way)
+        return tuple(found)
 
     def going_on(self, state: State) -> int | None:
         """The next token of the text alone; None where a mark must come, or the answer ends."""
-        return state[0].ids[0] if state[0].kind == "text" else None
+        way = next(iter(state[0].pieces))
+        return way.ids[0] if way.kind == "text" else None
 
-    def ended(self, state: State, token: int) -> Way | None:
-        """The way that is complete with this token, if the answer is."""
-        return next((w for w in state if w.ids == (token,) and w.kind in ("end", "none")), None)
+    def ended(self, state: State, token: int) -> tuple[Place, bool] | None:
+        """Where the answer is complete with this token, and whether it says that there is no entity; None if it is not."""
+        for place, pieces in state:
+            for way in pieces.by_first.get(token, []):
+                if len(way.ids) == 1 and way.kind in ("end", "none"):
+                    return place, way.kind == "none"
+        return None
 
-    def _behind(self, way: Way) -> Iterator[Way]:
-        place, at = way.place, way.to
+    def _behind(self, place: Place, way: Piece) -> Iterator[Branch]:
+        at = way.to
         if way.kind == "text":
-            yield from self._ways(replace(place, unit=place.unit + 1, at=at))
+            yield from self._branches(Place(place.unit + 1, at, place.opened, place.marks))
         elif way.kind == "part":
             blank = self.tokens.goes_with_mark(self.units, place.unit, place.at, at)
-            yield from self._ways(replace(place, at=at, must="close" if blank else "mark"))
+            yield from self._branches(replace(place, at=at, must="close" if blank else "mark"))
         elif way.kind in ("open", "blank"):
             opened, marks = (*place.opened, at), (*place.marks, Mark(at, None, at))
-            yield from self._ways(Place(place.unit, at, opened, marks))
+            yield from self._branches(Place(place.unit, at, opened, marks))
         elif way.kind == "close":
             marks = (*place.marks, Mark(at, way.label, place.opened[-1]))
-            yield from self._ways(Place(place.unit, at, place.opened[:-1], marks))
+            yield from self._branches(Place(place.unit, at, place.opened[:-1], marks))
 
-    def _ways(self, place: Place) -> Iterator[Way]:
-        for way in self._pieces(place):
-            if way.ids:
-                yield way
-            else:  # characters that the tokenizer has no token for
-                yield from self._behind(way)
+    def _branches(self, place: Place) -> Iterator[Branch]:
+        """The ways from a place; those from a later one where the tokenizer has no token for what lies between."""
+        closable = tuple(self._closable(place))
+        # What may come does not follow from where the entities begin, as long as there are labels for all of them.
+        deep = len(place.opened) >= len(self.tokens.closing) + (not self.nested)
+        opened = place.opened if deep else bool(place.opened)
+        key = place.unit, place.at, place.must, bool(place.marks), closable, opened
+        if key not in self._known:
+            ways = list(self._pieces(place, closable))
+            self._known[key] = Pieces(way for way in ways if way.ids), [way for way in ways if not way.ids]
+        pieces, without_tokens = self._known[key]
+        if pieces.allowed:
+            yield Branch(place, pieces)
+        for way in without_tokens:
+            yield from self._behind(place, way)
 
-    def _pieces(self, place: Place) -> Iterator[Way]:
+    def _pieces(self, place: Place, closable: Sequence[str]) -> Iterator[Piece]:
         text, free = self.units.text, place.must == "nothing"
         inside = place.unit < len(self.units.units)
         end = self.units.units[place.unit].end if inside else len(text)
         if inside and free and self._may_reach(place, end):
-            yield Way(self.tokens.between(self.units, place.unit, place.at, end), place, "text", end)
+            yield Piece(self.tokens.between(self.units, place.unit, place.at, end), "text", end)
         first = place.at == 0 and not place.marks
         if first:
-            yield Way((*self.tokens.none, self.end), place, "none", 0)
+            yield Piece((*self.tokens.none, self.end), "none", 0)
         elif not inside and not place.opened:
-            yield Way((self.end,), place, "end", place.at)
+            yield Piece((self.end,), "end", place.at)
         if place.must != "close" and self._may_open(place, place.at):
-            yield Way(self.tokens.open, place, "open", place.at)
-        for label in self._closable(place):
-            yield Way(self.tokens.closing[label], place, "close", place.at, label)
+            yield Piece(self.tokens.open, "open", place.at)
+        for label in closable:
+            yield Piece(self.tokens.closing[label], "close", place.at, label)
         if inside and free:
-            yield from self._parts(place)
+            yield from self._parts(place, end)
 
-    def _parts(self, place: Place) -> Iterator[Way]:
+    def _parts(self, place: Place, end: int) -> Iterator[Piece]:
         """Parts of the unit in front of a mark inside it."""
-        for ids, cut, blank in self._cut(place.unit, place.at):
+        for cut in range(place.at + 1, end):
             if not self._may_reach(place, cut):
                 break
             opens = self._may_open(place, cut)
+            blank = self.tokens.goes_with_mark(self.units, place.unit, place.at, cut)
             if blank and opens:
-                yield Way(self.tokens.open_behind_blank, place, "blank", cut)
+                yield Piece(self.tokens.open_behind_blank, "blank", cut)
             if place.opened or (opens and not blank):
-                yield Way(ids, place, "part", cut)
-
-    def _cut(self, unit: int, at: int) -> list[tuple[tuple[int, ...], int, bool]]:
-        """(ids of the part, where it ends, whether it is a blank that goes with an opening mark) for each cut of a unit."""
-        if (unit, at) not in self._cuts:
-            self._cuts[unit, at] = [
-                (
-                    self.tokens.between(self.units, unit, at, cut),
-                    cut,
-                    self.tokens.goes_with_mark(self.units, unit, at, cut),
-                )
-                for cut in range(at + 1, self.units.units[unit].end)
-            ]
-        return self._cuts[unit, at]
+                yield Piece(self.tokens.between(self.units, place.unit, place.at, cut), "part", cut)
 
     def _closable(self, place: Place) -> Iterator[str]:
         """Labels that the innermost entity may end with here: no span has the same one twice."""

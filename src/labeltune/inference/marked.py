@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from labeltune.inference.mark_grammar import MarkGrammar, Place, State
@@ -186,9 +187,9 @@ def _take(row: _Row, start: int, end: int) -> None:
 
 def _write(row: _Row, token: int, log: float | None) -> None:
     """One token more of the answer, with its log-probability if there was a choice; nothing once the answer is full."""
-    way = None if row.full else row.grammar.ended(row.state, token)
-    if way is not None:
-        row.last = way.place, way.kind == "none"
+    last = None if row.full else row.grammar.ended(row.state, token)
+    if last is not None:
+        row.last = last
     elif row.left <= 0:
         row.full = True
     else:
@@ -201,7 +202,7 @@ def _beginnings(row: _Row, decision: _Decision, logs: Sequence[float]) -> Iterat
     """(place in the shown text, probability) of the entities that may begin with the next token."""
     known = dict(zip(decision.tokens, logs, strict=True))
     tokens = row.grammar.tokens
-    for way in decision.state:
+    for way in chain.from_iterable(branch.pieces for branch in decision.state):
         if way.kind in ("open", "blank") and way.ids in (tokens.open, tokens.open_behind_blank):
             yield way.to - row.grammar.units.lead, math.exp(known[way.ids[0]])
 

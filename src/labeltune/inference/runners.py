@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-#: Decisions of a sequence that are looked at in one pass, where what comes next is known but for them.
-LOOKAHEAD = 64
+#: Decisions of a sequence that are looked at in one pass, where what comes next is known but for them: what is read in vain costs less
+#: than passes do on a GPU.
+LOOKAHEAD = {"cpu": 16}
+FAR = 64
 #: Logits fill memory: one token in so many of a pass has them.
 WITH_LOGITS = 4
 #: Tokens that are read again rather than in a pass of their own.
@@ -76,6 +78,11 @@ def _of_rows(rows: Sequence[Reading], logits: torch.Tensor) -> list[list[list[fl
     return [[next(found) for _ in row.asked] for row in rows]
 
 
+def lookahead_of(model: PreTrainedModel) -> int:
+    """Decisions to look at in one pass on the device that a model is on."""
+    return LOOKAHEAD.get(next(model.parameters()).device.type, FAR)
+
+
 class Session(Protocol):
     """Sequences in progress."""
 
@@ -117,10 +124,9 @@ class SegmentRunner:
     """All sequences in one row; what their prompts begin with is computed once. On the CPU each has keys and values of its own, elsewhere
     all have one tensor a layer."""
 
-    lookahead = LOOKAHEAD
-
     def __init__(self, model: PreTrainedModel, cache: PrefixCache[KVCache], max_tokens: int) -> None:
         self.model, self.cache, self.max_tokens = model, cache, max_tokens
+        self.lookahead = lookahead_of(model)
 
     @contextlib.contextmanager
     def session(self, prompts: Sequence[Sequence[int]]) -> Iterator[Session]:
@@ -234,10 +240,9 @@ class _Slots:
 class CacheRunner:
     """Through the model's own cache; sequences that go on by as many tokens go together, padded in front where they are shorter."""
 
-    lookahead = LOOKAHEAD
-
     def __init__(self, model: PreTrainedModel, cache: PrefixCache[OwnCache], max_tokens: int) -> None:
         self.model, self.cache, self.max_tokens = model, cache, max_tokens
+        self.lookahead = lookahead_of(model)
 
     @contextlib.contextmanager
     def session(self, prompts: Sequence[Sequence[int]]) -> Iterator[Session]:

@@ -105,7 +105,7 @@ class MarkTokens:
         none: ids of the sentence that there is no entity.
 
     Raises:
-        PromptError: the tokenizer has no tokens for them.
+        PromptError: the tokenizer has no tokens for them, or the same ones for two.
     """
 
     def __init__(self, template: ChatTemplate, labels: Sequence[str], no_entities: str) -> None:
@@ -120,7 +120,7 @@ class MarkTokens:
         unknown = template.tokenizer.unk_token_id
         if len(set(known)) < len(known) or any(not ids or unknown in ids for ids in known):
             raise PromptError(
-                "the model's tokenizer has no tokens for the marks of prompt.answer=marks; set prompt.answer=json"
+                "the model's tokenizer cannot write the marks of prompt.answer=marks, or not tell two of them apart; set prompt.answer=json"
             )
 
     def units(self, shown: Shown) -> Units:
