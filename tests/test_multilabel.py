@@ -226,7 +226,7 @@ def test_class_weights_and_smoothing_of_several_labels() -> None:
     example = Example("0", "t", labels=("a",))
     answers = predictor.builder.answers(example, predictor.builder.training(example))
     assert [round(answer.weight, 6) for answer in answers] == [2.7, 0.3, 0.9, 0.1]
-    yes, no = (predictor.builder.verdict(example, "a").yes, predictor.builder.verdict(example, "a").no)
+    yes, no = (predictor.builder.verdict("a").yes, predictor.builder.verdict("a").no)
     assert [tuple(answer.ids) for answer in answers[:2]] == [yes, no]
 
 

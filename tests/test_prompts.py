@@ -9,17 +9,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.templates import CONTRADICTS_ITSELF, PECULIAR, READS_NO_THINK, on_day, template
 from helpers.tiny_models import CHATML, make_tokenizer
 from labeltune.config import PromptConfig, build_config
+from labeltune.data.loading import features
 from labeltune.default_prompts import NER_LABELS
 from labeltune.errors import PromptError
 from labeltune.prompts import make_task
 from labeltune.prompts.builder import PromptBuilder, builder_for_base, common_prefix, encode_to_fit
 from labeltune.prompts.template import PLAIN_TEMPLATE, ChatTemplate, Conversation
+from labeltune.training.dataset import rows_that_cannot_fit
 from labeltune.types import Entity, Example
 
 LABELS = ("Sports", "Space", "Art")
@@ -272,7 +275,7 @@ def test_training_and_prediction_ask_the_same_of_peculiar_templates(name: str, s
     prompt, trained = made.prompt(ROW).ids, made.training(ROW)
     start, end = trained.answer_span
     assert trained.ids[:start] == prompt
-    assert trained.ids[start:end] == made.answer_ids(ROW, "Space")
+    assert trained.ids[start:end] == made.answer_ids("Space")
     assert tokenizer.decode(trained.ids[start:end]) == f"{lead}Space<|im_end|>"
     assert tokenizer.decode(prompt) == asked_by_others(tokenizer, made, ROW)
     assert tokenizer.decode(prompt).endswith(f"<|im_start|>{ending}")
@@ -315,7 +318,7 @@ def test_a_run_that_has_not_settled_its_template_goes_on_as_it_began() -> None:
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         assert tokenizer.decode(made.prompt(ROW).ids) == wanted, name
-        assert tokenizer.decode(made.answer_ids(ROW, "Space")) == "Space<|im_end|>"
+        assert tokenizer.decode(made.answer_ids("Space")) == "Space<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -362,7 +365,7 @@ def test_thinking_as_the_template_has_it(name: str, ending: str) -> None:
     tokenizer = make_tokenizer(source)
     made = begun(tokenizer, thinking="template")
     assert tokenizer.decode(made.prompt(ROW).ids).endswith(f"<|im_start|>{ending}")
-    assert tokenizer.decode(made.answer_ids(ROW, "Space")) == f"{lead}Space<|im_end|>"
+    assert tokenizer.decode(made.answer_ids("Space")) == f"{lead}Space<|im_end|>"
     assert tokenizer.chat_template == source and not made.template.options
 
 
@@ -498,3 +501,26 @@ def test_threads_leave_each_other_s_special_tokens_alone() -> None:
 )
 def test_tokens_that_both_begin_with(a: Any, b: Any, length: int) -> None:
     assert common_prefix(a, b) == common_prefix(b, a) == length
+
+
+def test_ten_thousand_labels_are_read_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that cannot fit are found by one prompt of all labels, not by one for each label; nor are answers tokenized behind it."""
+    labels = tuple(f"class {number}" for number in range(10_000))
+    config = build_config({"prompt": {"max_length": 64}})
+    task = make_task("classification", labels, config.prompt)
+    made = PromptBuilder(task, ChatTemplate(tokenizer, config.prompt))
+    rows = [Example(str(n), f"t{n}", label=label).to_row() for n, label in enumerate(labels[:300])]
+    encoded: list[int] = []
+    plain = ChatTemplate.encode
+
+    def counted(self: ChatTemplate, conversation: Any, answer: str | None = None) -> Any:
+        encoded.append(len(conversation.user))
+        return plain(self, conversation, answer)
+
+    monkeypatch.setattr(ChatTemplate, "encode", counted)
+    found = rows_that_cannot_fit(Dataset.from_list(rows, features=features()), made)
+    assert list(found) == list(range(300)) and sum(size > 1000 for size in encoded) == 1
+    monkeypatch.undo()
+    example = Example("0", "", label=labels[7])
+    encoded_whole = made.template.encode(task.conversation(example), labels[7])
+    assert found[7] == max(len(encoded_whole.ids), encoded_whole.answer_span[0] + made.reserve(example))

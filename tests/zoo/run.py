@@ -275,7 +275,7 @@ class _Walk:
         scores = [row.log_probabilities for row in predictor.log_probabilities(examples)]
         asked = []
         for row in examples:
-            answers = [tuple(predictor.builder.answer_ids(row, label)) for label in LABELS]
+            answers = [tuple(predictor.builder.answer_ids(label)) for label in LABELS]
             asked.append((predictor.builder.prompt(row).ids, answers))
         best = self.run / "best"
         exact = plain_model(self.base, best, self.kind, torch.float32)

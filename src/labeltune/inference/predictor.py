@@ -378,7 +378,7 @@ class Predictor:
     def _trie(self, example: Example, labels: tuple[str, ...]) -> LabelTrie:
         if labels not in self._tries:
             try:
-                found = self._new_trie(example, labels)
+                found = self._new_trie(labels)
             except ValueError as error:
                 raise DataError(
                     f"{example.where}: {error}: two of the labels {list(labels)} are the same to this "
@@ -389,10 +389,10 @@ class Predictor:
             self._tries[labels] = found
         return self._tries[labels]
 
-    def _new_trie(self, example: Example, labels: tuple[str, ...]) -> LabelTrie:
+    def _new_trie(self, labels: tuple[str, ...]) -> LabelTrie:
         if not isinstance(self.task, MultilabelTask):
-            return LabelTrie.of([self.builder.answer_ids(example, label) for label in labels])
-        verdicts = [self.builder.verdict(example, label) for label in labels]
+            return LabelTrie.of([self.builder.answer_ids(label) for label in labels])
+        verdicts = [self.builder.verdict(label) for label in labels]
         answers = [answer for verdict in verdicts for answer in (verdict.yes, verdict.no)]
         return LabelTrie.of(answers, [verdict.asked for verdict in verdicts for _ in range(2)])
 

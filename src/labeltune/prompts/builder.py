@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Answers whose tokens are kept; a server is asked about labels without end.
 KEPT_ANSWERS = 10_000
+#: Lists of candidates whose longest answer is kept.
+KEPT_RESERVES = 1_000
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class PromptBuilder:
         marked = isinstance(task, NerTask) and task.marked
         self.marks = MarkTokens(template, task.labels, task.prompt.no_entities) if marked else None
         self._lengths: dict[str, int] = {}
+        self._reserves: dict[tuple[str, ...], int] = {}
         self._answers: dict[str, list[int]] = {}
 
     def prompt(self, example: Example) -> Encoded:
@@ -145,14 +148,14 @@ class PromptBuilder:
         weighed = self.weights.weighed(self.task.shares(example), self.task.possible_answers(example))
         (_, first), *others = weighed.items()
         right = TrainedAnswer(encoded.ids[slice(*encoded.answer_span)], weight=first)
-        return [right, *(TrainedAnswer(self.answer_ids(example, a), weight=w) for a, w in others)]
+        return [right, *(TrainedAnswer(self.answer_ids(a), weight=w) for a, w in others)]
 
     def _verdicts(self, task: MultilabelTask, example: Example) -> list[TrainedAnswer]:
         right = set(task.right_labels(example))
         applies = {label: label in right for label in task.candidates(example)}
         found = []
         for label, (weight, other) in self.weights.decided(example.text, applies).items():
-            verdict = self.verdict(example, label)
+            verdict = self.verdict(label)
             found.append(verdict.trained(applies[label], weight))
             if other:
                 found.append(verdict.trained(not applies[label], other))
@@ -191,9 +194,25 @@ class PromptBuilder:
         Raises:
             DataError: the example has no right answer.
         """
+        if not isinstance(self.task, NerTask):
+            return self.without_text(example) + self.room(example)
         conversation = self.task.conversation(example).with_text("")
         encoded = self.template.encode(conversation, self.least_answer(example))
         return needed_tokens(encoded, self.reserve(example))
+
+    def without_text(self, example: Example) -> int:
+        """Tokens of a prompt with nothing of the text; they follow from its candidates alone."""
+        return len(self.template.encode(self.task.conversation(example).with_text("")).ids)
+
+    def room(self, example: Example) -> int:
+        """Tokens behind the prompt of a row of labels: those of its right answer, or of a longer one that is possible.
+
+        Raises:
+            DataError: the example has no right answer.
+        """
+        behind = self.template.closing_length - len(self.template.end_of_turn_ids)
+        right = len(self.answer_ids(self.least_answer(example))) + behind
+        return max(self.reserve(example), right)
 
     def least_answer(self, example: Example) -> str:
         """The right answer of a row of whose text nothing is shown.
@@ -205,25 +224,26 @@ class PromptBuilder:
             return self.task.possible_answers(example)[0]
         return self.task.target(example) if self.marks is None else self.task.prompt.no_entities
 
-    def answer_ids(self, example: Example, answer: str) -> list[int]:
-        """Token ids of an answer with its end of turn, as training has them; they do not depend on the text."""
+    def answer_ids(self, answer: str) -> list[int]:
+        """Token ids of an answer with its end of turn, as training has them; they do not depend on what is asked."""
         if answer not in self._answers:
-            conversation = self.task.conversation(example).with_text("")
+            # Behind a short prompt: that of ten thousand labels takes longer than all of their answers.
+            conversation = Conversation("system" if self.task.prompt.system else "", "user", "", "")
             encoded = self.template.encode(conversation, answer)
             if len(self._answers) >= KEPT_ANSWERS:
                 self._answers.clear()
             self._answers[answer] = encoded.ids[slice(*encoded.answer_span)]
         return self._answers[answer]
 
-    def verdict(self, example: Example, label: str) -> Verdict:
-        """A label as it is decided behind the prompt of an example; the same behind every prompt.
+    def verdict(self, label: str) -> Verdict:
+        """A label as it is decided behind a prompt; the same behind every one.
 
         Raises:
             PromptError: `prompt.positive` and `prompt.negative` begin alike to this tokenizer.
         """
         assert isinstance(self.task, MultilabelTask)
         yes, no = (
-            self.answer_ids(example, answer)[: -len(self.template.end_of_turn_ids)]
+            self.answer_ids(answer)[: -len(self.template.end_of_turn_ids)]
             for answer in self.task.answers_about(label)
         )
         asked = common_prefix(yes, no)
@@ -235,7 +255,12 @@ class PromptBuilder:
 
     def reserve(self, example: Example) -> int:
         """Tokens of the longest possible answer with its end of turn; 0 when answers cannot be listed."""
-        return max((self._answer_length(answer) for answer in self.task.possible_answers(example)), default=0)
+        if example.candidates not in self._reserves:
+            answers = self.task.possible_answers(example)
+            if len(self._reserves) >= KEPT_RESERVES:
+                self._reserves.clear()
+            self._reserves[example.candidates] = max(map(self._answer_length, answers), default=0)
+        return self._reserves[example.candidates]
 
     def _answer_length(self, answer: str) -> int:
         if answer not in self._lengths:

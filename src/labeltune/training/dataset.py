@@ -142,11 +142,12 @@ def rows_that_cannot_fit(dataset: Dataset, builder: PromptBuilder) -> dict[int, 
     for batch in columns.iter(batch_size=_BATCH_ROWS):
         rows = batch.to_pylist()
         for number, row in enumerate(rows, start=first):
-            example = None
+            example = Example.from_row({**row, "id": "", "text": "", "source": ""})
+            room = 0
             if row["entities"] is None:
-                key: Any = (tuple(row["candidates"] or ()), row["label"])
+                key: Any = example.candidates
+                room = builder.room(example)
             else:
-                example = Example.from_row({**row, "id": "", "text": "", "source": ""})
                 key = builder.least_answer(example)
                 without = without or builder.least(replace(example, entities=()))
                 # A token stands for a byte at least, so most answers need not be tokenized.
@@ -155,11 +156,9 @@ def rows_that_cannot_fit(dataset: Dataset, builder: PromptBuilder) -> dict[int, 
             if key not in known:
                 if len(known) >= _KEPT_KEYS:
                     known.clear()
-                known[key] = builder.least(
-                    example or Example.from_row({**row, "id": "", "text": "", "source": ""})
-                )
-            if known[key] > limit:
-                found[number] = known[key]
+                known[key] = builder.without_text(example) if room else builder.least(example)
+            if known[key] + room > limit:
+                found[number] = known[key] + room
         first += len(rows)
     return found
 
