@@ -995,3 +995,17 @@ def test_ctrl_c_outside_the_steps_is_said(
     monkeypatch.setattr("labeltune.commands.data.check_data", interrupted)
     stopped = labeltune("data", "check", "rows.jsonl")
     assert (stopped.code, stopped.err.splitlines()[-1]) == (130, "interrupted")
+
+
+def test_a_wrong_model_is_named_before_a_folder_that_is_taken(
+    labeltune: Any, in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(in_folder / "rows.jsonl", classification_rows(6))
+    run_without_weights(in_folder / "output" / "rows")
+    found = labeltune("train", "--data", "rows.jsonl", "--model", "pockt")
+    assert found.code == 2 and "did you mean pocket?" in found.err
+    found = labeltune("train", "--data", "rows.jsonl", "--model", "pocket-zh", "--accept-license", "gemma")
+    assert found.code == 2 and "already holds checkpoint-1. Continue it" in found.err, "a damaged one"
+    monkeypatch.setattr("labeltune.io.run_folder.damage", lambda checkpoint: None)
+    found = labeltune("train", "--data", "rows.jsonl", "--model", "pocket-zh", "--accept-license", "gemma")
+    assert found.code == 2 and "already holds checkpoint-1 of model pocket; choose another" in found.err

@@ -47,6 +47,7 @@ from labeltune.io.run_folder import (
     remove_checkpoints,
     remove_half_checkpoints,
 )
+from labeltune.models.pocket import check_spec
 from labeltune.types import Example
 
 if TYPE_CHECKING:
@@ -238,6 +239,7 @@ def train(
 
 def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None) -> TrainResult:
     started, folder = time.monotonic(), Path(config.output_dir)
+    check_spec(config.model, config.hub.accept_license)
     resume_from = _checked_folder(config, resume, overwrite, say)
     all_rows = read_rows(config, say)
     from labeltune.training import record

@@ -249,6 +249,12 @@ def check_output(
             f"nothing to resume: every checkpoint in {folder} is damaged; start over with --overwrite"
         )
     if found and not overwrite:
+        theirs = RunInfo.load(found[-1]).model if damage(found[-1]) is None else config.model
+        if theirs != config.model:
+            raise OutputError(
+                f"{folder} already holds {found[-1].name} of model {theirs}; choose another output_dir for model {config.model}, or start over "
+                "with --overwrite"
+            )
         raise OutputError(
             f"{folder} already holds {found[-1].name}. Continue it with --resume, start over with --overwrite, "
             "or choose another output_dir"
