@@ -137,7 +137,7 @@ def main() -> None:
         (options.out / f"{name}.jsonl").write_text(lines, "utf-8")
     found: dict[str, Any] = {"rows": {name: len(rows) for name, rows in parts.items()}, "labels": len(labels)}
     if options.steps:
-        for way in ("shared_prefix", "packed", "padded", "shared_prefix"):
+        for way in ("shared_prefix", "packed", "shared_prefix", "padded"):
             plan = labeltune.plan(config_of(options, labels, packing=way))
             timed = {"seconds": list(plan.step_seconds), "tokens_a_row": plan.computed_per_row}
             found.setdefault("steps", {}).setdefault(way, []).append(timed)

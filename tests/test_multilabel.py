@@ -18,7 +18,7 @@ from helpers.packing import assert_equal, lora_model, packed, plain
 from helpers.rows import read_jsonl, write_jsonl
 from helpers.tiny_models import make_model, make_tokenizer
 from labeltune import evaluate, train
-from labeltune.config import ColumnsConfig, build_config
+from labeltune.config import ColumnsConfig, TrainingConfig, build_config
 from labeltune.data.loading import iterative_split, load_splits
 from labeltune.data.records import Record
 from labeltune.data.schemas import parse_record
@@ -41,6 +41,7 @@ from labeltune.prompts.template import ChatTemplate
 from labeltune.prompts.weights import AnswerWeights, balanced_each
 from labeltune.training.dataset import token_columns
 from labeltune.training.packing import pack_step, to_rows
+from labeltune.training.token_figures import token_figures
 from labeltune.types import Example, Prediction
 
 NAMES = ("billing", "bill", "delivery", "praise", "account", "取消")
@@ -210,6 +211,14 @@ def test_negatives_are_drawn_and_weighted(in_folder: Path) -> None:
         right, wrong = len(row["labels"]), len(WORDS) - len(row["labels"])
         assert len(weights) == right + min(2, wrong)
         assert sum(weights) == pytest.approx(len(WORDS)) and weights.count(1.0) >= right
+
+
+def test_tokens_of_several_questions_are_counted(in_folder: Path) -> None:
+    predictor = predictor_with(tuple(WORDS))
+    found = token_figures(dataset_of(rows_with_labels(12), in_folder), predictor.builder, TrainingConfig())
+    assert found.rows == 12 and found.answer_tokens >= 12 * len(WORDS)
+    assert found.planned_rows == 12
+    assert found.computed["shared_prefix"] < found.computed["packed"] / 2
 
 
 def test_class_weights_and_smoothing_of_several_labels() -> None:

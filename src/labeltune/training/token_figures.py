@@ -113,11 +113,11 @@ def token_figures(dataset: Dataset, builder: PromptBuilder, training: TrainingCo
     column = {
         name: numpy.asarray(tokens.with_format("numpy")[name][:], dtype=numpy.int64)
         for name in tokens.column_names
-        if name != "input_ids"
+        if name not in ("input_ids", "others", "weight")
     }
     prefix = _common_beginning(tokens)
     text = column["text_end"] - numpy.maximum(column["text_start"], prefix)
-    answers = int((column["answer_end"] - column["answer_start"]).sum())
+    answers = int(column["answer_tokens"].sum())
     total, texts = int(column["length"].sum()), int(numpy.maximum(text, 0).sum())
     shortened = column["shortened"].astype(bool)
     characters = _characters(chosen)
@@ -181,4 +181,4 @@ def _packed(tokens: Dataset, training: TrainingConfig) -> tuple[int, int, dict[s
         way: sum(pack.tokens(step, way) for step in steps for pack in pack_step(step, max_tokens, way)[0])
         for way in get_args(Packing)
     }
-    return sum(map(len, steps)), max_tokens, computed
+    return sum(len({row.record for row in step}) for step in steps), max_tokens, computed
