@@ -66,6 +66,13 @@ class Example:
         """Its place, for messages."""
         return self.source or f"row {self.id}"
 
+    @property
+    def right_names(self) -> list[str]:
+        """Its right label, all of its right labels, or the types of its entities."""
+        if self.labels is not None:
+            return list(self.labels)
+        return [self.label or ""] if self.entities is None else [entity.label for entity in self.entities]
+
     def to_row(self) -> dict[str, Any]:
         """Flat form for Arrow files."""
         entities = self.entities

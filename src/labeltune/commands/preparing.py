@@ -208,11 +208,9 @@ def training_weights(options: TrainingConfig, train: Dataset) -> AnswerWeights:
 
 
 def _balanced(train: Dataset) -> dict[str, float]:
-    several = train["labels"][:]
-    if any(labels is not None for labels in several):
-        counts = Counter(label for labels in several for label in labels)
-        return balanced_each(counts, len(train))
-    return balanced(rows_by_label(train))
+    if train[0]["labels"] is None:
+        return balanced(rows_by_label(train))
+    return balanced_each(Counter(label for labels in train["labels"] for label in labels), len(train))
 
 
 def rows_by_label(dataset: Dataset) -> dict[str, float]:

@@ -310,12 +310,8 @@ def _count_labels(audit: Audit, example: Example, where: str) -> None:
         audit.candidates.update(example.candidates)
         for label in example.candidates:
             audit.first_places.setdefault(label, where)
-    if example.labels is not None:
-        names = list(example.labels)
-    elif example.entities is None:
-        names = [example.label or ""]
-    else:
-        names = [entity.label for entity in example.entities]
+    names = example.right_names
+    if example.entities is not None:
         _count_mentions(audit, [(entity.text, entity.label) for entity in example.entities])
     shared = dict(example.shares)
     audit.shared_labels.update(shared)

@@ -171,15 +171,8 @@ def _span_f1(truth: Sequence[set[Any]], given: Sequence[set[Any]]) -> dict[str, 
     return {"span_f1": strict_span_f1(truth, given)["span_f1"]}
 
 
-def right_names(example: Example) -> list[str]:
-    """Its right label, all of its right labels, or the types of its entities."""
-    if example.labels is not None:
-        return list(example.labels)
-    return [example.label or ""] if example.entities is None else [e.label for e in example.entities]
-
-
 def _by_frequency(examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    support = Counter(label for example in examples for label in right_names(example))
+    support = Counter(label for example in examples for label in example.right_names)
     ordered = [label for label, _ in sorted(support.items(), key=lambda pair: (pair[1], pair[0]))]
     parts = [
         part.tolist() for part in numpy.array_split(numpy.array(ordered, dtype=object), len(FREQUENCIES))

@@ -41,13 +41,6 @@ class Task(Protocol):
             DataError: the example has no right answer.
         """
 
-    def shares(self, example: Example) -> dict[str, float]:
-        """The right answers with their shares, which sum to 1; `target` is the first.
-
-        Raises:
-            DataError: the example has no right answer.
-        """
-
     def possible_answers(self, example: Example) -> tuple[str, ...]:
         """Every right form of an answer when there are finitely many, else nothing."""
 

@@ -145,7 +145,8 @@ class PromptBuilder:
         """
         if isinstance(self.task, MultilabelTask):
             return self._verdicts(self.task, example)
-        weighed = self.weights.weighed(self.task.shares(example), self.task.possible_answers(example))
+        shares = dict(example.shares) or {self.task.target(example): 1.0}
+        weighed = self.weights.weighed(shares, self.task.possible_answers(example))
         (_, first), *others = weighed.items()
         right = TrainedAnswer(encoded.ids[slice(*encoded.answer_span)], weight=first)
         return [right, *(TrainedAnswer(self.answer_ids(a), weight=w) for a, w in others)]

@@ -45,10 +45,6 @@ class ClassificationTask:
             raise DataError(f"{example.where}: no label")
         return example.label
 
-    def shares(self, example: Example) -> dict[str, float]:
-        """The label, or the labels of a soft label with their shares."""
-        return dict(example.shares) or {self.target(example): 1.0}
-
     def possible_answers(self, example: Example) -> tuple[str, ...]:
         """The candidates."""
         return self.candidates(example)

@@ -48,10 +48,6 @@ class MultilabelTask:
         """The labels that apply, one a line."""
         return "\n".join(self.right_labels(example))
 
-    def shares(self, example: Example) -> dict[str, float]:
-        """The whole answer."""
-        return {self.target(example): 1.0}
-
     def right_labels(self, example: Example) -> tuple[str, ...]:
         """The labels that apply.
 

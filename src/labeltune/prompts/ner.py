@@ -65,10 +65,6 @@ class NerTask:
             f"{BEFORE_TEXT}{escaped(e.text)}{BEFORE_LABEL}{escaped(e.label)}{END}" for e in ordered
         )
 
-    def shares(self, example: Example) -> dict[str, float]:
-        """The whole answer."""
-        return {self.target(example): 1.0}
-
     def possible_answers(self, example: Example) -> tuple[str, ...]:
         """None that could be listed."""
         return ()

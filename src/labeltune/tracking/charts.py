@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from labeltune.evaluation.summary import Evaluation, right_names
+from labeltune.evaluation.summary import Evaluation
 from labeltune.types import Example, Prediction
 
 #: Labels that get a precision-recall curve of their own, the most frequent ones.
@@ -113,11 +113,11 @@ def _curves(
     echarts: ModuleType, examples: Sequence[Example], predictions: Sequence[Prediction]
 ) -> dict[str, Any]:
     """One curve a label against all others, from its probability in every row that offers it."""
-    support = Counter(name for example in examples for name in right_names(example))
+    support = Counter(name for example in examples for name in example.right_names)
     found = {}
     for label, _ in support.most_common(CURVES):
         rows = [
-            (int(label in right_names(e)), dict(p.ranking)[label])
+            (int(label in e.right_names), dict(p.ranking)[label])
             for e, p in zip(examples, predictions, strict=True)
             if label in dict(p.ranking)
         ]
