@@ -9,7 +9,7 @@ DEMO_READY := $(VENV)/.labeltune-demo-ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 DEMO ?= classification
 
-.PHONY: setup demo quick test imported zoo oldest torture lint clean
+.PHONY: setup demo quick test imported zoo oldest torture label-studio lint clean
 
 setup: $(READY)
 
@@ -76,6 +76,12 @@ oldest:
 torture: $(READY)
 	-$(PIP_INSTALL) --editable ".[torture]"
 	$(BIN)/python -m torture $(TORTURE)
+
+# Label Studio itself in a browser, connected to `labeltune serve --label-studio`; it gets an environment of its own.
+label-studio: $(READY)
+	test -e demo-output/en-classification/best || $(MAKE) demo
+	test -e demo-output/en-ner/best || $(MAKE) demo DEMO=ner
+	$(BIN)/python tests/label_studio/session.py --choices demo-output/en-classification --entities demo-output/en-ner
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist demo-output .pytest_cache .mypy_cache .ruff_cache

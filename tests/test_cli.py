@@ -18,11 +18,10 @@ import pytest
 
 from helpers.commands import process
 from helpers.hubs import fake_hub
-from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
+from helpers.rows import LABELS, classification_rows, ner_rows, read_jsonl, write_jsonl
 from helpers.runs import run_without_weights
 from labeltune.commands import main, original
 from labeltune.config import load_config
-from labeltune.data.sources import iter_records
 from labeltune.default_prompts import CLASSIFICATION_USER, ENGLISH_PROMPTS
 from labeltune.io import progress
 
@@ -393,7 +392,7 @@ def test_convert_writes_the_originals_rows(labeltune: Any, in_folder: Path) -> N
     found = labeltune("data", "convert", "rows.jsonl", "out/converted.jsonl")
     assert (found.code, found.out) == (0, "") and "3 rows written, 0 skipped" in found.err
     path = in_folder / "out" / "converted.jsonl"
-    rows = [record.values for record in iter_records(path)]
+    rows = read_jsonl(path)
     assert rows[1] == {
         "instruction": "你是一个文本分类领域的专家，你会接收到一段文本和几个潜在的分类选项，请输出文本内容的正确类型",
         "input": "文本:rocket number 1 rocket,类型选型:['Sports', 'Space', 'Art']",
@@ -408,7 +407,7 @@ def test_convert_writes_the_originals_rows(labeltune: Any, in_folder: Path) -> N
 def test_convert_of_entities(labeltune: Any, in_folder: Path) -> None:
     write_jsonl(in_folder / "rows.jsonl", ner_rows(3))
     assert labeltune("data", "convert", "rows.jsonl", "out.jsonl", "--labels", "地理实体").code == 0
-    rows = [record.values or {} for record in iter_records(in_folder / "out.jsonl")]
+    rows = read_jsonl(in_folder / "out.jsonl")
     assert json.loads(rows[0]["output"]) == {"entity_text": "南京", "entity_label": "地理实体"}
     assert rows[2]["output"] == "没有找到任何实体" and "地理实体" in rows[0]["instruction"]
 

@@ -23,11 +23,23 @@ from zoo.families import BY_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Topics that have a page in each language.
-TOPICS = ("config", "data", "evaluate", "export", "models", "predict", "scale", "serve", "sweep", "train")
+TOPICS = (
+    "config",
+    "data",
+    "evaluate",
+    "export",
+    "labelling",
+    "models",
+    "predict",
+    "scale",
+    "serve",
+    "sweep",
+    "train",
+)
 #: English page -> the same in Chinese.
 PAGES = {"README.md": "README.zh-CN.md", **{f"docs/{t}.md": f"docs/zh/{t}.md" for t in TOPICS}}
 #: Pages that begin with a trained run, `output/classification`.
-ABOUT_A_RUN = ("evaluate", "export", "predict", "serve")
+ABOUT_A_RUN = ("evaluate", "export", "labelling", "predict", "serve")
 #: What is not run here: installations, and Ray, whose start takes longer than all else (tests/test_ray_engine.py).
 NOT_RUN = re.compile(r"^(make|pip) |--engine ray")
 README_LINES = 140

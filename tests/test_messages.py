@@ -132,6 +132,32 @@ COMPOSED = {
     "{where}: {word}: {reason} (got {value})",
     "{where}: {word}: {reason} (got {value}); {more}",
     "{file}: column {column} is read as {role}",
+    "{n} attributes",
+    "{n} cancelled or skipped annotations",
+    "{n} categories of texts",
+    "{n} choices of single regions",
+    "{n} conversations of several turns",
+    "{n} conversations without an answer",
+    "{n} discontinuous entities",
+    "{n} events",
+    "{n} ignored rows",
+    "{n} labelled spans",
+    "{n} labels of texts",
+    "{n} normalizations",
+    "{n} notes",
+    "{n} passed over: {reason}, {more}",
+    "{n} regions of type {word}",
+    "{n} regions of {control}",
+    "{n} regions without a label",
+    "{n} rejected rows",
+    "{n} relations",
+    "{n} spans of groups",
+    "{n} tasks whose annotation holds no label",
+    "{n} tasks whose annotations disagree (data.annotations=agreed)",
+    "{n} tasks without an annotation",
+    "{n} texts that were typed in",
+    "{n} texts without a label",
+    "{rows} in the pool, {passed}",
 }
 #: What libraries say, in our messages.
 OTHERS = re.compile(
@@ -140,9 +166,11 @@ OTHERS = re.compile(
     r"Invalid \\escape|" + "|".join(re.escape(os.strerror(number)) for number in errno.errorcode)
 )
 #: Everything these print is in the catalogue, and every error they raise.
-CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doctor.py commands/evaluate.py commands/export.py
-    commands/init.py commands/main.py commands/options.py commands/plan.py commands/predict.py commands/preparing.py
-    commands/serve.py commands/sweep.py commands/train.py config.py config_values.py data/check.py data/columns.py data/convert.py data/formats.py
+CONSOLE = """commands/board.py commands/compare.py commands/data.py commands/doctor.py commands/doubts.py commands/evaluate.py commands/export.py
+    commands/init.py commands/learning_curve.py commands/main.py commands/next.py commands/options.py commands/plan.py commands/predict.py commands/preparing.py
+    commands/serve.py commands/sweep.py commands/train.py config.py config_values.py data/check.py data/columns.py data/convert.py data/containers.py
+    data/formats/__init__.py data/formats/base.py data/formats/brat.py data/formats/chats.py data/formats/chinese.py data/formats/docbin.py
+    data/formats/doccano.py data/formats/label_studio.py data/formats/prodigy.py data/formats/tags.py data/formats/write.py
     data/labels.py data/loading.py data/records.py data/schemas.py data/sources.py data/standard_input.py data/tables.py
     evaluation/data_report.py evaluation/summary.py export/card.py export/folder.py export/merge.py export/onnx.py export/vllm.py
     inference/calibration.py inference/files.py inference/ray.py io/hubs.py io/lock.py io/outputs.py io/progress.py
@@ -213,8 +241,13 @@ def told(path: Path) -> Iterator[tuple[int, str]]:
             "AttributeError",
             "MissingExtraError",
         )
-        if name in ("say", "print", "begin", "note", "_Problem", "Interrupted") or raised:
-            for text in variants(node.args[-1] if name in ("_Problem", "Fault") else node.args[0]):
+        if (
+            name in ("say", "print", "begin", "note", "tell", "_Problem", "Unreadable", "Interrupted")
+            or raised
+        ):
+            for text in variants(
+                node.args[-1] if name in ("_Problem", "Fault", "Unreadable") else node.args[0]
+            ):
                 yield node.lineno, text
 
 

@@ -35,6 +35,7 @@ LATIN = {
     "MCC",
     "ECE",
     "Brier",
+    "mAP",
     "NLL",
     "Top",
     "token",
@@ -82,13 +83,29 @@ def entity_rows() -> tuple[list[Example], list[Prediction], list[Prediction]]:
     return examples, [Prediction(str(i), "", entities=()) for i in range(6)], answers
 
 
+def set_rows(count: int = 36) -> tuple[list[Example], list[Prediction], list[Prediction]]:
+    """Rows with none to three labels, one of which never occurs; the first answers give none, the second miss every third row."""
+    examples, none, some = [], [], []
+    for i in range(count):
+        right = tuple(label for n, label in enumerate(LABELS[:3]) if i >> n & 1)
+        given = tuple(LABELS[3:]) if i % 3 == 0 else right
+        ranking = [(label, 0.8 if label in given else 0.1 * (n + 1)) for n, label in enumerate(LABELS)]
+        examples.append(
+            Example(str(i), f"第 {i} 条：鞋子尺码不合适，想退货。", labels=right, source=f"a.jsonl:{i + 1}")
+        )
+        none.append(Prediction(str(i), "", labels=(), ranking=tuple((label, 0.1) for label in LABELS)))
+        some.append(Prediction(str(i), "", labels=given, ranking=tuple(sorted(ranking, key=lambda p: -p[1]))))
+    return examples, none, some
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each kind of page, from rows made up here."""
     folder = tmp_path_factory.mktemp("pages")
     made = {}
-    for task, (examples, first, second) in (("labels", label_rows()), ("entities", entity_rows())):
-        metrics = all_metrics(ABOUT, examples, second, LABELS if task == "labels" else ())
+    kinds = {"labels": label_rows(), "several labels": set_rows(), "entities": entity_rows()}
+    for task, (examples, first, second) in kinds.items():
+        metrics = all_metrics(ABOUT, examples, second, () if task == "entities" else LABELS)
         made[f"report of {task}"] = report_page(metrics, examples, second)
         for base in (True, False):
             names = {"first": f"{RUN} without its adapter" if base else "output/意图-a/best", "second": RUN}
@@ -169,6 +186,36 @@ def test_what_a_phone_shows_of_a_matrix_and_its_labels(browser: Any, pages: dict
     assert right <= 390 and view.inner_text("#labels th:last-child") == "样本数"
     for head in view.query_selector_all(".confusion th.side .name"):
         assert head.bounding_box()["height"] < 30
+    view.context.close()
+
+
+def test_a_click_through_a_report_of_several_labels(browser: Any, pages: dict[str, Path]) -> None:
+    examples, _, answers = set_rows()
+    wrong = sum(set(e.labels or ()) != set(a.labels or ()) for e, a in zip(examples, answers, strict=True))
+    view = opened(browser, pages["report of several labels"])
+
+    def count() -> int:
+        return int(view.inner_text("#count").split()[0])
+
+    assert count() == wrong == len(range(0, 36, 3)), "it opens on what went wrong"
+    assert view.locator("#labels svg.curve").count() == 4
+    # Rows that hold two labels together, by their cell of the heat map.
+    first, second = LABELS[0], LABELS[1]
+    both_of = [e for e in examples if {first, second} <= set(e.labels or ())]
+    cell = f'#together button[data-right="{first}"][data-given="{second}"]'
+    assert view.inner_text(cell) == str(len(both_of)) == "9"
+    view.click(cell)
+    assert count() == 9 and view.locator("#together td.chosen").count() == 1
+    assert view.inner_text("#list .row:first-child .meta").startswith(f"#{both_of[0].id} ")
+    # Rows without a label that belongs to them, then all.
+    view.select_option("#given", "=" + LABELS[3])
+    assert count() == sum(first in (e.labels or ()) for e in examples[::3])
+    view.click("#clear")
+    assert count() == 36 and view.locator("#together td.chosen").count() == 0
+    view.fill("#search", "第 7 条")
+    assert count() == 1
+    shown = view.inner_text("#list .row")
+    assert all(label in shown and f"{p:.3f}" in shown for label, p in answers[7].ranking or ())
     view.context.close()
 
 

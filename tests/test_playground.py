@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,44 @@ def runs(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {
         "news": make_run(folder / "news", model_folder, seed=1),
         "ents": make_run(folder / "ents", model_folder, "ner", seed=3),
+        "nested": make_run(
+            folder / "nested",
+            model_folder,
+            "ner",
+            seed=4,
+            prompt={"answer": "marks", "system": "Mark {labels}.", "user": "{text}"},
+            data={"entities": "nested"},
+        ),
     }
 
 
 @pytest.fixture(scope="module")
 def server(runs: dict[str, Path]) -> Iterator[Server]:
-    with serving(runs["news"], f"--adapter=ents={runs['ents']}", playground=True) as running:
+    others = [f"--adapter={name}={runs[name]}" for name in ("ents", "nested")]
+    with serving(runs["news"], *others, playground=True) as running:
         yield running
         assert running.stop() == 0, "a page that is open does not hold up the end"
 
 
-def test_a_text_in_pieces() -> None:
-    from labeltune.serve.playground import parts  # an extra, which takes long to import
+def holds(outer: Entity, inner: Entity) -> bool:
+    """Whether an entity lies within another one, or at the same place."""
+    spans = (outer.start, inner.start, inner.end, outer.end)
+    assert None not in spans
+    return list(spans) == sorted(spans)  # type: ignore[type-var]
 
-    found = [Entity("b", "X", 1, 2), Entity("bc", "Y", 1, 3), Entity("d", "Z", 3, 4), Entity("z", "Z")]
-    assert parts("abcd", found) == [("a", None), ("bc", "Y"), ("d", "Z")]
-    assert parts("abc", []) == [("abc", None)]
+
+def test_a_text_with_marks_inside_marks() -> None:
+    from labeltune.serve.playground import marked  # an extra, which takes long to import
+
+    found = [Entity("c", "X", 2, 3), Entity("bc<", "Y", 1, 4), Entity("a", "Z&", 0, 1), Entity("z", "Z")]
+    shown = re.sub(r' style="[^"]*"| translate="no"', "", marked("abc<d", found))
+    assert shown == (
+        '<div><mark data-label="Z&amp;">a<small>Z&amp;</small></mark><mark data-label="Y">b<mark data-label="X">c<small>X</small></mark>'
+        "&lt;<small>Y</small></mark>d</div>"
+    )
+    crossing = [Entity("ab", "X", 0, 2), Entity("bc", "Y", 1, 3)]
+    assert 'data-label="Y"' not in marked("abc", crossing)
+    assert "<mark" not in marked("abc", [])
 
 
 def test_a_browser_classifies_extracts_and_uploads(
@@ -119,6 +142,24 @@ def test_a_browser_classifies_extracts_and_uploads(
     view.wait_for_function("document.querySelector('#latency').innerText.includes('ms')")
     marked = view.inner_text("#entities").replace("\n", "")
     assert all(entity.text in marked for entity in found)
+    # Entities inside entities by a third.
+    view.click("#model input")
+    view.get_by_role("option", name="nested").click()
+    view.wait_for_function("!document.querySelector('#latency').innerText.includes('ms')")
+    with load_predictor(runs["nested"]) as predictor:
+        (found,) = predictor.extract([text])
+    inside = [
+        each
+        for n, each in enumerate(found)
+        if any(holds(o, each) and (o != each or m < n) for m, o in enumerate(found) if m != n)
+    ]
+    assert inside
+    view.fill("#text textarea", text)
+    view.click("#run")
+    view.wait_for_function("document.querySelector('#latency').innerText.includes('ms')")
+    labels = view.eval_on_selector_all("#entities mark", "marks => marks.map(m => m.dataset.label)")
+    assert sorted(labels) == sorted(each.label for each in found)
+    assert view.locator("#entities mark mark").count() == len(inside)
     view.fill("#text textarea", " ")
     view.click("#run")
     view.get_by_test_id("toast-text").get_by_text("text is empty").wait_for()

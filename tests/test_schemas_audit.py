@@ -187,6 +187,7 @@ def test_duplicates_and_shared_rows(tmp_path: Path) -> None:
     tested |= {
         "no_rows",
         "label_twins",
+        "misspelt_label",
         "integer_labels",
         "entity_blanks",
         "too_long",
@@ -521,7 +522,10 @@ def test_a_missing_column_of_a_table_stands_in_its_header(tmp_path: Path) -> Non
 
 def test_rows_of_doccano_are_known_by_their_spans(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "他在南京", "label": [[2, 4, "地点"]]}] * 3)
-    (fault,) = audit_file(path, "ner").faults
+    audit = audit_file(path, "ner")
+    assert (audit.usable, audit.faults) == (3, []) and audit.labels == {"地点": 3}
+    as_they_stand = DataConfig(format="rows")
+    (fault,) = audit_file(path, "ner", as_they_stand).faults
     assert fault.kind == "missing_field" and "'label' holds [start, end, type], as doccano" in fault.message
     config = load_config(None)
     assert guess_task(first_rows(str(path), config), config) == "ner"
@@ -671,3 +675,17 @@ def test_integers_are_read_by_the_labels_of_a_run(
         record, 0, "classification", ColumnsConfig(), integer_labels=True, numbered=("Neg", "Pos")
     )
     assert example is None and [fault.kind for fault in faults] == ["unknown_label"]
+
+
+def test_a_rare_label_one_letter_from_a_usual_one_is_named(tmp_path: Path) -> None:
+    labels = (
+        ["sports"] * 20 + ["sport", "Sports", "class_1", "class_2"] + ["class_3"] * 20 + ["国际新闻"] * 20
+    )
+    rows = [{"text": f"t{n}", "output": label} for n, label in enumerate([*labels, "国内新闻"])]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = [fault for fault in audit_file(path, "classification").faults if fault.kind != "label_twins"]
+    assert [str(fault) for fault in found] == [
+        f"{path}:21: warning: misspelt_label: 'sport' (1 row) is nearly 'sports' (20 rows); is it the same label?"
+    ]
+    few = write_jsonl(tmp_path / "few.jsonl", rows[11:21])  # nine beside one may be two labels
+    assert audit_file(few, "classification").faults == []

@@ -460,9 +460,9 @@ def test_local_specs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist") as raised:
         resolve_data(str(tmp_path / "row.jsonl"))
     assert str(raised.value).endswith(f"Give another path; near it are: {path}")
-    (tmp_path / "rows.txt").write_text("a")
+    (tmp_path / "rows.pdf").write_text("a")
     (tmp_path / "folder.csv").mkdir()
-    for name in ("rows.txt", "folder.csv"):
+    for name in ("rows.pdf", "folder.csv"):
         with pytest.raises(DataError, match=r"\.jsonl"):
             resolve_data(str(tmp_path / name))
 

@@ -19,14 +19,20 @@ from pydantic import (
     model_validator,
 )
 
-from labeltune.config_values import apply_override, describe, unwritable, with_descriptions
+from labeltune.config_values import (
+    Annotations,
+    FormatName,
+    apply_override,
+    describe,
+    unwritable,
+    with_descriptions,
+)
 from labeltune.default_prompts import CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, PROMPTS
 from labeltune.errors import ConfigError, near_it
 from labeltune.io.safe_yaml import read_yaml
 
 TaskName = Literal["classification", "multilabel", "ner"]
 EntitiesKind = Literal["flat", "nested"]
-
 #: Figures that can pick a checkpoint, the usual one first.
 METRICS: dict[str, tuple[str, ...]] = {
     "classification": ("macro_f1", "accuracy"),
@@ -118,6 +124,14 @@ class DataConfig(Section):
         description="the label set, a list or `{label: description}`; when empty, the labels seen in the training rows",
     )
     columns: ColumnsConfig = Field(default_factory=lambda: ColumnsConfig(), description="column names")
+    format: FormatName = Field(
+        "auto",
+        description="tool whose export a file is; auto: by its content; rows: as described in docs/data.md",
+    )
+    annotations: Annotations = Field(
+        "latest",
+        description="which of several annotations of a task counts; agreed: tasks whose annotations differ are left out",
+    )
     encoding: str = Field("utf-8", description="encoding of text files, e.g. `gb18030` for GBK")
     entities: EntitiesKind = Field(
         "flat", description="nested: entities may lie inside entities (NER); ones that cross stay an error"

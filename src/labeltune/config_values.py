@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from labeltune.errors import ConfigError, clipped
 from labeltune.io.safe_yaml import read_yaml
@@ -12,6 +12,28 @@ from labeltune.other_names import KEYS, our_name, plain
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+#: Formats of `labeltune.data.formats`; rows are ours.
+FormatName = Literal[
+    "auto",
+    "rows",
+    "label-studio",
+    "label-studio-min",
+    "prodigy",
+    "cluener",
+    "clue",
+    "uie",
+    "conll",
+    "tokens",
+    "gliner",
+    "doccano",
+    "messages",
+    "alpaca",
+    "brat",
+    "spacy",
+]
+#: Which of several annotations of a task counts.
+Annotations = Literal["latest", "agreed", "first"]
 
 
 def with_descriptions(values: dict[str, Any]) -> dict[str, Any]:

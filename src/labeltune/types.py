@@ -121,6 +121,8 @@ class Prediction:
         ranking: all candidates with their probabilities, the most probable first (scored labels); those of `multilabel` are of each label
             by itself, and do not sum to 1.
         truncated: the answer was longer than its limit, and entities may be missing.
+        certainty: probability of the least sure part of the answer (NER), None where it is not known; that of the best label is
+            `confidence`.
     """
 
     id: str
@@ -131,6 +133,7 @@ class Prediction:
     ranking: tuple[tuple[str, float], ...] = ()
     truncated: bool = False
     labels: tuple[str, ...] | None = None
+    certainty: float | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         """For people: four digits, five candidates; what `ranking` holds is exact."""

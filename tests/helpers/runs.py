@@ -22,16 +22,21 @@ NER_LABELS = ("地点", "地理实体")
 
 
 def make_run(
-    folder: Path, model: Path, task: str = "classification", seed: int = 0, prior: str = "none"
+    folder: Path, model: Path, task: str = "classification", seed: int = 0, prior: str = "none", **keys: Any
 ) -> Path:
-    """A checkpoint with a random adapter, so that different ones answer differently."""
+    """A checkpoint with a random adapter, so that different ones answer differently.
+
+    Args:
+        keys: other sections of its config.
+    """
     config = build_config(
         {
             "task": task,
             "model": str(model),
-            "prompt": {"max_length": 512},
+            "prompt": {"max_length": 512, **keys.pop("prompt", {})},
             "generation": {"max_new_tokens": 40},
             "calibrate": {"prior": prior},
+            **keys,
         }
     )
     torch.manual_seed(seed)

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from labeltune.commands.options import AsJson, Command, Labels, OnError
+from labeltune.commands.options import AsJson, Command, Labels, OnError, Overrides
 from labeltune.commands.preparing import too_long
 from labeltune.config import HubConfig, RunConfig, TaskName, is_config, load_config
 from labeltune.data import columns
@@ -26,8 +26,9 @@ from labeltune.data.check import (
     nothing_to_learn,
     stop_on_errors,
 )
+from labeltune.data.containers import SUFFIXES, TOOLS
 from labeltune.data.convert import convert_file
-from labeltune.data.formats import SUFFIXES
+from labeltune.data.formats.write import WRITERS
 from labeltune.data.labels import by_count, named_labels
 from labeltune.data.loading import Rows, load_rows
 from labeltune.data.schemas import Fault
@@ -43,8 +44,12 @@ from labeltune.types import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from labeltune.evaluation.label_doubts import Judged
+
 #: Labels of a file that `data check` prints, the most frequent first.
 LABELS_SHOWN = 50
+#: What `data convert` writes where no other tool is named.
+INSTRUCTIONS = "instructions"
 
 app = typer.Typer(
     help="Check, convert and download data.",
@@ -53,6 +58,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _only_label_studio(given: str | None) -> str | None:
+    if given not in (None, "label-studio"):
+        raise ConfigError(
+            f"--to {given}: rows to look at are written for label-studio, or as ours without --to"
+        )
+    return given
 
 
 @app.command(cls=Command)
@@ -91,13 +104,31 @@ def check(
     workers: Annotated[
         int | None, typer.Option(help="Processes; data.workers of the config when missing.", min=1)
     ] = None,
+    run: Annotated[str | None, typer.Option(help="A run that judges the answers of FILE.")] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            help="Train so many models, and judge every row by one that has not seen it; needs a config.",
+            min=2,
+        ),
+    ] = None,
+    suspects: Annotated[
+        Path | None,
+        typer.Option(help="Write the rows that the model contradicts here (with --run or --folds)."),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(help="label-studio: write them as its tasks.", callback=_only_label_studio)
+    ] = None,
 ) -> None:
     """List every fault with file:line; exit 1 on errors, 0 otherwise."""
+    _check_judge(file, run, folds, suspects, to)
     if report is not None:
         from labeltune.evaluation.data_report import check_report
 
         check_report(report, [given for given in (file, test) if given is not None])
-    more = [given for given in overrides or [] if "=" not in given and given.lower().endswith(SUFFIXES)]
+    more = [
+        given for given in overrides or [] if "=" not in given and given.lower().endswith((*SUFFIXES, *TOOLS))
+    ]
     keys = [given for given in overrides or [] if given not in more]
     if workers is not None:
         keys.append(f"data.workers={workers}")
@@ -117,9 +148,15 @@ def check(
             rows += check_data(settings, one, None, counter, loaded)
     audits = [r.audit for r in rows]
     unreadable = next((a.path for a in audits if a.unreadable is not None), None)
-    findings = None
+    findings, judged = None, None
+    if (run is not None or folds is not None) and unreadable is None:
+        judged = _judged(config, rows[0], run, folds)
     if report is not None and unreadable is None:
-        findings = report_data(rows, config, report, loaded, model)
+        findings = report_data(rows, config, report, loaded, model, judged)
+        if judged is not None:
+            from labeltune.commands.doubts import write_losses
+
+            write_losses(report.with_suffix(".losses.jsonl"), judged)
     if as_json:
         _print_json(audits, findings)
     else:
@@ -127,12 +164,61 @@ def check(
             if number:
                 print()
             _print_audit(audit, limit)
+    if judged is not None:
+        _tell_doubts(judged, suspects, to, limit, as_json, run or "folds")
     if findings is not None:
         print(_report_line(report, findings), file=sys.stderr)
     elif report is not None:
         print(f"no report was written, as {printable(str(unreadable))} cannot be used", file=sys.stderr)
     if any(audit.errors for audit in audits):
         raise typer.Exit(1)
+
+
+def _check_judge(
+    file: str, run: str | None, folds: int | None, suspects: Path | None, to: str | None
+) -> None:
+    """Raise what is wrong with the options of a judge, before anything is read."""
+    if run is not None and folds is not None:
+        raise ConfigError("--run and --folds are two ways; give one of them")
+    if folds is not None and not is_config(file):
+        raise ConfigError("--folds trains, so it needs a config: labeltune data check CONFIG.yaml --folds 3")
+    if suspects is None:
+        if to is not None:
+            raise ConfigError("--to says how --suspects FILE is written; name the file")
+        return
+    if run is None and folds is None:
+        raise ConfigError("--suspects needs a judge: --run RUN, or --folds 3")
+    check_file(suspects, [file])
+    note_replaced(suspects)
+
+
+def _judged(config: RunConfig, rows: Rows, run: str | None, folds: int | None) -> list[Judged]:
+    from labeltune.commands.doubts import judged_by_run, judged_out_of_fold
+
+    if run is not None:
+        with phase("judging the rows"):
+            return judged_by_run(run, rows)
+    assert folds is not None
+    return judged_out_of_fold(config, rows, folds)
+
+
+def _tell_doubts(
+    judged: Sequence[Judged], suspects: Path | None, to: str | None, limit: int, as_json: bool, version: str
+) -> None:
+    """Say what the judge contradicts, the largest loss first, and write it."""
+    from labeltune.commands.doubts import write_suspects
+    from labeltune.evaluation.label_doubts import find_doubts
+
+    found = find_doubts(judged)
+    if not as_json:
+        with spoken("stdout"):
+            print(f"{counted(len(found), 'row')} of {len(judged)} that the model contradicts")
+            for doubt in found[: limit or None]:
+                print(
+                    f"{doubt.where}: {doubt.given!r}, and the model says {doubt.suggested!r} at {doubt.sure:.2f}"
+                )
+    if suspects is not None:
+        write_suspects(suspects, judged, found, to, version)
 
 
 def check_data(
@@ -185,6 +271,7 @@ def report_data(
     path: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     model: Path | None = None,
+    judged: Sequence[Judged] | None = None,
 ) -> dict[str, Any]:
     """Write the HTML report of audited files, the training file first; returns its findings, JSON-ready.
 
@@ -199,7 +286,7 @@ def report_data(
 
     check_report(path)
     stop_on_errors([rows.audit for rows in files], skip=True, fix="")
-    report = make_report(files, config, tokenizer, model, progress=True)
+    report = make_report(files, config, tokenizer, model, progress=True, judged=judged)
     write_text(path, data_page(report))
     return report.to_dict()
 
@@ -235,7 +322,7 @@ def reading_config(changes: Sequence[str]) -> RunConfig:
 
 def first_rows(spec: str, config: RunConfig) -> list[dict[str, Any]]:
     """The first rows that can be read."""
-    return columns.first_values(resolve_data(spec, config.hub), config.data.encoding)
+    return columns.first_values(resolve_data(spec, config.hub), config.data)
 
 
 def guess_task(rows: Sequence[dict[str, Any]], config: RunConfig) -> TaskName:
@@ -333,34 +420,56 @@ def _print_audit(audit: Audit, limit: int) -> None:
     print(f"  text length in {audit.length_unit}: {line}")
 
 
+def _known_format(given: str) -> str:
+    if given not in (INSTRUCTIONS, *WRITERS):
+        raise ConfigError(f"--to {given}: it is one of {', '.join((INSTRUCTIONS, *WRITERS))}")
+    return given
+
+
 @app.command(cls=Command)
 def convert(
-    file: Annotated[str, typer.Argument(help="Rows in the classification or NER schema.")],
-    output: Annotated[Path, typer.Argument(help="jsonl to write.")],
+    file: Annotated[str, typer.Argument(help="Labelled rows, ours or an annotation tool's.")],
+    output: Annotated[Path, typer.Argument(help="File to write.")],
     task: Annotated[
         str | None, typer.Option(help="classification, multilabel or ner; guessed when missing.")
     ] = None,
     labels: Labels = None,
     on_error: OnError = "stop",
+    to: Annotated[
+        str,
+        typer.Option(
+            help=f"instructions (the original recipe's jsonl), or {', '.join(WRITERS)}.",
+            callback=_known_format,
+        ),
+    ] = INSTRUCTIONS,
+    overrides: Overrides = None,
 ) -> None:
-    """Write the original recipe's instruction/input/output jsonl."""
+    """Write rows as instructions, or for other tools."""
     check_file(output, [file])
     note_replaced(output)
-    config, source, _ = _check_target(file, None, task, labels)
+    config, source, _ = _check_target(file, None, task, labels, overrides or [])
+    write = WRITERS[to] if to in WRITERS else _instructions(source, config)
+    written, skipped = convert_file(source, output, config, write, skip=on_error == "skip")
+    print(f"{printable(str(output))}: {counted(written, 'row')} written, {skipped} skipped", file=sys.stderr)
+
+
+def _instructions(source: str, config: RunConfig) -> Callable[[Iterable[Example]], Iterator[str]]:
+    """What writes the original's rows."""
     maker = make_task(config.task, _labels_of(source, config), config.prompt, config.data.entities)
 
-    def render(example: Example) -> dict[str, object]:
-        conversation = maker.conversation(example)
-        soft = {"shares": dict(example.shares)} if example.shares else {}
-        return {
-            "instruction": conversation.system,
-            "input": conversation.user,
-            "output": maker.target(example),
-            **soft,
-        }
+    def write(examples: Iterable[Example]) -> Iterator[str]:
+        for example in examples:
+            conversation = maker.conversation(example)
+            soft = {"shares": dict(example.shares)} if example.shares else {}
+            row = {
+                "instruction": conversation.system,
+                "input": conversation.user,
+                "output": maker.target(example),
+                **soft,
+            }
+            yield json.dumps(row, ensure_ascii=False) + "\n"
 
-    written, skipped = convert_file(source, output, config, render, skip=on_error == "skip")
-    print(f"{printable(str(output))}: {counted(written, 'row')} written, {skipped} skipped", file=sys.stderr)
+    return write
 
 
 def _labels_of(source: str, config: RunConfig) -> tuple[str, ...]:

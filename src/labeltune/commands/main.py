@@ -22,6 +22,7 @@ from labeltune import __version__
 from labeltune.commands.options import Command
 from labeltune.distributed import rank, world_size
 from labeltune.errors import ConfigError, DataError, Interrupted, LabeltuneError, OutputError, printable
+from labeltune.io.processes import ended_like_ctrl_c
 from labeltune.messages import localize, spoken
 from labeltune.other_names import our_name
 
@@ -38,6 +39,7 @@ VERBS = {
     "compare": ("compare", "compare_command", "Compare two models on the same rows."),
     "export": ("export", "export_command", "Write a run as others load it, and check its answers."),
     "predict": ("predict", "predict_command", "Answer texts or the rows of a file: one JSON line a row."),
+    "next": ("next", "next_command", "Choose the rows whose labels are worth most."),
     "serve": ("serve", "serve", "Answer over HTTP, with a page at / and its API at /docs."),
     "board": ("board", "board", "Open the local SwanLab dashboard on a folder of runs."),
 }
@@ -134,7 +136,7 @@ def _run_app(command: typer.Typer, name: str | None) -> None:
         _check_options(command)
         try:
             # Without a word behind it, typer prints its help, which is English.
-            with spoken("stderr") if sys.argv[1:] else contextlib.nullcontext():
+            with ended_like_ctrl_c(), spoken("stderr") if sys.argv[1:] else contextlib.nullcontext():
                 command(prog_name=name)
         except SystemExit as stop:
             # typer makes exit code 1 of a broken pipe, which means something else here, and says nothing of Ctrl-C.

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from labeltune.data.formats.write import PREDICTED
 from labeltune.errors import ConfigError
 
 
@@ -50,3 +51,23 @@ Workers = Annotated[
     typer.Option(help="Models loaded side by side by ray; one a GPU, or one a machine without GPUs.", min=1),
 ]
 Address = Annotated[str | None, typer.Option(help="A Ray cluster, e.g. auto; this machine when missing.")]
+
+
+def _known_tool(given: str | None) -> str | None:
+    if given is not None and given not in PREDICTED:
+        raise ConfigError(f"--to {given}: it is one of {', '.join(PREDICTED)}")
+    return given
+
+
+Encoding = Annotated[
+    str | None,
+    typer.Option(help="Encoding of a text file, e.g. gb18030; that of the run's data when missing."),
+]
+To = Annotated[
+    str | None,
+    typer.Option(
+        "--to",
+        help=f"Tasks with predictions for an annotation tool: {', '.join(PREDICTED)}.",
+        callback=_known_tool,
+    ),
+]

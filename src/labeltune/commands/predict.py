@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from labeltune.commands.main import Closed
-from labeltune.commands.options import Address, Decoding, Workers
+from labeltune.commands.options import Address, Decoding, Encoding, To, Workers
 from labeltune.config import ColumnsConfig, DataConfig, build_config
 from labeltune.data.check import first_error
 from labeltune.data.labels import named_labels
@@ -59,10 +59,6 @@ STANDARD_INPUT = Path("/dev/stdin")
 
 
 Category = Annotated[str | None, typer.Option(help="Candidate labels, as a list or between commas.")]
-Encoding = Annotated[
-    str | None,
-    typer.Option(help="Encoding of a text file, e.g. gb18030; that of the run's data when missing."),
-]
 File = Annotated[
     str | None,
     typer.Argument(help="jsonl, json, csv, tsv, parquet or xlsx with a `text` column; - or nothing: stdin."),
@@ -118,6 +114,7 @@ def predict_command(
     min_confidence: MinConfidence = None,
     threshold: Threshold = None,
     top_k: TopK = None,
+    to: To = None,
     decoding: Decoding = None,
     long_text: LongText = None,
     shard: ShardOption = None,
@@ -141,6 +138,10 @@ def predict_command(
         build_config({"data": {"encoding": encoding}}, "--encoding")
     given = (("decoding", decoding), ("long_text", long_text))
     changes: dict[str, Any] = {key: value for key, value in given if value is not None}
+    if to is not None and (engine == "ray" or shard is not None or (output or "").endswith(".csv")):
+        raise ConfigError(
+            f"--to {to} writes one file of tasks: it takes no --shard, no --engine ray and no .csv"
+        )
     if engine == "ray":
         source, folder = _ray_files(run, file, output, bool(text or shard))
         from labeltune.inference.files import PredictOptions
@@ -163,7 +164,7 @@ def predict_command(
         predictor.change(**changes)
         if not text:
             encoding = used_encoding(encoding, predictor.encoding, str(path or "stdin"))
-        options = PredictOptions(labels, min_confidence, top_k, with_text, encoding, threshold)
+        options = PredictOptions(labels, min_confidence, top_k, with_text, encoding, threshold, to)
         bad = _answer(predictor, texts, path, target, options, part=part, resume=resume)
     _end(bad)
 
@@ -335,7 +336,9 @@ def _answer(
         predict_lines,
         read_rows,
         read_stream,
+        tasks_of,
         tell_written,
+        version_of,
     )
     from labeltune.inference.shards import shard_block
 
@@ -363,18 +366,23 @@ def _answer(
                 advance(1)
                 yield line
 
+        def shaped(lines: Iterable[str], faulty: bool = True) -> Iterable[str]:
+            if options.to is not None:
+                return tasks_of(lines, options.to, version_of(predictor))
+            return csv_of(lines, faulty) if target is not None and is_csv(target) else lines
+
         if target is None:
-            for line in answered():
+            for line in shaped(answered()):
                 sys.stdout.write(line)
                 sys.stdout.flush()
         elif is_stream(target):
             with open_stream(target) as stream:
-                for line in csv_of(answered()) if is_csv(target) else answered():
+                for line in shaped(answered()):
                     stream.write(line.encode())
                     stream.flush()
         else:
             lines = list(answered())
-            write_text(target, "".join(csv_of(lines, bad > 0) if is_csv(target) else lines))
+            write_text(target, "".join(shaped(lines, bad > 0)))
             tell_written(str(target), len(lines), bad, started)
     return bad
 

@@ -70,6 +70,16 @@ def rows_seen(folders: Sequence[Path | None], texts: Iterable[str]) -> Seen:
     return Seen(int(trained.sum()) if remembered else None, int((selected & ~trained).sum()))
 
 
+def known_texts(folder: Path) -> frozenset[int]:
+    """Hashes of all texts that a checkpoint was trained on or chosen by.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
+    files = (_read(folder / name) for name in (TRAINING_FILE, SELECTION_FILE))
+    return frozenset(int(each) for found in files if found is not None for each in found)
+
+
 def _hashes(texts: Iterable[str]) -> Hashes:
     return numpy.array([text_hash(text) for text in texts], dtype="<u8")
 

@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from labeltune.errors import MissingExtraError
+from labeltune.errors import ConfigError, MissingExtraError
 from labeltune.io.outputs import is_hub_name
+from labeltune.io.progress import no_long_silence
 from labeltune.io.run_folder import find_checkpoint
 from labeltune.messages import localize
 from labeltune.serve.settings import Settings, read_api_key
@@ -61,6 +62,13 @@ def serve(
         float, typer.Option(help="Seconds until a request is given up with 504.", min=0.001)
     ] = Settings.timeout,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Log the documents.")] = Settings.log_texts,
+    label_studio: Annotated[
+        bool,
+        typer.Option(
+            "--label-studio",
+            help="Be an ML backend of Label Studio: predict for its projects, train on their annotations.",
+        ),
+    ] = False,
     playground: Annotated[bool, typer.Option(help="Serve the page at /.")] = Settings.playground,
     device: Annotated[str | None, typer.Option(help="cuda, cpu ...; the best there is when missing.")] = None,
 ) -> None:
@@ -92,13 +100,18 @@ def serve(
         api_key=read_api_key(api_key_file),
         log_texts=log_texts,
         playground=playground,
+        label_studio=label_studio,
         allow_hosts=tuple(name.lower() for name in allow_host or ()),
     )
     adapters = [parse_adapter(given) for given in adapter or []]
+    if label_studio and adapters:
+        raise ConfigError("--label-studio serves one run; leave out --adapter")
 
     def say(line: str) -> None:
         with contextlib.suppress(OSError):  # nobody reads it; the server goes on
             print(f"{time.monotonic() - started:5.1f} s  {localize(line)}", flush=True)
 
     with bind(host, port) as bound:
-        run_server(load_models(run, name, adapters, device, say), settings, bound, say)
+        with no_long_silence(say):
+            models = load_models(run, name, adapters, device, say)
+        run_server(models, settings, bound, say)

@@ -28,15 +28,17 @@ from labeltune.commands.preparing import (
     tokenize_splits,
 )
 from labeltune.commands.row_hashes import Seen, hashes_file, save_selection
-from labeltune.config import METRICS, RunConfig, load_config
+from labeltune.config import RunConfig, load_config
 from labeltune.data.columns import tells_task
 from labeltune.data.loading import Splits
 from labeltune.default_prompts import ENGLISH_PROMPTS
 from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
+from labeltune.evaluation.learning_curve import Point, growth, metric_of, told
 from labeltune.evaluation.summary import SELECTION, Evaluation, headline
-from labeltune.io.lock import alone_with, ended_like_ctrl_c
+from labeltune.io.lock import alone_with
 from labeltune.io.outputs import is_hub_name, remove_leftovers
+from labeltune.io.processes import ended_like_ctrl_c
 from labeltune.io.progress import Say, begin, no_long_silence, track
 from labeltune.io.run_folder import (
     TRAINING_FILE,
@@ -81,6 +83,13 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Say what training will cost: time three real steps, and save nothing."),
 ]
+Curve = Annotated[
+    bool,
+    typer.Option(
+        "--learning-curve",
+        help="Train on an eighth, a quarter and a half of the rows first, and say what more rows would bring.",
+    ),
+]
 Task = Annotated[
     str | None,
     typer.Option(help="Shorthand for task=...; guessed from the columns of --data without a config."),
@@ -98,18 +107,26 @@ def train_command(
     model: Model = None,
     task: Task = None,
     accept_license: License = None,
+    learning_curve: Curve = False,
 ) -> None:
     """Fine-tune a model; checkpoints go to the config's output_dir."""
     loaded, file, command = _config_of(
         config, overrides, data, model=model, task=task, accept_license=accept_license
     )
+    if learning_curve and dry_run:
+        raise ConfigError("--dry-run is about one run; leave out --learning-curve")
     if dry_run:
         if resume:
             raise ConfigError("--dry-run is about a whole run; leave out --resume")
         print_costs(loaded, as_json=False)
         return
     check_inputs_kept(loaded, file, overwrite and not resume)
-    train(loaded, resume=resume, overwrite=overwrite, command=command)
+    if not learning_curve:
+        train(loaded, resume=resume, overwrite=overwrite, command=command)
+        return
+    from labeltune.commands.learning_curve import train_with_curve
+
+    train_with_curve(loaded, resume=resume, overwrite=overwrite, command=f"{command} --learning-curve")
 
 
 def plan_command(
@@ -210,6 +227,7 @@ def train(
     overwrite: bool = False,
     say: Say = tell_on_main,
     command: str | None = None,
+    parts: Sequence[Point] = (),
 ) -> TrainResult:
     """Fine-tune a model as the config says; checkpoints appear under `config.output_dir`.
 
@@ -218,13 +236,14 @@ def train(
             patience ...) is listed in training/record.py. A finished run is left as it is.
         overwrite: delete the checkpoints of an earlier run, once data and model are known to be usable.
         command: the command line that trains, for messages on how to go on; nothing is said about commands when None.
+        parts: figures of runs on parts of the rows, for the learning curve in the report.
 
     Raises:
         LabeltuneError: any of its kinds; config, data and output folder are checked before weights are loaded.
         Interrupted: Ctrl-C; the message names the checkpoint that was saved.
     """
     if rank() != 0:
-        return _train(config, resume, overwrite, say, command)
+        return _train(config, resume, overwrite, say, command, parts)
     folder, writing = Path(config.output_dir), f"another training writes into {config.output_dir}"
     with (
         alone_with(folder / ".lock", writing, "wait for it, or choose another output_dir", tidy=True),
@@ -232,12 +251,14 @@ def train(
         no_long_silence(say),
     ):
         try:
-            return _train(config, resume, overwrite, say, command)
+            return _train(config, resume, overwrite, say, command, parts)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {how_to_go_on(folder, command)}") from None
 
 
-def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None) -> TrainResult:
+def _train(
+    config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None, parts: Sequence[Point]
+) -> TrainResult:
     started, folder = time.monotonic(), Path(config.output_dir)
     check_spec(config.model, config.hub.accept_license)
     resume_from = _checked_folder(config, resume, overwrite, say)
@@ -296,7 +317,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool, say: Say, command: 
         )
         finishing = time.monotonic()
         if selection:
-            _finish(predictor, result, config, splits, selection, tracker=tracker, say=say)
+            _finish(predictor, result, config, splits, selection, tracker=tracker, say=say, parts=parts)
     except BaseException as error:
         tracker.finish(error)
         raise
@@ -426,6 +447,7 @@ def _finish(
     *,
     tracker: Tracker,
     say: Say,
+    parts: Sequence[Point],
 ) -> None:
     """With the best checkpoint's weights: fit a temperature, save hashes of the validation rows, and report on them.
 
@@ -447,9 +469,8 @@ def _finish(
         restore_adapter(predictor.model, best)
     if config.task == "multilabel":
         begin("measuring confidence on the validation rows")
-        objective = config.metric if config.metric in METRICS["multilabel"] else METRICS["multilabel"][0]
         handful = fixed_handful(splits, CALIBRATION_ROWS)
-        predictor.calibration, _ = calibrate_labels(predictor, handful, best, objective, say)
+        predictor.calibration, _ = calibrate_labels(predictor, handful, best, metric_of(config), say)
     elif config.calibrate.temperature and config.task == "classification":
         begin("measuring confidence on the validation rows")
         calibration, report = calibrate(predictor, fixed_handful(splits, CALIBRATION_ROWS), best, say)
@@ -465,6 +486,9 @@ def _finish(
     about = {"run": str(result.best), "base": False, "decoding": predictor.generation.decoding, "data": where}
     about |= Seen(trained=0, selected=len(selection)).to_dict()
     metrics = all_metrics(about, selection, predictions, predictor.task.labels)
+    if parts:
+        metrics["learning_curve"] = growth(metrics, metric_of(config), parts, len(splits.train))
+        say(told(metrics["learning_curve"]))
     folder = Path(config.output_dir) / VALIDATION_FOLDER
     write_evaluation(folder, metrics, selection, predictions)
     say(f"report on {SELECTION} rows: {folder / 'report.html'}")

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from labeltune.data.formats import find_format
+from labeltune.data.formats import Reading
 from labeltune.data.records import (
     LongLine,
     Record,
@@ -21,10 +21,12 @@ from labeltune.data.records import (
     decoded_lines,
     json_records,
 )
-from labeltune.data.sources import records_of
+from labeltune.data.sources import find_form, records_of
 from labeltune.data.tables import columns_problem, parquet_records
 from labeltune.errors import DataError, first_line
 
+#: Blocks are cut to be predicted: rows need no answer.
+TO_PREDICT = Reading(answers=False)
 #: A block that has as many bytes ends, also before it has all its rows.
 MOST_BYTES = 32 << 20
 
@@ -79,6 +81,7 @@ def cut_file(
     multiple: int = 1,
     most_bytes: int = MOST_BYTES,
     encoding: str = "utf-8",
+    reading: Reading = TO_PREDICT,
 ) -> Iterator[Block]:
     """Blocks of any file; one block where its rows do not stand in lines of their own.
 
@@ -87,17 +90,18 @@ def cut_file(
         file: opened for reading; it can be positioned.
         rows, multiple, most_bytes: as of `cut_lines`.
         encoding: of a text file.
+        reading: what rows of an annotation tool are read for.
 
     Raises:
         pyarrow.ArrowException: a parquet file is damaged.
     """
-    form = find_format(name, file, encoding)
+    form = find_form(name, file, encoding, reading)
     if form.readable_parquet:
         yield from cut_parquet(name, file, rows)
     elif form.plain:
         yield from cut_lines(name, bounded_lines(file), rows, multiple, most_bytes)
     else:
-        count = sum(1 for _ in records_of(name, file, form))
+        count = sum(1 for _ in records_of(name, file, form, reading))
         if count:
             yield Block(name, 0, 0, count, whole=True)
 
@@ -141,19 +145,23 @@ def cut_parquet(name: str, file: BinaryIO, rows: int) -> Iterator[Block]:
         yield Block(name, number, first, min(rows, total - first))
 
 
-def file_records(name: str, file: BinaryIO, encoding: str = "utf-8") -> Iterator[Record]:
+def file_records(
+    name: str, file: BinaryIO, encoding: str = "utf-8", reading: Reading = TO_PREDICT
+) -> Iterator[Record]:
     """The records of a whole file that is open.
 
     Raises:
         pyarrow.ArrowException: a parquet file is damaged.
     """
-    form = find_format(name, file, encoding)
+    form = find_form(name, file, encoding, reading)
     if form.readable_parquet:
         return parquet_records(name, file)
-    return records_of(name, file, form)
+    return records_of(name, file, form, reading)
 
 
-def read_block(block: Block, file: BinaryIO, encoding: str = "utf-8") -> Iterator[Record]:
+def read_block(
+    block: Block, file: BinaryIO, encoding: str = "utf-8", reading: Reading = TO_PREDICT
+) -> Iterator[Record]:
     """The records of a block, with the places they have in the whole file.
 
     Args:
@@ -164,7 +172,8 @@ def read_block(block: Block, file: BinaryIO, encoding: str = "utf-8") -> Iterato
         pyarrow.ArrowException: a parquet file is damaged.
     """
     if block.whole:
-        records = records_of(block.file, file, find_format(block.file, file, encoding))
+        form = find_form(block.file, file, encoding, reading)
+        records = records_of(block.file, file, form, reading)
         return islice(records, block.first, block.first + block.rows)
     if block.file.lower().endswith(".parquet"):
         return _parquet_rows(block, file)
@@ -174,14 +183,16 @@ def read_block(block: Block, file: BinaryIO, encoding: str = "utf-8") -> Iterato
     return json_records(block.file, decoded)
 
 
-def block_records(block: Block, file: BinaryIO, encoding: str = "utf-8") -> Iterator[Record]:
+def block_records(
+    block: Block, file: BinaryIO, encoding: str = "utf-8", reading: Reading = TO_PREDICT
+) -> Iterator[Record]:
     """`read_block` with errors that say which rows.
 
     Raises:
         DataError: the file is damaged, or cannot be read there.
     """
     try:
-        yield from read_block(block, file, encoding)
+        yield from read_block(block, file, encoding, reading)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         first, last = block.first + 1, block.first + block.rows
         raise DataError(

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from labeltune.config import DataConfig, TaskName
 from labeltune.data.blocks import Block, cut_file, read_block
-from labeltune.data.columns import FileColumns, columns_of_file, first_values
-from labeltune.data.formats import find_format
-from labeltune.data.labels import by_count, not_among, twins
+from labeltune.data.columns import FileColumns, columns_of_file, first_values, reading_of
+from labeltune.data.formats import FOR_ANY_TASK, Reading
+from labeltune.data.formats.brat import is_brat
+from labeltune.data.labels import by_count, misspelt, not_among, twins
 from labeltune.data.records import Record
 from labeltune.data.schemas import FAULT_KINDS, Fault, parse_record, readable_mentions
-from labeltune.data.sources import iter_records
+from labeltune.data.sources import find_form, iter_records
 from labeltune.errors import DataError, counted, listed, printable
 from labeltune.io.processes import mapped
 from labeltune.types import Example
@@ -190,7 +191,8 @@ def audit_file(
     audit = Audit(path, task, length_unit="tokens" if token_counts else "characters")
     data = data or DataConfig()
     columns = columns or columns_of_file(path, task, data)
-    records = islice(columns.records(iter_records(path, data.encoding)), max_rows)
+    found = iter_records(path, data.encoding, reading_of(data, task))
+    records = islice(columns.records(found), max_rows)
     add_records(audit, records, 0, data, columns, token_counts=token_counts, write=write)
     return finished(audit, data, columns)
 
@@ -266,15 +268,22 @@ def finished(audit: Audit, data: DataConfig, columns: FileColumns) -> Audit:
                 "data.labels=[first, second, ...], where 0 is the first",
             )
         )
+    nouns = ("entity", "entities") if audit.task == "ner" else ("row", "rows")
+
+    def amount(label: str) -> str:
+        return counted(audit.labels[label], *nouns)
+
     for group in twins(audit.first_places):
         rare = min(group, key=lambda label: (audit.labels[label], label))
-        nouns = ("entity", "entities") if audit.task == "ner" else ("row", "rows")
         listed = ", ".join(
-            f"{label!r} ({counted(audit.labels[label], *nouns)}, first in {_line(audit.first_places[label])})"
+            f"{label!r} ({amount(label)}, first in {_line(audit.first_places[label])})"
             for label in sorted(group, key=lambda label: -audit.labels[label])
         )
         message = f"these differ only in case, width, blanks or characters that cannot be seen: {listed}"
         audit.add_fault(Fault("label_twins", audit.first_places[rare], message))
+    for rare, usual in misspelt(audit.labels):
+        message = f"{rare!r} ({amount(rare)}) is nearly {usual!r} ({amount(usual)}); is it the same label?"
+        audit.add_fault(Fault("misspelt_label", audit.first_places[rare], message))
     if 0 < audit.without_candidates < audit.usable and labels is None:
         audit.add_fault(
             Fault(
@@ -442,10 +451,12 @@ class _Check:
         return audit, sink.getvalue().to_pybytes()
 
 
-def can_be_cut(path: Path, encoding: str) -> bool:
+def can_be_cut(path: Path, encoding: str, reading: Reading = FOR_ANY_TASK) -> bool:
     """Whether blocks of this file can be read by themselves; a csv field may hold line breaks, so those cannot."""
+    if is_brat(path):
+        return False
     with path.open("rb") as file:
-        form = find_format(path.name, file, encoding)
+        form = find_form(path.name, file, encoding, reading)
     return form.plain or form.readable_parquet
 
 
@@ -521,7 +532,7 @@ def other_task(path: Path, task: TaskName, data: DataConfig) -> str | None:
         "multilabel": data.columns.labels,
         "ner": data.columns.entities,
     }
-    rows = first_values(path, data.encoding)
+    rows = first_values(path, data)
     mine = read.pop(task)
     if not rows or any(mine in row for row in rows):
         return None

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from labeltune.config import ColumnsConfig, DataConfig, TaskName
-from labeltune.data.formats import ALIASES, INSTRUCTION, WELL_KNOWN
+from labeltune.data.containers import ALIASES, INSTRUCTION, WELL_KNOWN
+from labeltune.data.formats import Reading
 from labeltune.data.records import Record
 from labeltune.data.schemas import DOCCANO, is_spans
 from labeltune.data.sources import iter_records
@@ -69,9 +70,14 @@ class _Seen:
                     self.spans.add(name)
 
 
-def first_values(path: Path, encoding: str) -> list[dict[str, Any]]:
-    """The first rows of a file that can be read."""
-    records = islice(iter_records(path, encoding), LOOKED_AT)
+def reading_of(data: DataConfig, task: TaskName | None, answers: bool = True) -> Reading:
+    """How the files of a config are read."""
+    return Reading(task, data.format, data.annotations, data.columns, answers, data.labels)
+
+
+def first_values(path: Path, data: DataConfig) -> list[dict[str, Any]]:
+    """The first rows of a file that can be read, for whatever task."""
+    records = islice(iter_records(path, data.encoding, reading_of(data, None)), LOOKED_AT)
     return [record.values for record in records if record.values is not None]
 
 
@@ -79,7 +85,7 @@ def columns_of_file(
     path: Path, task: TaskName, data: DataConfig, answers_required: bool = True
 ) -> FileColumns:
     """Look at the first rows of a file; what is found is said once on standard error."""
-    records = iter_records(path, data.encoding)
+    records = iter_records(path, data.encoding, reading_of(data, task, answers_required))
     return columns_of_records(records, str(path), task, data.columns, answers_required)
 
 

@@ -20,6 +20,9 @@ from labeltune.errors import DataError, clipped
 _MAX_WRITTEN_LIST = 2**20
 _STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
+#: Of a misspelt label: its rows at most, how many times as many the usual one has, and the lengths that are looked at.
+_RARE, _USUAL = 2, 10
+_SHORTEST, _LONGEST = 4, 60
 #: Characters of other categories that show nothing: fillers and joiners.
 _UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0")
 
@@ -225,6 +228,42 @@ def twins(labels: Iterable[str]) -> list[list[str]]:
     for label in sorted(set(labels)):
         groups.setdefault(seen_as(label), []).append(label)
     return [group for seen, group in groups.items() if len(group) > 1 and seen]
+
+
+def misspelt(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Rare labels that are one character away from a usual one, with that one: `_RARE` times at most, beside `_USUAL` times as many.
+
+    >>> misspelt({"sports": 60, "sport": 2, "arts": 40, "art_1": 1, "art_2": 90})
+    [('sport', 'sports')]
+    """
+    near: dict[str, list[str]] = {}
+    for label in counts:
+        if _SHORTEST <= len(label) <= _LONGEST:
+            for spelling in (label, *(label[:at] + label[at + 1 :] for at in range(len(label)))):
+                near.setdefault(spelling, []).append(label)
+    found = {
+        rare: usual
+        for group in near.values()
+        for rare in group
+        for usual in group
+        if 0 < counts[rare] <= _RARE
+        and counts[usual] >= _USUAL * counts[rare]
+        and _one_letter_apart(rare, usual)
+        and seen_as(rare) != seen_as(usual)
+    }
+    return sorted(found.items())
+
+
+def _one_letter_apart(one: str, other: str) -> bool:
+    """Whether one character is too many, missing or another; a digit or a sign makes a name of its own."""
+    if len(one) > len(other):
+        one, other = other, one
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    same_length = len(one) == len(other)
+    changed = one[at : at + 1] * same_length + other[at : at + 1]
+    if same_length and not changed.isascii():  # another Chinese character is another word
+        return False
+    return one[at + same_length :] == other[at + 1 :] and changed.isalpha()
 
 
 def like(label: str, others: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ from labeltune.data.check import (
     other_task,
     stop_on_errors,
 )
-from labeltune.data.columns import columns_of_file
+from labeltune.data.columns import columns_of_file, reading_of
 from labeltune.data.schemas import Fault
 from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError, OutputError, first_line, printable
@@ -199,7 +199,7 @@ def _audit_into(
     data = data or DataConfig()
     columns = replace(columns_of_file(path, task, data), numbered=numbered)
     workers = worker_count(data.workers, path.stat().st_size >= ENOUGH_BYTES)
-    if workers > 1 and columns.problem is None and can_be_cut(path, data.encoding):
+    if workers > 1 and columns.problem is None and can_be_cut(path, data.encoding, reading_of(data, task)):
         arrow = schema.arrow_schema
         try:
             with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, arrow) as stream:

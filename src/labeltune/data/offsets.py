@@ -47,8 +47,14 @@ def _guesses(text: str, start: int, end: int, entity: str) -> Iterator[tuple[str
     yield "the offsets count from 1 with an inclusive end", (start - 1, end)
     if start >= 0 and len(text) <= _LONGEST:
         if end > start:
-            yield "the offsets count UTF-16 units, and must count characters", _units(text, start, end, 2)
-            yield "the offsets count UTF-8 bytes, and must count characters", _units(text, start, end, 1)
+            yield (
+                "the offsets count UTF-16 units, and must count characters",
+                in_characters(text, start, end, 2),
+            )
+            yield (
+                "the offsets count UTF-8 bytes, and must count characters",
+                in_characters(text, start, end, 1),
+            )
         if "\r\n" in text:
             yield (
                 "a line break CRLF counts as one character, and is two",
@@ -89,8 +95,10 @@ def _guesses(text: str, start: int, end: int, entity: str) -> Iterator[tuple[str
         yield f"the start is wrong: end - {len(entity)} characters", (end - len(entity), end)
 
 
-def _units(text: str, start: int, end: int, width: int) -> tuple[int, int]:
-    """Offsets in UTF-16 units (`width` 2) or UTF-8 bytes (1) -> in characters."""
+def in_characters(text: str, start: int, end: int, width: int) -> tuple[int, int]:
+    """Offsets in UTF-16 units (`width` 2) or UTF-8 bytes (1) -> in characters; (-1, -1) where they cut one, or lie outside."""
+    if start < 0 or end < start:
+        return -1, -1
     raw = text.encode("utf-16-le" if width == 2 else "utf-8", "surrogatepass")
     name = "utf-16-le" if width == 2 else "utf-8"
     if width * end > len(raw):
@@ -101,6 +109,11 @@ def _units(text: str, start: int, end: int, width: int) -> tuple[int, int]:
     except UnicodeDecodeError:
         return -1, -1
     return len(before), len(before) + len(inside)
+
+
+def units(text: str, place: int) -> int:
+    """A place in characters -> in UTF-16 units."""
+    return len(text[:place].encode("utf-16-le", "surrogatepass")) // 2
 
 
 def _mapped(text: str, start: int, end: int, pattern: str, size: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-from labeltune.data.formats import DAMAGED, ROW_LISTS, iconv, is_row, row_lists
+from labeltune.data.containers import DAMAGED, ROW_LISTS, iconv, is_row, row_lists
 
 #: A line of a file, or a row of it, that is longer than this is no document; it is a fault, and never held in memory.
 MAX_LINE_BYTES = 16 * 2**20

@@ -47,6 +47,7 @@ FAULT_KINDS: dict[str, tuple[Severity, str]] = {
     "conflicting_duplicate": ("warning", "the same text stands again with another answer"),
     "exact_duplicate": ("warning", "the same row stands again"),
     "label_twins": ("warning", "labels differ only in case, width, blanks or characters that cannot be seen"),
+    "misspelt_label": ("warning", "a rare label is one letter away from a usual one"),
     "integer_labels": ("warning", "labels are integers, read as text"),
     "entity_blanks": ("warning", "an entity or its type begins or ends with a blank"),
 }

@@ -7,13 +7,19 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow
 
 from labeltune.config import HubConfig
-from labeltune.data.formats import DAMAGED, SUFFIXES, Format, find_format, is_data_file, opened
+from labeltune.data.containers import DAMAGED, SUFFIXES, TOOLS, Format, find_format, is_data_file, opened
+from labeltune.data.formats import FOR_ANY_TASK, LOOKED_AT, Reading, read_as, recognise
+from labeltune.data.formats.brat import brat_records, is_brat
+from labeltune.data.formats.docbin import docbin_records
+from labeltune.data.formats.tags import looks_tagged, tagged_records
 from labeltune.data.records import (
     Record,
     bounded_lines,
@@ -25,6 +31,11 @@ from labeltune.data.tables import parquet_records, sheet_records, table_records
 from labeltune.errors import DataError, HubError, first_line, near_it, printable
 from labeltune.io.hubs import fetch
 from labeltune.io.outputs import check_folder, is_hub_name, open_whole
+
+#: Bytes of a file of words with tags, and characters of rows, that are looked at.
+_HEAD = 1 << 16
+#: Characters of a text that are looked at where a tool is looked for.
+_TEXT = 2000
 
 
 def resolve_data(spec: str, hub: HubConfig | None = None) -> Path:
@@ -58,12 +69,14 @@ def _check_file(path: Path, spec: str) -> None:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"data file {spec} cannot be read: {reason}") from None
     endings = ", ".join(SUFFIXES)
+    if is_brat(path):
+        return
     if stat.S_ISDIR(mode):
         raise DataError(f"data file {spec} is a folder; name a file in it, which ends in {endings}")
     if not stat.S_ISREG(mode):
         what = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
         raise DataError(f"data file {spec} is {what}; write its rows to a file that ends in {endings}")
-    if not is_data_file(path.name):
+    if not is_data_file(path.name) and not path.name.lower().endswith(TOOLS):
         raise DataError(f"data file {spec} must end in {endings}")
     if not os.access(path, os.R_OK):
         raise DataError(f"data file {spec} cannot be read: permission denied")
@@ -97,33 +110,95 @@ def _download(spec: str, hub: HubConfig) -> Path:
     return found[0]
 
 
-def iter_records(path: Path, encoding: str = "utf-8") -> Iterator[Record]:
-    """Stream a file; faults of single lines are yielded, in place, as records without values.
+def iter_records(path: Path, encoding: str = "utf-8", reading: Reading = FOR_ANY_TASK) -> Iterator[Record]:
+    """Stream a file, or a folder of brat's; faults of single lines are yielded, in place, as records without values.
 
     Args:
         encoding: of a text file.
+        reading: what rows of an annotation tool are read for.
     """
     name = printable(str(path))
+    if reading.format in ("auto", "brat") and is_brat(path):
+        yield from read_as("brat", name, brat_records(path), reading)
+        return
     with path.open("rb") as file:
-        form = find_format(name, file, encoding)
+        form = find_form(name, file, encoding, reading)
         if form.readable_parquet:
             yield from _iter_parquet(path, name)
         else:
-            yield from records_of(name, file, form)
+            yield from records_of(name, file, form, reading)
 
 
-def records_of(name: str, file: BinaryIO, form: Format) -> Iterator[Record]:
-    """The records of an open file that is no parquet.
+def find_form(name: str, file: BinaryIO, encoding: str = "utf-8", reading: Reading = FOR_ANY_TASK) -> Format:
+    """What an open file is, and the tool whose rows it holds; it is positioned at its beginning again.
+
+    Args:
+        name: ends in one of `SUFFIXES` or `TOOLS`.
+        reading: its `format` names the tool; by the content where that is `auto`.
+    """
+    form, wanted = find_format(name, file, encoding), reading.format
+    if wanted == "conll" and form.kind in ("lines", "json", "table"):
+        form = replace(form, kind="tagged", problem="")
+    if form.problem:
+        return form
+    if form.kind == "docbin":
+        return replace(form, tool="spacy")
+    if form.kind == "tagged":
+        head = opened(file, form).read(_HEAD).decode("utf-8", "replace")
+        file.seek(0)
+        if wanted == "conll" or looks_tagged(head):
+            return replace(form, tool="conll")
+        how = "a word, a blank or tab and a tag such as B-PER on each line, a blank line between sentences"
+        return replace(form, problem=f"it is plain text, not {how}; write its documents as jsonl, or csv")
+    if wanted == "rows":
+        return form
+    if wanted != "auto":
+        return replace(form, tool=wanted)
+    try:
+        tool = recognise(_first_values(_raw_records(name, file, form)))
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
+        tool = ""  # a damaged file: reading its rows says where
+    file.seek(0)
+    return replace(form, tool=tool)
+
+
+def _first_values(records: Iterator[Record]) -> list[dict[str, Any]]:
+    """The first rows that can be read, without the rest of long texts; fewer where they are large."""
+    found: list[dict[str, Any]] = []
+    size = 0
+    for record in islice(records, LOOKED_AT):
+        if record.values is not None:
+            size += sum(len(value) for value in record.values.values() if isinstance(value, str | list))
+            found.append({k: v[:_TEXT] if isinstance(v, str) else v for k, v in record.values.items()})
+        if size > _HEAD:
+            break
+    return found
+
+
+def records_of(name: str, file: BinaryIO, form: Format, reading: Reading = FOR_ANY_TASK) -> Iterator[Record]:
+    """The records of an open file that is no parquet of rows.
 
     Args:
         name: the file's name for messages.
-        form: as `find_format` says.
+        form: as `find_form` says.
     """
+    found = _raw_records(name, file, form)
+    yield from read_as(form.tool, name, found, reading) if form.tool else found
+
+
+def _raw_records(name: str, file: BinaryIO, form: Format) -> Iterator[Record]:
+    """What stands in a file, as it stands there."""
     if form.problem:
         yield Record(f"{name}:1", None, "unparsable_line", form.problem, whole=True)
         return
     if form.kind == "sheet":
         yield from sheet_records(name, file)
+        return
+    if form.kind == "docbin":
+        yield from docbin_records(name, file)
+        return
+    if form.kind == "parquet":
+        yield from parquet_records(name, file)
         return
     text = opened(file, form)
     last: Record | None = None
@@ -133,11 +208,7 @@ def records_of(name: str, file: BinaryIO, form: Format) -> Iterator[Record]:
             found = value_records(name, chunks, form.encoding)
         else:
             lines = decoded_lines(name, bounded_lines(text), encoding=form.encoding)
-            found = (
-                json_records(name, lines)
-                if form.kind == "lines"
-                else table_records(name, lines, form.delimiter)
-            )
+            found = _of_lines(name, lines, form)
         for record in found:
             last = record
             yield record
@@ -145,6 +216,12 @@ def records_of(name: str, file: BinaryIO, form: Format) -> Iterator[Record]:
         line = int(last.where.rpartition(":")[2].removeprefix("row ")) + 1 if last else 1
         problem = f"the gzip data is damaged ({first_line(error)}); the rest was not read"
         yield Record(f"{name}:{line}", None, "unparsable_line", problem, whole=last is None)
+
+
+def _of_lines(name: str, lines: Iterator[tuple[int, str | Record]], form: Format) -> Iterator[Record]:
+    if form.kind == "tagged":
+        return tagged_records(name, lines)
+    return json_records(name, lines) if form.kind == "lines" else table_records(name, lines, form.delimiter)
 
 
 def _iter_parquet(path: Path, name: str) -> Iterator[Record]:

@@ -12,7 +12,7 @@ from typing import IO, BinaryIO, cast
 
 from labeltune.config import ColumnsConfig, TaskName
 from labeltune.data.columns import LOOKED_AT, find_columns
-from labeltune.data.formats import Format, is_whole_json, opened
+from labeltune.data.containers import Format, is_whole_json, opened
 from labeltune.data.records import (
     MAX_LINE_BYTES,
     Record,

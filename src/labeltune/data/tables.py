@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -217,11 +218,44 @@ def parquet_records(
     Raises:
         pyarrow.ArrowException: the file is damaged.
     """
+    classes: dict[str, list[str]] | None = None
     for row, values in enumerate(_parquet_rows(source, groups, skip), start=first + 1):
         if isinstance(values, dict):
-            yield Record(f"{name}:row {row}", values)
+            classes = _class_names(source) if classes is None else classes
+            yield Record(f"{name}:row {row}", _with_names(values, classes) if classes else values)
         else:
             yield Record(f"{name}:row {row}", None, "unparsable_line", values)
+
+
+def _class_names(source: Path | BinaryIO) -> dict[str, list[str]]:
+    """Names that numbers of columns stand for, as Hugging Face's datasets write them into the file's metadata."""
+    metadata = pyarrow.parquet.read_schema(source).metadata or {}
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"].items()
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+    found = {}
+    for column, feature in features:
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else (feature or [None])[0]
+        if (
+            isinstance(inner, dict)
+            and inner.get("_type") == "ClassLabel"
+            and isinstance(inner.get("names"), list)
+        ):
+            found[column] = inner["names"]
+    return found
+
+
+def _with_names(values: dict[str, Any], classes: dict[str, list[str]]) -> dict[str, Any]:
+    def named(value: Any, names: list[str]) -> Any:
+        if isinstance(value, list):
+            return [named(each, names) for each in value]
+        # -1 says that there is no label.
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+    return values | {
+        column: named(values[column], names) for column, names in classes.items() if column in values
+    }
 
 
 def _parquet_rows(

@@ -19,6 +19,7 @@ from labeltune.data.loading import Rows, stratified_split
 from labeltune.data.near_duplicates import NearDuplicates, find_near_duplicates
 from labeltune.data.schemas import FAULT_KINDS
 from labeltune.errors import MissingExtraError, OutputError, PromptError
+from labeltune.evaluation.label_doubts import Doubt, Judged, find_doubts
 from labeltune.evaluation.pages import render
 from labeltune.io.outputs import check_file, is_stream
 from labeltune.models.text_vectors import text_vectors
@@ -52,6 +53,8 @@ class DataReport:
         label_issues: None for NER, whose labels are not judged.
         tokens: tokens of the training file; None when they could not be counted.
         no_tokens: why not, and what to do about it.
+        doubts: rows of the training file that a tuned model contradicts; None where none was asked.
+        judged: rows that it judged.
     """
 
     files: tuple[Rows, ...]
@@ -60,6 +63,8 @@ class DataReport:
     label_issues: LabelIssues | None
     tokens: TokenFigures | None
     no_tokens: str
+    doubts: tuple[Doubt, ...] | None = None
+    judged: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; at most `MAX_LISTED` pairs and issues are listed."""
@@ -68,7 +73,14 @@ class DataReport:
             "suspects": self.label_issues.to_dict(MAX_LISTED) if self.label_issues is not None else None,
             "tokens": self.tokens.to_dict() if self.tokens is not None else None,
             "no_tokens": self.no_tokens or None,
+            **self._doubts(),
         }
+
+    def _doubts(self) -> dict[str, Any]:
+        if self.doubts is None:
+            return {}
+        listed = [doubt.to_dict() for doubt in self.doubts[:MAX_LISTED]]
+        return {"doubts": {"judged_rows": self.judged, "doubts": len(self.doubts), "listed": listed}}
 
 
 def check_report(path: Path, inputs: Sequence[str] = ()) -> None:
@@ -95,6 +107,7 @@ def make_report(
     tokenizer: PreTrainedTokenizerBase | None = None,
     model: Path | None = None,
     progress: bool = False,
+    judged: Sequence[Judged] | None = None,
 ) -> DataReport:
     """Compare, judge and count.
 
@@ -102,6 +115,7 @@ def make_report(
         files: the audited files, the training file first; none of them is changed.
         tokenizer: a fast tokenizer; None to leave tokens out.
         model: the tokenizer's folder; where it holds weights, their input embeddings help to judge labels.
+        judged: the rows of the training file as a tuned model sees them.
 
     Raises:
         OutputError: the cache folder, where tokens are kept, cannot be written.
@@ -112,7 +126,9 @@ def make_report(
         vectors = text_vectors(model, tokenizer) if model is not None and tokenizer is not None else None
         issues = find_label_issues(files, vectors, progress)
     tokens, no_tokens = _tokens(files[0], config, tokenizer)
-    return DataReport(tuple(files), near, _split_pairs(files[0], config, near), issues, tokens, no_tokens)
+    split_pairs = _split_pairs(files[0], config, near)
+    doubts = None if judged is None else tuple(find_doubts(judged, near.pairs))
+    return DataReport(tuple(files), near, split_pairs, issues, tokens, no_tokens, doubts, len(judged or ()))
 
 
 def _tokens(

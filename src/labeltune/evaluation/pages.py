@@ -6,6 +6,7 @@ already. The tables at the end hold what pages call figures, kinds of error and 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -33,6 +34,7 @@ def environment() -> Environment:
     )
     made.policies["json.dumps_kwargs"] = _JSON
     made.globals |= {"both": both, "name": name, "chinese": chinese, "by_count": by_count}
+    made.globals["log"] = math.log
     made.globals |= {"FIGURES": FIGURES, "BASELINES": BASELINES, "ERROR_KINDS": ERROR_KINDS}
     made.filters |= {"fmt": format, "interval": _interval}
     return made

@@ -20,9 +20,11 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow
 
 from labeltune.config import ColumnsConfig, DataConfig, TaskName
-from labeltune.data.blocks import Block, block_records, cut_file
+from labeltune.data.blocks import TO_PREDICT, Block, block_records, cut_file
 from labeltune.data.check import can_be_cut, first_error
 from labeltune.data.columns import columns_of_file
+from labeltune.data.formats import Reading
+from labeltune.data.formats.write import PREDICTED
 from labeltune.data.records import Record, without_key
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records
@@ -40,6 +42,7 @@ from labeltune.io.lock import alone_with
 from labeltune.io.outputs import file_hash, link_target, remove_leftovers, write_json, writing
 from labeltune.io.progress import note as say_once
 from labeltune.io.progress import row_progress, tell
+from labeltune.io.run_folder import naming_folder
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
@@ -80,6 +83,7 @@ class PredictOptions:
         min_confidence: probability of the best candidate below which the label is null.
         top_k: candidates shown a row; all when None.
         threshold: probability from which on one of several labels is given; the run's own when None.
+        to: an annotation tool whose tasks are written, with the predictions to start from (`PREDICTED`); our rows when None.
         with_text: rows hold their document.
         encoding: of a text file; the run's when None.
     """
@@ -90,6 +94,7 @@ class PredictOptions:
     with_text: bool = False
     encoding: str | None = None
     threshold: float | None = None
+    to: str | None = None
 
 
 _DEFAULTS = PredictOptions()
@@ -117,7 +122,11 @@ def read_rows(
     """
     encoding = encoding or predictor.encoding
     columns = text_columns(path, predictor.task.name, predictor.columns, encoding, option)
-    records = iter_records(path, encoding) if block is None else _records_of_block(path, block, encoding)
+    reading = reading_for(predictor)
+    if block is None:
+        records = iter_records(path, encoding, reading)
+    else:
+        records = _records_of_block(path, block, encoding, reading)
     first = block.first if block is not None else 0
     return rows_of(records, predictor, labels, first=first, columns=columns, option=option)
 
@@ -141,9 +150,14 @@ def text_columns(
     return found.columns
 
 
-def _records_of_block(path: Path, block: Block, encoding: str) -> Iterator[Record]:
+def reading_for(predictor: Predictor) -> Reading:
+    """How files are read whose rows are predicted."""
+    return Reading(predictor.task.name, columns=predictor.columns, answers=False)
+
+
+def _records_of_block(path: Path, block: Block, encoding: str, reading: Reading) -> Iterator[Record]:
     with path.open("rb") as file:
-        yield from block_records(block, file, encoding)
+        yield from block_records(block, file, encoding, reading)
 
 
 def read_stream(
@@ -210,7 +224,8 @@ def predict_lines(
 ) -> Iterator[tuple[str, bool]]:
     """The same as lines of the output, each with whether its row could be predicted."""
     for row, answer in predict_rows(predictor, rows):
-        text = row.text if options.with_text and isinstance(row, Example) else None
+        with_text = options.with_text or options.to is not None
+        text = row.text if with_text and isinstance(row, Example) else None
         yield to_line(answer, options, text), isinstance(answer, Prediction)
 
 
@@ -287,7 +302,7 @@ def predict_file(
                         bad += sum(not answered for _, answered in chunk)
                         file.write("".join(line for line, _ in chunk).encode())
                         _to_disk(file)
-                _put_in_place(part, target)
+                _put_in_place(part, target, options.to, version_of(predictor))
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {done:,} rows of the output are kept, go on with --resume") from None
         note.unlink(missing_ok=True)
@@ -323,19 +338,45 @@ def _to_disk(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _put_in_place(part: Path, output: Path) -> None:
-    """The finished lines become the output, as they are or as csv."""
-    if not is_csv(output):
+def _put_in_place(part: Path, output: Path, to: str | None, version: str) -> None:
+    """The finished lines become the output, as they are, as csv, or as a tool's tasks."""
+    if to is None and not is_csv(output):
         part.replace(output)
         return
-    table = output.with_name(f".{output.name}.part.csv")
-    with part.open(encoding="utf-8") as lines, table.open("w", encoding="utf-8") as file:
-        faulty = any('"error"' in line and "error" in json.loads(line) for line in lines)
-        lines.seek(0)
-        file.writelines(csv_of(lines, faulty))
+    written = output.with_name(f".{output.name}.part.{to or 'csv'}")
+    with part.open(encoding="utf-8") as lines, written.open("w", encoding="utf-8") as file:
+        if to is not None:
+            file.writelines(tasks_of(lines, to, version))
+        else:
+            faulty = any('"error"' in line and "error" in json.loads(line) for line in lines)
+            lines.seek(0)
+            file.writelines(csv_of(lines, faulty))
         _to_disk(file)
-    table.replace(output)
+    written.replace(output)
     part.unlink()
+
+
+def version_of(predictor: Predictor) -> str:
+    """The version of a model as annotation tools show it: the run's name, and what its answers follow from."""
+    weights = predictor.weights
+    run = "model" if weights is None else naming_folder(weights.parent).name
+    return f"{run}-{predictor.fingerprint()[:8]}"
+
+
+def tasks_of(lines: Iterable[str], to: str, version: str) -> Iterator[str]:
+    """Lines of predicted rows (JSON) as tasks of an annotation tool; a row that could not be predicted has none, and is counted."""
+    left_out = 0
+
+    def answered() -> Iterator[dict[str, Any]]:
+        nonlocal left_out
+        for row in map(json.loads, lines):
+            left_out += "error" in row
+            if "error" not in row:
+                yield row
+
+    yield from PREDICTED[to](answered(), version)
+    if left_out:
+        tell(f"{counted(left_out, 'row')} that could not be predicted is no task for annotators")
 
 
 def alone_with_output(output: Path, name: str) -> AbstractContextManager[None]:
@@ -422,7 +463,7 @@ def used_encoding(given: str | None, of_run: str, name: str) -> str:
 
 def count_rows(path: Path, encoding: str = "utf-8") -> int | None:
     """Rows of a file where they are quickly counted (jsonl, parquet), for a progress bar."""
-    if not can_be_cut(path, encoding):
+    if not can_be_cut(path, encoding, TO_PREDICT):
         return None
     try:
         with path.open("rb") as file:

@@ -48,6 +48,13 @@ class Marked:
     begins: dict[int, float]
     passes: int
 
+    @property
+    def certainty(self) -> float:
+        """Probability of the least sure entity, or that none begins where one nearly did."""
+        begun = {entity.start for entity in self.entities}
+        nearly = [1 - p for place, p in self.begins.items() if place not in begun]
+        return min([*nearly, *(math.exp(e.score) for e in self.entities if e.score is not None)], default=1.0)
+
 
 @dataclass
 class _Decision:

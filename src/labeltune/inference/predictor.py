@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -441,7 +442,16 @@ class Predictor:
                 answers[0].answer if len(answers) == 1 else task.target(replace(example, entities=entities))
             )
             truncated = any(answer.truncated for answer in answers)
-            predictions.append(Prediction(example.id, written, entities=entities, truncated=truncated))
+            logs = [score for answer in answers for score in answer.scores]
+            predictions.append(
+                Prediction(
+                    example.id,
+                    written,
+                    entities=entities,
+                    truncated=truncated,
+                    certainty=math.exp(min(logs, default=0.0)),
+                )
+            )
         return predictions
 
     def _marked(self, task: NerTask, tokens: MarkTokens, examples: Sequence[Example]) -> list[Prediction]:
@@ -459,7 +469,10 @@ class Predictor:
             else:
                 written = task.target(replace(example, entities=entities))
             truncated = any(answer.truncated for _, answer in views)
-            predictions.append(Prediction(example.id, written, entities=entities, truncated=truncated))
+            certainty = min((answer.certainty for _, answer in views), default=1.0)
+            predictions.append(
+                Prediction(example.id, written, entities=entities, truncated=truncated, certainty=certainty)
+            )
         return predictions
 
     def _marked_views(

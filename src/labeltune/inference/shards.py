@@ -19,10 +19,17 @@ import pyarrow
 
 from labeltune.config import ColumnsConfig, DataConfig, TaskName
 from labeltune.data.blocks import Block, block_records, cut_file, file_records, joined
-from labeltune.data.columns import columns_of_records
+from labeltune.data.columns import columns_of_records, reading_of
 from labeltune.data.records import without_key
 from labeltune.errors import ConfigError, DataError, OutputError, first_line, printable
-from labeltune.inference.files import CHUNK_ROWS, PredictOptions, check_same, predict_lines, rows_of
+from labeltune.inference.files import (
+    CHUNK_ROWS,
+    PredictOptions,
+    check_same,
+    predict_lines,
+    reading_for,
+    rows_of,
+)
 from labeltune.io.outputs import remove_leftovers
 from labeltune.io.uris import Place
 
@@ -99,7 +106,8 @@ def predict_shard(output: Place, options: PredictOptions, load: Load, shard: Sha
             return len(lines), sum("error" in json.loads(line) for line in lines)
     predictor = load()
     with shard.source.open() as file:
-        records = block_records(block, file, options.encoding or predictor.encoding)
+        encoding = options.encoding or predictor.encoding
+        records = block_records(block, file, encoding, reading_for(predictor))
         rows = rows_of(records, predictor, options.labels, first=block.first, columns=shard.columns)
         found = list(predict_lines(predictor, rows, options))
     if len(found) != block.rows:
@@ -152,7 +160,7 @@ def list_sources(given: Place, task: TaskName, data: DataConfig) -> list[Source]
 def _columns(place: Place, task: TaskName, data: DataConfig) -> ColumnsConfig | None:
     try:
         with place.open() as file:
-            records = file_records(place.name, file, data.encoding)
+            records = file_records(place.name, file, data.encoding, reading_of(data, task, False))
             found = columns_of_records(records, place.name, task, data.columns, False)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{place.name} cannot be read: {first_line(error)}") from error

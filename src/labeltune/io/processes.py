@@ -1,7 +1,8 @@
-"""Work spread over processes of this machine, with results in order and few of them in memory."""
+"""Work spread over processes of this machine, with results in order and few of them in memory; how a process ends."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -9,8 +10,9 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from types import FrameType
 from typing import Any, Literal, TypeVar
 
 Item = TypeVar("Item")
@@ -94,3 +96,26 @@ def _begin(work: Callable[[Any], Any]) -> None:
 def _do(item: object) -> Any:
     assert _work is not None
     return _work(item)
+
+
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM is Ctrl-C to this process while the context is open, so that it leaves nothing behind; its children die of it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) not in (
+        signal.SIG_DFL,
+        None,
+    ):
+        yield
+        return
+    mine = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != mine:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -149,6 +149,12 @@ def how_to_go_on(output_dir: Path, command: str | None = None) -> str:
     return f"{saved[-1].name} is saved, {then}" if saved else "no checkpoint has been saved"
 
 
+def naming_folder(run: Path) -> Path:
+    """The folder a run is called after: the one around `best` and `checkpoint-N`."""
+    folder = run.expanduser().absolute()
+    return folder.parent if folder.name == "best" or step_of(folder) >= 0 else folder
+
+
 def checkpoint_name(step: int) -> str:
     """Name of the folder of the checkpoint that is saved at a step."""
     return f"checkpoint-{step}"

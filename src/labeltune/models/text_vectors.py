@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,16 +27,24 @@ TextVectors = Callable[[list[str]], NDArray[numpy.float32]]
 
 
 def text_vectors(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TextVectors | None:
-    """How to turn texts into vectors with the model in `folder`; None where it holds no readable input embeddings.
+    """`vectors_by` with the model in `folder`; None where it holds no readable input embeddings."""
+    place = _find(folder)
+    return None if place is None else vectors_by(partial(_read, *place), tokenizer)
+
+
+def vectors_by(
+    embeddings_of: Callable[[NDArray[numpy.int64]], NDArray[numpy.float32]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> TextVectors:
+    """How to turn texts into vectors with input embeddings.
 
     A text is the sum of the embeddings of its different tokens, each centred, of length one, and weighted by how rare
     the token is among the texts. What a model's first layer knows about words is enough to see that a text about
     fractures and a text about surgery belong together, and a few hundred rows do not say.
+
+    Args:
+        embeddings_of: token ids -> their rows of the embedding matrix, shape [tokens, width].
     """
-    place = _find(folder)
-    if place is None:
-        return None
-    file, name = place
 
     def vectors(texts: list[str]) -> NDArray[numpy.float32]:
         ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
@@ -44,7 +53,7 @@ def text_vectors(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TextVector
         if not len(tokens.classes_):
             return numpy.zeros((len(texts), 1), dtype=numpy.float32)
         rarity = numpy.log(len(texts) / numpy.asarray(holds.sum(axis=0), dtype=numpy.float32).ravel())
-        embeddings = _read(file, name, numpy.array(tokens.classes_))
+        embeddings = embeddings_of(numpy.array(tokens.classes_))
         embeddings = normalize(embeddings - embeddings.mean(axis=0)) * rarity[:, None]
         sums = holds @ embeddings
         found = PCA(min(DIMENSIONS, *sums.shape), random_state=0).fit_transform(sums)

@@ -29,7 +29,9 @@ from labeltune.errors import ConfigError
 from labeltune.serve import schemas
 from labeltune.serve.chat import check, chunks, completion, question
 from labeltune.serve.guard import Guard, Metrics, frames, log, log_to_stderr
+from labeltune.serve.label_studio import PREFIX, Backend, add_label_studio
 from labeltune.serve.models import DOCUMENTS, Models, Served, documents
+from labeltune.serve.retraining import Retraining
 from labeltune.serve.schemas import ApiError, field_name
 from labeltune.serve.service import Service
 from labeltune.serve.settings import Settings
@@ -55,10 +57,12 @@ _FAULTS: dict[int | str, dict[str, Any]] = {
 def create_app(models: Models, settings: Settings, metrics: Metrics) -> tuple[FastAPI, Service]:
     """The application, without the guard in front of it, and the service behind it."""
     service = Service(models, settings, metrics)
+    retraining = Retraining(models)
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         yield
+        retraining.close()
         service.close()
 
     # The usual documentation page loads its viewer from elsewhere; this one brings it.
@@ -73,6 +77,8 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> tuple[Fa
     )
     _add_health(app, service)
     _add_answers(app, service)
+    if settings.label_studio:
+        add_label_studio(app, Backend(service, next(iter(models.served)), retraining))
     _add_faults(app)
     if settings.api_key is not None:
         _document_key(app)
@@ -333,6 +339,8 @@ def serve(
         for served in models.served.values():
             say(f"serving {served.name} ({served.task}, {len(served.labels)} labels)")
         say(f"ready at {address}: documentation /docs; clients' base_url {address}/v1")
+        if settings.label_studio:
+            say(f"Label Studio: Settings, Model, Connect Model, backend URL {address}{PREFIX}")
 
     server = _Server(config, guard, on_ready, page)
     if not local and settings.api_key is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
 import contextvars
 import hmac
 import ipaddress
@@ -327,6 +329,9 @@ class Guard:
             return
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
         given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        if scheme.lower() == b"basic":  # a name and the key: what Label Studio can send
+            with contextlib.suppress(ValueError):
+                given = base64.b64decode(bearer, validate=True).partition(b":")[2]
         if not hmac.compare_digest(given, key):
             raise ApiError(401, "send the server's API key as authorization: Bearer KEY", "authorization")
 

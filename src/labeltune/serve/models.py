@@ -16,7 +16,8 @@ from labeltune.errors import ConfigError, DataError, ModelError, PromptError
 from labeltune.inference.load import load_predictor, predictor_on
 from labeltune.inference.predictor import Predictor
 from labeltune.io.outputs import is_hub_name
-from labeltune.io.run_folder import RunInfo, find_checkpoint, step_of, validation_file
+from labeltune.io.progress import begin
+from labeltune.io.run_folder import RunInfo, find_checkpoint, naming_folder, validation_file
 from labeltune.models.hub import resolve_model
 from labeltune.models.lora import load_adapter
 from labeltune.serve.batching import Answer, Row
@@ -71,6 +72,21 @@ class Models:
         self.served: Mapping[str, Served] = {each.name: each for each in served}
         self._active = served[0].adapter if len(served) == 1 else ""
         self._lock = threading.Lock()
+
+    def replace(self, name: str, predictor: Predictor, folder: Path) -> None:
+        """Put another model in the place of a run: answers that come from now on are its own.
+
+        Raises:
+            ConfigError: several runs share a base model here.
+        """
+        if len(self.served) > 1:
+            raise ConfigError("a server of several runs cannot exchange one of them; serve it by itself")
+        new = Served(name, predictor, "", folder)
+        _make_exact(new)
+        with self._lock:
+            self.served = {name: new}
+            self._active = ""
+        _warm_up(self, new)
 
     def first(self, *tasks: TaskName) -> Served | None:
         """The run that answers when a request names none: the first for one of these tasks."""
@@ -144,10 +160,7 @@ def run_name(run: str) -> str:
     if is_hub_name(run):
         name = run.rpartition("/")[2]
     else:
-        folder = Path(run).expanduser().absolute()
-        if folder.name == "best" or step_of(folder) >= 0:
-            folder = folder.parent
-        name = folder.name
+        name = naming_folder(Path(run)).name
     name = "".join(c if _fits(c) else "-" for c in unicodedata.normalize("NFC", name))[:64]
     return name if any(map(str.isalnum, name)) else "run"
 
@@ -203,20 +216,20 @@ def load_models(
     folders = [find_checkpoint(other) for _, other in adapters]
     if folders:
         _check_bases(find_checkpoint(run), adapters, folders)
-    say(f"loading the run {run}")
+    begin(f"loading the run {run}", say)
     # With company the adapters have to stay apart from the weights.
     predictor = load_predictor(run, device=device, merge=not folders)
     served = [Served(first, predictor, "default" if folders else "", _folder_of(predictor))]
     for number, ((other, _), folder) in enumerate(zip(adapters, folders, strict=True)):
         inside = f"served{number}"
-        say(f"loading the run {folder}")
+        begin(f"loading the run {folder}", say)
         load_adapter(predictor.model, folder, inside).eval()
         served.append(Served(other, predictor_on(predictor.model, folder), inside, folder))
     for each in served:
         _make_exact(each)
     models = Models(served)
     for each in served:
-        say(f"checking {each.name}: whether its first answer is that of plain computation")
+        begin(f"checking {each.name}: whether its first answer is that of plain computation", say)
         _warm_up(models, each)
     return models
 

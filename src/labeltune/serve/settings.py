@@ -29,6 +29,7 @@ class Settings:
         api_key: what clients have to send, None for an open server; left out of `repr`.
         log_texts: documents are written into the logs.
         playground: the page at `/` is served.
+        label_studio: Label Studio's ML backend protocol is answered below /v1/label-studio.
         allow_hosts: names in the `Host` header that a server without a key answers to, beside localhost and addresses.
     """
 
@@ -45,6 +46,7 @@ class Settings:
     log_texts: bool = False
     playground: bool = True
     allow_hosts: tuple[str, ...] = ()
+    label_studio: bool = False
 
     def __repr__(self) -> str:
         return f"Settings(queue_rows={self.queue_rows}, api_key={'set' if self.api_key else 'none'})"

@@ -40,6 +40,8 @@ def charts(echarts: ModuleType, evaluation: Evaluation) -> dict[str, Any]:
         found["errors"] = _bars(
             echarts, {k: {"entities": n} for k, n in metrics["errors"].items()}, ("entities",)
         )
+    if metrics.get("learning_curve"):
+        found["learning curve"] = _growth(echarts, metrics["learning_curve"])
     return {f"{metrics['rows_are']}/{name}": chart for name, chart in found.items()}
 
 
@@ -124,6 +126,20 @@ def _curves(
         right, chance = [r for r, _ in rows], [c for _, c in rows]
         found[f"precision-recall {label}"] = echarts.pr_curve(right, chance, title=True)
     return found
+
+
+def _growth(echarts: ModuleType, curve: Mapping[str, Any]) -> Any:
+    """The metric by training rows, with its intervals; the last point is foretold."""
+    points, hidden = curve["points"], echarts.options.LabelOpts(is_show=False)
+    line = echarts.Line().add_xaxis([str(point["rows"]) for point in points])
+    for name, key in ((curve["metric"], "value"), ("95% from", "low"), ("to", "high")):
+        dashed = echarts.options.LineStyleOpts(type_="solid" if key == "value" else "dashed")
+        line.add_yaxis(name, [point[key] for point in points], label_opts=hidden, linestyle_opts=dashed)
+    line.set_global_opts(
+        xaxis_opts=echarts.options.AxisOpts(name="training rows"),
+        yaxis_opts=echarts.options.AxisOpts(name=curve["metric"], is_scale=True),
+    )
+    return line
 
 
 def _reliability(echarts: ModuleType, bins: Sequence[Mapping[str, float]]) -> Any:

@@ -14,6 +14,9 @@ from typing import IO, Any, BinaryIO, Literal, cast
 
 _TEXT = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*_TEXT, ".parquet", ".xlsx", *(f"{suffix}.gz" for suffix in _TEXT))
+#: Files of annotation tools that hold no rows: words with tags, spaCy's DocBin, brat's two files.
+TAGGED = (".txt", ".conll", ".bio", ".bioes", ".bmes", ".iob", ".iob2")
+TOOLS = (*TAGGED, ".spacy", ".ann")
 #: Bytes that are looked at.
 _HEAD = 1 << 16
 #: Keys under which one JSON object holds all rows of a file.
@@ -48,6 +51,8 @@ WELL_KNOWN = ("label", "标签", "文本")
 INSTRUCTION = "instruction"
 #: An object with a string under one of these names is a row, whatever lists it has.
 _ROW_COLUMNS = frozenset([*ALIASES["text"], INSTRUCTION, *ALIASES["output"]])
+#: Lists of turns of a conversation, which is a row.
+_TURNS = frozenset(["messages", "conversations"])
 _SEPARATORS = {",": "','", "\t": "a tab", ";": "';'", "|": "'|'", "，": "'，'"}
 #: How files begin that are something else: (bytes, what it is, what to do about it).
 _OTHERS: tuple[tuple[bytes, str, str], ...] = (
@@ -69,7 +74,7 @@ _HTML = re.compile(rb"\s*<(!doctype html|html|head|body)[\s>]", re.IGNORECASE)
 #: One JSON object that begins with its list of rows.
 _ROW_LIST = re.compile(r'\{\s*"(' + "|".join(sorted(ROW_LISTS)) + r')"\s*:\s*\[\s*\{')
 
-Kind = Literal["lines", "json", "table", "parquet", "sheet"]
+Kind = Literal["lines", "json", "table", "parquet", "sheet", "tagged", "docbin"]
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,12 @@ class Format:
     """How a file is read.
 
     Attributes:
-        kind: `lines` of JSON; `json`, values that go over lines; `table`, lines of cells; `parquet`; `sheet`, an Excel file.
+        kind: `lines` of JSON; `json`, values that go over lines; `table`, lines of cells; `parquet`; `sheet`, an Excel file; `tagged`,
+            lines of words with tags; `docbin`, spaCy's.
         delimiter: what separates the cells of a table.
         encoding: of its text, by Python's name.
         problem: why it cannot be read at all, with the fix.
+        tool: the reader of `data.formats` that makes rows of what it holds; empty where it holds rows.
     """
 
     kind: Kind
@@ -88,16 +95,19 @@ class Format:
     delimiter: str = ","
     encoding: str = "utf-8"
     problem: str = ""
+    tool: str = ""
 
     @property
     def plain(self) -> bool:
         """Whether any line of the file can be found and read by itself."""
-        return self.kind == "lines" and not (self.gzip or self.problem) and self.encoding == "utf-8"
+        return (
+            self.kind == "lines" and not (self.gzip or self.problem or self.tool) and self.encoding == "utf-8"
+        )
 
     @property
     def readable_parquet(self) -> bool:
         """Whether it is parquet, whose rows are found by its metadata."""
-        return self.kind == "parquet" and not self.problem
+        return self.kind == "parquet" and not (self.problem or self.tool)
 
 
 def is_data_file(name: str) -> bool:
@@ -115,7 +125,14 @@ def find_format(name: str, file: BinaryIO, encoding: str = "utf-8") -> Format:
     suffix = name.lower()
     zipped = suffix.endswith(".gz")
     suffix = suffix.removesuffix(".gz")
-    kinds: dict[str, Kind] = {".csv": "table", ".tsv": "table", ".parquet": "parquet", ".xlsx": "sheet"}
+    kinds: dict[str, Kind] = {
+        ".csv": "table",
+        ".tsv": "table",
+        ".parquet": "parquet",
+        ".xlsx": "sheet",
+        ".spacy": "docbin",
+    }
+    kinds |= dict.fromkeys(TAGGED, "tagged")
     end = next((end for end in kinds if suffix.endswith(end)), ".jsonl")
     found = Format(
         kinds.get(end, "lines"), zipped, "\t" if end == ".tsv" else ",", codecs.lookup(encoding).name
@@ -133,7 +150,7 @@ def find_format(name: str, file: BinaryIO, encoding: str = "utf-8") -> Format:
         head = _unpacked(file)
         file.seek(0)
     problem = _something_else(name, found, head, file)
-    if problem or found.kind in ("parquet", "sheet"):
+    if problem or found.kind in ("parquet", "sheet", "docbin"):
         return replace(found, problem=problem)
     if head.startswith(_MARKS) and found.encoding == "utf-8":
         return found  # UTF-16 is named where its first line is decoded
@@ -150,6 +167,8 @@ def find_format(name: str, file: BinaryIO, encoding: str = "utf-8") -> Format:
         return replace(
             found, problem="its lines end in CR alone, as on old Macs; save it with line ends LF or CRLF"
         )
+    if found.kind == "tagged":
+        return found
     if found.kind == "table":
         return replace(found, problem=_table_problem(name, text, found.delimiter))
     if is_whole_json(name, text):
@@ -230,7 +249,7 @@ def _something_else(name: str, found: Format, head: bytes, file: BinaryIO) -> st
     base, kind = _base(name), found.kind
     stem = base.rpartition(".")[0] if not found.gzip else base
     if head.startswith(b"\x1f\x8b"):
-        if kind in ("parquet", "sheet"):
+        if kind in ("parquet", "sheet", "docbin"):
             return "it is gzip-compressed; unpack it with: gunzip"
         return f"it is gzip-compressed; rename it to {base}.gz"
     if head.startswith(b"PK\x03\x04") and kind != "sheet":
@@ -340,6 +359,9 @@ def row_lists(value: object) -> list[str]:
     lists = [
         key
         for key, rows in value.items()
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+        if key not in _TURNS
+        and isinstance(rows, list)
+        and rows
+        and all(isinstance(row, dict) for row in rows)
     ]
     return lists if len(value) == 1 else [key for key in lists if key.lower() in ROW_LISTS]

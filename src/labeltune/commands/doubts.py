@@ -1,0 +1,172 @@
+"""`labeltune data check --run` and `--folds`: what a tuned model makes of the answers in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from labeltune.commands.row_hashes import rows_seen
+from labeltune.config import RunConfig, build_config
+from labeltune.data.formats.write import prediction_of, results, row_of, write_rows
+from labeltune.data.loading import Rows, stratum
+from labeltune.errors import ConfigError, DataError
+from labeltune.evaluation.label_doubts import Doubt, Judged
+from labeltune.evaluation.learning_curve import stratified_order
+from labeltune.io.lock import scratch_folder
+from labeltune.io.outputs import write_json, write_jsonl, write_text
+from labeltune.io.progress import note, row_progress
+from labeltune.io.run_folder import find_checkpoint
+from labeltune.types import Example
+
+if TYPE_CHECKING:
+    from labeltune.inference.predictor import Predictor
+
+
+def judge(predictor: Predictor, examples: Sequence[Example]) -> Iterator[Judged]:
+    """The rows in order, each with the model's answer and its loss."""
+    from labeltune.inference.scoring import LabelTrie, Question
+
+    task = predictor.task.name
+    predictions = predictor.stream(examples)
+    with row_progress(len(examples), "judging") as advance:
+        for example, prediction in zip(examples, predictions, strict=True):
+            if task == "ner":
+                encoded = predictor.builder.training(example)
+                start, end = encoded.answer_span
+                question = Question(encoded.ids[:start], LabelTrie.of([encoded.ids[start:end]]))
+                loss = -predictor.engine.score([question])[0][0]
+            else:
+                loss = _loss(example, dict(prediction.ranking))
+            advance(1)
+            yield Judged(example, prediction, loss)
+
+
+def _loss(example: Example, probabilities: dict[str, float]) -> float:
+    """-ln p of the row's label, or of all decisions about its labels."""
+    least = 1e-12
+    if example.labels is None:
+        return float(-numpy.log(max(probabilities.get(example.label or "", 0.0), least)))
+    right = [p if label in example.labels else 1 - p for label, p in probabilities.items()]
+    return float(-numpy.log(numpy.clip(right, least, 1.0)).sum())
+
+
+def judged_by_run(run: str, rows: Rows) -> list[Judged]:
+    """All usable rows by one run; it is said how many of them trained it, as it knows their answers.
+
+    Raises:
+        ConfigError: the run is for another task, or lacks labels of the rows.
+    """
+    from labeltune.inference.load import load_predictor
+
+    checkpoint = find_checkpoint(run)
+    examples = rows.examples()
+    with load_predictor(run, merge=True) as predictor:
+        if predictor.task.name != rows.audit.task:
+            raise ConfigError(
+                f"--run {run} is for task={predictor.task.name}, and the rows are for task={rows.audit.task}"
+            )
+        known = set(predictor.labels)
+        foreign = sorted({name for each in examples for name in each.right_names} - known)
+        if foreign and not all(each.candidates for each in examples):
+            raise ConfigError(
+                f"--run {run} does not know {', '.join(map(repr, foreign[:5]))}; train a run on rows with these labels"
+            )
+        seen = rows_seen([checkpoint], (each.text for each in examples)).trained
+        if seen:
+            note(
+                f"{seen} of {len(examples)} rows trained this run, and it may know their answers by heart; --folds 3 judges every row by a model that has not seen it"
+            )
+        return list(judge(predictor, examples))
+
+
+def judged_out_of_fold(config: RunConfig, rows: Rows, folds: int) -> list[Judged]:
+    """All usable rows, each by a model that was trained on the other folds; equal texts stand in one fold.
+
+    Raises:
+        DataError: there are fewer texts than folds.
+        LabeltuneError: as `train`.
+    """
+    from labeltune.commands.train import train
+    from labeltune.inference.load import load_predictor
+
+    examples = rows.examples()
+    fold_of = _folds(
+        [stratum(row) for row in rows.dataset.remove_columns("text")], [each.text for each in examples], folds
+    )
+    labels = rows.audit.label_set(config.data.labels)
+    folder = scratch_folder() / "folds"
+    found: dict[int, Judged] = {}
+    for fold in range(folds):
+        learned = [example for example, own in zip(examples, fold_of, strict=True) if own != fold]
+        numbers = [number for number, own in enumerate(fold_of) if own == fold]
+        if not learned or not numbers:
+            raise DataError(f"{rows.audit.path} has too few texts for {folds} folds; lower --folds")
+        part = _without(config, folder / str(fold), learned, labels)
+        note(f"fold {fold + 1} of {folds}: training on {len(learned)} rows, judging {len(numbers)}")
+        result = train(part, overwrite=True)
+        with load_predictor(result.best) as predictor:
+            judged = judge(predictor, [examples[number] for number in numbers])
+            found |= dict(zip(numbers, judged, strict=True))
+    return [found[number] for number in range(len(examples))]
+
+
+def _folds(strata: Sequence[str], texts: Sequence[str], folds: int) -> list[int]:
+    """The fold of each row: strata alike in each, equal texts together."""
+    order = stratified_order(strata, 0)
+    own = [0] * len(texts)
+    for place, number in enumerate(order):
+        own[int(number)] = place % folds
+    first: dict[str, int] = {}
+    return [first.setdefault(text, own[number]) for number, text in enumerate(texts)]
+
+
+def _without(config: RunConfig, folder: Path, learned: Sequence[Example], labels: Sequence[str]) -> RunConfig:
+    """The config of a run on these rows alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "train.jsonl", "".join(write_rows(learned)))
+    values = config.model_dump()
+    values["data"] = {
+        "train": str(folder / "train.jsonl"),
+        "validation_fraction": 0.0,
+        "labels": list(labels),
+        "entities": config.data.entities,
+        "format": "rows",
+    }
+    values["eval"] = {**values["eval"], "metric": "auto", "patience": None}
+    return build_config({**values, "output_dir": str(folder / "run"), "tracking": "none"})
+
+
+def write_losses(path: Path, judged: Sequence[Judged]) -> None:
+    """A line a row: its id, place and loss."""
+    write_jsonl(
+        path,
+        (
+            {"id": each.example.id, "where": each.example.source, "loss": round(each.loss, 6)}
+            for each in judged
+        ),
+    )
+
+
+def write_suspects(
+    path: Path, judged: Sequence[Judged], found: Sequence[Doubt], tool: str | None, version: str
+) -> None:
+    """The doubtful rows: rows of ours with `suggested` and `loss`, or tasks for Label Studio with the answer that stands there as their
+    annotation and the model's as their prediction."""
+    if tool is None:
+        write_jsonl(path, ({**row_of(judged[each.row].example), **each.to_dict()} for each in found))
+        return
+    write_json(path, [_task(judged[each.row], each, version) for each in found])
+
+
+def _task(judged: Judged, doubt: Doubt, version: str) -> dict[str, Any]:
+    example, row = judged.example, {**judged.prediction.to_dict(), "text": judged.example.text}
+    answer = row_of(example)
+    given = answer if "entities" in answer else {"labels": answer.get("labels", [example.label])}
+    return {
+        "data": {"id": example.id, "text": example.text, "where": doubt.where, "loss": round(doubt.loss, 4)},
+        "annotations": [{"result": results(example.text, given)}],
+        "predictions": [prediction_of(row, version)],
+    }
