@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--answer", choices=list(FORMS), help="train this form alone")
     parser.add_argument("--speed", type=int, metavar="ROWS", help="measure the speed of both on so many rows")
+    parser.add_argument("--precision", default="auto", help="training.precision")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -109,6 +110,7 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
             "training": {
                 "epochs": options.epochs,
                 "batch_size": options.batch,
+                "precision": options.precision,
                 "learning_rate": 1e-3,
                 "scheduler": "linear",
                 "save_steps": "epoch",

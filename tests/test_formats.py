@@ -98,22 +98,29 @@ def task(text: str, *results: list[dict[str, Any]], number: int = 1, **annotatio
     }
 
 
-def test_label_studio_offsets_are_utf16_units(tmp_path: Path) -> None:
+def test_label_studio_offsets_are_characters_or_utf16_units(tmp_path: Path) -> None:
     text = "😀 Mara 👩‍👩‍👧 left Oslo"
-    at = units(text, text.index("Mara"))
-    assert at == 3
-    far = units(text, text.index("Oslo"))
-    good = [region(at, at + 4, "PER", text="Mara"), region(far, far + 4, "LOC")]
-    # A program that counts characters is seen by the region's text.
-    counted = [region(text.index("Oslo"), text.index("Oslo") + 4, "LOC", text="Oslo")]
-    path = array(
-        tmp_path / "export.json",
-        [task(text, good), task(text, counted, number=2), task(text, [region(1, 5, "PER")], number=3)],
-    )
-    found = rows(path, "ner")
-    assert spans(found[0]) == [("Mara", "PER"), ("Oslo", "LOC")] and found[0]["id"] == 1
-    assert spans(found[1]) == [("Oslo", "LOC")]
-    assert found[2]["kind"] == "span_mismatch" and "inside a character" in found[2]["problem"]
+    at, far, here = units(text, text.index("Mara")), units(text, text.index("Oslo")), text.index("Oslo")
+    assert at == 3 and far > here
+    # The text of a region tells for it, and for the others of its annotation or its file.
+    wide = task(text, [region(at, at + 4, "PER", text="Mara"), region(far, far + 4, "LOC")])
+    narrow = task(text, [region(here, here + 4, "LOC", text="Oslo"), region(2, 6, "PER")], number=2)
+    found = rows(array(tmp_path / "both.json", [wide, narrow]), "ner")
+    assert [spans(row) for row in found] == [
+        [("Mara", "PER"), ("Oslo", "LOC")],
+        [("Oslo", "LOC"), ("Mara", "PER")],
+    ]
+    assert found[0]["id"] == 1
+    cut = task(text, [region(1, 5, "PER")], number=3)
+    fault = rows(array(tmp_path / "wide.json", [wide, cut]), "ner")[1]
+    assert fault["kind"] == "span_mismatch" and "inside a character" in fault["problem"]
+    # Where nothing tells, a place that is no part of a word.
+    for start in (far, here):
+        (row,) = rows(array(tmp_path / "silent.json", [task(text, [region(start, start + 4, "LOC")])]), "ner")
+        assert spans(row) == [("Oslo", "LOC")]
+    # Line breaks inside a region's text are a backslash and an n.
+    lines = task("Ada\nKing left", [region(0, 8, "PER", text="Ada\\nKing")])
+    assert spans(rows(array(tmp_path / "lines.json", [lines]), "ner")[0]) == [("Ada\nKing", "PER")]
 
 
 def test_label_studio_annotations_of_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,15 +136,15 @@ def test_label_studio_annotations_of_a_task(tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr().err
     assert "read as Label Studio JSON" in said
     for part in (
-        "1 cancelled or skipped annotations",
-        "2 tasks without an annotation",
-        "1 regions of type rectanglelabels",
-        "1 tasks whose annotation holds no label",
+        "cancelled or skipped annotations (1)",
+        "tasks without an annotation (2)",
+        "regions of type rectanglelabels (1)",
+        "tasks whose annotation holds no label (1)",
     ):
         assert part in said
     assert [row["output"] for row in rows(path, "classification", annotations="first")] == ["a", "a"]
     assert [row["output"] for row in rows(path, "classification", annotations="agreed")] == ["a"]
-    assert "1 tasks whose annotations disagree" in capsys.readouterr().err
+    assert "tasks whose annotations disagree" in capsys.readouterr().err
     to_predict = reading_of(DataConfig(), "classification", answers=False)
     assert len(list(iter_records(path, "utf-8", to_predict))) == 5
 
@@ -148,16 +155,20 @@ def test_label_studio_controls(tmp_path: Path) -> None:
     path = array(tmp_path / "t.json", [task("Ada plays", two), task("x", [taxonomy], number=2)])
     found = rows(path, "multilabel")
     assert found[0]["kind"] == "wrong_type" and "data.columns.labels=NAME" in found[0]["problem"]
-    assert found[0]["where"] == "2" and found[1]["labels"] == ["News/Sport", "News"]
+    assert found[0]["where"] == "2" and "'tax'" in found[1]["problem"], "controls of one file are not mixed"
+    alone = array(tmp_path / "tax.json", [task("x", [taxonomy])])
+    assert rows(alone, "multilabel")[0]["labels"] == ["News/Sport", "News"]
     named = {"columns": {"labels": "topic"}}
-    assert rows(path, "multilabel", **named)[0]["topic"] == ["sport", "art"]
+    other_control = rows(path, "classification", columns={"output": "category"})
+    assert other_control == [], "a control that is not there is not replaced by another one"
+    assert rows(path, "multilabel", **named)[0]["labels"] == ["sport", "art"]
     assert spans(rows(path)[0]) == [("Ada", "PER")]
     other = array(
         tmp_path / "fields.json",
         [{"data": {"title": "t", "body": "b"}, "annotations": [{"result": [choice("a")]}]}],
     )
     assert "set data.columns.text=FIELD" in rows(other, "classification")[0]["problem"]
-    assert rows(other, "classification", columns={"text": "body"}) == [{"body": "b", "output": "a"}]
+    assert rows(other, "classification", columns={"text": "body"}) == [{"text": "b", "output": "a"}]
     html = {
         "start": "/p[1]/text()[1]",
         "end": "/p[1]/text()[1]",
@@ -194,6 +205,47 @@ def test_label_studio_json_min(tmp_path: Path) -> None:
     assert [row["labels"] for row in rows(path, "multilabel", annotations="first")] == [["x"], ["x", "y"]]
 
 
+def test_label_studio_csv(tmp_path: Path) -> None:
+    spans_cell = json.dumps([{"start": 0, "end": 3, "text": "Ada", "labels": ["PER"]}]).replace('"', '""')
+    (tmp_path / "n.csv").write_text(
+        f'text,id,label,annotator,annotation_id,created_at,updated_at,lead_time\nAda left,1,"{spans_cell}",1,1,2026,2026,1.0\n',
+        encoding="utf-8",
+    )
+    assert spans(rows(tmp_path / "n.csv", "ner")[0]) == [("Ada", "PER")]
+    choices = json.dumps({"choices": ["x", "y"]}).replace('"', '""')
+    (tmp_path / "c.csv").write_text(
+        f'text,id,topic,annotator,annotation_id\na,1,x,1,1\nb,2,"{choices}",1,2\n', encoding="utf-8"
+    )
+    assert [row["labels"] for row in rows(tmp_path / "c.csv", "multilabel")] == [["x"], ["x", "y"]]
+
+
+def test_what_only_looks_like_a_tool_is_left_alone(tmp_path: Path) -> None:
+    own = write_jsonl(tmp_path / "own.jsonl", [{"text": "good", "label": "pos", "data": {"source": "web"}}])
+    assert rows(own, "classification") == [{"text": "good", "label": "pos", "data": {"source": "web"}}]
+    (tmp_path / "comments.csv").write_text("text,output,Comments\na,b,c\n", encoding="utf-8")
+    assert rows(tmp_path / "comments.csv") == [{"text": "a", "output": "b", "Comments": "c"}]
+    empty = write_jsonl(tmp_path / "empty.jsonl", [{"text": "a", "labels": ["x"], "tokens": [], "tags": []}])
+    assert rows(empty, "multilabel")[0]["labels"] == ["x"]
+    # A named format on rows of another one is a fault of each row, never a traceback.
+    plain = write_jsonl(tmp_path / "plain.jsonl", [{"text": "a", "output": "b"}])
+    for name in READERS:
+        found = next(iter(rows(plain, "ner", format=name)), {"kind": "missing_field"})
+        assert found["kind"] in ("wrong_type", "missing_field", "unparsable_line"), (name, found)
+
+
+def test_answers_of_rows_that_are_predicted_do_not_matter(tmp_path: Path) -> None:
+    reading = reading_of(DataConfig(), "classification", answers=False)
+    path = array(tmp_path / "t.json", [task("a", [choice("x", "y")]), task("b", [choice("x")], number=2)])
+    assert [record.values for record in iter_records(path, "utf-8", reading)] == [
+        {"id": 1, "text": "a"},
+        {"id": 2, "text": "b", "output": "x"},
+    ]
+    chats = write_jsonl(
+        tmp_path / "m.jsonl", [{"messages": [{"role": "user", "content": "Ada (Oslo, Norway) left"}]}]
+    )
+    assert [r.values for r in iter_records(chats, "utf-8", reading)] == [{"text": "Ada (Oslo, Norway) left"}]
+
+
 # doccano, Prodigy
 
 
@@ -211,15 +263,17 @@ def test_doccano(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "Comments": [],
     }
     assert spans(rows(write_jsonl(tmp_path / "r.jsonl", [relations]), "ner")[0]) == [("Ada", "PER")]
-    assert "left out: 1 relations" in capsys.readouterr().err
+    assert "left out: relations (1)" in capsys.readouterr().err
     both = [{"id": 1, "text": "Ada left", "entities": [[0, 3, "PER"]], "cats": ["news"]}]
     path = write_jsonl(tmp_path / "b.jsonl", both)
     assert (
         spans(rows(path, "ner")[0]) == [("Ada", "PER")]
         and rows(path, "classification")[0]["output"] == "news"
     )
-    (tmp_path / "c.csv").write_text("id,text,label\n1,one,a#b\n2,two,a\n", encoding="utf-8")
-    assert [row["labels"] for row in rows(tmp_path / "c.csv", "multilabel")] == [["a", "b"], ["a"]]
+    (tmp_path / "c.csv").write_text("id,text,label\n1,one,a#b\n2,two,a\n3,three,b\n", encoding="utf-8")
+    assert [row["labels"] for row in rows(tmp_path / "c.csv", "multilabel")] == [["a", "b"], ["a"], ["b"]]
+    (tmp_path / "sharp.csv").write_text("id,text,label\n1,one,C#\n2,two,C\n", encoding="utf-8")
+    assert [row["label"] for row in rows(tmp_path / "sharp.csv", "classification")] == ["C#", "C"]
     # A label that holds the sign is a label, where other columns say that this is no export.
     (tmp_path / "d.csv").write_text("text,label,url\none,C#,u\n", encoding="utf-8")
     assert rows(tmp_path / "d.csv", "classification")[0]["label"] == "C#"
@@ -258,7 +312,7 @@ def test_prodigy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [spans(row) for row in found[:2]] == [[("Ada King", "PER")]] * 2
     assert found[2]["where"] == "5" and "2 tokens" in found[2]["problem"]
     capsys_err = capsys.readouterr().err
-    assert all(part in capsys_err for part in ("left out: 1 ignored rows", "left out: 1 rejected rows"))
+    assert all(part in capsys_err for part in ("left out: ignored rows (1)", "left out: rejected rows (1)"))
     options = [{"id": "s", "text": "Sport"}, {"id": "a", "text": "Art"}]
     chosen = [
         {"text": "t", "options": options, "accept": ["s"], "answer": "accept"},
@@ -321,6 +375,19 @@ def test_conll(tmp_path: Path) -> None:
     assert spans(rows(table, format="conll")[0]) == [("Ada", "PER")]
 
 
+def test_words_that_begin_with_a_sign(tmp_path: Path) -> None:
+    path = tmp_path / "signs.conll"
+    path.write_text(
+        "#Oslo NNP B-NP B-LOC\nnow RB O O\n# # B-NP O\n10\u00a0000 CD O O\n\n# newdoc\nAda NNP O B-PER\n",
+        encoding="utf-8",
+    )
+    first, second = rows(path)
+    assert first["text"] == "#Oslo now # 10\u00a0000" and spans(first) == [("#Oslo", "LOC")]
+    assert spans(second) == [("Ada", "PER")]
+    own = [{"text": "Ada left.", "tokens": ["Ada", "left", "."], "ner_tags": ["B-PER", "O", "O"]}]
+    assert rows(write_jsonl(tmp_path / "own.jsonl", own))[0]["text"] == "Ada left."
+
+
 def test_tokens_and_positions_of_words(tmp_path: Path) -> None:
     told = [{"id": "0", "tokens": ["Ada", "left", "."], "ner_tags": ["B-PER", "O", "O"]}]
     assert spans(rows(write_jsonl(tmp_path / "t.jsonl", told))[0]) == [("Ada", "PER")]
@@ -357,12 +424,22 @@ def test_parquet_names_its_classes(tmp_path: Path) -> None:
     Dataset.from_dict({"text": ["good", "bad"], "label": [1, 0]}, features=labels).to_parquet(
         str(tmp_path / "c.parquet")
     )
-    assert [row["label"] for row in rows(tmp_path / "c.parquet")] == ["pos", "neg"]
+    path = tmp_path / "c.parquet"
+    assert [row["label"] for row in rows(path)] == ["pos", "neg"]
+    # Labels of one's own number the classes themselves; and `rows` is what stands there.
+    assert [row["label"] for row in rows(path, labels=["Negative", "Positive"])] == [1, 0]
+    assert [row["label"] for row in rows(path, labels=["neg", "pos", "other"])] == ["pos", "neg"]
+    assert [row["label"] for row in rows(path, format="rows")] == [1, 0]
+    named = check.audit_file(path, "classification", DataConfig(labels=["Negative", "Positive"]))
+    assert named.labels == {"Positive": 1, "Negative": 1}
 
 
 def test_words_are_joined_as_they_are_written() -> None:
-    text, places = joined(["a", "北", "京", "b", "c", "，", "d"])
-    assert text == "a北京b c，d" and [text[a:b] for a, b in places] == ["a", "北", "京", "b", "c", "，", "d"]
+    words = ["ab", "北", "京", "cd", "ef", "，", "g"]
+    text, places = joined(words)
+    assert text == "ab北京cd ef，g" and [text[a:b] for a, b in places] == words
+    # A character a line: digits and letters belong together.
+    assert joined(list("1998年NBA在京"))[0] == "1998年NBA在京"
 
 
 # Chinese formats, brat, DocBin, chats
@@ -387,7 +464,7 @@ def test_cluener_clue_and_uie(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ]
     first, second = rows(write_jsonl(tmp_path / "u.jsonl", uie), "ner")
     assert spans(first) == [("王五", "人名"), ("北京", "地点")] and second["entities"] == []
-    assert "left out: 1 relations" in capsys.readouterr().err
+    assert "left out: relations (1)" in capsys.readouterr().err
     mood = [
         {
             "content": "很好",
@@ -418,9 +495,9 @@ def test_brat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert second["entities"] == [] and "c.txt" in third["problem"]
     said = capsys.readouterr().err
     assert [line.rpartition(": ")[2] for line in said.splitlines() if "left out" in line] == [
-        "1 discontinuous entities",
-        "1 notes",
-        "1 relations",
+        "discontinuous entities (1)",
+        "notes (1)",
+        "relations (1)",
     ]
     assert spans(rows(folder / "a.ann", "ner")[0]) == spans(rows(folder / "a.txt", "ner")[0]) == spans(first)
     (folder / "b.ann").write_text("T1 PER 0 3 nob", encoding="utf-8")
@@ -441,7 +518,7 @@ def test_docbin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "train.spacy"
     spacy.tokens.DocBin(docs=docs).to_disk(path)
     assert [spans(row) for row in rows(path, "ner")] == [[("Ada", "PER")], []]
-    assert "left out: 2 categories of texts" in capsys.readouterr().err
+    assert "left out: categories of texts (2)" in capsys.readouterr().err
     assert [row["labels"] for row in rows(path, "multilabel")] == [["news"], ["art", "news"]]
     assert check.audit_file(path, "ner").usable == 2
     (tmp_path / "broken.spacy").write_bytes(b"nothing")
@@ -471,7 +548,7 @@ def test_chats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         {"text": "He won", "output": "Sports"},
     ]
     left = capsys.readouterr().err
-    assert "1 conversations of several turns" in left and "1 conversations without an answer" in left
+    assert "conversations of several turns (1)" in left and "conversations without an answer (1)" in left
     shared = [
         {
             "conversations": [
@@ -616,7 +693,7 @@ def test_predictions_are_tasks_to_start_from() -> None:
     found = prediction_of(row, "run-1")
     assert (found["model_version"], round(found["score"], 4)) == ("run-1", 0.9048)
     (region_found,) = found["result"]
-    assert region_found["value"] == {"start": 3, "end": 6, "text": "Ada", "labels": ["PER"]}
+    assert region_found["value"] == {"start": 2, "end": 5, "text": "Ada", "labels": ["PER"]}
     (line,) = predicted_prodigy([row], "run-1")
     assert json.loads(line)["spans"] == [{"start": 2, "end": 5, "label": "PER", "score": 0.904837}]
     several = {

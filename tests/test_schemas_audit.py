@@ -14,7 +14,7 @@ import pytest
 
 import labeltune
 from helpers.rows import write_jsonl
-from labeltune.commands.data import first_rows, guess_task
+from labeltune.commands.preparing import first_rows, guess_task
 from labeltune.config import ColumnsConfig, DataConfig, load_config
 from labeltune.data.check import Audit, add_duplicates, add_shared, audit_file, text_hash
 from labeltune.data.labels import parse_candidates

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from labeltune.commands.doubts import Judge
 from labeltune.commands.options import AsJson, Command, Labels, OnError, Overrides
-from labeltune.commands.preparing import too_long
-from labeltune.config import HubConfig, RunConfig, TaskName, is_config, load_config
-from labeltune.data import columns
+from labeltune.commands.preparing import first_rows, guess_task, named_task, reading_config, too_long
+from labeltune.config import HubConfig, RunConfig, is_config, load_config
 from labeltune.data.check import (
     Audit,
     add_duplicates,
@@ -31,9 +31,11 @@ from labeltune.data.convert import convert_file
 from labeltune.data.formats.write import WRITERS
 from labeltune.data.labels import by_count, named_labels
 from labeltune.data.loading import Rows, load_rows
+from labeltune.data.near_duplicates import NearDuplicate, find_near_duplicates
 from labeltune.data.schemas import Fault
 from labeltune.data.sources import download_original, resolve_data
 from labeltune.errors import ConfigError, counted, printable
+from labeltune.evaluation.label_doubts import Doubt, Judged, find_doubts
 from labeltune.io.outputs import check_file, note_replaced, write_text
 from labeltune.io.progress import phase
 from labeltune.messages import spoken, verbatim
@@ -44,7 +46,6 @@ from labeltune.types import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from labeltune.evaluation.label_doubts import Judged
 
 #: Labels of a file that `data check` prints, the most frequent first.
 LABELS_SHOWN = 50
@@ -58,14 +59,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-def _only_label_studio(given: str | None) -> str | None:
-    if given not in (None, "label-studio"):
-        raise ConfigError(
-            f"--to {given}: rows to look at are written for label-studio, or as ours without --to"
-        )
-    return given
 
 
 @app.command(cls=Command)
@@ -116,12 +109,10 @@ def check(
         Path | None,
         typer.Option(help="Write the rows that the model contradicts here (with --run or --folds)."),
     ] = None,
-    to: Annotated[
-        str | None, typer.Option(help="label-studio: write them as its tasks.", callback=_only_label_studio)
-    ] = None,
+    to: Annotated[str | None, typer.Option(help="label-studio: write them as its tasks.")] = None,
 ) -> None:
     """List every fault with file:line; exit 1 on errors, 0 otherwise."""
-    _check_judge(file, run, folds, suspects, to)
+    judge = Judge(run, folds, suspects, to)
     if report is not None:
         from labeltune.evaluation.data_report import check_report
 
@@ -134,6 +125,7 @@ def check(
         keys.append(f"data.workers={workers}")
     if more and (test is not None or report is not None):
         raise ConfigError("--test and --report take one file to check")
+    judge.check(file, bool(more))
     config, train_file, test_file = _check_target(file, test, task, labels, keys)
     if report is not None:
         read = (train_file, config.data.validation, test_file)
@@ -149,23 +141,18 @@ def check(
     audits = [r.audit for r in rows]
     unreadable = next((a.path for a in audits if a.unreadable is not None), None)
     findings, judged = None, None
-    if (run is not None or folds is not None) and unreadable is None:
-        judged = _judged(config, rows[0], run, folds)
-    if report is not None and unreadable is None:
-        findings = report_data(rows, config, report, loaded, model, judged)
-        if judged is not None:
-            from labeltune.commands.doubts import write_losses
-
-            write_losses(report.with_suffix(".losses.jsonl"), judged)
+    if unreadable is None:
+        judged = judge.judged(config, rows[0])
+        findings = report_data(rows, config, report, loaded, model, judged) if report is not None else None
+    doubts = None if judged is None else find_doubts(judged, _pairs(rows[0]))
+    if judged is not None and doubts is not None:
+        judge.write(judged, doubts, report)
     if as_json:
-        _print_json(audits, findings)
+        _print_json(audits, findings, doubts)
     else:
-        for number, audit in enumerate(audits):
-            if number:
-                print()
-            _print_audit(audit, limit)
-    if judged is not None:
-        _tell_doubts(judged, suspects, to, limit, as_json, run or "folds")
+        _print_audits(audits, limit)
+        if doubts is not None:
+            _tell_doubts(doubts, len(judged or ()), limit)
     if findings is not None:
         print(_report_line(report, findings), file=sys.stderr)
     elif report is not None:
@@ -174,51 +161,20 @@ def check(
         raise typer.Exit(1)
 
 
-def _check_judge(
-    file: str, run: str | None, folds: int | None, suspects: Path | None, to: str | None
-) -> None:
-    """Raise what is wrong with the options of a judge, before anything is read."""
-    if run is not None and folds is not None:
-        raise ConfigError("--run and --folds are two ways; give one of them")
-    if folds is not None and not is_config(file):
-        raise ConfigError("--folds trains, so it needs a config: labeltune data check CONFIG.yaml --folds 3")
-    if suspects is None:
-        if to is not None:
-            raise ConfigError("--to says how --suspects FILE is written; name the file")
-        return
-    if run is None and folds is None:
-        raise ConfigError("--suspects needs a judge: --run RUN, or --folds 3")
-    check_file(suspects, [file])
-    note_replaced(suspects)
+def _pairs(rows: Rows) -> Sequence[NearDuplicate]:
+    """Near-duplicates in a file, where what finds them is installed."""
+    return find_near_duplicates([rows]).pairs if importlib.util.find_spec("datasketch") is not None else ()
 
 
-def _judged(config: RunConfig, rows: Rows, run: str | None, folds: int | None) -> list[Judged]:
-    from labeltune.commands.doubts import judged_by_run, judged_out_of_fold
-
-    if run is not None:
-        with phase("judging the rows"):
-            return judged_by_run(run, rows)
-    assert folds is not None
-    return judged_out_of_fold(config, rows, folds)
-
-
-def _tell_doubts(
-    judged: Sequence[Judged], suspects: Path | None, to: str | None, limit: int, as_json: bool, version: str
-) -> None:
-    """Say what the judge contradicts, the largest loss first, and write it."""
-    from labeltune.commands.doubts import write_suspects
-    from labeltune.evaluation.label_doubts import find_doubts
-
-    found = find_doubts(judged)
-    if not as_json:
-        with spoken("stdout"):
-            print(f"{counted(len(found), 'row')} of {len(judged)} that the model contradicts")
-            for doubt in found[: limit or None]:
-                print(
-                    f"{doubt.where}: {doubt.given!r}, and the model says {doubt.suggested!r} at {doubt.sure:.2f}"
-                )
-    if suspects is not None:
-        write_suspects(suspects, judged, found, to, version)
+@spoken("stdout")
+def _tell_doubts(doubts: Sequence[Doubt], judged: int, limit: int) -> None:
+    """Say what the judge contradicts, the largest loss first."""
+    print(f"{counted(len(doubts), 'row')} of {judged} that the model contradicts")
+    for doubt in doubts[: limit or None]:
+        against = f"; {doubt.against} stands against it" if doubt.against else ""
+        print(
+            f"{doubt.where}: {doubt.given!r}, and the model says {doubt.suggested!r} at {doubt.sure:.2f}{against}"
+        )
 
 
 def check_data(
@@ -307,31 +263,6 @@ def _check_target(
     return load_config(None, keys), file, test
 
 
-def named_task(changes: Sequence[str]) -> str | None:
-    """The task that `key=value` changes set, if they do."""
-    named = [
-        value for key, _, value in (change.partition("=") for change in changes) if key.strip() == "task"
-    ]
-    return named[-1].strip() if named else None
-
-
-def reading_config(changes: Sequence[str]) -> RunConfig:
-    """Only the changes that tell how rows are read: the others may be for a task that is not known yet."""
-    return load_config(None, [change for change in changes if re.match(r"\s*(hub|data)\s*[.=]", change)])
-
-
-def first_rows(spec: str, config: RunConfig) -> list[dict[str, Any]]:
-    """The first rows that can be read."""
-    return columns.first_values(resolve_data(spec, config.hub), config.data)
-
-
-def guess_task(rows: Sequence[dict[str, Any]], config: RunConfig) -> TaskName:
-    """`ner` when one of the rows has entities, `multilabel` when one has a list of labels, else `classification`."""
-    found = {columns.guess_task(row, config.data.columns) for row in rows}
-    order: tuple[TaskName, ...] = ("ner", "multilabel", "classification")
-    return next((task for task in order if task in found), "classification")
-
-
 def _model_at_hand(tokenizer: str | None, config: RunConfig | None) -> Path | None:
     """The folder of the named tokenizer, else that of the config's model where that needs no download."""
     from labeltune.models.pocket import POCKET_MODELS, is_cached
@@ -375,7 +306,9 @@ def _report_line(path: Path | None, findings: dict[str, Any]) -> str:
     return f"report: {printable(str(path))}: {', '.join(found)}{why}"
 
 
-def _print_json(audits: Sequence[Audit], findings: dict[str, Any] | None) -> None:
+def _print_json(
+    audits: Sequence[Audit], findings: dict[str, Any] | None, doubts: Sequence[Doubt] | None
+) -> None:
     faults = [
         {"kind": f.kind, "severity": f.severity, "where": f.where, "message": f.message}
         for audit in audits
@@ -384,7 +317,16 @@ def _print_json(audits: Sequence[Audit], findings: dict[str, Any] | None) -> Non
     found: dict[str, Any] = {"files": [audit.to_dict() for audit in audits], "faults": faults}
     if findings is not None:
         found["report"] = findings
+    elif doubts is not None:
+        found["doubts"] = [doubt.to_dict() for doubt in doubts]
     print(json.dumps(found, ensure_ascii=False, indent=2))
+
+
+def _print_audits(audits: Sequence[Audit], limit: int) -> None:
+    for number, audit in enumerate(audits):
+        if number:
+            print()
+        _print_audit(audit, limit)
 
 
 @spoken("stdout")
@@ -428,6 +370,7 @@ def _known_format(given: str) -> str:
 
 @app.command(cls=Command)
 def convert(
+    *,
     file: Annotated[str, typer.Argument(help="Labelled rows, ours or an annotation tool's.")],
     output: Annotated[Path, typer.Argument(help="File to write.")],
     task: Annotated[

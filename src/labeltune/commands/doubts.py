@@ -3,26 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from labeltune.commands.row_hashes import rows_seen
-from labeltune.config import RunConfig, build_config
+from labeltune.config import RunConfig, build_config, is_config
 from labeltune.data.formats.write import prediction_of, results, row_of, write_rows
 from labeltune.data.loading import Rows, stratum
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.label_doubts import Doubt, Judged
 from labeltune.evaluation.learning_curve import stratified_order
 from labeltune.io.lock import scratch_folder
-from labeltune.io.outputs import write_json, write_jsonl, write_text
-from labeltune.io.progress import note, row_progress
+from labeltune.io.outputs import check_file, note_replaced, write_json, write_jsonl, write_text
+from labeltune.io.progress import note, phase, row_progress
 from labeltune.io.run_folder import find_checkpoint
 from labeltune.types import Example
 
 if TYPE_CHECKING:
     from labeltune.inference.predictor import Predictor
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who judges the answers of a file, and where the rows go that are doubtful: as of the options of `data check`."""
+
+    run: str | None
+    folds: int | None
+    suspects: Path | None
+    to: str | None
+
+    def check(self, file: str, more: bool) -> None:
+        """Raise what is wrong with the options, before anything is read.
+
+        Args:
+            more: more than one file is checked.
+        """
+        asked = self.run is not None or self.folds is not None
+        if self.run is not None and self.folds is not None:
+            raise ConfigError("--run and --folds are two ways; give one of them")
+        if more and asked:
+            raise ConfigError("--run and --folds judge one file")
+        if self.folds is not None and not is_config(file):
+            raise ConfigError(
+                "--folds trains, so it needs a config: labeltune data check CONFIG.yaml --folds 3"
+            )
+        if self.to not in (None, "label-studio"):
+            raise ConfigError(
+                f"--to {self.to}: rows to look at are written for label-studio, or as ours without --to"
+            )
+        if self.suspects is None:
+            if self.to is not None:
+                raise ConfigError("--to says how --suspects FILE is written; name the file")
+            return
+        if not asked:
+            raise ConfigError("--suspects needs a judge: --run RUN, or --folds 3")
+        check_file(self.suspects, [file])
+        note_replaced(self.suspects)
+
+    def judged(self, config: RunConfig, rows: Rows) -> list[Judged] | None:
+        """The rows as the judge sees them; None where there is none."""
+        if self.run is not None:
+            with phase("judging the rows"):
+                return judged_by_run(self.run, rows)
+        return judged_out_of_fold(config, rows, self.folds) if self.folds is not None else None
+
+    def write(self, judged: Sequence[Judged], found: Sequence[Doubt], report: Path | None) -> None:
+        """The doubtful rows, and beside a report the loss of every row."""
+        if report is not None:
+            write_losses(report.with_suffix(".losses.jsonl"), judged)
+        if self.suspects is not None:
+            write_suspects(self.suspects, judged, found, self.to, self.run or "folds")
 
 
 def judge(predictor: Predictor, examples: Sequence[Example]) -> Iterator[Judged]:

@@ -278,6 +278,7 @@ def describe_run(
     if not isinstance(run, str | os.PathLike):
         task, labels, generation, calibrate = run.task.name, run.task.labels, run.generation, run.calibrate
         data = _reading(task, labels, run.columns, run.encoding, run.entities)
+        data = data.model_copy(update={"format": run.format_name})
         folder = run.weights.parent if run.weights is not None else None
     elif is_config(run):
         config = load_config(run, overrides)
@@ -288,6 +289,7 @@ def describe_run(
         info = RunInfo.load(folder)
         task, labels, generation, calibrate = info.task, info.labels, info.generation, info.calibrate
         data = _reading(task, labels, info.columns, info.encoding, info.entities)
+        data = data.model_copy(update={"format": info.rows_format, "annotations": info.annotations})
         hub = info.hub
     generation = changed_generation(generation, changes or {})
     name = str(run) if isinstance(run, str | os.PathLike) else str(folder or run.source)

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from labeltune.commands.preparing import tell_on_main
-from labeltune.commands.train import train
 from labeltune.config import RunConfig, build_config
 from labeltune.data.formats.write import write_rows
 from labeltune.data.loading import load_splits, stratum
 from labeltune.errors import ConfigError
-from labeltune.evaluation.learning_curve import metric_of, parts_of, point_of, stratified_order
+from labeltune.evaluation.learning_curve import parts_of, stratified_order
 from labeltune.io.outputs import write_text
-from labeltune.io.progress import Say
-from labeltune.io.run_folder import VALIDATION_FOLDER, checkpoints
+from labeltune.io.run_folder import VALIDATION_FOLDER
 from labeltune.types import Example
-
-if TYPE_CHECKING:
-    from labeltune.training.record import TrainResult
 
 #: Where the runs on parts are kept, in the run's folder.
 FOLDER = "learning-curve"
@@ -27,24 +21,11 @@ FOLDER = "learning-curve"
 _FEWEST = 8
 
 
-def train_with_curve(
-    config: RunConfig,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    say: Say = tell_on_main,
-    command: str | None = None,
-) -> TrainResult:
-    """Train on an eighth, a quarter, a half and all of the rows, each a run of its own, all validated on the same rows.
-
-    Args:
-        config: of the run on all rows; the others are the same but for their rows and their folders.
-        resume: parts that are finished are kept, and the one that was stopped goes on.
-        overwrite, say, command: as of `train`.
+def parts_of_run(config: RunConfig) -> list[tuple[RunConfig, int, int]]:
+    """(config, its rows, all rows) of the runs on an eighth, a quarter and a half of the training rows; their files are written.
 
     Raises:
         ConfigError: there are no validation rows, or too few others to cut.
-        LabeltuneError: as `train`.
     """
     splits = load_splits(config.task, config.data, config.hub, config.training.seed)
     rows, labels = len(splits.train), len(splits.labels)
@@ -63,24 +44,10 @@ def train_with_curve(
         [stratum(row) for row in splits.train.remove_columns("text")], config.training.seed
     )
     _write(folder / "validation.jsonl", [Example.from_row(row) for row in splits.validation])
-    points = []
     for size in sizes:
         chosen = sorted(int(number) for number in order[:size])
         _write(folder / f"{size}.jsonl", [Example.from_row(splits.train[number]) for number in chosen])
-        part = _part(config, folder, size, splits.labels)
-        say(f"learning curve: {size} of {rows} rows")
-        goes_on = resume and bool(checkpoints(Path(part.output_dir)))
-        train(part, resume=goes_on, overwrite=overwrite, say=say)
-        points.append(point_of(_figures(part), metric_of(config), size))
-    say(f"learning curve: all {rows} rows")
-    return train(
-        config,
-        resume=resume and bool(checkpoints(Path(config.output_dir))),
-        overwrite=overwrite,
-        say=say,
-        command=command,
-        parts=points,
-    )
+    return [(_part(config, folder, size, splits.labels), size, rows) for size in sizes]
 
 
 def _write(path: Path, examples: list[Example]) -> None:
@@ -104,7 +71,8 @@ def _part(config: RunConfig, folder: Path, size: int, labels: tuple[str, ...]) -
     return build_config({**values, "output_dir": str(folder / str(size)), "tracking": "none"})
 
 
-def _figures(config: RunConfig) -> dict[str, Any]:
+def figures_of(config: RunConfig) -> dict[str, Any]:
+    """The validation report of a run."""
     file = Path(config.output_dir) / VALIDATION_FOLDER / "metrics.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found

@@ -14,6 +14,7 @@ from labeltune.commands.options import Encoding, To
 from labeltune.commands.row_hashes import known_texts
 from labeltune.data.check import text_hash
 from labeltune.data.columns import ANSWERS
+from labeltune.data.containers import ALIASES
 from labeltune.data.formats.write import PREDICTED
 from labeltune.data.schemas import parse_record
 from labeltune.data.sources import iter_records, resolve_data
@@ -111,14 +112,17 @@ class Pool:
         from labeltune.inference.files import reading_for, text_columns
 
         task, predictor = self.predictor.task, self.predictor
-        columns = text_columns(self.path, task.name, predictor.columns, self.encoding, "--encoding")
-        answer = getattr(columns, ANSWERS[task.name])
+        columns = text_columns(
+            self.path, task.name, predictor.columns, self.encoding, "--encoding", predictor.format_name
+        )
+        role = ANSWERS[task.name]
+        answers = {getattr(columns, role), *ALIASES[role]} - {columns.text}
         seen = set(self.known)
         for number, record in enumerate(iter_records(self.path, self.encoding, reading_for(predictor))):
             example, _ = parse_record(record, number, task.name, columns, task.labels, answers_required=False)
             if example is None or predictor.fault(example) is not None:
                 self.passed["cannot be predicted"] += 1
-            elif (record.values or {}).get(answer) not in (None, ""):
+            elif any((record.values or {}).get(name) not in (None, "") for name in answers):
                 self.passed["labelled"] += 1
             elif (text := text_hash(example.text)) in seen:
                 self.passed["known to the run, or repeated"] += 1

@@ -222,7 +222,7 @@ def predict_on_ray(
     known, about = run_fingerprint(run, changes), RunInfo.load(checkpoint_of(run))
     encoding = codecs.lookup(used_encoding(options.encoding, about.encoding, source)).name
     options = replace(options, encoding=encoding)
-    data = DataConfig(columns=about.columns, encoding=encoding)
+    data = DataConfig(columns=about.columns, encoding=encoding, format=about.rows_format)
     load = partial(load_changed, absolute_run(run), changes)
     bad, started = 0, time.monotonic()
     with contextlib.nullcontext() if target.remote else alone_with_output(Path(target.where), target.name):
@@ -290,9 +290,15 @@ def _input_file(file: str | None, run: str, encoding: str | None) -> Path | None
     if file is None or file == "-":
         return None
     path = resolve_data(file)
+    if path.is_dir():
+        raise DataError(
+            f"{file} is a folder; `labeltune data convert {file} rows.jsonl --to rows` writes its texts into a file"
+        )
     if not is_hub_name(run):
         about = RunInfo.load(find_checkpoint(run))
-        text_columns(path, about.task, about.columns, encoding or about.encoding, "--encoding")
+        text_columns(
+            path, about.task, about.columns, encoding or about.encoding, "--encoding", about.rows_format
+        )
     return path
 
 

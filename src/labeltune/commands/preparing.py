@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labeltune.config import RunConfig, TrainingConfig
+from labeltune.config import RunConfig, TaskName, TrainingConfig, load_config
+from labeltune.data.columns import first_values
+from labeltune.data.columns import guess_task as guess_row
 from labeltune.data.labels import by_count, not_among
 from labeltune.data.loading import Splits, evenly, load_splits, stratum
 from labeltune.data.schemas import Fault
+from labeltune.data.sources import resolve_data
 from labeltune.distributed import rank
 from labeltune.errors import ConfigError, MissingExtraError, PromptError, counted, listed
 from labeltune.io.progress import Say, begin, tell
@@ -409,3 +413,28 @@ def without_too_long(
         skipped_rows=splits.skipped_rows + count,
         skipped=skipped,
     )
+
+
+def named_task(changes: Sequence[str]) -> str | None:
+    """The task that `key=value` changes set, if they do."""
+    named = [
+        value for key, _, value in (change.partition("=") for change in changes) if key.strip() == "task"
+    ]
+    return named[-1].strip() if named else None
+
+
+def reading_config(changes: Sequence[str]) -> RunConfig:
+    """Only the changes that tell how rows are read: the others may be for a task that is not known yet."""
+    return load_config(None, [change for change in changes if re.match(r"\s*(hub|data)\s*[.=]", change)])
+
+
+def first_rows(spec: str, config: RunConfig) -> list[dict[str, Any]]:
+    """The first rows that can be read."""
+    return first_values(resolve_data(spec, config.hub), config.data)
+
+
+def guess_task(rows: Sequence[dict[str, Any]], config: RunConfig) -> TaskName:
+    """`ner` when one of the rows has entities, `multilabel` when one has a list of labels, else `classification`."""
+    found = {guess_row(row, config.data.columns) for row in rows}
+    order: tuple[TaskName, ...] = ("ner", "multilabel", "classification")
+    return next((task for task in order if task in found), "classification")

@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, Annotated, Generic, ParamSpec, TypeVar
 
 import typer
 
-from labeltune.commands.data import first_rows, guess_task, named_task, reading_config
 from labeltune.commands.evaluate import all_metrics, write_evaluation
+from labeltune.commands.learning_curve import figures_of, parts_of_run
 from labeltune.commands.options import AsJson, Overrides, OverwriteRun, ResumeTraining
 from labeltune.commands.plan import print_costs
 from labeltune.commands.preparing import (
+    first_rows,
     fixed_handful,
+    guess_task,
     load_for_training,
+    named_task,
     prepare,
     read_rows,
+    reading_config,
     summarize,
     tell_on_main,
     tokenize_splits,
@@ -34,7 +38,7 @@ from labeltune.data.loading import Splits
 from labeltune.default_prompts import ENGLISH_PROMPTS
 from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
-from labeltune.evaluation.learning_curve import Point, growth, metric_of, told
+from labeltune.evaluation.learning_curve import Point, growth, metric_of, point_of, told
 from labeltune.evaluation.summary import SELECTION, Evaluation, headline
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import is_hub_name, remove_leftovers
@@ -45,6 +49,7 @@ from labeltune.io.run_folder import (
     VALIDATION_FOLDER,
     check_inputs_kept,
     check_output,
+    checkpoints,
     how_to_go_on,
     remove_checkpoints,
     remove_half_checkpoints,
@@ -124,8 +129,6 @@ def train_command(
     if not learning_curve:
         train(loaded, resume=resume, overwrite=overwrite, command=command)
         return
-    from labeltune.commands.learning_curve import train_with_curve
-
     train_with_curve(loaded, resume=resume, overwrite=overwrite, command=f"{command} --learning-curve")
 
 
@@ -254,6 +257,36 @@ def train(
             return _train(config, resume, overwrite, say, command, parts)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {how_to_go_on(folder, command)}") from None
+
+
+def train_with_curve(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = tell_on_main,
+    command: str | None = None,
+) -> TrainResult:
+    """Train on an eighth, a quarter, a half and all of the rows, each a run of its own, all validated on the same rows.
+
+    Args:
+        config: of the run on all rows; the others are the same but for their rows and their folders.
+        resume: parts that are finished are kept, and the one that was stopped goes on.
+        overwrite, say, command: as of `train`.
+
+    Raises:
+        ConfigError: there are no validation rows, or too few others to cut.
+        LabeltuneError: as `train`.
+    """
+    goes_on = resume and bool(checkpoints(Path(config.output_dir)))
+    check_output(config, goes_on, overwrite, say)
+    points = []
+    for part, size, rows in parts_of_run(config):
+        say(f"learning curve: {size} of {rows} rows")
+        train(part, resume=resume and bool(checkpoints(Path(part.output_dir))), overwrite=overwrite, say=say)
+        points.append(point_of(figures_of(part), metric_of(config), size))
+    say("learning curve: all rows")
+    return train(config, resume=goes_on, overwrite=overwrite, say=say, command=command, parts=points)
 
 
 def _train(

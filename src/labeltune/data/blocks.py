@@ -80,6 +80,7 @@ def cut_file(
     rows: int,
     multiple: int = 1,
     most_bytes: int = MOST_BYTES,
+    *,
     encoding: str = "utf-8",
     reading: Reading = TO_PREDICT,
 ) -> Iterator[Block]:
@@ -155,7 +156,7 @@ def file_records(
     """
     form = find_form(name, file, encoding, reading)
     if form.readable_parquet:
-        return parquet_records(name, file)
+        return parquet_records(name, file, classes=reading.classes)
     return records_of(name, file, form, reading)
 
 
@@ -176,7 +177,7 @@ def read_block(
         records = records_of(block.file, file, form, reading)
         return islice(records, block.first, block.first + block.rows)
     if block.file.lower().endswith(".parquet"):
-        return _parquet_rows(block, file)
+        return _parquet_rows(block, file, reading.classes)
     file.seek(block.start)
     lines = _Counted(bounded_lines(file))
     decoded = decoded_lines(block.file, _until(lines, block.end - block.start), block.line, block.start)
@@ -207,7 +208,7 @@ def _until(lines: _Counted, size: int) -> Iterator[bytes]:
             return
 
 
-def _parquet_rows(block: Block, file: BinaryIO) -> Iterator[Record]:
+def _parquet_rows(block: Block, file: BinaryIO, classes: tuple[str, ...] | None) -> Iterator[Record]:
     """Only the row groups that hold the block are read; what stands before it in its first one is passed over."""
     metadata = pyarrow.parquet.ParquetFile(file).metadata
     groups: list[int] = []
@@ -219,5 +220,5 @@ def _parquet_rows(block: Block, file: BinaryIO) -> Iterator[Record]:
                 before = block.first - at
             groups.append(group)
         at += size
-    rows = parquet_records(block.file, file, groups, skip=before, first=block.first)
+    rows = parquet_records(block.file, file, groups, skip=before, first=block.first, classes=classes)
     return islice(rows, block.rows)

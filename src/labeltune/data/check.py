@@ -17,9 +17,9 @@ import numpy
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from labeltune.config import DataConfig, TaskName
+from labeltune.config import ColumnsConfig, DataConfig, TaskName
 from labeltune.data.blocks import Block, cut_file, read_block
-from labeltune.data.columns import FileColumns, columns_of_file, first_values, reading_of
+from labeltune.data.columns import ANSWERS, FileColumns, columns_of_file, first_values, numbered, reading_of
 from labeltune.data.formats import FOR_ANY_TASK, Reading
 from labeltune.data.formats.brat import is_brat
 from labeltune.data.labels import by_count, misspelt, not_among, twins
@@ -191,7 +191,7 @@ def audit_file(
     audit = Audit(path, task, length_unit="tokens" if token_counts else "characters")
     data = data or DataConfig()
     columns = columns or columns_of_file(path, task, data)
-    found = iter_records(path, data.encoding, reading_of(data, task))
+    found = iter_records(path, data.encoding, numbered(reading_of(data, task), columns))
     records = islice(columns.records(found), max_rows)
     add_records(audit, records, 0, data, columns, token_counts=token_counts, write=write)
     return finished(audit, data, columns)
@@ -435,7 +435,8 @@ class _Check:
         audit = Audit(self.path, self.task, length_unit="tokens" if self.token_counts else "characters")
         rows: list[dict[str, Any]] = []
         with self.path.open("rb") as file:
-            records = islice(read_block(block, file), block.rows)
+            reading = numbered(reading_of(self.data, self.task), self.columns)
+            records = islice(read_block(block, file, reading=reading), block.rows)
             add_records(
                 audit,
                 records,
@@ -527,12 +528,10 @@ def nothing_to_learn(audit: Audit) -> str | None:
 
 def other_task(path: Path, task: TaskName, data: DataConfig) -> str | None:
     """Whether the rows of a file that has no usable one are those of the other task, by their columns; in words, or None."""
-    read = {
-        "classification": data.columns.output,
-        "multilabel": data.columns.labels,
-        "ner": data.columns.entities,
-    }
-    rows = first_values(path, data)
+    rows, names = first_values(path, data), data.columns
+    if any(ANSWERS[each] in row for each in ANSWERS for row in rows):
+        names = ColumnsConfig()  # an annotation tool's rows, under the usual names
+    read = {each: str(getattr(names, role)) for each, role in ANSWERS.items()}
     mine = read.pop(task)
     if not rows or any(mine in row for row in rows):
         return None

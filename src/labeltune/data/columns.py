@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,11 @@ def reading_of(data: DataConfig, task: TaskName | None, answers: bool = True) ->
     return Reading(task, data.format, data.annotations, data.columns, answers, data.labels)
 
 
+def numbered(reading: Reading, columns: FileColumns) -> Reading:
+    """The reading of a file whose integers stand for the labels of a run."""
+    return reading if columns.numbered is None else replace(reading, labels=columns.numbered)
+
+
 def first_values(path: Path, data: DataConfig) -> list[dict[str, Any]]:
     """The first rows of a file that can be read, for whatever task."""
     records = islice(iter_records(path, data.encoding, reading_of(data, None)), LOOKED_AT)
@@ -85,7 +90,8 @@ def columns_of_file(
     path: Path, task: TaskName, data: DataConfig, answers_required: bool = True
 ) -> FileColumns:
     """Look at the first rows of a file; what is found is said once on standard error."""
-    records = iter_records(path, data.encoding, reading_of(data, task, answers_required))
+    reading = replace(reading_of(data, task, answers_required), told=False)
+    records = iter_records(path, data.encoding, reading)
     return columns_of_records(records, str(path), task, data.columns, answers_required)
 
 
@@ -117,7 +123,8 @@ def _outline(record: Record) -> Record:
     values = record.values
     if values is None:
         return record
-    return Record(record.where, {k: v[:100] if isinstance(v, str) else v for k, v in values.items()})
+    short = {k: v[:100] if isinstance(v, str) else v for k, v in values.items()}
+    return Record(record.where, short, ours=record.ours)
 
 
 def find_columns(
@@ -135,6 +142,8 @@ def find_columns(
     if answers_required:
         wanted.append(ANSWERS[task])
     records = list(records)
+    if any(record.ours for record in records):
+        columns = _DEFAULTS
     seen = _Seen(records)
     if not seen.first:
         return FileColumns(columns)

@@ -26,6 +26,7 @@ class Record:
         kind: the fault's kind when `values` is None.
         problem: the fault's message when `values` is None.
         whole: the fault is one of the file, of which nothing can be read.
+        ours: its columns have their usual names, whatever the config calls those of files.
     """
 
     where: str
@@ -33,6 +34,7 @@ class Record:
     kind: str = ""
     problem: str = ""
     whole: bool = False
+    ours: bool = False
 
 
 class LongLine(bytes):

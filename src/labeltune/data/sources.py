@@ -16,7 +16,7 @@ import pyarrow
 
 from labeltune.config import HubConfig
 from labeltune.data.containers import DAMAGED, SUFFIXES, TOOLS, Format, find_format, is_data_file, opened
-from labeltune.data.formats import FOR_ANY_TASK, LOOKED_AT, Reading, read_as, recognise
+from labeltune.data.formats import FOR_ANY_TASK, LOOKED_AT, READERS, Reading, read_as, recognise
 from labeltune.data.formats.brat import brat_records, is_brat
 from labeltune.data.formats.docbin import docbin_records
 from labeltune.data.formats.tags import looks_tagged, tagged_records
@@ -34,8 +34,8 @@ from labeltune.io.outputs import check_folder, is_hub_name, open_whole
 
 #: Bytes of a file of words with tags, and characters of rows, that are looked at.
 _HEAD = 1 << 16
-#: Characters of a text that are looked at where a tool is looked for.
-_TEXT = 2000
+#: Characters at either end of a text that are looked at where a tool is looked for.
+_TEXT = 1000
 
 
 def resolve_data(spec: str, hub: HubConfig | None = None) -> Path:
@@ -124,7 +124,7 @@ def iter_records(path: Path, encoding: str = "utf-8", reading: Reading = FOR_ANY
     with path.open("rb") as file:
         form = find_form(name, file, encoding, reading)
         if form.readable_parquet:
-            yield from _iter_parquet(path, name)
+            yield from _iter_parquet(path, name, reading.classes)
         else:
             yield from records_of(name, file, form, reading)
 
@@ -152,6 +152,8 @@ def find_form(name: str, file: BinaryIO, encoding: str = "utf-8", reading: Readi
         return replace(form, problem=f"it is plain text, not {how}; write its documents as jsonl, or csv")
     if wanted == "rows":
         return form
+    if wanted in ("brat", "spacy"):
+        return replace(form, problem=f"it is none of {READERS[wanted].title}'s files; leave data.format out")
     if wanted != "auto":
         return replace(form, tool=wanted)
     try:
@@ -169,10 +171,15 @@ def _first_values(records: Iterator[Record]) -> list[dict[str, Any]]:
     for record in islice(records, LOOKED_AT):
         if record.values is not None:
             size += sum(len(value) for value in record.values.values() if isinstance(value, str | list))
-            found.append({k: v[:_TEXT] if isinstance(v, str) else v for k, v in record.values.items()})
+            found.append({k: _short(v) if isinstance(v, str) else v for k, v in record.values.items()})
         if size > _HEAD:
             break
     return found
+
+
+def _short(text: str) -> str:
+    """Its beginning and its end."""
+    return text if len(text) <= 2 * _TEXT else f"{text[:_TEXT]}\n{text[-_TEXT:]}"
 
 
 def records_of(name: str, file: BinaryIO, form: Format, reading: Reading = FOR_ANY_TASK) -> Iterator[Record]:
@@ -224,10 +231,10 @@ def _of_lines(name: str, lines: Iterator[tuple[int, str | Record]], form: Format
     return json_records(name, lines) if form.kind == "lines" else table_records(name, lines, form.delimiter)
 
 
-def _iter_parquet(path: Path, name: str) -> Iterator[Record]:
+def _iter_parquet(path: Path, name: str, classes: tuple[str, ...] | None) -> Iterator[Record]:
     row = 0
     try:
-        for row, record in enumerate(parquet_records(name, path), start=1):  # noqa: B007
+        for row, record in enumerate(parquet_records(name, path, classes=classes), start=1):  # noqa: B007
             yield record
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         yield Record(f"{name}:row {row + 1}", None, "unparsable_line", f"not readable parquet: {error}")

@@ -205,7 +205,13 @@ _BATCH_BYTES = 32 * 2**20
 
 
 def parquet_records(
-    name: str, source: Path | BinaryIO, groups: list[int] | None = None, *, skip: int = 0, first: int = 0
+    name: str,
+    source: Path | BinaryIO,
+    groups: list[int] | None = None,
+    *,
+    skip: int = 0,
+    first: int = 0,
+    classes: Sequence[str] | None = None,
 ) -> Iterator[Record]:
     """Rows of a parquet file -> records, a few at a time, however far their values unfold.
 
@@ -214,21 +220,22 @@ def parquet_records(
         groups: numbers of row groups; all when None.
         skip: rows of these groups that are passed over.
         first: number of the first row behind them, from 0.
+        classes: names that the file may have for numbers of classes; any when None.
 
     Raises:
         pyarrow.ArrowException: the file is damaged.
     """
-    classes: dict[str, list[str]] | None = None
+    names: dict[str, list[str]] | None = None
     for row, values in enumerate(_parquet_rows(source, groups, skip), start=first + 1):
         if isinstance(values, dict):
-            classes = _class_names(source) if classes is None else classes
-            yield Record(f"{name}:row {row}", _with_names(values, classes) if classes else values)
+            names = _class_names(source, classes) if names is None else names
+            yield Record(f"{name}:row {row}", _with_names(values, names) if names else values)
         else:
             yield Record(f"{name}:row {row}", None, "unparsable_line", values)
 
 
-def _class_names(source: Path | BinaryIO) -> dict[str, list[str]]:
-    """Names that numbers of columns stand for, as Hugging Face's datasets write them into the file's metadata."""
+def _class_names(source: Path | BinaryIO, classes: Sequence[str] | None) -> dict[str, list[str]]:
+    """Names that numbers of columns stand for, as Hugging Face's datasets write them into the file's metadata; all of them among `classes`."""
     metadata = pyarrow.parquet.read_schema(source).metadata or {}
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"].items()
@@ -242,7 +249,9 @@ def _class_names(source: Path | BinaryIO) -> dict[str, list[str]]:
             and inner.get("_type") == "ClassLabel"
             and isinstance(inner.get("names"), list)
         ):
-            found[column] = inner["names"]
+            names = inner["names"]
+            if classes is None or set(names) <= set(classes):
+                found[column] = names
     return found
 
 

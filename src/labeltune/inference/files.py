@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow
 
 from labeltune.config import ColumnsConfig, DataConfig, TaskName
+from labeltune.config_values import FormatName
 from labeltune.data.blocks import TO_PREDICT, Block, block_records, cut_file
 from labeltune.data.check import can_be_cut, first_error
 from labeltune.data.columns import columns_of_file
@@ -121,7 +122,9 @@ def read_rows(
         DataError: nothing of the file can be read, or it has no column for the text.
     """
     encoding = encoding or predictor.encoding
-    columns = text_columns(path, predictor.task.name, predictor.columns, encoding, option)
+    columns = text_columns(
+        path, predictor.task.name, predictor.columns, encoding, option, predictor.format_name
+    )
     reading = reading_for(predictor)
     if block is None:
         records = iter_records(path, encoding, reading)
@@ -132,7 +135,12 @@ def read_rows(
 
 
 def text_columns(
-    path: Path, task: TaskName, columns: ColumnsConfig, encoding: str, option: str | None
+    path: Path,
+    task: TaskName,
+    columns: ColumnsConfig,
+    encoding: str,
+    option: str | None,
+    format_name: FormatName = "auto",
 ) -> ColumnsConfig:
     """Under which names the columns of a file to predict are read.
 
@@ -143,7 +151,7 @@ def text_columns(
     Raises:
         DataError: nothing of the file can be read, or it has no column for the text.
     """
-    data = DataConfig(columns=columns, encoding=encoding)
+    data = DataConfig(columns=columns, encoding=encoding, format=format_name)
     found = columns_of_file(path, task, data, answers_required=False)
     if found.problem is not None:
         raise DataError(f"{found.problem.where}: {without_key(found.problem.problem, option)}")
@@ -152,7 +160,10 @@ def text_columns(
 
 def reading_for(predictor: Predictor) -> Reading:
     """How files are read whose rows are predicted."""
-    return Reading(predictor.task.name, columns=predictor.columns, answers=False)
+    task = predictor.task
+    return Reading(
+        task.name, predictor.format_name, columns=predictor.columns, answers=False, labels=task.labels
+    )
 
 
 def _records_of_block(path: Path, block: Block, encoding: str, reading: Reading) -> Iterator[Record]:
@@ -376,7 +387,7 @@ def tasks_of(lines: Iterable[str], to: str, version: str) -> Iterator[str]:
 
     yield from PREDICTED[to](answered(), version)
     if left_out:
-        tell(f"{counted(left_out, 'row')} that could not be predicted is no task for annotators")
+        tell(f"{counted(left_out, 'row')} could not be predicted, and got no task")
 
 
 def alone_with_output(output: Path, name: str) -> AbstractContextManager[None]:

@@ -86,6 +86,7 @@ def predictor_on(model: PreTrainedModel, folder: Path, trust_remote_code: bool =
         source=info.model,
         weights=weights_file(folder, info),
         encoding=info.encoding,
+        format_name=info.rows_format,
     )
 
 
@@ -169,4 +170,5 @@ def predictor_as(config: RunConfig, model: PreTrainedModel, builder: PromptBuild
         calibrate=config.calibrate,
         source=config.model,
         encoding=config.data.encoding,
+        format_name="rows" if config.data.format == "rows" else "auto",
     )

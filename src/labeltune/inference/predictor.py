@@ -22,6 +22,7 @@ from labeltune.config import (
     GenerationConfig,
     changed_generation,
 )
+from labeltune.config_values import FormatName
 from labeltune.distributed import (
     all_gather,
     assign,
@@ -86,6 +87,7 @@ class Predictor:
         source: names the base model.
         weights: file whose hash stands for the weights, for `fingerprint`.
         encoding: of the text files of the run's data.
+        format_name: `rows` where files are taken as they stand, whatever tool they look like.
 
     Attributes:
         shares_rows: all processes of a training job ask with the same examples; each computes a part of them, and gets all answers.
@@ -104,6 +106,7 @@ class Predictor:
         source: str = "",
         weights: Path | None = None,
         encoding: str = "utf-8",
+        format_name: FormatName = "auto",
     ) -> None:
         self.model, self.task, self.template = model, task, template
         self.generation = generation or GenerationConfig()
@@ -111,6 +114,7 @@ class Predictor:
         self.calibrate = calibrate or CalibrateConfig()
         self.calibration = calibration or Calibration()
         self.source, self.weights, self.encoding = source, weights, encoding
+        self.format_name = format_name
         self.builder = PromptBuilder(task, template)
         self.engine = Engine(model)
         self._grammars: Grammars | None = None

@@ -24,6 +24,7 @@ from labeltune.config import (
     Section,
     TaskName,
 )
+from labeltune.config_values import Annotations, FormatName
 from labeltune.errors import ModelError, OutputError, near_it
 from labeltune.io.hubs import PICKLES, may_run_code
 from labeltune.io.outputs import check_folder, file_hash, is_hub_name, local_path, write_json
@@ -64,6 +65,8 @@ class RunInfo(Section):
     generation: GenerationConfig
     columns: ColumnsConfig
     encoding: str = "utf-8"
+    rows_format: FormatName = "auto"
+    annotations: Annotations = "latest"
     entities: EntitiesKind = "flat"
     chat_template: str
     answer_lead: str = ""
@@ -94,6 +97,9 @@ class RunInfo(Section):
             generation=config.generation,
             columns=config.data.columns,
             encoding=config.data.encoding,
+            # A tool's name is one of the training file, not of others.
+            rows_format="rows" if config.data.format == "rows" else "auto",
+            annotations=config.data.annotations,
             entities=config.data.entities,
             chat_template=chat_template,
             answer_lead=answer_lead,

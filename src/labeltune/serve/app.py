@@ -57,7 +57,8 @@ _FAULTS: dict[int | str, dict[str, Any]] = {
 def create_app(models: Models, settings: Settings, metrics: Metrics) -> tuple[FastAPI, Service]:
     """The application, without the guard in front of it, and the service behind it."""
     service = Service(models, settings, metrics)
-    retraining = Retraining(models)
+    first = next(iter(models.served))
+    retraining = Retraining(models, first)
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -78,7 +79,7 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> tuple[Fa
     _add_health(app, service)
     _add_answers(app, service)
     if settings.label_studio:
-        add_label_studio(app, Backend(service, next(iter(models.served)), retraining))
+        add_label_studio(app, Backend(service, first, retraining))
     _add_faults(app)
     if settings.api_key is not None:
         _document_key(app)
@@ -343,6 +344,10 @@ def serve(
             say(f"Label Studio: Settings, Model, Connect Model, backend URL {address}{PREFIX}")
 
     server = _Server(config, guard, on_ready, page)
+    if not local and settings.api_key is None and settings.label_studio:
+        raise ConfigError(
+            f"--label-studio lets whoever reaches {host} train; set LABELTUNE_API_KEY, or listen on localhost"
+        )
     if not local and settings.api_key is None:
         log("warning: this address can be reached by others and there is no API key")
     # uvicorn raises the signal again when it is done; a finished server has nothing to die of.

@@ -35,6 +35,8 @@ _CONTROLS: dict[TaskName, str] = {
 #: Characters that a labelling configuration may have.
 _LONGEST = 1_000_000
 _BODY = Body()
+#: Projects that are remembered.
+_PROJECTS = 1000
 #: Events after which training starts: the button of the project's page. Annotations that are made one by one start none.
 _STARTS = ("START_TRAINING",)
 
@@ -140,6 +142,8 @@ class Backend:
         if isinstance(schema, str) and schema.strip():
             controls_of(schema, self.served.task)
         project = str(given.get("project", ""))
+        while len(self.projects) >= _PROJECTS:
+            self.projects.pop(next(iter(self.projects)))
         self.projects[project] = Project(
             str(given.get("hostname") or ""), str(given.get("access_token") or ""), str(schema or "")
         )
@@ -187,7 +191,7 @@ class Backend:
                 raise ApiError(409, "this server was not told of the project: connect it first", "project")
             number = name.partition(".")[0]
             tasks = await asyncio.to_thread(fetch_annotations, project.hostname, project.token, number)
-        return {"job": self.retraining.start(self.served, tasks, controls.field, controls.control)}
+        return {"job": self.retraining.start(tasks, controls.field, controls.control)}
 
     def _project_of(self, given: Mapping[str, Any]) -> tuple[str, str]:
         """(the project's name in `projects`, its labelling configuration)."""

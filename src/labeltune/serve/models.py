@@ -73,20 +73,24 @@ class Models:
         self._active = served[0].adapter if len(served) == 1 else ""
         self._lock = threading.Lock()
 
-    def replace(self, name: str, predictor: Predictor, folder: Path) -> None:
-        """Put another model in the place of a run: answers that come from now on are its own.
+    def replace(self, name: str, folder: Path) -> None:
+        """Put another run in the place of one: answers that come from now on are its own, and the old one's memory is freed.
 
         Raises:
             ConfigError: several runs share a base model here.
+            ModelError: it cannot be loaded; the old one goes on.
         """
         if len(self.served) > 1:
             raise ConfigError("a server of several runs cannot exchange one of them; serve it by itself")
-        new = Served(name, predictor, "", folder)
+        old = self.served[name]
+        device = str(old.predictor.model.device)
+        new = Served(name, load_predictor(folder, device=device, merge=True), "", folder)
         _make_exact(new)
+        _warm_up(Models([new]), new)
         with self._lock:
             self.served = {name: new}
             self._active = ""
-        _warm_up(self, new)
+            old.predictor.close()
 
     def first(self, *tasks: TaskName) -> Served | None:
         """The run that answers when a request names none: the first for one of these tasks."""

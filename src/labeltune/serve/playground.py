@@ -7,7 +7,6 @@ import hmac
 import os
 import tempfile
 import time
-import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -275,7 +274,11 @@ async def _try_text(
     found = answer.prediction
     if served.task != "ner":
         return dict(found.ranking), None, spent
-    return None, marked(text, [entity for entity in found.entities or () if entity.label in own]), spent
+    return (
+        None,
+        marked(text, [entity for entity in found.entities or () if entity.label in own], served.labels),
+        spent,
+    )
 
 
 def _labels(served: Served, chosen: Sequence[str] | None) -> tuple[str, ...]:
@@ -294,8 +297,12 @@ def _labels(served: Served, chosen: Sequence[str] | None) -> tuple[str, ...]:
     return labels
 
 
-def marked(text: str, entities: Sequence[Entity]) -> str:
-    """The text as HTML, with a mark and its label around each entity, the inner ones within the outer; of two that cross, the first."""
+def marked(text: str, entities: Sequence[Entity], labels: Sequence[str] = ()) -> str:
+    """The text as HTML, with a mark and its label around each entity, the inner ones within the outer; of two that cross, the first.
+
+    Args:
+        labels: the run's, which tell colours apart.
+    """
     found, at = [], 0
     open_marks: list[tuple[int, str]] = []
 
@@ -312,15 +319,17 @@ def marked(text: str, entities: Sequence[Entity]) -> str:
     for start, end, label in sorted(placed, key=lambda each: (each[0], -each[1])):
         go_on(start)
         if not open_marks or end <= open_marks[-1][0]:
-            found.append(f'<mark data-label="{escape(label)}" style="{_MARK_STYLE.format(hue=_hue(label))}">')
+            found.append(
+                f'<mark data-label="{escape(label)}" style="{_MARK_STYLE.format(hue=_hue(label, labels))}">'
+            )
             open_marks.append((end, label))
     go_on(len(text))
-    return f'<div translate="no" style="white-space: pre-wrap; line-height: 2.4">{"".join(found)}</div>'
+    return f'<div translate="no" style="white-space: pre-wrap; line-height: 2.4; padding-top: .7em">{"".join(found)}</div>'
 
 
-def _hue(label: str) -> int:
-    """Degrees of a label's colour, the same on every page."""
-    return zlib.crc32(label.encode("utf-8", "replace")) % 360
+def _hue(label: str, labels: Sequence[str]) -> int:
+    """Degrees of a label's colour: neighbours of the list lie a golden angle apart."""
+    return round(137.5 * labels.index(label)) % 360 if label in labels else 0
 
 
 async def _try_file(

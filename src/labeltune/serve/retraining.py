@@ -6,6 +6,7 @@ The old model answers until the new one is at least as good on the validation ro
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -18,12 +19,12 @@ from typing import Any
 import httpx
 import yaml
 
-from labeltune.config import METRICS, DataConfig, RunConfig, TaskName, build_config
+from labeltune.config import DataConfig, RunConfig, TaskName, build_config
 from labeltune.data.check import text_hash
 from labeltune.data.formats.write import write_rows
 from labeltune.data.loading import load_rows, load_splits
 from labeltune.errors import LabeltuneError, clipped
-from labeltune.inference.load import load_predictor
+from labeltune.evaluation.learning_curve import metric_of
 from labeltune.io.outputs import write_json, write_text
 from labeltune.io.run_folder import naming_folder, validation_file
 from labeltune.serve.guard import frames, log
@@ -39,6 +40,8 @@ FEWEST = 2
 _FETCH = 120.0
 #: Share of the annotated rows that validate, where the run has no validation rows of its own.
 _HELD_OUT = 0.2
+#: Jobs whose end is remembered.
+_REMEMBERED = 100
 #: Lines of a failed training that are kept.
 _LAST_LINES = 20
 
@@ -49,7 +52,7 @@ def fetch_annotations(hostname: str, token: str, project: str) -> list[dict[str,
     Raises:
         ApiError: the server cannot be asked, or refuses (502).
     """
-    if not hostname.startswith(("http://", "https://")):
+    if not re.fullmatch(r"https?://[^/?#@\\s]+(/[\w./-]*)?", hostname):
         raise ApiError(
             502,
             f"Label Studio told no address of its own: {clipped(hostname, 100)!r}; set its HOST",
@@ -92,20 +95,20 @@ class Job:
     """
 
     number: str
-    served: Served
     tasks: Sequence[dict[str, Any]]
     text_field: str
     control: str
     state: str = "queued"
     said: str = ""
     figures: dict[str, float] = field(default_factory=dict)
+    annotated: int = 0
 
     def told(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
             "job": self.number,
             "state": self.state,
-            "tasks": len(self.tasks),
+            "tasks": self.annotated,
             "said": self.said,
             **self.figures,
         }
@@ -116,19 +119,20 @@ class Retraining:
 
     Args:
         models: of the server.
-        command: what runs labeltune.
+        name: of the run that is trained.
     """
 
-    def __init__(self, models: Models, command: Sequence[str] = (sys.executable, "-m", "labeltune")) -> None:
-        self._models, self._command = models, tuple(command)
+    def __init__(self, models: Models, name: str) -> None:
+        self._models, self._name = models, name
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
+        self._count = 0
         self._running: Job | None = None
         self._next: Job | None = None
         self._process: subprocess.Popen[str] | None = None
         self._closed = False
 
-    def start(self, served: Served, tasks: Sequence[dict[str, Any]], field: str, control: str) -> str:
+    def start(self, tasks: Sequence[dict[str, Any]], text_field: str, control: str) -> str:
         """Begin, or wait behind the training that runs; one that was waiting is replaced. Returns the job's number.
 
         Raises:
@@ -141,13 +145,17 @@ class Retraining:
                 f"{len(annotated)} tasks are annotated; {FEWEST} are the least to train on",
                 "annotations",
             )
+        served = self._models.served[self._name]
         _config_of(served)
         with self._lock:
-            job = Job(str(len(self._jobs) + 1), served, annotated, field, control)
+            self._count += 1
+            job = Job(str(self._count), annotated, text_field, control, annotated=len(annotated))
             self._jobs[job.number] = job
+            while len(self._jobs) > _REMEMBERED:
+                self._jobs.pop(next(iter(self._jobs)))
             if self._running is not None:
                 if self._next is not None:
-                    self._next.state = "replaced"
+                    self._next.state, self._next.tasks = "replaced", ()
                 self._next = job
             else:
                 self._begin(job)
@@ -196,6 +204,7 @@ class Retraining:
         except Exception as error:
             log("error", error=frames(error))
             job.state, job.said = "failed", type(error).__name__
+        job.tasks = ()
         log("training ended", job=job.number, state=job.state, figures=job.figures)
         with self._lock:
             self._running = None
@@ -204,8 +213,7 @@ class Retraining:
                 self._begin(following)
 
     def _train(self, job: Job) -> None:
-        name = job.served.name
-        served = self._models.served[name]
+        served = self._models.served[self._name]
         run = naming_folder(served.folder)
         while run.parent.name == FOLDER:  # a model that was trained here: its folders stand beside each other
             run = run.parent.parent
@@ -219,23 +227,22 @@ class Retraining:
         )
         self._call(job, "train", str(folder / "config.yaml"))
         best = folder / "best"
-        old = self._measured(job, served.folder, folder / "validation.jsonl", folder / "before")
-        new = self._measured(job, best, folder / "validation.jsonl", folder / "after")
+        old = self._measured(job, config, served.folder, folder / "before")
+        new = self._measured(job, config, best, folder / "after")
         job.figures = {"before": old, "after": new}
         if new < old:
             job.state, job.said = "kept", f"the new model in {folder} is not better on the validation rows"
             return
         job.said = "loading the new model"
-        self._models.replace(name, load_predictor(best), best.resolve())
+        self._models.replace(self._name, best.resolve())
         job.state, job.said = "completed", f"{folder} answers"
 
-    def _measured(self, job: Job, checkpoint: Path, rows: Path, output: Path) -> float:
+    def _measured(self, job: Job, config: RunConfig, checkpoint: Path, output: Path) -> float:
         """The figure that picks checkpoints, of a model on the validation rows."""
-        self._call(
-            job, "evaluate", str(checkpoint), "--data", str(rows), "-o", str(output), "--on-error", "skip"
-        )
+        rows = str(config.data.validation)
+        self._call(job, "evaluate", str(checkpoint), "--data", rows, "-o", str(output), "--on-error", "skip")
         figures = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-        value: float = figures[METRICS[job.served.task][0]]["value"]
+        value: float = figures[metric_of(config)]["value"]
         return value
 
     def _call(self, job: Job, *arguments: str) -> None:
@@ -248,7 +255,7 @@ class Retraining:
             if self._closed:
                 raise LabeltuneError("the server was stopped")
             self._process = subprocess.Popen(
-                [*self._command, *arguments],
+                [sys.executable, "-m", "labeltune", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -309,12 +316,16 @@ def prepare(served: Served, job: Job, folder: Path) -> RunConfig:
     if len(annotated) < FEWEST:
         raise LabeltuneError(f"{len(annotated)} annotated tasks can be used; see {export}")
     trained, validation = _rows_of_run(served, config)
+    if not trained:
+        job.said = "the run's own training rows are not where they were; training on the annotations alone"
+        log("training", job=job.number, note=job.said)
     if not validation:
         at = max(1, round(_HELD_OUT * len(annotated)))
         validation, annotated = annotated[-at:], annotated[:-at]
     held = {text_hash(each.text) for each in validation}
     annotated = [each for each in annotated if text_hash(each.text) not in held]
     again = {text_hash(each.text) for each in annotated}
+    again |= held
     rows = [*(each for each in trained if text_hash(each.text) not in again), *annotated]
     labels = dict.fromkeys([*served.labels, *(label for each in rows for label in each.right_names)])
     write_text(folder / "train.jsonl", "".join(write_rows(rows)))

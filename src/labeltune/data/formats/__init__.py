@@ -28,25 +28,26 @@ def recognise(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_as(format_name: str, name: str, records: Iterable[Record], reading: Reading) -> Iterator[Record]:
-    """Raw records of a format -> our rows, under the configured names of columns; what was left out is said at the end.
+    """Raw records of a format -> our rows, under the usual names of columns; what was left out is said at the end.
 
     Args:
         format_name: of one of `READERS`.
         name: the file's name for messages.
     """
     reader, left_out = READERS[format_name], LeftOut()
-    columns = reading.columns
-    names = {role: getattr(columns, role) for role in type(columns).model_fields}
-    if reading.task is not None:
+    told = reading.told and reading.task is not None
+    if told:
         note(f"{name}: read as {reader.title}")
-    for record in reader.read(records, reading, left_out):
-        if record.values is None:
-            yield record
-        else:
-            yield Record(
-                record.where,
-                {names[role]: value for role, value in record.values.items() if value is not None},
-            )
-    for what, number in sorted(left_out.items()) if reading.task is not None else ():
-        if number:
-            note(f"{name}: left out: {number} {what}")
+    try:
+        for record in reader.read(records, reading, left_out):
+            if record.values is None:
+                yield record
+            else:
+                yield Record(
+                    record.where, {k: v for k, v in record.values.items() if v is not None}, ours=True
+                )
+    finally:
+        # Also where only the first rows are taken.
+        for what, number in sorted(left_out.items()) if told else ():
+            if number:
+                note(f"{name}: left out: {what} ({number})")

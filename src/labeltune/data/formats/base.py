@@ -13,7 +13,7 @@ from labeltune.config import ColumnsConfig, TaskName
 from labeltune.config_values import Annotations, FormatName
 from labeltune.data.labels import parse_candidates
 from labeltune.data.records import Record
-from labeltune.errors import DataError, clipped
+from labeltune.errors import DataError, clipped, first_line
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Reading:
         columns: names of the columns in the rows that come out, and hints at the fields of a tool: `output`, `labels` or `entities`
             may name the control that is meant where there are several, `text` the field with the document.
         answers: rows without an annotation are left out; False for prediction.
-        labels: the label set, None when it is not known.
+        labels: the label set, None when it is not known: what a prompt lists is taken for candidates where it is among them.
+        told: it is said how a file is read and what is left out.
     """
 
     task: TaskName | None = None
@@ -36,6 +37,12 @@ class Reading:
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     answers: bool = True
     labels: tuple[str, ...] | None = None
+    told: bool = True
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """What numbers of classes may be called by a parquet file; None for anything: a label set that has none of it numbers them itself."""
+        return () if self.format == "rows" else self.labels
 
 
 #: While the task is guessed.
@@ -54,8 +61,10 @@ class Unreadable(Exception):
 LeftOut = Counter[str]
 #: Rows of a tool -> our rows (`id`, `text`, `category`, `output`, `labels`, `entities`, by these names).
 Read = Callable[[Iterable[Record], Reading, LeftOut], Iterator[Record]]
-#: One row -> our row; None where it is left out.
-ReadRow = Callable[[Mapping[str, Any], Reading, LeftOut], "dict[str, Any] | None"]
+#: One row -> its text, id and candidates, as in our rows.
+ReadText = Callable[[Mapping[str, Any], Reading], dict[str, Any]]
+#: One row, and what was read of it -> its answer, as in our rows; None where it has none, which is counted.
+ReadAnswer = Callable[[Mapping[str, Any], dict[str, Any], Reading, LeftOut], "dict[str, Any] | None"]
 
 
 @dataclass(frozen=True)
@@ -75,23 +84,55 @@ class Reader:
     read: Read
 
 
-def each(read_row: ReadRow) -> Read:
+def each(read_text: ReadText, read_answer: ReadAnswer) -> Read:
     """A reader that takes rows one at a time."""
 
     def read(records: Iterable[Record], reading: Reading, left_out: LeftOut) -> Iterator[Record]:
         for record in records:
-            if record.values is None:
-                yield record
-                continue
-            try:
-                values = read_row(record.values, reading, left_out)
-            except Unreadable as problem:
-                yield Record(record.where, None, problem.kind, str(problem))
-            else:
-                if values is not None:
-                    yield Record(record.where, values)
+            found = one_row(record, read_text, read_answer, reading, left_out)
+            if found is not None:
+                yield found
 
     return read
+
+
+#: What code that expects a format meets in a row of another one.
+_OTHER_FORM = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+def one_row(
+    record: Record, read_text: ReadText, read_answer: ReadAnswer, reading: Reading, left_out: LeftOut
+) -> Record | None:
+    """A row of ours, or why it cannot be read; None where it has no answer, and needs one. Rows that are predicted need none, and faults of
+    theirs do not matter."""
+    if record.values is None:
+        return record
+    try:
+        found = read_text(record.values, reading)
+    except Unreadable as problem:
+        return Record(record.where, None, problem.kind, str(problem))
+    except _OTHER_FORM as error:
+        return _no_row(record, error)
+    try:
+        answer = read_answer(record.values, found, reading, left_out if reading.answers else LeftOut())
+    except Unreadable as problem:
+        if reading.answers:
+            return Record(record.where, None, problem.kind, str(problem))
+        answer = None
+    except _OTHER_FORM as error:
+        if reading.answers:
+            return _no_row(record, error)
+        answer = None
+    if answer is None:
+        return None if reading.answers else Record(record.where, found)
+    return Record(record.where, found | answer)
+
+
+def _no_row(record: Record, error: Exception) -> Record:
+    reason = first_line(error)
+    return Record(
+        record.where, None, "wrong_type", f"it is no row of this format ({reason}); data.format names another"
+    )
 
 
 def every(rows: Sequence[Mapping[str, Any]], check: Callable[[Mapping[str, Any]], bool]) -> bool:
@@ -124,6 +165,11 @@ def answer_of(found: Sequence[str], task: TaskName | None, what: str = "labels")
             f"it has {len(found)} {what} ({clipped(', '.join(found), 100)}); rows with several are those of task=multilabel",
         )
     return {"output": found[0]}
+
+
+def id_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row's own id, where it has one."""
+    return {"id": row["id"]} if isinstance(row.get("id"), str | int) and row["id"] != "" else {}
 
 
 def text_of(values: Mapping[str, Any], names: Sequence[str], reading: Reading) -> str:
@@ -168,8 +214,10 @@ def joined(words: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     parts: list[str] = []
     places: list[tuple[int, int]] = []
     size, last = 0, ""
+    # A character a line: of Chinese, with the digits and letters in it.
+    single = all(len(word) == 1 for word in words) and any(map(is_cjk, words))
     for word in words:
-        if last and word and not (is_cjk(word[0]) or is_cjk(last[-1])):
+        if not single and last and word and not (is_cjk(word[0]) or is_cjk(last[-1])):
             parts.append(" ")
             size += 1
         places.append((size, size + len(word)))
@@ -206,35 +254,54 @@ def named_entities(found: object, text: str) -> list[dict[str, Any]]:
 
 
 def json_lines(text: str) -> list[Any]:
-    """The values of a JSON list, or of JSON lines.
+    """The values of a JSON list, or of JSON objects one behind the other, on lines of their own or not.
+
+    >>> json_lines('{"a": 1}{"a": 2}\\n{"a": 3}')
+    [{'a': 1}, {'a': 2}, {'a': 3}]
 
     Raises:
         ValueError: it is neither.
     """
-    if text.lstrip().startswith("["):
-        found = json.loads(text)
-        return found if isinstance(found, list) else [found]
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    found: list[Any] = []
+    at = 0
+    while at < len(text):
+        if text[at].isspace() or (found and text[at] == ","):
+            at += 1
+            continue
+        value, at = json.JSONDecoder().raw_decode(text, at)
+        found.append(value)
+    return found[0] if len(found) == 1 and isinstance(found[0], list) else found
 
 
 _BRACKETED = re.compile(r"[\[【(（]([^\[\]【】()（）]*)[\]】)）]")
 _BEHIND_COLON = re.compile(r"[:：]([^\n:：]*)$", re.MULTILINE)
+#: What announces a list of labels.
+_ANNOUNCED = re.compile(
+    r"(label|categor|class|option|choice|choose|candidate|topic|intent|one of|among|选项|选型|选择|类别|标签|候选|类型|分类|意图|之一)[^\n]{0,20}$",
+    re.IGNORECASE,
+)
 
 
-def listed_in(prompt: str, answers: Sequence[str]) -> tuple[list[str], tuple[int, int]] | None:
-    """Labels that a prompt lists, all `answers` among them, with the place of the list: in brackets, or behind a colon on a line."""
+def listed_in(
+    prompt: str, answers: Sequence[str], known: Sequence[str] | None = None
+) -> tuple[list[str], tuple[int, int]] | None:
+    """Labels that a prompt lists, with the place of the list: in brackets, or behind a colon on a line, and announced as labels.
+
+    Args:
+        answers: must all be among them.
+        known: the label set, which tells a list where there is no answer.
+    """
     for match in (*_BRACKETED.finditer(prompt), *_BEHIND_COLON.finditer(prompt)):
         written = match[1]
+        if not _ANNOUNCED.search(prompt[: match.start()]):
+            continue
         try:
             found = parse_candidates(f"[{written}]" if "'" in written or '"' in written else written)
         except DataError:
             continue
         labels = [label.strip().rstrip("。.") for label in found]
-        if (
-            len(labels) > 1
-            and len(set(labels)) == len(labels)
-            and all(labels)
-            and set(answers) <= set(labels)
-        ):
+        distinct = len(labels) > 1 and len(set(labels)) == len(labels) and all(labels)
+        right = set(answers) <= set(labels) if answers else known is not None and set(labels) <= set(known)
+        if distinct and right:
             return labels, match.span() if match.re is _BRACKETED else match.span(1)
     return None

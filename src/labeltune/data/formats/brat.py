@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ _OTHERS = {
     "*": "relations",
     "#": "notes",
 }
-_ENTITY = re.compile(r"T\S*\t(\S+) ([\d; ]+)\t(.*)", re.DOTALL)
+_ENTITY = re.compile(r"T\S*\t(\S+) (\d+ \d+(?:;\d+ \d+)*)\t(.*)", re.DOTALL)
 
 
 def is_brat(path: Path) -> bool:
@@ -33,9 +33,13 @@ def is_brat(path: Path) -> bool:
 
 def brat_records(path: Path) -> Iterator[Record]:
     """A record a text, with its annotations as lines: `name`, `text` and `lines`; texts of a folder in the order of their names."""
-    found = sorted(path.glob("*.ann")) if path.is_dir() else [path.with_suffix(".ann")]
-    for ann in found:
-        txt = ann.with_suffix(".txt")
+    names = (
+        {each.with_suffix("") for each in (*path.glob("*.ann"), *path.glob("*.txt"))}
+        if path.is_dir()
+        else {path.with_suffix("")}
+    )
+    for stem in sorted(names):
+        ann, txt = stem.with_name(f"{stem.name}.ann"), stem.with_name(f"{stem.name}.txt")
         where = f"{printable(str(ann))}:1"
         if not txt.is_file():
             yield Record(
@@ -47,7 +51,8 @@ def brat_records(path: Path) -> Iterator[Record]:
             )
             continue
         try:
-            text, lines = (each.read_bytes().decode("utf-8-sig") for each in (txt, ann))
+            text = txt.read_bytes().decode("utf-8-sig")
+            lines = ann.read_bytes().decode("utf-8-sig").splitlines() if ann.is_file() else None
         except UnicodeDecodeError as error:
             yield Record(
                 where,
@@ -56,16 +61,20 @@ def brat_records(path: Path) -> Iterator[Record]:
                 f"{printable(txt.name)} or it is not valid UTF-8 at byte {error.start}",
             )
             continue
-        yield Record(
-            f"{printable(str(txt))}:1", {"name": ann.stem, "text": text, "lines": lines.splitlines()}
-        )
+        yield Record(f"{printable(str(txt))}:1", {"name": stem.name, "text": text, "lines": lines})
 
 
-def _read(row: Any, reading: Reading, left_out: LeftOut) -> dict[str, Any]:
-    text = row["text"].rstrip("\r\n")
-    found: dict[str, Any] = {"id": row["name"], "text": text}
-    if not reading.answers:
-        return found
+def _text(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+    return {"id": row["name"], "text": row["text"].rstrip("\r\n")}
+
+
+def _answer(
+    row: Mapping[str, Any], found: dict[str, Any], reading: Reading, left_out: LeftOut
+) -> dict[str, Any] | None:
+    text = str(found["text"])
+    if row["lines"] is None:
+        left_out["texts without annotations"] += 1
+        return None
     entities = []
     for number, line in enumerate(row["lines"], start=1):
         if not line.strip():
@@ -85,7 +94,7 @@ def _read(row: Any, reading: Reading, left_out: LeftOut) -> dict[str, Any]:
         # In the .ann file a line break of the text is a blank.
         same = text[start:end].replace("\r", " ").replace("\n", " ") == match[3]
         entities.append(entity(text, start, end, match[1], None if same else match[3]))
-    return found | {"entities": entities}
+    return {"entities": entities}
 
 
-READERS = (Reader("brat", "brat", lambda rows: False, each(_read)),)
+READERS = (Reader("brat", "brat", lambda rows: False, each(_text, _answer)),)

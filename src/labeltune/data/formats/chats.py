@@ -3,6 +3,7 @@ alpaca's instruction, input and output where the prompt lists the labels."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,11 +16,14 @@ from labeltune.data.formats.base import (
     answer_of,
     each,
     every,
+    id_of,
     json_lines,
     listed_in,
     named_entities,
 )
+from labeltune.data.labels import parse_candidates
 from labeltune.default_prompts import ENGLISH_PROMPTS, NER_USER, PROMPTS
+from labeltune.errors import DataError
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 #: Answers of an extractor that found nothing, as our own prompts name them.
@@ -58,6 +62,10 @@ def _turns(row: Mapping[str, Any]) -> list[tuple[str, str]]:
             raise Unreadable(
                 "wrong_type", f"messages[{number}]: the role {role!r} is none of {', '.join(_ROLES)}"
             )
+        if isinstance(said, list) and all(
+            isinstance(part, dict) for part in said
+        ):  # parts of text, as the API takes them
+            said = "".join(str(part.get("text", "")) for part in said)
         if not isinstance(said, str):
             raise Unreadable("wrong_type", f"messages[{number}]: what is said must be a string")
         found.append((_ROLES[str(role)], said))
@@ -77,21 +85,32 @@ def _is_chat(row: Mapping[str, Any]) -> bool:
     )
 
 
-def _read_chat(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) -> dict[str, Any] | None:
+def _asked(row: Mapping[str, Any]) -> tuple[str, str, str | None, int]:
+    """(system, the question, its answer if there is one, how many questions)."""
     turns = _turns(row)
-    answer = None
-    if turns[-1][0] == "assistant":
-        answer = turns.pop()[1]
+    answer = turns.pop()[1] if turns[-1][0] == "assistant" else None
     asked = [said for role, said in turns if role == "user"]
-    if len(asked) != 1 or any(role == "assistant" for role, _ in turns):
+    system = "\n".join(said for role, said in turns if role == "system")
+    answered = sum(role == "assistant" for role, _ in turns)
+    return system, asked[-1] if asked else "", answer, max(len(asked), answered + 1)
+
+
+def _chat_text(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+    system, user, answer, _ = _asked(row)
+    return id_of(row) | _text(system, user, answer, reading)
+
+
+def _chat(
+    row: Mapping[str, Any], found: dict[str, Any], reading: Reading, left_out: LeftOut
+) -> dict[str, Any] | None:
+    *_, answer, count = _asked(row)
+    if count != 1:
         left_out["conversations of several turns"] += 1
         return None
-    if answer is None and reading.answers:
+    if answer is None:
         left_out["conversations without an answer"] += 1
         return None
-    system = "\n".join(said for role, said in turns if role == "system")
-    found = {"id": row["id"]} if isinstance(row.get("id"), str | int) else {}
-    return found | _of_prompt(system, asked[0], answer, reading)
+    return _answer(answer, str(found["text"]), reading)
 
 
 def _is_alpaca(row: Mapping[str, Any]) -> bool:
@@ -112,48 +131,58 @@ def _lists_labels(rows: Sequence[Mapping[str, Any]]) -> bool:
     return 2 * listed > len(rows) or any(_entities(row["output"]) for row in rows)
 
 
-def _read_alpaca(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) -> dict[str, Any]:
+def _alpaca_text(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
     instruction, given = str(row.get("instruction", "")), str(row.get("input") or "")
     answer = row.get("output") if isinstance(row.get("output"), str) else None
     system, user = (instruction, given) if given else ("", instruction)
-    found = {"id": row["id"]} if isinstance(row.get("id"), str | int) else {}
-    return found | _of_prompt(system, user, answer, reading)
+    return id_of(row) | _text(system, user, answer, reading)
 
 
-def _of_prompt(system: str, user: str, answer: str | None, reading: Reading) -> dict[str, Any]:
-    """Text, candidates and answer of a question and what was said to it."""
+def _alpaca(
+    row: Mapping[str, Any], found: dict[str, Any], reading: Reading, left_out: LeftOut
+) -> dict[str, Any] | None:
+    answer = row.get("output")
+    if not isinstance(answer, str):
+        left_out["conversations without an answer"] += 1
+        return None
+    return _answer(answer, str(found["text"]), reading)
+
+
+def _text(system: str, user: str, answer: str | None, reading: Reading) -> dict[str, Any]:
+    """Text and candidates of a question, by what was said to it where that is known."""
     entities = _entities(answer) if answer is not None else None
     if reading.task == "ner" or (reading.task is None and entities):
-        text = _BEFORE.sub("", user, count=1) if user.startswith(NER_USER.partition("{")[0]) else user
-        if answer is None or not reading.answers:
-            return {"text": text}
+        return {
+            "text": _BEFORE.sub("", user, count=1) if user.startswith(NER_USER.partition("{")[0]) else user
+        }
+    labels = _labels(answer, reading) if answer is not None else []
+    if (listed := listed_in(user, labels, reading.labels)) is not None:
+        return {"category": listed[0], "text": _without_list(user, listed[1])}
+    if (listed := listed_in(system, labels, reading.labels)) is not None:
+        return {"category": listed[0], "text": _BEFORE.sub("", user, count=1)}
+    return {"text": user}
+
+
+def _answer(answer: str, text: str, reading: Reading) -> dict[str, Any]:
+    entities = _entities(answer)
+    if reading.task == "ner" or (reading.task is None and entities):
         if entities is None:
             raise Unreadable(
                 "wrong_type",
                 'the answer is no list of entities, {"entity_text": ..., "entity_label": ...} each',
             )
-        return {"text": text, "entities": named_entities(entities, text)}
-    given = [] if answer is None else [answer.strip()]
-    labels = given
-    if reading.task == "multilabel" and answer is not None:
-        labels = [label for label in re.split(r"[\n,，、;；]", answer) if label.strip()]
-        labels = [label.strip() for label in labels]
-    found: dict[str, Any] = {}
-    if (listed := listed_in(user, labels)) is not None:
-        names, place = listed
-        text = _without_list(user, place)
-        found["category"] = names
-    else:
-        text = user
-        if (listed := listed_in(system, labels)) is not None:
-            found["category"] = listed[0]
-            text = _BEFORE.sub("", user, count=1)
-    found["text"] = text
-    return (
-        found
-        if answer is None or not reading.answers
-        else found | answer_of(labels, reading.task or "classification")
-    )
+        return {"entities": named_entities(entities, text)}
+    return answer_of(_labels(answer, reading), reading.task or "classification")
+
+
+def _labels(answer: str, reading: Reading) -> list[str]:
+    """The label that was said, or the labels: a list, or between commas or line breaks."""
+    if reading.task != "multilabel":
+        return [answer.strip()]
+    with contextlib.suppress(DataError):
+        if answer.strip().startswith("["):
+            return parse_candidates(answer)
+    return [label.strip() for label in re.split(r"[\n,，、;；]", answer) if label.strip()]
 
 
 def _without_list(user: str, place: tuple[int, int]) -> str:
@@ -179,6 +208,6 @@ def _entities(answer: str) -> list[Any] | None:
 
 
 READERS = (
-    Reader("messages", "messages", lambda rows: every(rows, _is_chat), each(_read_chat)),
-    Reader("alpaca", "instruction, input, output", _lists_labels, each(_read_alpaca)),
+    Reader("messages", "messages", lambda rows: every(rows, _is_chat), each(_chat_text, _chat)),
+    Reader("alpaca", "instruction, input, output", _lists_labels, each(_alpaca_text, _alpaca)),
 )

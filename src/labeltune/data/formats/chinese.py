@@ -15,6 +15,7 @@ from labeltune.data.formats.base import (
     each,
     entity,
     every,
+    id_of,
     integer,
     text_of,
 )
@@ -35,13 +36,15 @@ def _is_cluener(row: Mapping[str, Any]) -> bool:
     )
 
 
-def _read_cluener(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) -> dict[str, Any] | None:
-    text = text_of(row, ("text",), reading)
-    found = {"id": row["id"]} if isinstance(row.get("id"), str | int) else {}
-    label = row.get("label")
-    if label is None or not reading.answers:  # the benchmark's test file has none
-        if not reading.answers:
-            return found | {"text": text}
+def _sentence(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+    return id_of(row) | {"text": text_of(row, ("text", "sentence"), reading)}
+
+
+def _cluener(
+    row: Mapping[str, Any], found: dict[str, Any], reading: Reading, left_out: LeftOut
+) -> dict[str, Any] | None:
+    text, label = str(found["text"]), row.get("label")
+    if label is None:  # the benchmark's test file has none
         left_out["texts without a label"] += 1
         return None
     if not isinstance(label, dict):
@@ -58,22 +61,25 @@ def _read_cluener(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) -
                     raise Unreadable("wrong_type", f"label.{kind}.{name} must be a list of [first, last]")
                 first, last = (integer(at, f"label.{kind}.{name}") for at in place)
                 entities.append(entity(text, first, last + 1, kind, name))
-    return found | {"text": text, "entities": entities}
+    return {"entities": entities}
+
+
+#: What the label's name is called: in IFLYTEK, in TNEWS.
+_DESCRIBED = ("label_des", "label_desc")
 
 
 def _is_clue(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("sentence"), str) and isinstance(row.get("label_des"), str) and "label" in row
+    named = any(isinstance(row.get(name), str) for name in _DESCRIBED)
+    return isinstance(row.get("sentence"), str) and named and "label" in row
 
 
-def _read_clue(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) -> dict[str, Any]:
-    found = {"id": row["id"]} if isinstance(row.get("id"), str | int) else {}
-    found["text"] = text_of(row, ("sentence",), reading)
-    label = row.get("label_des", row.get("label"))
-    if not reading.answers:
-        return found
+def _clue(
+    row: Mapping[str, Any], found: dict[str, Any], reading: Reading, left_out: LeftOut
+) -> dict[str, Any]:
+    label = next((row[name] for name in _DESCRIBED if name in row), row.get("label"))
     if not isinstance(label, str) or not label.strip():
         raise Unreadable("missing_field", "label_des must be a string")
-    return found | answer_of([label], reading.task or "classification")
+    return answer_of([label], reading.task or "classification")
 
 
 def _is_uie(row: Mapping[str, Any]) -> bool:
@@ -110,9 +116,9 @@ def _read_uie(records: Iterable[Record], reading: Reading, left_out: LeftOut) ->
         row = record.values
         try:
             content, prompt = text_of(row, ("content",), reading), row.get("prompt")
-            mine = texts.setdefault(content, _Text(record.where))
             if not isinstance(prompt, str):
                 raise Unreadable("missing_field", "prompt must be a string")
+            mine = texts.setdefault(content, _Text(record.where))
             _add(mine, content, prompt, row.get("result_list"), left_out)
         except Unreadable as problem:
             yield Record(record.where, None, problem.kind, str(problem))
@@ -152,24 +158,20 @@ def _add(mine: _Text, content: str, prompt: str, results: object, left_out: Left
 
 
 def _of_text(content: str, mine: _Text, reading: Reading) -> dict[str, Any]:
-    row: dict[str, Any] = {"text": content}
-    if not reading.answers:
-        return row
+    row: dict[str, Any] = {"text": content, "category": mine.candidates or None}
     if reading.task == "ner" or (reading.task is None and mine.asked[0]):
         return row | {"entities": mine.entities}
-    if not mine.labels and reading.task != "multilabel":
+    if mine.labels or (reading.task == "multilabel" and mine.asked[1]):
+        return row | answer_of(list(dict.fromkeys(mine.labels)), reading.task)
+    if reading.answers:
         raise Unreadable(
             "missing_field", "no row of this text has a label: a prompt such as 情感倾向[正向,负向]"
         )
-    return (
-        row
-        | {"category": mine.candidates or None}
-        | answer_of(list(dict.fromkeys(mine.labels)), reading.task)
-    )
+    return row
 
 
 READERS = (
-    Reader("cluener", "CLUENER", lambda rows: every(rows, _is_cluener), each(_read_cluener)),
-    Reader("clue", "CLUE", lambda rows: every(rows, _is_clue), each(_read_clue)),
+    Reader("cluener", "CLUENER", lambda rows: every(rows, _is_cluener), each(_sentence, _cluener)),
+    Reader("clue", "CLUE", lambda rows: every(rows, _is_clue), each(_sentence, _clue)),
     Reader("uie", "UIE", lambda rows: every(rows, _is_uie), _read_uie),
 )

@@ -41,24 +41,30 @@ def docbin_records(name: str, file: BinaryIO) -> Iterator[Record]:
         )
 
 
-def _read(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) -> dict[str, Any] | None:
-    text = str(row["text"])
-    if not reading.answers:
-        return {"text": text}
+def _text(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+    return {"text": str(row["text"])}
+
+
+def _answer(
+    row: Mapping[str, Any], found: dict[str, Any], reading: Reading, left_out: LeftOut
+) -> dict[str, Any] | None:
+    text = str(found["text"])
     cats = {label: score for label, score in row["cats"].items() if score >= _APPLIES}
     if row["spans"]:
         left_out["spans of groups"] += row["spans"]
+    if not reading.answers and not row["ents"] and not row["cats"]:
+        return None
     if reading.task == "ner" or (reading.task is None and (row["ents"] or not row["cats"])):
         if row["cats"]:
             left_out["categories of texts"] += 1
-        return {"text": text, "entities": [entity(text, *each) for each in row["ents"]]}
+        return {"entities": [entity(text, *each) for each in row["ents"]]}
     if row["ents"]:
         left_out["labelled spans"] += len(row["ents"])
     if not cats and reading.task != "multilabel":
         left_out["texts without a label"] += 1
         return None
     best = sorted(cats, key=lambda label: -cats[label])
-    return {"text": text} | answer_of(best, reading.task, "categories")
+    return answer_of(best, reading.task, "categories")
 
 
-READERS = (Reader("spacy", "spaCy DocBin", lambda rows: False, each(_read)),)
+READERS = (Reader("spacy", "spaCy DocBin", lambda rows: False, each(_text, _answer)),)

@@ -15,6 +15,7 @@ from labeltune.data.formats.base import (
     each,
     entity,
     every,
+    id_of,
     integer,
     text_of,
 )
@@ -46,38 +47,46 @@ def _is_entities(value: object) -> bool:
 def _recognised(rows: Sequence[Mapping[str, Any]]) -> bool:
     texts = every(rows, lambda row: any(name in row for name in ("text", "data")))
     spans = any(_is_spans(row.get(name)) or _is_entities(row.get(name)) for row in rows for name in _LISTS)
-    own = any("Comments" in row or ("cats" in row and isinstance(row["cats"], list)) for row in rows)
-    # A label with the sign that joins labels may be one label, as C#; doccano's exports have these columns and no others.
+    own = any("Comments" in row and isinstance(row.get("label"), list) for row in rows)
+    slots = any(isinstance(row.get("cats"), list) and isinstance(row.get("entities"), list) for row in rows)
+    # doccano's exports have these columns and no others.
     alone = every(rows, lambda row: "id" in row and set(row) <= _COLUMNS)
-    several = any(isinstance(row.get("label"), str) and _JOINS in row["label"] for row in rows)
+    # A label may hold the sign itself, as C#: only where its parts stand alone elsewhere does it join them.
+    whole = {row["label"] for row in rows if isinstance(row.get("label"), str)}
+    several = any(_JOINS in label and set(label.split(_JOINS)) <= whole for label in whole)
     lists = every(
         rows,
         lambda row: (
             isinstance(row.get("label"), list) and all(isinstance(each, str) for each in row["label"])
         ),
     )
-    return texts and (spans or own or (alone and (several or lists)))
+    return texts and (spans or own or slots or (alone and (several or lists)))
 
 
-def _row(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) -> dict[str, Any] | None:
-    text = text_of(row, (*ALIASES["text"], "data"), reading)
-    found: dict[str, Any] = {"id": row["id"]} if row.get("id") not in (None, "") else {}
-    found |= {
-        "text": text,
-        "category": row.get("category") if isinstance(row.get("category"), list) else None,
-    }
+def _text(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+    category = row.get("category") if isinstance(row.get("category"), list) else None
+    return id_of(row) | {"text": text_of(row, (*ALIASES["text"], "data"), reading), "category": category}
+
+
+def _answer(
+    row: Mapping[str, Any], found: dict[str, Any], reading: Reading, left_out: LeftOut
+) -> dict[str, Any] | None:
     if isinstance(row.get("relations"), list):
         left_out["relations"] += len(row["relations"])
-    found_lists: list[Any] = [
+    if not {*_LISTS, "cats"} & set(row):
+        raise Unreadable("missing_field", "there is no label, labels, entities or cats")
+    lists: list[Any] = [
         row[name] for name in ("entities", "label", "labels") if row.get(name) not in (None, [])
     ]
-    value: Any = found_lists[0] if found_lists else []
+    value: Any = lists[0] if lists else []
     placed = _is_spans(value) or _is_entities(value)
     cats = row.get("cats")
     if reading.task == "ner" or (reading.task is None and (placed or "entities" in row)):
         if cats:
             left_out["labels of texts"] += len(cats)
-        return found | {"entities": _entities(value, text)}
+        if not value and not reading.answers:
+            return None  # nothing is marked, or nobody has looked at it yet
+        return {"entities": _entities(value, str(found["text"]))}
     if placed and not cats:
         raise Unreadable(
             "wrong_type",
@@ -86,12 +95,10 @@ def _row(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) -> dict[st
     if placed:
         left_out["labelled spans"] += len(value)
     labels = _labels(cats if cats is not None else [] if placed else value)
-    if not labels and reading.task != "multilabel":
-        if not reading.answers:
-            return found
+    if not labels and (reading.task != "multilabel" or not reading.answers):
         left_out["texts without a label"] += 1
         return None
-    return found | answer_of(labels, reading.task)
+    return answer_of(labels, reading.task)
 
 
 def _labels(value: object) -> list[str]:
@@ -120,4 +127,4 @@ def _entities(value: object, text: str) -> list[dict[str, Any]]:
     return found
 
 
-READERS = (Reader("doccano", "doccano", _recognised, each(_row)),)
+READERS = (Reader("doccano", "doccano", _recognised, each(_text, _answer)),)

@@ -8,6 +8,7 @@ from typing import Any
 
 from labeltune.data.formats.base import (
     LeftOut,
+    ReadAnswer,
     Reader,
     Reading,
     Unreadable,
@@ -15,6 +16,7 @@ from labeltune.data.formats.base import (
     entity,
     every,
     integer,
+    one_row,
     text_of,
 )
 from labeltune.data.records import Record
@@ -32,18 +34,14 @@ def _read(records: Iterable[Record], reading: Reading, left_out: LeftOut) -> Ite
     """Rows; questions about one text that stand together, each with one label, are joined where a row may have several."""
     for _, group in groupby(records, key=lambda record: _question_of(record, reading)):
         rows = list(group)
-        for record in rows[:1] if len(rows) > 1 else rows:
-            values = record.values
-            if values is None:
-                yield record
-                continue
-            try:
-                found = _joined(rows, reading, left_out) if len(rows) > 1 else _row(values, reading, left_out)
-            except Unreadable as problem:
-                yield Record(record.where, None, problem.kind, str(problem))
-            else:
-                if found is not None:
-                    yield Record(record.where, found)
+        answer = _answer if len(rows) == 1 else _joined(rows)
+        found = one_row(rows[0], _text, answer, reading, left_out)
+        if found is not None:
+            yield found
+
+
+def _text(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+    return {"text": text_of(row, ("text",), reading)}
 
 
 def _question_of(record: Record, reading: Reading) -> str:
@@ -55,44 +53,51 @@ def _question_of(record: Record, reading: Reading) -> str:
     return str(values.get("_input_hash", values.get("text")))
 
 
-def _joined(rows: Sequence[Record], reading: Reading, left_out: LeftOut) -> dict[str, Any] | None:
-    values = [record.values for record in rows if record.values is not None]
-    told = [row for row in values if row.get("answer") in ("accept", "reject")]
-    left_out["ignored rows"] += len(values) - len(told)
-    if not told:
-        return None
-    labels = [str(row["label"]) for row in told if row.get("answer") == "accept"]
-    return {"text": text_of(told[0], ("text",), reading), "labels": list(dict.fromkeys(labels))}
+def _joined(rows: Sequence[Record]) -> ReadAnswer:
+    """The answer of the questions about one text."""
+
+    def answer(
+        _: Mapping[str, Any], found: dict[str, Any], reading: Reading, left_out: LeftOut
+    ) -> dict[str, Any] | None:
+        values = [record.values for record in rows if record.values is not None]
+        told = [row for row in values if row.get("answer") in ("accept", "reject")]
+        left_out["ignored rows"] += len(values) - len(told)
+        if not told:
+            return None
+        labels = [str(row["label"]) for row in told if row["answer"] == "accept"]
+        return {"labels": list(dict.fromkeys(labels))}
+
+    return answer
 
 
-def _row(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) -> dict[str, Any] | None:
-    text, answer = text_of(row, ("text",), reading), row.get("answer", "accept")
-    found: dict[str, Any] = {"text": text}
-    if not reading.answers:
-        return found
+def _answer(
+    row: Mapping[str, Any], found: dict[str, Any], reading: Reading, left_out: LeftOut
+) -> dict[str, Any] | None:
+    answer = row.get("answer", "accept" if "_input_hash" in row else None)
+    if answer is None:
+        raise Unreadable("missing_field", "there is no answer: accept, reject or ignore")
     if answer not in _ANSWERS:
         raise Unreadable("wrong_type", f"answer must be accept, reject or ignore, not {answer!r}")
     if isinstance(row.get("relations"), list):
         left_out["relations"] += len(row["relations"])
     binary = isinstance(row.get("label"), str) and "spans" not in row
     if answer == "reject" and binary and reading.task == "multilabel":
-        return found | {"labels": []}
+        return {"labels": []}
     if answer != "accept":
         left_out["rejected rows" if answer == "reject" else "ignored rows"] += 1
         return None
     spans = row.get("spans")
     if reading.task == "ner" or (reading.task is None and spans is not None):
-        return found | {"entities": _spans(spans or [], row, text)}
+        return {"entities": _spans(spans or [], row, str(found["text"]))}
     if spans:
         left_out["labelled spans"] += len(spans)
     labels = _labels(row)
     if not labels and reading.task != "multilabel":
         left_out["texts without a label"] += 1
         return None
-    several = (
-        "options" in row and reading.task is None and row.get("config", {}).get("choice_style") == "multiple"
-    )
-    return found | answer_of(labels, "multilabel" if several else reading.task)
+    config = row.get("config")
+    multiple = isinstance(config, dict) and config.get("choice_style") == "multiple"
+    return answer_of(labels, "multilabel" if multiple and reading.task is None else reading.task)
 
 
 def _labels(row: Mapping[str, Any]) -> list[str]:

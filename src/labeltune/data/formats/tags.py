@@ -15,6 +15,7 @@ from labeltune.data.formats.base import (
     each,
     entity,
     every,
+    id_of,
     integer,
     joined,
 )
@@ -59,23 +60,13 @@ def spans_of_tags(tags: Sequence[str]) -> list[tuple[int, int, str]]:
     return found
 
 
-def _row(
-    words: Sequence[str], spans: Iterable[tuple[int, int, str]], text: str | None = None
-) -> dict[str, Any]:
-    """Our row of words and entities by their words.
-
-    Args:
-        text: what was cut into the words; put together from them when None.
-    """
-    if text is None:
-        text, places = joined(words)
-    else:
+def _entities(words: Sequence[str], spans: Iterable[tuple[int, int, str]], text: str) -> dict[str, Any]:
+    """Entities by their words, in the text that was cut into them or put together from them."""
+    whole, places = joined(words)
+    if whole != text:
         places = _aligned(words, text)
     return {
-        "text": text,
-        "entities": [
-            entity(text, places[first][0], places[last - 1][1], kind) for first, last, kind in spans
-        ],
+        "entities": [entity(text, places[first][0], places[last - 1][1], kind) for first, last, kind in spans]
     }
 
 
@@ -107,18 +98,15 @@ def looks_tagged(text: str) -> bool:
 
 
 def _aside(line: str) -> bool:
-    """A line that is no word: the beginning of a document, or a comment."""
-    return (
-        line.startswith("-DOCSTART-")
-        or (line.startswith("#") and len(_cells(line)) != 2)
-        or bool(_TEXT.match(line))
-    )
+    """A line that is no word: the beginning of a document, or a comment, behind which no tag stands."""
+    comment = line.startswith("#") and not TAG.fullmatch(_cells(line)[-1])
+    return line.startswith("-DOCSTART-") or comment or bool(_TEXT.match(line))
 
 
 def _cells(line: str) -> list[str]:
     """The word, whatever stands between, and the tag; a type may have blanks where tabs separate."""
     line = line.rstrip("\r\n")
-    cells = line.split("\t") if "\t" in line else line.split()
+    cells = line.split("\t") if "\t" in line else [cell for cell in line.split(" ") if cell]
     if len(cells) == 1 and TAG.fullmatch(cells[0]) and line[:1].isspace():
         return [" ", cells[0]]  # the word is a blank
     return cells
@@ -144,7 +132,7 @@ def tagged_records(name: str, lines: Iterable[tuple[int, str | Record]]) -> Iter
             yield from sentence()
             yield line
             continue
-        if not line.strip() or line.startswith("-DOCSTART-"):
+        if not line.strip() or (line.startswith("-DOCSTART-") and text is None):
             yield from sentence()
             continue
         if not (words or fault or text):
@@ -152,7 +140,7 @@ def tagged_records(name: str, lines: Iterable[tuple[int, str | Record]]) -> Iter
         if (told := _TEXT.match(line.rstrip("\r\n"))) and not words:
             text, fault = _told(told, number)
             continue
-        if _aside(line):
+        if _aside(line) and not (text is not None and line.startswith("-DOCSTART-")):
             continue
         cells = _cells(line)
         if len(cells) < 2:
@@ -173,8 +161,14 @@ def _told(comment: re.Match[str], number: int) -> tuple[str | None, str]:
         return None, f"line {number}: not valid JSON behind text_json"
 
 
-def _read_tagged(values: Mapping[str, Any], reading: Reading, left_out: LeftOut) -> dict[str, Any]:
-    return _row(values["words"], spans_of_tags(values["ner_tags"]), values["text"])
+def _tagged_text(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+    return {"text": joined(row["words"])[0] if row["text"] is None else row["text"]}
+
+
+def _tagged(
+    row: Mapping[str, Any], found: dict[str, Any], reading: Reading, left_out: LeftOut
+) -> dict[str, Any]:
+    return _entities(row["words"], spans_of_tags(row["ner_tags"]), found["text"])
 
 
 def _tags_of(row: Mapping[str, Any]) -> str | None:
@@ -194,13 +188,32 @@ def _is_tokens(row: Mapping[str, Any]) -> bool:
     return name is not None and all(isinstance(t, int) or TAG.fullmatch(t) for t in row[name])
 
 
-def _read_tokens(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) -> dict[str, Any]:
-    words = row.get("tokens", row.get("words"))
+def _are_tokens(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return every(rows, _is_tokens) and any(row.get("tokens", row.get("words")) for row in rows)
+
+
+def _words_of(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The words, under one of these names.
+
+    Raises:
+        Unreadable: they are no strings.
+    """
+    name = next((name for name in names if name in row), names[0])
+    words = row.get(name)
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise Unreadable("wrong_type", "tokens must be a list of strings")
-    found = {"id": row["id"]} if isinstance(row.get("id"), str | int) else {}
-    if not reading.answers:
-        return found | {"text": joined(words)[0]}
+        raise Unreadable("wrong_type", f"{name} must be a list of strings")
+    return words
+
+
+def _tokens_text(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+    own, words = row.get("text"), _words_of(row, ("tokens", "words"))
+    return id_of(row) | {"text": own if isinstance(own, str) and own.strip() else joined(words)[0]}
+
+
+def _tokens(
+    row: Mapping[str, Any], found: dict[str, Any], reading: Reading, left_out: LeftOut
+) -> dict[str, Any]:
+    words = _words_of(row, ("tokens", "words"))
     name = _tags_of(row)
     if name is None:
         there = next((name for name in _TAG_COLUMNS if isinstance(row.get(name), list)), None)
@@ -220,7 +233,7 @@ def _read_tokens(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) ->
             f"{name} holds numbers, and the file does not say what they stand for; write names such as B-PER "
             "(dataset.features[...].feature.int2str), or parquet by Dataset.to_parquet, which keeps them",
         )
-    return found | _row(words, spans_of_tags(tags))
+    return _entities(words, spans_of_tags(tags), found["text"])
 
 
 def _is_words(row: Mapping[str, Any]) -> bool:
@@ -228,15 +241,17 @@ def _is_words(row: Mapping[str, Any]) -> bool:
     return isinstance(words, list) and isinstance(spans, list)
 
 
-def _read_words(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) -> dict[str, Any]:
-    words, spans = row.get("tokenized_text"), row.get("ner")
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise Unreadable("wrong_type", "tokenized_text must be a list of strings")
-    if not reading.answers:
-        return {"text": joined(words)[0]}
+def _positions_text(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+    return {"text": joined(_words_of(row, ("tokenized_text",)))[0]}
+
+
+def _positions(
+    row: Mapping[str, Any], found: dict[str, Any], reading: Reading, left_out: LeftOut
+) -> dict[str, Any]:
+    words, spans = _words_of(row, ("tokenized_text",)), row.get("ner")
     if not isinstance(spans, list) or not all(isinstance(one, list) and len(one) == 3 for one in spans):
         raise Unreadable("wrong_type", "ner must be a list of [first word, last word, type]")
-    found = []
+    placed = []
     for number, (first, last, kind) in enumerate(spans):
         first, last = integer(first, f"ner[{number}]"), integer(last, f"ner[{number}]")
         if not isinstance(kind, str):
@@ -245,14 +260,14 @@ def _read_words(row: Mapping[str, Any], reading: Reading, left_out: LeftOut) -> 
             raise Unreadable(
                 "span_mismatch", f"ner[{number}]: there are {len(words)} words, and it says {first} to {last}"
             )
-        found.append((first, last + 1, kind))
+        placed.append((first, last + 1, kind))
     if row.get("relations"):
         left_out["relations"] += len(row["relations"])
-    return _row(words, found)
+    return _entities(words, placed, found["text"])
 
 
 READERS = (
-    Reader("conll", "CoNLL", lambda rows: False, each(_read_tagged)),
-    Reader("tokens", "tokens with tags", lambda rows: every(rows, _is_tokens), each(_read_tokens)),
-    Reader("gliner", "GLiNER", lambda rows: every(rows, _is_words), each(_read_words)),
+    Reader("conll", "CoNLL", lambda rows: False, each(_tagged_text, _tagged)),
+    Reader("tokens", "tokens with tags", _are_tokens, each(_tokens_text, _tokens)),
+    Reader("gliner", "GLiNER", lambda rows: every(rows, _is_words), each(_positions_text, _positions)),
 )

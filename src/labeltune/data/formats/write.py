@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 from labeltune.data.formats.base import is_cjk, joined
-from labeltune.data.offsets import units
 from labeltune.errors import DataError
 from labeltune.types import Entity, Example
 
@@ -40,7 +39,7 @@ def row_of(example: Example) -> dict[str, Any]:
 
 
 def write_label_studio(examples: Iterable[Example]) -> Iterator[str]:
-    """Label Studio's JSON: tasks with an annotation each; offsets are UTF-16 units."""
+    """Label Studio's JSON: tasks with an annotation each. Its offsets are characters, as of version 1.23."""
     yield from _array(_task(example) for example in examples)
 
 
@@ -65,10 +64,9 @@ def results(
     found: list[dict[str, Any]] = []
     if "entities" in answer:
         for number, each in enumerate(answer["entities"]):
-            start, end = units(text, each["start_idx"]), units(text, each["end_idx"])
             value = {
-                "start": start,
-                "end": end,
+                "start": each["start_idx"],
+                "end": each["end_idx"],
                 "text": each["entity_text"],
                 "labels": [each["entity_label"]],
             }
