@@ -1,10 +1,10 @@
 """`labeltune next` against random choice: what rounds of labelling bring, on rows whose labels are known and shown only when they are chosen.
 
-    python benchmarks/active_learning.py --data cls_titles.jsonl --task classification --model pocket-zh --rounds 5 --count 40 --seeds 3 --out FOLDER
+    python benchmarks/active_learning.py --data cls_titles.jsonl --task classification --model pocket-zh --rounds 5 --count 40 --out FOLDER
 
-Each seed draws a pool and test rows. The first round is drawn at random for both ways; then `margin` takes what `next` would, `random` draws. Every round trains
-from the base model on all rows labelled so far. FOLDER/result.json has the figure on the test rows by way, seed and round, and means with the
-95 % interval over seeds of their difference (t distribution).
+Each seed draws a pool and test rows. The first round is drawn at random and is the same for both ways; then `margin` takes what `next` would, `random` draws. Every
+round trains from the base model on all rows labelled so far. FOLDER/seed-N.json has a seed's figures on the test rows by way and round; what is there is not
+computed again. FOLDER/result.json has the means over all seeds there, with the 95 % interval of the difference (t distribution).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, default=40, help="rows labelled a round")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=4)
-    parser.add_argument("--precision", default="auto", help="training.precision")
+    parser.add_argument("--precision", default="fp32", help="of training")
+    parser.add_argument("--answers", default="fp32", help="precision of answers")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -65,6 +67,9 @@ def trained(options: argparse.Namespace, chosen: list[Example], labels: list[str
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.jsonl").write_text("".join(write_rows(chosen)), "utf-8")
     prompts = PROMPTS if options.model == "pocket-zh" else ENGLISH_PROMPTS
+    prompt: dict[str, Any] = {**prompts.get(options.task, {}), "layout": "labels_first"}
+    if options.task == "ner":
+        prompt = {**prompts["ner_marks"], "layout": "labels_first", "answer": "marks"}
     config = build_config(
         {
             "task": options.task,
@@ -73,7 +78,7 @@ def trained(options: argparse.Namespace, chosen: list[Example], labels: list[str
             "tracking": "none",
             "hub": {"accept_license": "gemma"},
             "data": {"train": str(folder / "train.jsonl"), "validation_fraction": 0, "labels": labels},
-            "prompt": {**prompts.get(options.task, {}), "layout": "labels_first"},
+            "prompt": prompt,
             "lora": {"dropout": 0},
             "training": {
                 "epochs": options.epochs,
@@ -100,26 +105,55 @@ def chosen_next(predictor: Any, pool: list[Example], count: int) -> list[Example
     return [candidate.example for candidate, _ in spread(most_informative(found, count), count, vectors)]
 
 
-def one_way(options: argparse.Namespace, rows: list[Example], way: str, seed: int) -> list[float]:
-    """The figure on the test rows after every round."""
+def one_seed(options: argparse.Namespace, rows: list[Example], seed: int) -> dict[str, list[float]]:
+    """Of both ways, the figure on the test rows after every round."""
     drawn = random.Random(seed)
     shuffled = drawn.sample(rows, len(rows))
     test, pool = shuffled[: options.test], shuffled[options.test :][: options.pool]
     labels = sorted({name for example in rows for name in example.right_names})
-    labelled, figures = pool[: options.count], []
-    for number in range(options.rounds):
-        best = trained(options, labelled, labels, options.out / f"{way}-{seed}")
-        with labeltune.load_predictor(best, merge=True) as predictor:
-            figures.append(headline(test, list(predictor.stream(test)))[FIGURES[options.task]])
-            print(way, seed, len(labelled), round(figures[-1], 4), flush=True)
-            if number + 1 == options.rounds:
-                break
-            texts = {example.text for example in labelled}
-            left = [example for example in pool if example.text not in texts]
-            labelled = labelled + (
-                left[: options.count] if way == "random" else chosen_next(predictor, left, options.count)
-            )
+    figures: dict[str, list[float]] = {"margin": [], "random": []}
+    for way, found in figures.items():
+        labelled = pool[: options.count]
+        for number in range(options.rounds):
+            if way == "random" and not number:
+                found.append(figures["margin"][0])
+                labelled = pool[: options.count * 2]
+                continue
+            began = time.perf_counter()
+            best = trained(options, labelled, labels, options.out / f"{way}-{seed}")
+            trained_at = time.perf_counter()
+            with labeltune.load_predictor(
+                best, precision=options.answers, merge=options.answers == "fp32"
+            ) as predictor:
+                found.append(headline(test, list(predictor.stream(test)))[FIGURES[options.task]])
+                seconds = [round(trained_at - began), round(time.perf_counter() - trained_at)]
+                print(way, seed, len(labelled), round(found[-1], 4), *seconds, flush=True)
+                if number + 1 == options.rounds:
+                    break
+                texts = {example.text for example in labelled}
+                left = [example for example in pool if example.text not in texts]
+                labelled = labelled + (
+                    left[: options.count] if way == "random" else chosen_next(predictor, left, options.count)
+                )
     return figures
+
+
+def summary_of(seeds: list[dict[str, list[float]]], count: int) -> list[dict[str, Any]]:
+    """Means over the seeds, a round each, and the interval of the difference."""
+    summary = []
+    for number in range(len(seeds[0]["margin"])):
+        ways = {way: [figures[way][number] for figures in seeds] for way in ("random", "margin")}
+        difference = [a - b for a, b in zip(ways["margin"], ways["random"], strict=True)]
+        mean = statistics.mean(difference)
+        half = stats.t.ppf(0.975, len(difference) - 1) * statistics.stdev(difference) / len(difference) ** 0.5
+        summary.append(
+            {
+                "rows": count * (number + 1),
+                **{way: round(statistics.mean(each), 4) for way, each in ways.items()},
+                "difference": [round(mean, 4), round(mean - half, 4), round(mean + half, 4)],
+            }
+        )
+    return summary
 
 
 def main() -> None:
@@ -127,27 +161,15 @@ def main() -> None:
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = examples_of(options)
-    found = {
-        way: [one_way(options, rows, way, seed) for seed in range(options.seeds)]
-        for way in ("random", "margin")
-    }
-    summary = []
-    for number in range(options.rounds):
-        ways = {way: [figures[number] for figures in each] for way, each in found.items()}
-        difference = [a - b for a, b in zip(ways["margin"], ways["random"], strict=True)]
-        mean = statistics.mean(difference)
-        half = stats.t.ppf(0.975, len(difference) - 1) * statistics.stdev(difference) / len(difference) ** 0.5
-        summary.append(
-            {
-                "rows": options.count * (number + 1),
-                **{way: round(statistics.mean(each), 4) for way, each in ways.items()},
-                "difference": [round(mean, 4), round(mean - half, 4), round(mean + half, 4)],
-            }
-        )
-        print(json.dumps(summary[-1]))
-    (options.out / "result.json").write_text(
-        json.dumps({"figures": found, "summary": summary}, indent=2) + "\n", "utf-8"
-    )
+    for seed in options.seeds:
+        file = options.out / f"seed-{seed}.json"
+        if not file.exists():
+            file.write_text(json.dumps(one_seed(options, rows, seed)) + "\n", "utf-8")
+    seeds = [json.loads(file.read_text("utf-8")) for file in sorted(options.out.glob("seed-*.json"))]
+    if len(seeds) > 1:
+        found = {"seeds": seeds, "summary": summary_of(seeds, options.count)}
+        print(*map(json.dumps, found["summary"]), sep="\n")
+        (options.out / "result.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ TOPICS = (
 PAGES = {"README.md": "README.zh-CN.md", **{f"docs/{t}.md": f"docs/zh/{t}.md" for t in TOPICS}}
 #: Pages that begin with a trained run, `output/classification`.
 ABOUT_A_RUN = ("evaluate", "export", "labelling", "predict", "serve")
-#: What is not run here: installations, and Ray, whose start takes longer than all else (tests/test_ray_engine.py).
-NOT_RUN = re.compile(r"^(make|pip) |--engine ray")
+#: What is not run here: installations, Ray, whose start takes longer than all else (tests/test_ray_engine.py), and Label Studio
+#: (tests/label_studio).
+NOT_RUN = re.compile(r"^(make|pip) |--engine ray| label-studio start")
 README_LINES = 140
 
 FAKE_MODELSCOPE = """

@@ -324,8 +324,11 @@ def test_prodigy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         {"text": "t", "label": label, "answer": answer, "_input_hash": 1, "_task_hash": n}
         for n, (label, answer) in enumerate([("a", "accept"), ("b", "reject"), ("c", "accept")])
     ]
+    # Questions about one text need not stand together.
+    other = {"text": "u", "label": "b", "answer": "reject", "_input_hash": 2, "_task_hash": 9}
+    binary.insert(1, other)
     path = write_jsonl(tmp_path / "b.jsonl", binary)
-    assert rows(path, "multilabel") == [{"text": "t", "labels": ["a", "c"]}]
+    assert rows(path, "multilabel") == [{"text": "t", "labels": ["a", "c"]}, {"text": "u", "labels": []}]
     assert [row["output"] for row in rows(path, "classification")] == ["a", "c"]
 
 
@@ -502,6 +505,12 @@ def test_brat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert spans(rows(folder / "a.ann", "ner")[0]) == spans(rows(folder / "a.txt", "ner")[0]) == spans(first)
     (folder / "b.ann").write_text("T1 PER 0 3 nob", encoding="utf-8")
     assert "line 1 of b.ann" in rows(folder / "b.txt", "ner")[0]["problem"]
+    # A collection has its folders for training and test; what looks like an end of a line inside a name is none.
+    (tmp_path / "all" / "dev").mkdir(parents=True)
+    (tmp_path / "all" / "dev" / "d.txt").write_bytes("Ada\u2028King left\r\n".encode())
+    (tmp_path / "all" / "dev" / "d.ann").write_bytes("T1\tPER 0 8\tAda\u2028King\r\n".encode())
+    (row,) = rows(tmp_path / "all", "ner")
+    assert row["id"] == "dev/d" and spans(row) == [("Ada\u2028King", "PER")]
 
 
 def test_docbin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 import labeltune
-from helpers.rows import classification_rows
+from helpers.rows import LABELS, classification_rows, write_jsonl
 from helpers.runs import make_run
 from helpers.serving import Server, serving
 from helpers.training import config_for
 from labeltune import load_predictor
 from labeltune.serve.label_studio import PREFIX, controls_of
-from labeltune.serve.retraining import fetch_annotations
+from labeltune.serve.models import Served
+from labeltune.serve.retraining import Job, fetch_annotations, prepare
 from labeltune.serve.schemas import ApiError
 
 KEY = "a-key-of-these-tests"
@@ -28,16 +31,16 @@ CHOICES = (
     '<View><Text name="doc" value="$body"/><Choices name="topic" toName="doc" choice="single">'
     '<Choice value="Sports"/><Choice value="Space"/><Choice value="Art"/></Choices></View>'
 )
-LABELS = '<View><Labels name="ner" toName="doc"><Label value="地点"/></Labels><Text name="doc" value="$text"/></View>'
+ENTITIES = '<View><Labels name="ner" toName="doc"><Label value="地点"/></Labels><Text name="doc" value="$text"/></View>'
 
 
 def test_a_labelling_configuration_is_read() -> None:
     found = controls_of(CHOICES, "classification")
     assert (found.control, found.text, found.field) == ("topic", "doc", "body")
     assert found.labels == {"Sports", "Space", "Art"}
-    assert controls_of(LABELS, "ner").labels == {"地点"}
+    assert controls_of(ENTITIES, "ner").labels == {"地点"}
     for given, task, part in (
-        (LABELS, "classification", '<Choices choice="single">'),
+        (ENTITIES, "classification", '<Choices choice="single">'),
         (CHOICES, "multilabel", '<Choices choice="multiple">'),
         ("", "ner", "no labelling configuration yet"),
         ("<View", "ner", "is not XML"),
@@ -93,7 +96,7 @@ def test_the_protocol(server: Server, run: Path) -> None:
     }
     found = post(server, "/setup", setup)
     assert found.status_code == 200 and found.json()["model_version"] == health["model_version"]
-    refused = post(server, "/setup", {**setup, "schema": LABELS})
+    refused = post(server, "/setup", {**setup, "schema": ENTITIES})
     assert refused.status_code == 422 and "this model does classification" in refused.text
     texts = ["match number 0 match", " ", "rocket number 1 rocket"]
     asked = {
@@ -126,6 +129,14 @@ def test_the_protocol(server: Server, run: Path) -> None:
         server, "/train", {"annotations": [task(1, "a", "Art")], "project": PROJECT, "label_config": CHOICES}
     )
     assert few.status_code == 422 and "1 tasks are annotated" in few.text
+    post(server, "/setup", {**setup, "hostname": "http://127.0.0.1:9"})
+    unreachable = post(
+        server, "/webhook", {"action": "START_TRAINING", "project": {"id": 1, "label_config": CHOICES}}
+    )
+    assert unreachable.status_code == 502 and "LABEL_STUDIO_HOST" in unreachable.text
+    # Label Studio's page does not show the answer.
+    told = server.get(f"{PREFIX}/health", authorization=f"Bearer {KEY}").json()["training"]
+    assert told["state"] == "failed" and "at http://127.0.0.1:9" in told["said"]
 
 
 def ended(server: Server, job: str) -> dict[str, Any]:
@@ -165,7 +176,7 @@ def label_studio() -> Iterator[tuple[str, type[Export]]]:
     handler = type("Handler", (Export,), {"tasks": told, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", handler
+    yield f"http://localhost:{server.server_port}", handler
     server.shutdown()
     server.server_close()
 
@@ -211,6 +222,7 @@ def test_training_starts_from_the_page_and_the_better_model_answers(
     )
     after = post(server, "/setup", setup).json()["model_version"]
     assert (after != before) == (found["job_status"] == "completed")
+    assert after.rpartition("-")[0] == before.rpartition("-")[0], "the name that is served"
     assert ended(server, waiting[1])["job_status"] in ("completed", "kept")
     assert (
         post(
@@ -218,6 +230,25 @@ def test_training_starts_from_the_page_and_the_better_model_answers(
         ).status_code
         == 200
     )
+
+
+def test_validation_rows_keep_their_own_candidates(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True)
+    report = copy / "validation" / "predictions.jsonl"
+    lines = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
+    lines[0]["ranking"] = [
+        pair for pair in lines[0]["ranking"] if pair["label"] in ("Art", lines[0]["right"])
+    ]
+    write_jsonl(report, lines)
+    served = cast(Served, SimpleNamespace(folder=(copy / "best").resolve(), labels=tuple(LABELS)))
+    tasks = [task(n, f"new {row['text']}", row["output"]) for n, row in enumerate(classification_rows(4))]
+    config = prepare(served, Job("1", tasks, "body", "topic"), tmp_path / "again")
+    assert config.data.validation is not None
+    told = [
+        json.loads(line) for line in Path(config.data.validation).read_text(encoding="utf-8").splitlines()
+    ]
+    assert told[0]["category"] == sorted({"Art", lines[0]["right"]}) and "category" not in told[1]
 
 
 def test_annotations_that_cannot_be_fetched(label_studio: tuple[str, type[Export]]) -> None:

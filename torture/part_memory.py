@@ -1,4 +1,5 @@
-"""Memory over a million rows: `data check` as it is, with its worker processes, and `predict` with an engine that answers at once."""
+"""Memory over a million rows: `data check` as it is, with its worker processes, on lines and on one JSON array as Label Studio exports it,
+and `predict` with an engine that answers at once."""
 
 from __future__ import annotations
 
@@ -20,17 +21,18 @@ def run(settings: Settings) -> PartResult:
     """Each command in a process of its own; memory is that of it and of all it starts, shared pages counted once."""
     result = PartResult("memory")
     rows = settings.count(ROWS, 20_000)
-    path = settings.folder / "rows.jsonl"
-    with path.open("w", encoding="utf-8") as file:
+    lines, tasks = settings.folder / "rows.jsonl", settings.folder / "export.json"
+    with lines.open("w", encoding="utf-8") as file, tasks.open("w", encoding="utf-8") as export:
         for number in range(rows):
             text = f"row {number} of the generated file, about {number % 977} and other things"
-            file.write(
-                json.dumps({"text": text, "category": ["a", "b", "c"], "output": "abc"[number % 3]}) + "\n"
-            )
-    result.inputs = rows
-    for what in ("check", "predict"):
+            label = "abc"[number % 3]
+            file.write(json.dumps({"text": text, "category": ["a", "b", "c"], "output": label}) + "\n")
+            export.write(("[" if not number else ",") + json.dumps(task(number, text, label)))
+        export.write("]")
+    result.inputs = 2 * rows
+    for what, path in (("check", lines), ("check", tasks), ("predict", lines)):
         command = [sys.executable, "-m", "torture.part_memory", what, str(path)]
-        log = settings.folder / f"{what}.log"
+        log = settings.folder / f"{what}-{path.stem}.log"
         with log.open("w+", encoding="utf-8") as said:
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=said, text=True)
             peak, most = watch(process)
@@ -41,7 +43,7 @@ def run(settings: Settings) -> PartResult:
         peak = max(peak, found["peak"])
         allowed = ALLOWED + A_ROW * rows
         figures = (
-            f"{what}: {peak / 1e6:.0f} MB at the peak in {most} processes over {rows:,} rows, "
+            f"{what} {path.name}: {peak / 1e6:.0f} MB at the peak in {most} processes over {rows:,} rows, "
             f"{allowed / 1e6:.0f} MB promised"
         )
         result.check(peak <= allowed, figures)
@@ -50,6 +52,35 @@ def run(settings: Settings) -> PartResult:
         "predict: real reading, writing and ledger; the model is a stand-in that answers at once"
     )
     return result
+
+
+def task(number: int, text: str, label: str) -> dict[str, Any]:
+    """A task of a Label Studio export with its annotation."""
+    chosen = {"choices": [label]}
+    result = {
+        "id": f"r{number}",
+        "from_name": "topic",
+        "to_name": "text",
+        "type": "choices",
+        "value": chosen,
+        "origin": "manual",
+    }
+    annotation = {
+        "id": number,
+        "completed_by": 1,
+        "was_cancelled": False,
+        "created_at": "2026-01-01T00:00:00Z",
+        "lead_time": 1.5,
+        "result": [result],
+    }
+    return {
+        "id": number,
+        "data": {"text": text},
+        "annotations": [annotation],
+        "drafts": [],
+        "predictions": [],
+        "meta": {},
+    }
 
 
 def watch(process: subprocess.Popen[str]) -> tuple[int, int]:
@@ -85,7 +116,7 @@ class StandIn:
         from labeltune.config import ColumnsConfig, PromptConfig
         from labeltune.prompts import make_task
 
-        self.columns, self.encoding = ColumnsConfig(), "utf-8"
+        self.columns, self.encoding, self.format_name = ColumnsConfig(), "utf-8", "auto"
         self.task = make_task("classification", ("a", "b", "c"), PromptConfig())
 
     def fingerprint(self) -> str:

@@ -31,7 +31,7 @@ VERSION = "1.23.2"
 USER, PORT = "one@example.com", 8091
 PREFIX = "/v1/label-studio"
 ANNOTATED = 10
-#: Seconds until a page, a server or a training has to be ready.
+#: Seconds until a page or a server has to be ready, or a training done.
 PATIENCE = 900
 
 
@@ -160,7 +160,7 @@ def loop(view: Any, api: httpx.Client, kind: str, number: int, backend: str, out
     view.goto(f"{site}/projects/{number}/data")
     view.get_by_text("Label All Tasks").click()
     for done in range(ANNOTATED):
-        submit = view.get_by_role("button", name="Submit", exact=True)
+        submit = view.locator("button:has-text('Submit')").first
         submit.wait_for()
         time.sleep(1)
         if not done:
@@ -174,7 +174,11 @@ def loop(view: Any, api: httpx.Client, kind: str, number: int, backend: str, out
     view.goto(f"{site}/projects/{number}/settings/ml")
     view.get_by_text("Connected", exact=True).first.wait_for()
     view.locator("[class*=backend-card] button, [class*=BackendCard] button, .ls-ml button").last.click()
-    view.get_by_text("Start Training").first.click()
+    view.screenshot(path=out / f"label-studio-{kind}-model.png")
+    view.get_by_text("Start Training", exact=True).first.click()
+    # The menu opens a dialog, whose button has the same words.
+    view.locator("button:has-text('Start Training')").last.click()
+    time.sleep(2)
     view.screenshot(path=out / f"label-studio-{kind}-training.png")
     health = f"{backend}{PREFIX}/health"
     begun = ("running", "queued")
@@ -190,7 +194,7 @@ def loop(view: Any, api: httpx.Client, kind: str, number: int, backend: str, out
     )
     view.goto(f"{site}/projects/{number}/data")
     view.get_by_text("Label All Tasks").click()
-    view.get_by_role("button", name="Submit", exact=True).wait_for()
+    view.locator("button:has-text('Submit')").first.wait_for()
     for form in (
         ("JSON", "JSON_MIN", "CSV", "CONLL2003") if kind == "entities" else ("JSON", "JSON_MIN", "CSV")
     ):
@@ -225,8 +229,9 @@ def main() -> None:
     (out / "data").mkdir(parents=True)
     program = given.label_studio or str(label_studio_program())
     password, token = secrets.token_hex(8), secrets.token_hex(20)
-    # Label Studio refuses backends of this machine unless it is told otherwise.
+    # Label Studio refuses backends of this machine unless it is told otherwise, and tells them port 8080 whichever it listens on.
     settings = {
+        "LABEL_STUDIO_HOST": f"http://localhost:{PORT}",
         "USE_DEFAULT_BANNED_SUBNETS": "false",
         "COLLECT_ANALYTICS": "0",
         "SENTRY_DSN": "",
@@ -245,6 +250,7 @@ def main() -> None:
         USER,
     ]
     start += ["--password", password, "--user-token", token, "--enable-legacy-api-token"]
+    from playwright.sync_api import Error as PlaywrightError
     from playwright.sync_api import sync_playwright
 
     kept: dict[str, dict[str, Any]] = {}
@@ -263,7 +269,7 @@ def main() -> None:
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         view = browser.new_page(viewport={"width": 1400, "height": 800})
-        view.set_default_timeout(PATIENCE * 1000)
+        view.set_default_timeout(60_000)
         view.goto(f"{site}/user/login")
         view.fill("input[name=email]", USER)
         view.fill("input[name=password]", password)
@@ -292,7 +298,11 @@ def main() -> None:
                 running(serve, out / f"{kind}.log", answers(f"{address}/readyz")),
                 recorded(address, kept) as backend,
             ):
-                told[kind] = loop(view, api, kind, number, backend, out)
+                try:
+                    told[kind] = loop(view, api, kind, number, backend, out)
+                except PlaywrightError:
+                    view.screenshot(path=out / "failed.png")
+                    raise
                 print(kind, json.dumps(told[kind]), flush=True)
         browser.close()
     (out / "recorded.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False), encoding="utf-8")

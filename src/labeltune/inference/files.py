@@ -313,7 +313,7 @@ def predict_file(
                         bad += sum(not answered for _, answered in chunk)
                         file.write("".join(line for line, _ in chunk).encode())
                         _to_disk(file)
-                _put_in_place(part, target, options.to, version_of(predictor))
+                _put_in_place(part, target, options.to, predictor)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {done:,} rows of the output are kept, go on with --resume") from None
         note.unlink(missing_ok=True)
@@ -349,7 +349,7 @@ def _to_disk(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _put_in_place(part: Path, output: Path, to: str | None, version: str) -> None:
+def _put_in_place(part: Path, output: Path, to: str | None, predictor: Predictor) -> None:
     """The finished lines become the output, as they are, as csv, or as a tool's tasks."""
     if to is None and not is_csv(output):
         part.replace(output)
@@ -357,7 +357,7 @@ def _put_in_place(part: Path, output: Path, to: str | None, version: str) -> Non
     written = output.with_name(f".{output.name}.part.{to or 'csv'}")
     with part.open(encoding="utf-8") as lines, written.open("w", encoding="utf-8") as file:
         if to is not None:
-            file.writelines(tasks_of(lines, to, version))
+            file.writelines(tasks_of(lines, to, version_of(predictor)))
         else:
             faulty = any('"error"' in line and "error" in json.loads(line) for line in lines)
             lines.seek(0)
@@ -367,10 +367,10 @@ def _put_in_place(part: Path, output: Path, to: str | None, version: str) -> Non
     part.unlink()
 
 
-def version_of(predictor: Predictor) -> str:
-    """The version of a model as annotation tools show it: the run's name, and what its answers follow from."""
+def version_of(predictor: Predictor, name: str = "") -> str:
+    """The version of a model as annotation tools show it: a name, the run's where none is given, and what its answers follow from."""
     weights = predictor.weights
-    run = "model" if weights is None else naming_folder(weights.parent).name
+    run = name or ("model" if weights is None else naming_folder(weights.parent).name)
     return f"{run}-{predictor.fingerprint()[:8]}"
 
 

@@ -129,7 +129,7 @@ class Backend:
         """Of the model that answers now."""
         served = self.served
         if self._version is None or self._version[0] is not served:
-            self._version = served, version_of(served.predictor)
+            self._version = served, version_of(served.predictor, served.name)
         return self._version[1]
 
     def setup(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,11 +177,19 @@ class Backend:
         return {"results": results, "model_version": version}
 
     async def start_training(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Train on a project's annotations: those that are sent, else those that its server exports.
+        """Train on a project's annotations: those that are sent, else those that its server exports. The reason of a refusal is kept for
+        `/health` too.
 
         Raises:
             ApiError: there are none, or they cannot be fetched (409, 422, 502).
         """
+        try:
+            return {"job": await self._started(given)}
+        except ApiError as error:
+            self.retraining.refused(str(error))
+            raise
+
+    async def _started(self, given: Mapping[str, Any]) -> str:
         name, configuration = self._project_of(given)
         controls = controls_of(configuration, self.served.task)
         tasks: Any = given.get("annotations")
@@ -191,7 +199,7 @@ class Backend:
                 raise ApiError(409, "this server was not told of the project: connect it first", "project")
             number = name.partition(".")[0]
             tasks = await asyncio.to_thread(fetch_annotations, project.hostname, project.token, number)
-        return {"job": self.retraining.start(tasks, controls.field, controls.control)}
+        return self.retraining.start(tasks, controls.field, controls.control)
 
     def _project_of(self, given: Mapping[str, Any]) -> tuple[str, str]:
         """(the project's name in `projects`, its labelling configuration)."""

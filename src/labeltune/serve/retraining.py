@@ -52,10 +52,10 @@ def fetch_annotations(hostname: str, token: str, project: str) -> list[dict[str,
     Raises:
         ApiError: the server cannot be asked, or refuses (502).
     """
-    if not re.fullmatch(r"https?://[^/?#@\\s]+(/[\w./-]*)?", hostname):
+    if not re.fullmatch(r"https?://[^/?#@\s]+(/[\w./-]*)?", hostname):
         raise ApiError(
             502,
-            f"Label Studio told no address of its own: {clipped(hostname, 100)!r}; set its HOST",
+            f"Label Studio told no address of its own: {clipped(hostname, 100)!r}; start it with LABEL_STUDIO_HOST=http://...",
             "hostname",
         )
     base = hostname.rstrip("/")
@@ -77,7 +77,9 @@ def fetch_annotations(hostname: str, token: str, project: str) -> list[dict[str,
         raise ApiError(502, f"Label Studio refuses its annotations with {status}{hint}") from None
     except (httpx.HTTPError, ValueError, KeyError) as error:
         raise ApiError(
-            502, f"Label Studio cannot be asked for its annotations: {clipped(str(error), 200)}"
+            502,
+            f"Label Studio cannot be asked for its annotations at {clipped(base, 100)}, which it told as its own "
+            f"address: {clipped(str(error), 200)}; start it with LABEL_STUDIO_HOST=http://... where it listens elsewhere",
         ) from None
     if not isinstance(tasks, list):
         raise ApiError(502, "Label Studio exported no list of tasks")
@@ -148,11 +150,7 @@ class Retraining:
         served = self._models.served[self._name]
         _config_of(served)
         with self._lock:
-            self._count += 1
-            job = Job(str(self._count), annotated, text_field, control, annotated=len(annotated))
-            self._jobs[job.number] = job
-            while len(self._jobs) > _REMEMBERED:
-                self._jobs.pop(next(iter(self._jobs)))
+            job = self._noted(Job("", annotated, text_field, control, annotated=len(annotated)))
             if self._running is not None:
                 if self._next is not None:
                     self._next.state, self._next.tasks = "replaced", ()
@@ -160,6 +158,21 @@ class Retraining:
             else:
                 self._begin(job)
         return job.number
+
+    def refused(self, reason: str) -> None:
+        """Keep why a training was not begun: Label Studio shows nobody the answer."""
+        with self._lock:
+            self._noted(Job("", (), "", "", state="failed", said=reason))
+        log("training refused", reason=reason)
+
+    def _noted(self, job: Job) -> Job:
+        """With a number, and remembered; under the lock."""
+        self._count += 1
+        job.number = str(self._count)
+        self._jobs[job.number] = job
+        while len(self._jobs) > _REMEMBERED:
+            self._jobs.pop(next(iter(self._jobs)))
+        return job
 
     def _begin(self, job: Job) -> None:
         self._running = job
@@ -348,7 +361,7 @@ def _rows_of_run(served: Served, config: RunConfig) -> tuple[list[Example], list
     file = validation_file(served.folder, "predictions.jsonl")
     if file is not None:
         rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        validation = [_validated(row, config.task) for row in rows]
+        validation = [_validated(row, config.task, served.labels) for row in rows]
     try:
         splits = load_splits(config.task, config.data, config.hub, config.training.seed)
     except LabeltuneError as error:
@@ -360,8 +373,8 @@ def _rows_of_run(served: Served, config: RunConfig) -> tuple[list[Example], list
     return trained, validation
 
 
-def _validated(row: dict[str, Any], task: TaskName) -> Example:
-    """A row of a validation report with its right answer."""
+def _validated(row: dict[str, Any], task: TaskName, labels: Sequence[str]) -> Example:
+    """A row of a validation report with its right answer, and its own candidates where they are not all labels."""
     example = Example(str(row["id"]), str(row["text"]))
     if task == "ner":
         found = [
@@ -370,4 +383,6 @@ def _validated(row: dict[str, Any], task: TaskName) -> Example:
         return replace(example, entities=tuple(found))
     if task == "multilabel":
         return replace(example, labels=tuple(row["right"]))
-    return replace(example, label=row["right"])
+    ranked = {each["label"] for each in row["ranking"]}
+    candidates = tuple(sorted(ranked)) if ranked != set(labels) else ()
+    return replace(example, candidates=candidates, label=row["right"])

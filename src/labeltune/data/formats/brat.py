@@ -1,4 +1,4 @@
-"""brat's standoff: a text in `NAME.txt` and its annotations in `NAME.ann`; a folder of such pairs."""
+"""brat's standoff: a text in `NAME.txt` and its annotations in `NAME.ann`; a folder of such pairs, or of folders of them."""
 
 from __future__ import annotations
 
@@ -27,19 +27,27 @@ _ENTITY = re.compile(r"T\S*\t(\S+) (\d+ \d+(?:;\d+ \d+)*)\t(.*)", re.DOTALL)
 def is_brat(path: Path) -> bool:
     """Whether a path is a folder of annotated texts, or one of the two files of one."""
     if path.is_dir():
-        return any(path.glob("*.ann"))
+        return any(_of_folder(path, ".ann"))
     return path.suffix.lower() in (".ann", ".txt") and path.with_suffix(".ann").is_file()
 
 
+def _of_folder(folder: Path, suffix: str) -> Iterator[Path]:
+    """Files of a folder and of the folders in it, as a collection has them for training and test."""
+    yield from folder.glob(f"*{suffix}")
+    yield from folder.glob(f"*/*{suffix}")
+
+
 def brat_records(path: Path) -> Iterator[Record]:
-    """A record a text, with its annotations as lines: `name`, `text` and `lines`; texts of a folder in the order of their names."""
+    """A record a text, with its annotations as lines: `name`, `text` and `lines`; texts of a folder in the order of their names, which
+    tell the folder within it."""
     names = (
-        {each.with_suffix("") for each in (*path.glob("*.ann"), *path.glob("*.txt"))}
+        {each.with_suffix("") for suffix in (".ann", ".txt") for each in _of_folder(path, suffix)}
         if path.is_dir()
         else {path.with_suffix("")}
     )
     for stem in sorted(names):
         ann, txt = stem.with_name(f"{stem.name}.ann"), stem.with_name(f"{stem.name}.txt")
+        name = stem.relative_to(path).as_posix() if path.is_dir() else stem.name
         where = f"{printable(str(ann))}:1"
         if not txt.is_file():
             yield Record(
@@ -52,7 +60,7 @@ def brat_records(path: Path) -> Iterator[Record]:
             continue
         try:
             text = txt.read_bytes().decode("utf-8-sig")
-            lines = ann.read_bytes().decode("utf-8-sig").splitlines() if ann.is_file() else None
+            lines = ann.read_bytes().decode("utf-8-sig").split("\n") if ann.is_file() else None
         except UnicodeDecodeError as error:
             yield Record(
                 where,
@@ -61,7 +69,7 @@ def brat_records(path: Path) -> Iterator[Record]:
                 f"{printable(txt.name)} or it is not valid UTF-8 at byte {error.start}",
             )
             continue
-        yield Record(f"{printable(str(txt))}:1", {"name": stem.name, "text": text, "lines": lines})
+        yield Record(f"{printable(str(txt))}:1", {"name": name, "text": text, "lines": lines})
 
 
 def _text(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
@@ -76,7 +84,8 @@ def _answer(
         left_out["texts without annotations"] += 1
         return None
     entities = []
-    for number, line in enumerate(row["lines"], start=1):
+    for number, ended in enumerate(row["lines"], start=1):
+        line = ended.rstrip("\r")
         if not line.strip():
             continue
         if line[0] in _OTHERS:

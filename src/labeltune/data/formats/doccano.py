@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,8 @@ from labeltune.data.formats.base import (
     text_of,
 )
 
-#: What joins the labels of a row in CSV.
-_JOINS = "#"
+#: What joins the labels of a row in CSV. A label may hold the sign itself, at its end or beside a blank, as C# or C# and .NET.
+_JOINS = re.compile(r"(?<=\S)#(?=[^\s#])")
 _COLUMNS = frozenset(["id", "text", "data", "label", "Comments", "category"])
 _LISTS = ("label", "labels", "entities")
 
@@ -47,13 +48,13 @@ def _is_entities(value: object) -> bool:
 def _recognised(rows: Sequence[Mapping[str, Any]]) -> bool:
     texts = every(rows, lambda row: any(name in row for name in ("text", "data")))
     spans = any(_is_spans(row.get(name)) or _is_entities(row.get(name)) for row in rows for name in _LISTS)
-    own = any("Comments" in row and isinstance(row.get("label"), list) for row in rows)
+    own = any({"id", "Comments", "label"} <= row.keys() for row in rows)
     slots = any(isinstance(row.get("cats"), list) and isinstance(row.get("entities"), list) for row in rows)
-    # doccano's exports have these columns and no others.
+    # Older exports have these columns and no others; newer ones have Comments, and the columns of what was imported.
     alone = every(rows, lambda row: "id" in row and set(row) <= _COLUMNS)
-    # A label may hold the sign itself, as C#: only where its parts stand alone elsewhere does it join them.
+    # Only where its parts stand alone elsewhere does the sign join labels.
     whole = {row["label"] for row in rows if isinstance(row.get("label"), str)}
-    several = any(_JOINS in label and set(label.split(_JOINS)) <= whole for label in whole)
+    several = any(len(parts := _JOINS.split(label)) > 1 and set(parts) <= whole for label in whole)
     lists = every(
         rows,
         lambda row: (
@@ -103,7 +104,7 @@ def _answer(
 
 def _labels(value: object) -> list[str]:
     if isinstance(value, str):
-        return [label for label in value.split(_JOINS) if label]
+        return [label for label in _JOINS.split(value) if label]
     if isinstance(value, list) and all(isinstance(label, str) for label in value):
         return value
     raise Unreadable("wrong_type", "label must be a list of strings")

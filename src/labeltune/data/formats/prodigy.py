@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from labeltune.data.formats.base import (
@@ -31,12 +30,16 @@ def _recognised(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _read(records: Iterable[Record], reading: Reading, left_out: LeftOut) -> Iterator[Record]:
-    """Rows; questions about one text that stand together, each with one label, are joined where a row may have several."""
-    for _, group in groupby(records, key=lambda record: _question_of(record, reading)):
-        rows = list(group)
-        answer = _answer if len(rows) == 1 else _joined(rows)
-        found = one_row(rows[0], _text, answer, reading, left_out)
-        if found is not None:
+    """Rows; questions about one text, each with one label, are joined where a row may have several, and come behind all other rows."""
+    questions: dict[str, list[Record]] = {}
+    for record in records:
+        about = _question_of(record, reading)
+        if about is not None:
+            questions.setdefault(about, []).append(record)
+        elif (found := one_row(record, _text, _answer, reading, left_out)) is not None:
+            yield found
+    for rows in questions.values():
+        if (found := one_row(rows[0], _text, _joined(rows), reading, left_out)) is not None:
             yield found
 
 
@@ -44,12 +47,12 @@ def _text(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
     return {"text": text_of(row, ("text",), reading)}
 
 
-def _question_of(record: Record, reading: Reading) -> str:
-    """What the yes/no questions about a text have in common; other rows stand alone."""
+def _question_of(record: Record, reading: Reading) -> str | None:
+    """What the yes/no questions about a text have in common; None for other rows, and where a row has one label."""
     values = record.values or {}
     binary = isinstance(values.get("label"), str) and "spans" not in values and "options" not in values
     if reading.task != "multilabel" or not binary:
-        return record.where
+        return None
     return str(values.get("_input_hash", values.get("text")))
 
 
