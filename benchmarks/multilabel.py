@@ -2,7 +2,7 @@
 
     python benchmarks/multilabel.py --data rows.jsonl --train 1000 --test 300 --epochs 2 --out FOLDER
 
-Rows are `{"text": ..., "labels": [...]}`. A tenth of the training rows chooses thresholds, for both models. `--steps` times single steps
+Rows are `{"text": ..., "labels": [...]}`. A tenth of the training rows chooses the run's thresholds. `--steps` times single steps
 alone, `one_question_a_sequence` being the same questions without a shared prompt (`training.packing` packed and padded).
 """
 
@@ -15,14 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy
-
 import labeltune
 from labeltune.config import RunConfig, build_config
 from labeltune.default_prompts import ENGLISH_PROMPTS, PROMPTS
-from labeltune.evaluation.decisions import threshold_report
+from labeltune.evaluation.floor import floor_of
 from labeltune.evaluation.multilabel import multilabel_metrics
-from labeltune.types import Example, Prediction
+from labeltune.types import Example
 
 SHOWN = ("micro_f1", "macro_f1", "subset_accuracy")
 
@@ -87,39 +85,17 @@ def config_of(options: argparse.Namespace, labels: list[str], **training: Any) -
     )
 
 
-def linear(parts: dict[str, list[dict[str, Any]]], labels: list[str]) -> dict[str, Any]:
-    """TF-IDF of character n-grams with a logistic regression a label; thresholds as the run chooses its own."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-
-    texts = {name: [row["text"] for row in rows] for name, rows in parts.items()}
-    right = {
-        name: numpy.array([[label in row["labels"] for label in labels] for row in rows])
-        for name, rows in parts.items()
-    }
+def linear(parts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The linear model that stands beside every figure of labeltune."""
     started = time.monotonic()
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5), sublinear_tf=True)
-    vectors = {"train": vectorizer.fit_transform(texts["train"])}
-    vectors |= {name: vectorizer.transform(texts[name]) for name in ("validation", "test")}
-    chances = {name: numpy.zeros(right[name].shape) for name in ("validation", "test")}
-    for column in range(len(labels)):
-        wanted = right["train"][:, column]
-        if wanted.any() and not wanted.all():
-            model = LogisticRegression(C=10, max_iter=1000).fit(vectors["train"], wanted)
-            for name in chances:
-                chances[name][:, column] = model.predict_proba(vectors[name])[:, 1]
-    threshold, own, report = threshold_report(chances["validation"], right["validation"], "micro_f1", "label")
-    at = numpy.full(len(labels), threshold) if own is None else own
-    predictions = []
-    for number, row in enumerate(chances["test"]):
-        ranking = tuple(sorted(zip(labels, map(float, row), strict=True), key=lambda pair: -pair[1]))
-        given = tuple(label for label, p, least in zip(labels, row, at, strict=True) if p >= least)
-        predictions.append(Prediction(str(number), "", labels=given, ranking=ranking))
-    examples = [
-        Example(str(n), row["text"], labels=tuple(row["labels"])) for n, row in enumerate(parts["test"])
-    ]
-    figures = multilabel_metrics(examples, predictions, labels)
-    return {"seconds": time.monotonic() - started, "thresholds": report["chosen"], **_shown(figures)}
+    known, asked = (
+        [Example(str(n), row["text"], labels=tuple(row["labels"])) for n, row in enumerate(parts[name])]
+        for name in ("train", "test")
+    )
+    floor = floor_of(known, asked)
+    assert floor is not None
+    figures = multilabel_metrics(asked, floor.predictions)
+    return {"seconds": time.monotonic() - started, **{name: figures[name] for name in SHOWN}}
 
 
 def _shown(figures: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +120,7 @@ def main() -> None:
             print(way, plan.packing, json.dumps(timed), flush=True)
     else:
         config = config_of(options, labels)
-        found["linear"] = linear(parts, labels)
+        found["linear"] = linear(parts)
         print("linear", json.dumps(found["linear"]), flush=True)
         result = labeltune.train(config, overwrite=True, say=print)
         found["training_seconds"] = result.seconds

@@ -92,8 +92,7 @@ def run_task(name: str, license_name: str | None) -> Outcome:
     with load_predictor(result.best) as predictor:
         say(name, f"the tuned model answers {len(examples)} test rows")
         predictions = predictor.predict(examples)
-        common = {"train_data": config.data.train} if config.task == "ner" else {}
-        after = labeltune.evaluate(predictor, test, output=report, predictions=predictions, **common)
+        after = labeltune.evaluate(predictor, test, output=report, predictions=predictions)
         say(name, "the untuned model answers them")
         comparison = labeltune.compare("base", predictor, test, output=report, predictions=predictions)
     some = range(0, len(examples), len(examples) // SHOWN)[:SHOWN]
@@ -120,7 +119,7 @@ def say(name: str, what: str) -> None:
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """Before and after on the same rows, beside what no learning would score, and three predictions."""
+    """Before and after on the same rows, beside what guessing and a linear model score, and three predictions."""
     metric = METRICS[outcome.task]
     after, found = outcome.after[metric], outcome.comparison["differences"][metric]
     change = found["difference"]

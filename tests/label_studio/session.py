@@ -31,6 +31,8 @@ VERSION = "1.23.2"
 USER, PORT = "one@example.com", 8091
 PREFIX = "/v1/label-studio"
 ANNOTATED = 10
+#: Emoji stand before and within it.
+FIRST = {"text": "😀 Maria Lopez opened a shop in Madrid 👩‍👩‍👧 and Peter Smith one in Lisbon."}
 #: Seconds until a page or a server has to be ready, or a training done.
 PATIENCE = 900
 
@@ -217,8 +219,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--choices", required=True, help="a trained run that gives one label a row")
-    parser.add_argument("--entities", required=True, help="a trained run that extracts entities")
+    parser.add_argument("--choices", help="a trained run that gives one label a row")
+    parser.add_argument("--entities", help="a trained run that extracts entities")
     parser.add_argument("--choices-rows", default="examples/data/en_classification_test.jsonl")
     parser.add_argument("--entities-rows", default="examples/data/en_ner_test.jsonl")
     parser.add_argument("--label-studio", help="the program; installed when missing")
@@ -253,7 +255,7 @@ def main() -> None:
     from playwright.sync_api import Error as PlaywrightError
     from playwright.sync_api import sync_playwright
 
-    kept: dict[str, dict[str, Any]] = {}
+    kept: dict[str, dict[str, dict[str, Any]]] = {}
     told = {}
     api = httpx.Client(
         base_url=f"http://localhost:{PORT}",
@@ -276,12 +278,16 @@ def main() -> None:
         view.keyboard.press("Enter")
         view.wait_for_url(lambda url: "login" not in url)
         for port, kind in ((8095, "choices"), (8096, "entities")):
+            if getattr(given, kind) is None:
+                continue
             run = out / kind
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(getattr(given, kind), run, symlinks=True)
             labels = json.loads((run / "best" / "labeltune.json").read_text(encoding="utf-8"))["labels"]
-            lines = Path(getattr(given, f"{kind}_rows")).read_text(encoding="utf-8").splitlines()[:20]
-            number = make_project(api, kind, labels, [json.loads(line) for line in lines])
+            lines = Path(getattr(given, f"{kind}_rows")).read_text(encoding="utf-8").splitlines()
+            # Texts with entities first: the screenshot shows one, and one whose characters are of several lengths in UTF-16.
+            rows = sorted(map(json.loads, lines[:20]), key=lambda row: not row.get("entities", True))
+            number = make_project(api, kind, labels, [FIRST, *rows] if kind == "entities" else rows)
             serve = [
                 sys.executable,
                 "-m",
@@ -296,7 +302,7 @@ def main() -> None:
             address = f"http://localhost:{port}"
             with (
                 running(serve, out / f"{kind}.log", answers(f"{address}/readyz")),
-                recorded(address, kept) as backend,
+                recorded(address, kept.setdefault(kind, {})) as backend,
             ):
                 try:
                     told[kind] = loop(view, api, kind, number, backend, out)

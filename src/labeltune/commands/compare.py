@@ -19,13 +19,15 @@ from labeltune.commands.evaluate import (
     opened,
     print_figures,
     right_answer,
+    rows_of_training,
 )
 from labeltune.commands.options import FiguresAsJson, MaxRows, OnError
 from labeltune.commands.row_hashes import rows_seen
 from labeltune.config import is_config
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.compare import BARE, compare_predictions, comparison_page, point_apart
-from labeltune.evaluation.summary import headline, rows_line
+from labeltune.evaluation.floor import floor_figures, floor_of
+from labeltune.evaluation.summary import floor_line, headline, rows_line
 from labeltune.io.outputs import check_folder, note_replaced, write_json, write_jsonl, write_text
 from labeltune.io.progress import phase, track
 from labeltune.models.pocket import POCKET_MODELS
@@ -130,6 +132,8 @@ def compare(
         },
         **compare_predictions(examples, answers_of_first, predictions),
     }
+    if (floor := floor_of(rows_of_training(about), examples)) is not None:
+        found["floor"] = floor_figures(floor, examples, predictions, about.task)
     if output is not None:
         _write(Path(output), found, examples, answers_of_first, predictions)
     return found
@@ -218,6 +222,8 @@ def _print_differences(found: dict[str, Any]) -> None:
                 f"{name}: interval (bootstrap) and p (McNemar's test) disagree here; more rows would tell",
                 file=sys.stderr,
             )
+    if (floor := floor_line(found)) is not None:
+        print(f"floor: {floor}", file=sys.stderr)
     changed = found["changed"]
     print(
         f"rows that only the second model has right: {len(changed['gained'])}, only the first: {len(changed['lost'])}",

@@ -16,7 +16,7 @@ import typer
 
 from labeltune.commands.options import Address, Decoding, FiguresAsJson, MaxRows, OnError, Workers
 from labeltune.commands.predict import absolute_run, check_engine
-from labeltune.commands.row_hashes import rows_seen
+from labeltune.commands.row_hashes import rows_seen, training_rows
 from labeltune.config import (
     ColumnsConfig,
     DataConfig,
@@ -34,19 +34,22 @@ from labeltune.data.loading import Rows, load_rows, load_splits
 from labeltune.data.records import without_key
 from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError
+from labeltune.evaluation.floor import floor_figures, floor_of
 from labeltune.evaluation.metrics import classification_metrics
 from labeltune.evaluation.multilabel import multilabel_metrics
 from labeltune.evaluation.report import report_page
 from labeltune.evaluation.spans import entity_dictionary, ner_metrics
 from labeltune.evaluation.summary import (
     SHOWN_FIRST,
+    figure_of_rows,
+    floor_line,
     rows_line,
     shown_headline,
     slices,
     worse_than_constant,
 )
 from labeltune.io.outputs import check_folder, is_hub_name, note_replaced, write_json, write_jsonl, write_text
-from labeltune.io.progress import phase, track
+from labeltune.io.progress import note, phase, track
 from labeltune.io.run_folder import EVALUATION_FILES, RunInfo, files_read, find_checkpoint
 from labeltune.types import Example, Prediction
 
@@ -73,7 +76,8 @@ def evaluate_command(
     on_error: OnError = "stop",
     max_rows: MaxRows = None,
     train_data: Annotated[
-        str | None, typer.Option(help="Training rows, for the dictionary baseline (NER).")
+        str | None,
+        typer.Option(help="Training rows, for the linear model beside it; the run's own when missing."),
     ] = None,
     decoding: Decoding = None,
     output: Annotated[
@@ -143,7 +147,8 @@ def evaluate(
         on_error: `stop` or `skip` faulty rows.
         output: folder for `metrics.json`, `predictions.jsonl` and `report.html`.
         overrides: `key=value` changes when `run` is a config file.
-        train_data: training rows for the dictionary baseline of NER.
+        train_data: training rows for the linear model (of entities also the dictionary) beside it; the run's own, where they still are, when
+            None.
         decoding: `exact` or `free`; the run's own when None.
         engine: `ray` predicts on Ray actors; figures are those of `local` up to rounding of probabilities.
         workers: models that `ray` loads; one a GPU, or one a machine without GPUs, when None.
@@ -161,7 +166,7 @@ def evaluate(
         raise ConfigError(
             "calibrate.prior=batch looks at all rows at once; measure this run with the local engine"
         )
-    task, labels = about_run.task, about_run.labels
+    labels = about_run.labels
     rows = labelled_rows(about_run, data, on_error, max_rows)
     examples = rows.examples()
     if predictions is None:
@@ -171,10 +176,7 @@ def evaluate(
             name = about_run.name
             asked = _on_ray(name, overrides, base, changes, examples, workers=workers, address=address)
         predictions = list(track(asked, len(examples), shown=progress))
-    dictionary = None
-    if train_data is not None and task == "ner":
-        known = load_rows(train_data, task, about_run.data, about_run.hub)
-        dictionary = entity_dictionary(known.examples())
+    train = rows_of_training(about_run, train_data)
     about = {
         "run": about_run.name,
         "base": base,
@@ -182,7 +184,7 @@ def evaluate(
         "data": data,
         **rows_seen([about_run.folder], [e.text for e in examples]).to_dict(),
     }
-    metrics = all_metrics(about, examples, predictions, labels, dictionary)
+    metrics = all_metrics(about, examples, predictions, labels, train)
     if rows.audit.errors:
         metrics["skipped"] = rows.audit.error_counts
     if output is not None:
@@ -195,16 +197,38 @@ def all_metrics(
     examples: Sequence[Example],
     predictions: Sequence[Prediction],
     labels: Sequence[str],
-    dictionary: dict[str, str] | None = None,
+    train: Sequence[Example] = (),
 ) -> dict[str, Any]:
-    """What is reported of labelled rows and their predictions, behind `about`."""
+    """What is reported of labelled rows and their predictions, behind `about`.
+
+    Args:
+        train: the rows that the model was trained on, for a linear model beside it.
+    """
     if examples[0].labels is not None:
         found = {"task": "multilabel", **multilabel_metrics(examples, predictions, labels)}
     elif examples[0].entities is None:
         found = {"task": "classification", **classification_metrics(examples, predictions, labels)}
     else:
+        dictionary = entity_dictionary(train) if train else None
         found = {"task": "ner", **ner_metrics(examples, predictions, dictionary)}
+    if (floor := floor_of(train, examples)) is not None:
+        found["floor"] = floor_figures(floor, examples, predictions, found["task"])
+        (figure,) = figure_of_rows(examples, floor.predictions, range(len(examples))).values()
+        found.setdefault("baselines", {})[floor.kind] = figure
     return {**about, **found, "slices": slices(examples, predictions)}
+
+
+def rows_of_training(run: RunDescription, train_data: str | None = None) -> Sequence[Example]:
+    """The rows that a run was trained on, or those that are said to be; none where they cannot be read again, which is told."""
+    if train_data is not None:
+        return load_rows(train_data, run.task, run.data, run.hub).examples()
+    if run.folder is None:
+        return ()
+    try:
+        return training_rows(run.folder)
+    except DataError as error:
+        note(f"no linear model beside it: {error}; --train-data FILE names the training rows")
+        return ()
 
 
 def write_evaluation(
@@ -492,6 +516,8 @@ def print_summary(metrics: dict[str, Any]) -> None:
         print(f"{key}: {value}", file=sys.stderr)
     if (worse := worse_than_constant(metrics)) is not None:
         print(f"accuracy: {worse}", file=sys.stderr)
+    if (floor := floor_line(metrics)) is not None:
+        print(f"floor: {floor}", file=sys.stderr)
     figure = SHOWN_FIRST[metrics["task"]][0]
     for name, m in metrics.get("baselines", {}).items():
         print(f"baseline {name}: {figure} {m['value']:.3f}", file=sys.stderr)

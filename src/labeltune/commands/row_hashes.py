@@ -11,12 +11,16 @@ from typing import Any
 import numpy
 
 from labeltune.data.check import text_hash
-from labeltune.errors import ModelError
+from labeltune.data.loading import load_rows
+from labeltune.errors import DataError, ModelError
 from labeltune.evaluation.summary import SELECTION, TRAINING
 from labeltune.io.outputs import write_bytes
-from labeltune.io.run_folder import SELECTION_FILE, TRAINING_FILE
+from labeltune.io.run_folder import SELECTION_FILE, TRAINING_FILE, trained_config
+from labeltune.types import Example
 
 Hashes = numpy.ndarray[Any, Any]
+#: A larger file of training rows is not read again only to see what a linear model makes of them.
+MAX_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,27 @@ def known_texts(folder: Path) -> frozenset[int]:
     """
     files = (_read(folder / name) for name in (TRAINING_FILE, SELECTION_FILE))
     return frozenset(int(each) for found in files if found is not None for each in found)
+
+
+def training_rows(folder: Path) -> list[Example]:
+    """The labelled rows that a checkpoint was trained on, read again where they were.
+
+    Raises:
+        DataError: they cannot be; the message says why.
+    """
+    config, known = trained_config(folder), _read(folder / TRAINING_FILE)
+    if config is None or known is None:
+        raise DataError("the run does not say what it was trained on")
+    path = Path(config.data.train)
+    if not path.is_file():
+        raise DataError(f"{config.data.train} is not there")
+    if path.stat().st_size > MAX_BYTES:
+        raise DataError(f"{config.data.train} is large")
+    rows = load_rows(str(path), config.task, config.data, config.hub)
+    kept = numpy.flatnonzero(numpy.isin(numpy.array(rows.audit.text_hashes, dtype="<u8"), known))
+    if not len(kept):
+        raise DataError(f"{config.data.train} holds none of the rows that the run was trained on")
+    return [rows.example(int(row)) for row in kept]
 
 
 def _hashes(texts: Iterable[str]) -> Hashes:

@@ -38,13 +38,15 @@ from labeltune.data.loading import Splits
 from labeltune.default_prompts import ENGLISH_PROMPTS
 from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
+from labeltune.evaluation.floor import MAX_ROWS, evenly
 from labeltune.evaluation.learning_curve import Point, growth, metric_of, point_of, told
-from labeltune.evaluation.summary import SELECTION, Evaluation, headline
+from labeltune.evaluation.summary import SELECTION, Evaluation, floor_line, headline
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import is_hub_name, remove_leftovers
 from labeltune.io.processes import ended_like_ctrl_c
 from labeltune.io.progress import Say, begin, no_long_silence, track
 from labeltune.io.run_folder import (
+    RECORD_FILE,
     TRAINING_FILE,
     VALIDATION_FOLDER,
     check_inputs_kept,
@@ -342,7 +344,7 @@ def _train(
             where=prepared.where,
             validate=validate if selection else None,
             files={
-                record.RECORD_FILE: record.run_record(config, all_rows),
+                RECORD_FILE: record.run_record(config, all_rows),
                 TRAINING_FILE: hashes_file(splits.train_texts),
             },
             command=command,
@@ -518,7 +520,12 @@ def _finish(
     where = "validation rows of the training run"
     about = {"run": str(result.best), "base": False, "decoding": predictor.generation.decoding, "data": where}
     about |= Seen(trained=0, selected=len(selection)).to_dict()
-    metrics = all_metrics(about, selection, predictions, predictor.task.labels)
+    begin("fitting a linear model on the same rows")
+    train = splits.train.select(evenly(len(splits.train), MAX_ROWS))
+    known = [Example.from_row(row) for row in train]
+    metrics = all_metrics(about, selection, predictions, predictor.task.labels, known)
+    if (line := floor_line(metrics)) is not None:
+        say(f"floor: {line}")
     if parts:
         metrics["learning_curve"] = growth(metrics, metric_of(config), parts, len(splits.train))
         say(told(metrics["learning_curve"]))

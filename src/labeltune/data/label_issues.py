@@ -17,6 +17,7 @@ from labeltune.io.progress import row_progress
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
+    from sklearn.multiclass import OneVsRestClassifier
 
 #: Rows that are judged, and the characters read of each: the n-grams of 20,000 long rows take some 0.6 GB.
 MAX_ROWS = 20_000
@@ -200,20 +201,24 @@ def _out_of_fold(
     advance: Callable[[int], None],
 ) -> Any:
     """Probabilities from models that have not seen the text; float64, shape [texts, labels]."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.multiclass import OneVsRestClassifier
-
     probabilities = numpy.zeros((features.shape[0], labels))
     for train, held_out in folds:
-        # The dual solver takes a second where the multinomial one takes a minute.
-        single = LogisticRegression(C=_C, solver="liblinear", dual=True, random_state=0)
         with warnings.catch_warnings():
             # Not quite converged is good enough for a second opinion.
             warnings.simplefilter("ignore")
-            model = OneVsRestClassifier(single).fit(features[train], targets[train])
+            model = one_against_the_rest().fit(features[train], targets[train])
             probabilities[numpy.ix_(held_out, model.classes_)] = model.predict_proba(features[held_out])
         advance(len(held_out))
     return probabilities
+
+
+def one_against_the_rest() -> OneVsRestClassifier:
+    """A logistic regression a label, untrained."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+
+    # The dual solver takes a second where the multinomial one takes a minute.
+    return OneVsRestClassifier(LogisticRegression(C=_C, solver="liblinear", dual=True, random_state=0))
 
 
 def _keep_candidates(

@@ -15,7 +15,7 @@ from labeltune.evaluation.metrics import label_numbers, macro_f1_of
 from labeltune.evaluation.multilabel import LabelTable, label_counts
 from labeltune.evaluation.pages import render
 from labeltune.evaluation.spans import f1_of_counts, span_counts, spans
-from labeltune.evaluation.summary import rows_line
+from labeltune.evaluation.summary import floor_line, rows_line
 from labeltune.types import Example, Prediction
 
 #: Changed rows shown of each kind; changed.jsonl holds all.
@@ -164,6 +164,7 @@ def comparison_page(
         second=second,
         names=_names(found),
         rows_line=f"rows: {rows_line(found)}",
+        floor=floor_line(found),
         p_value=p_value,
         point_apart=point_apart,
         bare=BARE,

@@ -93,6 +93,11 @@ BASELINES = {
     "uniform_guess": ("guessing at random", "随机猜测"),
     "constant_set": ("always the same labels, the best such set", "始终给出同一组最优标签"),
     "dictionary": ("dictionary of the training entities", "训练集实体词典"),
+    "linear": (
+        "logistic regression on character n-grams of the training rows",
+        "用训练样本的字符 n-gram 训练的逻辑回归",
+    ),
+    "crf": ("conditional random field (CRF) of the training rows", "用训练样本训练的条件随机场（CRF）"),
 }
 ERROR_KINDS = {
     "wrong_type": ("wrong type", "类型错误"),

@@ -9,7 +9,7 @@ from typing import Any
 from labeltune.evaluation.compare import right_row
 from labeltune.evaluation.pages import ERROR_KINDS, FREQUENCY_SLICES, NESTING_SLICES, REPORT, render
 from labeltune.evaluation.spans import ERRORS, match_entities
-from labeltune.evaluation.summary import SHOWN_FIRST, rows_line, worse_than_constant
+from labeltune.evaluation.summary import SHOWN_FIRST, floor_line, rows_line, worse_than_constant
 from labeltune.types import Entity, Example, Prediction
 
 _Words = tuple[str, str]
@@ -57,6 +57,7 @@ def report_page(
         metrics=metrics,
         rows_line=f"rows: {rows_line(metrics)}",
         worse=worse_than_constant(metrics),
+        floor=floor_line(metrics),
         figure=SHOWN_FIRST[task][0],
         headlines=_HEADLINES[task],
         minor=_MINOR[task],

@@ -39,6 +39,8 @@ SHOWN_FIRST = {
     "multilabel": ("micro_f1", "macro_f1", "subset_accuracy"),
     "ner": ("span_f1",),
 }
+#: What a linear model is called, by its kind.
+FLOORS = {"linear": "logistic regression on character n-grams", "crf": "a conditional random field (CRF)"}
 #: Parts that rows are cut into by length.
 LENGTH_SLICES = 4
 FREQUENCIES = ("rare", "middle", "frequent")
@@ -106,6 +108,23 @@ def worse_than_constant(metrics: Mapping[str, Any]) -> str | None:
     return f"worse than always answering {label!r} ({constant:.3f})"
 
 
+def floor_line(metrics: Mapping[str, Any]) -> str | None:
+    """How the model stands to a linear one of the same training rows; None where there is none beside it."""
+    found = metrics.get("floor")
+    if found is None:
+        return None
+    name, rows, change = FLOORS[found["kind"]], counted(found["rows"], "training row"), found["difference"]
+    figures = (
+        f"{found['figure']} {found['first']:.3f} -> {found['second']:.3f}, {change['value']:+.3f} "
+        f"(95 % interval {change['low']:+.3f} to {change['high']:+.3f})"
+    )
+    if change["low"] > 0:
+        return f"clearly better than {name} on the same {rows}: {figures}"
+    if change["high"] < 0:
+        return f"clearly worse than {name} on the same {rows}: {figures}"
+    return f"not clearly better than {name} on the same {rows}: {figures}"
+
+
 def shown_headline(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, value with interval) of the figures to show first."""
     found = []
@@ -149,13 +168,14 @@ def _by_length(examples: Sequence[Example], predictions: Sequence[Prediction]) -
         rows = numpy.flatnonzero(part == each)
         least, most = lengths[rows].min(), lengths[rows].max()
         name = f"{least} to {most} characters" if least < most else counted(least, "character")
-        found.append({"slice": name, "rows": len(rows), **_part_figures(examples, predictions, rows)})
+        found.append({"slice": name, "rows": len(rows), **figure_of_rows(examples, predictions, rows)})
     return found
 
 
-def _part_figures(
+def figure_of_rows(
     examples: Sequence[Example], predictions: Sequence[Prediction], rows: Iterable[int]
 ) -> dict[str, Any]:
+    """Accuracy, micro-F1 or strict span F1 of some of the rows, with its interval, under its name."""
     mine = [examples[i] for i in rows]
     answers = [predictions[i] for i in rows]
     if mine[0].labels is not None:
@@ -195,10 +215,10 @@ def _of_labels(
         answers = [
             replace(p, labels=tuple(name for name in p.labels or () if name in labels)) for p in predictions
         ]
-        return _part_figures(mine, answers, range(len(mine)))
+        return figure_of_rows(mine, answers, range(len(mine)))
     if examples and examples[0].entities is None:
         chosen = [i for i, example in enumerate(examples) if (example.label or "") in labels]
-        return _part_figures(examples, predictions, chosen)
+        return figure_of_rows(examples, predictions, chosen)
     truth = [spans([e for e in example.entities or () if e.label in labels]) for example in examples]
     given = [spans([e for e in p.entities or () if e.label in labels]) for p in predictions]
     return _span_f1(truth, given)

@@ -23,13 +23,16 @@ from labeltune.config import (
     RunConfig,
     Section,
     TaskName,
+    build_config,
 )
 from labeltune.config_values import Annotations, FormatName
-from labeltune.errors import ModelError, OutputError, near_it
+from labeltune.errors import ConfigError, ModelError, OutputError, near_it
 from labeltune.io.hubs import PICKLES, may_run_code
 from labeltune.io.outputs import check_folder, file_hash, is_hub_name, local_path, write_json
 
 RUN_FILE = "labeltune.json"
+#: In a checkpoint: config and rows of the run.
+RECORD_FILE = "training.json"
 #: What peft calls an adapter's settings and weights.
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -289,6 +292,15 @@ def remove_checkpoints(output_dir: str) -> None:
         shutil.rmtree(best)
     for path in checkpoint_folders(folder):
         shutil.rmtree(path)
+
+
+def trained_config(checkpoint: Path) -> RunConfig | None:
+    """The config that a checkpoint was trained with; None where it does not tell."""
+    try:
+        values = json.loads((checkpoint / RECORD_FILE).read_text(encoding="utf-8"))["config"]
+        return build_config(values)
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        return None
 
 
 #: Stands in a checkpoint's folder from its first file until its manifest is there.

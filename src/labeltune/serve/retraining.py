@@ -26,7 +26,7 @@ from labeltune.data.loading import load_rows, load_splits
 from labeltune.errors import LabeltuneError, clipped
 from labeltune.evaluation.learning_curve import metric_of
 from labeltune.io.outputs import write_json, write_text
-from labeltune.io.run_folder import naming_folder, validation_file
+from labeltune.io.run_folder import RECORD_FILE, naming_folder, trained_config, validation_file
 from labeltune.serve.guard import frames, log
 from labeltune.serve.models import Models, Served
 from labeltune.serve.schemas import ApiError
@@ -296,15 +296,13 @@ def _config_of(served: Served) -> RunConfig:
     Raises:
         ApiError: it is not there (409).
     """
-    file = served.folder / "training.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))["config"]
-        return build_config(values)
-    except (OSError, ValueError, KeyError, LabeltuneError):
+    config = trained_config(served.folder)
+    if config is None:
         raise ApiError(
             409,
-            f"{file.parent.name} does not say how it was trained ({file.name}), so it cannot be trained further",
-        ) from None
+            f"{served.folder.name} does not say how it was trained ({RECORD_FILE}), so it cannot be trained further",
+        )
+    return config
 
 
 def prepare(served: Served, job: Job, folder: Path) -> RunConfig:

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 from labeltune.config import KEPT_AND_SHOWN, RunConfig, is_among, leaves
 from labeltune.errors import ConfigError, ModelError, clipped
 from labeltune.io.outputs import write_json
-from labeltune.io.run_folder import ADAPTER_FILE, SELECTION_FILE, RunInfo, validation_file
+from labeltune.io.run_folder import ADAPTER_FILE, RECORD_FILE, SELECTION_FILE, RunInfo, validation_file
 from labeltune.training.packing import steps_in_all
 
 if TYPE_CHECKING:
     from labeltune.data.loading import Splits
 
-#: In a checkpoint: config and rows of the run.
-RECORD_FILE = "training.json"
 #: In a run folder, once everything is done: where training ended.
 FINISHED_FILE = "finished.json"
 
