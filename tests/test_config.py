@@ -223,7 +223,7 @@ def test_missing_files(tmp_path: Path) -> None:
         (["prompt.user=no place"], "prompt.user must contain {text} exactly once"),
         (["prompt.user={text} {text} {category}"], "exactly once"),
         (["prompt.system='{text}'"], "prompt.system cannot contain {text}"),
-        (["prompt.user='{text}'"], "prompt.user must contain {category}"),
+        (["prompt.user='{text}'", "prompt.descriptions={a: b}"], "prompt.user must contain {category}"),
         (["data.labels=[A, A]"], "empty or repeated label"),
         (["data.labels=[A, ' ']"], "empty or repeated label"),
         (["training.method=full", "lora.dora=true"], "lora.dora and lora.rslora need training.method"),

@@ -25,6 +25,7 @@ from helpers.training import adapter_weights, config_for, without_dropout
 from labeltune.errors import DataError, Interrupted, ModelError, OutputError
 from labeltune.io.run_folder import RunInfo, checkpoints, find_checkpoint
 from labeltune.training.callbacks import StopOnInterrupt
+from labeltune.types import Example
 
 
 def test_checkpoints_are_peft_folders_with_everything_prediction_needs(
@@ -144,6 +145,22 @@ def test_the_end_of_turn_is_learnt_when_it_is_also_the_pad_token(in_folder: Path
         )
     assert [p.label for p in predictions] == ["Space", "Sports", "Art"]
     assert all(p.answer == p.label for p in predictions), "the answer stops at the end of turn"
+
+
+def test_a_prompt_without_candidates_learns_labels_from_the_rows(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder)
+    prompt = config.prompt.model_copy(update={"system": "", "user": "Title: {text}\nCategory:"})
+    result = labeltune.train(config.model_copy(update={"prompt": prompt}), say=lambda _: None)
+    rows = classification_rows(60)[48:]
+    with labeltune.load_predictor(result.best) as predictor:
+        asked = predictor.builder.prompt(Example("1", rows[0]["text"])).ids
+        assert not any(
+            label in predictor.builder.template.tokenizer.decode(asked) for label in rows[0]["category"]
+        )
+        (answer,) = predictor.predict([rows[0]["text"]])
+        assert {label for label, _ in answer.ranking} == set(rows[0]["category"])
+        (pair,) = predictor.predict([Example("1", rows[0]["text"], ("Space", "Art"))])
+        assert {label for label, _ in pair.ranking} == {"Space", "Art"}
 
 
 def test_ner_trains_and_extracts(in_folder: Path, model_folder: Path) -> None:

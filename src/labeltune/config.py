@@ -460,18 +460,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
-        if self.task == "classification" and "{category}" not in self.prompt.user + self.prompt.system:
-            raise ValueError(
-                "prompt.user must contain {category}, or the model never sees the candidate labels"
-            )
         if self.eval.metric not in ("auto", "loss", *METRICS[self.task]):
             raise ValueError(
                 f"eval.metric={self.eval.metric} is not measured for {self.task}; it has {', '.join(METRICS[self.task])}, loss"
             )
         listed = any(place in self.prompt.user + self.prompt.system for place in ("{labels}", "{category}"))
-        if self.task == "multilabel" and self.prompt.descriptions and not listed:
+        if self.task != "ner" and self.prompt.descriptions and not listed:
             raise ValueError(
-                "prompt.system or prompt.user must contain {labels}, or the model never sees the descriptions of the labels"
+                f"prompt.system or prompt.user must contain {{{'labels' if self.task == 'multilabel' else 'category'}}}, or the model "
+                "never sees the descriptions of the labels"
             )
         if self.task == "multilabel" and self.generation.decoding == "free":
             raise ValueError(

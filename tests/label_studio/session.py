@@ -34,7 +34,7 @@ ANNOTATED = 10
 #: Emoji stand before and within it.
 FIRST = {"text": "😀 Maria Lopez opened a shop in Madrid 👩‍👩‍👧 and Peter Smith one in Lisbon."}
 #: Seconds until a page or a server has to be ready, or a training done.
-PATIENCE = 900
+PATIENCE = 2700
 
 
 def label_studio_program() -> Path:
