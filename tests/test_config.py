@@ -216,6 +216,15 @@ def test_missing_files(tmp_path: Path) -> None:
         load_config(tmp_path / "gb.yaml")
 
 
+def test_a_key_is_blamed_where_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("task: classification\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^command line: unknown key 'trials'"):
+        load_config(tmp_path / "a.yaml", ["trials=2"])
+    (tmp_path / "b.yaml").write_text("modle: pocket\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"b\.yaml: unknown key 'modle'"):
+        load_config(tmp_path / "b.yaml", ["training.epochs=2"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [

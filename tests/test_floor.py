@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import labeltune
-from helpers.commands import command
+from helpers.commands import ROOT, command, process
 from helpers.rows import LABELS, classification_rows, ner_rows, write_jsonl
 from helpers.training import config_for
 from labeltune.commands.evaluate import evaluate
@@ -178,3 +179,17 @@ def test_entities_of_a_run_have_both(model_folder: Path, tmp_path: Path) -> None
     test = str(write_jsonl(tmp_path / "test.jsonl", ner_rows(12)))
     found = evaluate(result.best, test, progress=False)
     assert set(found["baselines"]) == {"dictionary", "crf"} and found["floor"]["kind"] == "crf"
+
+
+def test_the_benchmark_refuses_test_rows_that_stand_in_the_training_file(tmp_path: Path) -> None:
+    rows = classification_rows(120)
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    test = write_jsonl(tmp_path / "test.jsonl", [*classification_rows(140)[120:], rows[7]])
+    script = [sys.executable, str(ROOT / "benchmarks" / "accuracy.py"), "--data", str(data), "--rows", "30"]
+    script += ["--draws", "0", "1", "--out", str(tmp_path / "out")]
+    refused = process(tmp_path, *script[1:], "--test", str(test))
+    assert refused.returncode == 2 and "1 rows of the test file stand in --data" in refused.stderr
+    done = process(tmp_path, *script[1:], "--part", "test")
+    assert done.returncode == 0, done.stderr
+    (floor,) = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    assert (floor["arm"], floor["draws"], floor["value"]) == ("linear", 2, 1.0)

@@ -349,11 +349,11 @@ def test_no_phase_is_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_training_says_where_its_time_went() -> None:
-    assert where_time_went(100.0, 90.0, 50.0, 8.0) == "training 42 s, loading and checks 40 s"
     assert (
-        where_time_went(100.0, 80.0, 70.0, 12.0)
-        == "training 58 s, validation 12 s, confidence and report 20 s"
+        where_time_went(100.0, 90.0, 50.0, 8.0)
+        == "training 42 s, loading and checks 40 s, validation 8 s, confidence and report 10 s"
     )
+    assert where_time_went(100.0, 80.4, 80.0, 0.2) == "training 80 s, confidence and report 20 s"
 
 
 def test_a_training_says_its_phases_and_what_comes_next(in_folder: Path, model_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
@@ -530,9 +531,17 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
                 f"config file {path} must hold `key: value` lines, not a {type(loaded).__name__}; a file of rows is given with --data"
             )
         values = loaded or {}
+    of_file = copy.deepcopy(values)
     for override in overrides:
         apply_override(values, override)
-    return build_config(values, where=str(path) if path is not None else "command line")
+    try:
+        return build_config(values, where="command line" if path is None else str(path))
+    except ConfigError:
+        if path is None or not overrides:
+            raise
+        build_config(of_file, where=str(path))
+        # The file by itself is good.
+        return build_config(values, where="command line")
 
 
 def build_config(values: dict[str, Any], where: str = "config") -> RunConfig:

@@ -383,7 +383,7 @@ class _Timed(Generic[P, T]):
 
 
 def where_time_went(took: float, trained: float, loop: float, validation: float) -> str:
-    """Seconds of training, and of each other part that is more than a tenth of the run.
+    """Seconds of training, and of each other part that took one at least.
 
     Args:
         took: the whole run.
@@ -392,14 +392,14 @@ def where_time_went(took: float, trained: float, loop: float, validation: float)
         validation: the part of the loop in which rows were predicted.
 
     >>> where_time_went(100.0, 90.0, 50.0, 8.0)
-    'training 42 s, loading and checks 40 s'
+    'training 42 s, loading and checks 40 s, validation 8 s, confidence and report 10 s'
     """
     parts = {
         "loading and checks": trained - loop,
         "validation": validation,
         "confidence and report": took - trained,
     }
-    others = [f"{name} {seconds:.0f} s" for name, seconds in parts.items() if seconds > took / 10]
+    others = [f"{name} {seconds:.0f} s" for name, seconds in parts.items() if seconds >= 1]
     return ", ".join([f"training {loop - validation:.0f} s", *others])
 
 

@@ -67,7 +67,7 @@ def run_sweep(sweep: Sweep, say: Say = tell) -> list[Trial]:
             elif study.done() < sweep.trials:
                 _run_workers(study)
         except (Interrupted, KeyboardInterrupt):
-            study.requeue()
+            study.requeue(stopping=True)
             write_results(sweep, study.trials())
             raise Interrupted(
                 f"stopped; {study.done()} of {sweep.trials} trials are finished and kept in {sweep.folder}, "

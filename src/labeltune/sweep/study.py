@@ -179,12 +179,13 @@ class Study:
             line += f", about {left * sum(seconds) / len(seconds) / min(self.sweep.workers, left):.0f} s left"
         self.say(line)
 
-    def requeue(self, process: int | None = None) -> bool:
+    def requeue(self, process: int | None = None, stopping: bool = False) -> bool:
         """Queue the trials again that a dead process was training, in front of what is sampled next.
 
         Args:
             process: a worker that has died: its trial is trained again `DEATHS_FORGIVEN` times, then it has failed. When
                 None, no process works on the study any more, as the whole sweep was stopped: that can be done at will.
+            stopping: the sweep ends now, so no trial is said to be run again.
 
         Returns:
             whether there was such a trial.
@@ -205,7 +206,8 @@ class Study:
                     self._report(kept.number)
                     continue
                 shutil.rmtree(self.sweep.folder / trial_name(kept.number), ignore_errors=True)
-                self.say(f"trial {kept.number} was interrupted; it is run again from its beginning")
+                if not stopping:
+                    self.say(f"trial {kept.number} was interrupted; it is run again from its beginning")
             return bool(dead)
 
     def _check_same_sweep(self) -> None:
