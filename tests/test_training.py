@@ -280,11 +280,14 @@ def test_every_kind_of_model_trains_and_predicts(kind: str, in_folder: Path) -> 
         assert len(predictor.predict(["rocket", "a longer match report"])) == 2
 
 
-def test_two_processes_train_like_one(in_folder: Path, model_folder: Path) -> None:
+@pytest.mark.parametrize("objective", ["tokens", "labels"])
+def test_two_processes_train_like_one(objective: str, in_folder: Path, model_folder: Path) -> None:
     """By torchrun itself. The last step of the epoch has one row, so one of the processes has nothing of its own to compute."""
     weights = []
     for processes in (1, 2):
-        config = without_dropout(config_for(in_folder, model_folder, batch_size=14, save_steps=1000))
+        config = without_dropout(
+            config_for(in_folder, model_folder, batch_size=14, save_steps=1000, objective=objective)
+        )
         config = config.model_copy(update={"output_dir": str(in_folder / f"out{processes}")})
         path = in_folder / f"run{processes}.yaml"
         path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")

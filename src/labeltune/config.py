@@ -21,16 +21,17 @@ from pydantic import (
 )
 
 from labeltune.config_values import (
+    CONFIG_SUFFIXES,
     Annotations,
     FormatName,
     apply_override,
     describe,
     unwritable,
+    values_of_file,
     with_descriptions,
 )
 from labeltune.default_prompts import CLASSIFICATION_SYSTEM, CLASSIFICATION_USER, PROMPTS
-from labeltune.errors import ConfigError, near_it
-from labeltune.io.safe_yaml import read_yaml
+from labeltune.errors import ConfigError
 
 TaskName = Literal["classification", "multilabel", "ner"]
 EntitiesKind = Literal["flat", "nested"]
@@ -280,6 +281,11 @@ class TrainingConfig(Section):
         "all",
         description="multilabel: labels that do not apply to a row and are trained, drawn once a row; evaluation asks all",
     )
+    objective: Literal["tokens", "labels", "both"] = Field(
+        "tokens",
+        description="what is minimized (classification): the loss of the right answer's tokens; of the right one among all complete answers, "
+        "which is what prediction computes; or the sum of both",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     scheduler: str = Field("linear", description="learning rate schedule, by its transformers name")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
@@ -483,6 +489,11 @@ class RunConfig(Section):
             raise ValueError(
                 "training.class_weights weighs the labels of rows, and task=ner has none; leave it out"
             )
+        if self.task != "classification" and self.training.objective != "tokens":
+            raise ValueError(
+                f"training.objective={self.training.objective} needs one right label among candidates, and task={self.task} has no such thing; "
+                "leave it out"
+            )
         if self.task == "ner" and self.training.label_smoothing:
             raise ValueError(
                 "training.label_smoothing needs candidate labels, and task=ner has none; leave it out"
@@ -500,7 +511,7 @@ def _set_default(values: dict[str, Any], section: str, **defaults: str) -> None:
 
 def is_config(path: str | os.PathLike[str]) -> bool:
     """Whether this names a config file, by the end of its name."""
-    return Path(path).suffix in (".yaml", ".yml")
+    return Path(path).suffix in CONFIG_SUFFIXES
 
 
 def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -509,28 +520,7 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
     Raises:
         ConfigError: the file is missing or no YAML mapping, a key is unknown (with a suggestion), or a value is wrong.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            raise ConfigError(
-                f"config file {path} does not exist; `labeltune init classification` writes one"
-                f"{near_it(Path(path), is_config)}"
-            ) from None
-        except IsADirectoryError:
-            raise ConfigError(
-                f"{path} is a folder; name a config file, or give --data FILE. To go on with a run, repeat the command that began it, "
-                "with --resume"
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config file {path} cannot be read: {error}") from None
-        loaded = read_yaml(text, f"config file {path}")
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(
-                f"config file {path} must hold `key: value` lines, not a {type(loaded).__name__}; a file of rows is given with --data"
-            )
-        values = loaded or {}
+    values = {} if path is None else values_of_file(Path(path))
     of_file = copy.deepcopy(values)
     for override in overrides:
         apply_override(values, override)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from labeltune.errors import ConfigError, clipped
+from labeltune.errors import ConfigError, clipped, near_it
 from labeltune.io.safe_yaml import read_yaml
 from labeltune.other_names import KEYS, our_name, plain
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+#: How names of config files end.
+CONFIG_SUFFIXES = (".yaml", ".yml")
 #: Formats of `labeltune.data.formats`; rows are ours.
 FormatName = Literal[
     "auto",
@@ -110,6 +113,34 @@ def _suggestion(key: str, known: Sequence[str], value: object) -> str:
         found = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.7)
         close = [leaves[found[0]]] if found else []
     return f"; did you mean {close[0]!r}?" if close else "; `labeltune keys` lists all keys"
+
+
+def values_of_file(path: Path) -> dict[str, Any]:
+    """What stands in a config file.
+
+    Raises:
+        ConfigError: it is missing, or no YAML mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config file {path} does not exist; `labeltune init classification` writes one"
+            f"{near_it(path, lambda other: other.suffix in CONFIG_SUFFIXES)}"
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(
+            f"{path} is a folder; name a config file, or give --data FILE. To go on with a run, repeat the command that began it, "
+            "with --resume"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    loaded = read_yaml(text, f"config file {path}")
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(
+            f"config file {path} must hold `key: value` lines, not a {type(loaded).__name__}; a file of rows is given with --data"
+        )
+    return loaded or {}
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

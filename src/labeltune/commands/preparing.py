@@ -206,9 +206,12 @@ def training_weights(options: TrainingConfig, train: Dataset) -> AnswerWeights:
         classes = {}
     elif classes == "balanced":
         classes = _balanced(train)
-    if options.negatives == "all":
-        return AnswerWeights(classes, options.label_smoothing)
-    return AnswerWeights(classes, options.label_smoothing, options.negatives, options.seed)
+    found = AnswerWeights(classes, options.label_smoothing, options.objective != "tokens")
+    return (
+        found
+        if options.negatives == "all"
+        else replace(found, negatives=options.negatives, seed=options.seed)
+    )
 
 
 def _balanced(train: Dataset) -> dict[str, float]:

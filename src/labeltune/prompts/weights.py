@@ -15,12 +15,14 @@ class AnswerWeights:
     Attributes:
         classes: label -> what the loss of its answer is multiplied by; labels that are missing count 1.
         smoothing: share of the right answer that is spread evenly over all candidates (Szegedy et al. 2016, arXiv:1512.00567).
+        every: candidates that weigh nothing are trained answers too: the loss is over all of them.
         negatives: of labels that are decided each by itself, how many that do not apply to a row are trained, drawn by `seed`; all
             when None.
     """
 
     classes: Mapping[str, float] = field(default_factory=dict)
     smoothing: float = 0.0
+    every: bool = False
     negatives: int | None = None
     seed: int = 0
 
@@ -29,14 +31,14 @@ class AnswerWeights:
         return self.classes.get(label, 1.0)
 
     def weighed(self, shares: Mapping[str, float], candidates: Sequence[str]) -> dict[str, float]:
-        """The answers that are trained, with their weights: the right ones, with smoothing all others behind them.
+        """The answers that are trained, with their weights: the right ones, with smoothing or `every` all others behind them.
 
         Args:
             shares: right answer -> its share; they sum to 1.
             candidates: all answers there are.
         """
         found = dict(shares)
-        if self.smoothing:
+        if self.smoothing or self.every:
             spread = self.smoothing / len(candidates)
             every = dict.fromkeys((*shares, *candidates), 0.0) | found
             found = {answer: (1 - self.smoothing) * share + spread for answer, share in every.items()}

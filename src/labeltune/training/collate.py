@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +101,15 @@ class ModelCall:
         """The weights as fp32 numbers."""
         return None if self.weights is None else self.weights.to(torch.int32).view(torch.float32)
 
+    def weighed(self, weights: Sequence[float], sizes: Sequence[int]) -> ModelCall:
+        """The same with a weight for each row of the step.
+
+        Args:
+            sizes: answer tokens of each row.
+        """
+        each = torch.tensor([weights[i] for i in self.rows for _ in range(sizes[i])], dtype=torch.float32)
+        return replace(self, weights=each.view(torch.int32).long())
+
     def wanted(self, found: torch.Tensor) -> torch.Tensor:
         """Those of the answer tokens, from what the model gives when it is asked for `columns`: [rows, columns, size] -> [answer tokens, size].
 
@@ -134,6 +143,11 @@ class PackBatch:
         """Tokens that the model computes, padding included."""
         calls = sum(call.inputs["input_ids"].numel() for call in self.calls)
         return int(calls + (0 if self.prefix is None else self.prefix.numel()))
+
+    def weighed(self, rows: Sequence[Row], weights: Sequence[float]) -> PackBatch:
+        """The same with a weight for each row of the step."""
+        sizes = [len(row.answer) for row in rows]
+        return replace(self, calls=tuple(call.weighed(weights, sizes) for call in self.calls))
 
     def map(self, change: Change) -> PackBatch:
         """The same with other tensors."""

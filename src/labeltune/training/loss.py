@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from labeltune.models.own_cache import run_behind
 from labeltune.models.precision import fp32_product, replaced_forward
 from labeltune.training.collate import ModelCall, PackBatch
+from labeltune.training.packing import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,6 +62,48 @@ def answer_logits(model: PreTrainedModel, batch: PackBatch) -> Iterator[tuple[tu
     """For every call of a pack its examples, and the logits of their answer tokens, shape [answer tokens, vocabulary]."""
     for call, inputs in model_calls(model, batch):
         yield call.rows, call.wanted(model(**inputs, logits_to_keep=call.columns).logits)
+
+
+def row_losses(
+    model: PreTrainedModel, head: torch.nn.Module | None, batch: PackBatch, rows: Sequence[Row]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """For every row of a pack its number, and the sum of the cross-entropies of its answer tokens (fp32, a scalar), without gradients.
+
+    Args:
+        head, batch: as in `answer_loss`.
+        rows: of the whole step.
+    """
+    with torch.no_grad():
+        for call, inputs in model_calls(model, batch):
+            inputs = {**inputs, "logits_to_keep": call.columns}
+            if head is None:
+                logits = call.wanted(model(**inputs).logits)
+                losses = torch.nn.functional.cross_entropy(logits.float(), call.targets, reduction="none")
+            else:
+                losses = _token_losses_in_head(model, head, inputs, call)
+            parts = torch.split(losses, [len(rows[i].answer) for i in call.rows])
+            yield from ((i, part.sum()) for i, part in zip(call.rows, parts, strict=True))
+
+
+def _token_losses_in_head(
+    model: PreTrainedModel, head: torch.nn.Module, inputs: dict[str, Any], call: ModelCall
+) -> torch.Tensor:
+    plain, matrix = head.forward, next(head.parameters())
+
+    def losses(hidden: torch.Tensor) -> torch.Tensor:
+        states = call.wanted(hidden)
+        chunk = positions_at_once(matrix.shape[0], states.device)
+        found = []
+        for at in range(0, len(states), chunk):
+            part = states[at : at + chunk]
+            logits = plain(part.to(matrix.dtype) if matrix.is_floating_point() else part).float()
+            found.append(
+                torch.nn.functional.cross_entropy(logits, call.targets[at : at + chunk], reduction="none")
+            )
+        return torch.cat(found).reshape(1, -1, 1)
+
+    with replaced_forward(head, losses):
+        return model(**inputs).logits.flatten()  # type: ignore[no-any-return]
 
 
 def model_calls(model: PreTrainedModel, batch: PackBatch) -> Iterator[tuple[ModelCall, dict[str, Any]]]:

@@ -248,7 +248,9 @@ def prepare_steps(
             compile_layers(model)
             choice = choose(choice.packing, memory.checkpointing)
     most = 1 if choice.one_by_one else memory.max_tokens
-    settings = StepSettings(choice.packing, most, pad_id, head, pairs_per_token(model), each_call)
+    settings = StepSettings(
+        choice.packing, most, pad_id, head, pairs_per_token(model), each_call, options.objective
+    )
     say(describe(settings, memory, steps))
     return settings
 

@@ -44,7 +44,7 @@ MAY_CHANGE = (
 )
 #: Keys that runs of labeltune 0.1.0 could not set, and what they did.
 _CAME_LATER: dict[str, Any] = {
-    "training": {"class_weights": "none", "label_smoothing": 0.0, "negatives": "all"},
+    "training": {"class_weights": "none", "label_smoothing": 0.0, "negatives": "all", "objective": "tokens"},
     "calibrate": {"thresholds": "label"},
     "data": {"columns": {"labels": "labels"}},
 }

@@ -32,7 +32,8 @@ from labeltune.training.collate import (
     attention_for,
     make_batch,
 )
-from labeltune.training.loss import answer_loss
+from labeltune.training.loss import answer_loss, row_losses
+from labeltune.training.objective import Objective, Weighed, weighed
 from labeltune.training.packing import (
     CALL_TOKENS,
     PAIRS_PER_TOKEN,
@@ -72,6 +73,7 @@ class StepSettings:
     head: torch.nn.Module | None
     pairs_per_token: int = PAIRS_PER_TOKEN
     call_tokens: int = CALL_TOKENS
+    objective: Objective = "tokens"
 
     def packs(self, rows: Sequence[Row], processes: int = 1) -> list[list[Pack]]:
         """The packs of a step for every process."""
@@ -91,8 +93,8 @@ class StepSettings:
 class LabelTrainer(Trainer):  # type: ignore[misc]
     """Computes a step as the sum over its packs.
 
-    The loss is the weighted sum over answer tokens divided by the weights of all answer tokens of the whole step on all processes, so
-    neither the cut into packs nor the number of processes changes it. Gradients are added up over processes once, after the last pack.
+    The loss is the weighted sum over answer tokens divided by the weights of all answer tokens of the whole step on all processes, or
+    another `objective` of the whole step, so neither the cut into packs nor the number of processes changes it. Gradients are added up over processes once, after the last pack.
 
     Args:
         say: told when packs become smaller.
@@ -229,17 +231,25 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
             rows: of the whole step, on all processes.
 
         Returns:
-            what these packs add to the step's loss: the sum over their answer tokens, divided by the answer tokens of `rows`.
+            what these packs add to the step's loss: the sum over their answer tokens, divided by the answer tokens of `rows`; of another
+            objective than `tokens`, the same part of it on every process.
         """
-        settings, processes = self.settings, self.accelerator.num_processes
+        settings, processes, device = self.settings, self.accelerator.num_processes, self.args.device
         answers = sum(row.weight * len(row.answer) for row in rows)
-        total = torch.zeros((), device=self.args.device)
+        total = torch.zeros((), device=device)
         packs, batches = self.packs_of(rows)
+        objective = None
+        if settings.objective != "tokens":
+            objective, drawn = self.objective_of(model, rows, packs, batches)
+            batches = [batch.weighed(rows, objective.weights) for batch in batches]
+            answers = 1.0
         quiet = (
             contextlib.nullcontext() if self.backend_averages_gradients else self.accelerator.no_sync(model)
         )
         with attention_for(self.model, settings.packing), quiet:
             for number, (pack, batch) in enumerate(zip(packs, batches, strict=True), start=1):
+                if objective is not None:
+                    set_random_state(device, drawn[number - 1])
                 loss = self.pack_loss(model, batch) * ((1.0 if pack.counted else 0.0) / answers)
                 # DeepSpeed makes its optimizer step in the backward pass of the last pack.
                 self.accelerator.sync_gradients = number == len(packs)
@@ -247,7 +257,25 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
                 total += loss.detach()
         self.sums.given += sum(len(rows[i].ids) for pack in packs for i in pack.rows)
         self.sums.computed += sum(pack.tokens(rows, settings.packing) for pack in packs)
-        return total
+        return total if objective is None else total.new_full((), objective.value / processes)
+
+    def objective_of(
+        self, model: PreTrainedModel, rows: list[Row], packs: list[Pack], batches: list[PackBatch]
+    ) -> tuple[Weighed, list[tuple[torch.Tensor, ...]]]:
+        """The objective of a step by the token losses of its rows, and what was drawn before each pack, for dropout to be the same again."""
+        device, head = self.args.device, self.settings.head
+        losses = torch.zeros(len(rows), dtype=torch.float64)
+        drawn = []
+        with attention_for(self.model, self.settings.packing), self.compute_loss_context_manager():
+            for pack, batch in zip(packs, batches, strict=True):
+                drawn.append(random_state(device))
+                found = list(row_losses(model, head, batch.to(device), rows))
+                if pack.counted:
+                    numbers, each = zip(*found, strict=True)
+                    losses[list(numbers)] = torch.stack(each).double().cpu()
+        # Every row was computed by one process.
+        everywhere = torch.tensor(all_reduce(losses.tolist(), "sum"), dtype=torch.float64)
+        return weighed(self.settings.objective, rows, everywhere), drawn
 
     def make_packs(self, rows: Sequence[Row]) -> tuple[int, list[Pack], list[PackBatch]]:
         """This process's packs of a step, as tensors of the CPU too, and the most tokens that they may have."""
