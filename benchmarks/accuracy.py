@@ -6,7 +6,7 @@
 Every text belongs to one part for good, by its hash: half of the file is drawn from for training, a fifth is there to choose by (`--part tune`),
 and the rest to report (`--part test`). `--test FILE` reports on other rows instead, and refuses a file that has a text of `--data`. A draw of
 rows is the same for all arms. An arm is a name and config keys on top of what `labeltune init` writes; `recipe` starts from the original
-recipe's config instead, `setfit` is SetFit on the encoder of `--encoder`. What has been measured in FOLDER is not measured again. FOLDER/result.json
+recipe's config instead, `setfit` is SetFit on the encoder of `--encoder`, `hidden` a logistic regression on the untuned model's hidden states. What has been measured in FOLDER is not measured again. FOLDER/result.json
 has mean figures and the difference of every arm to the floor: over draws and rows, both drawn again by the bootstrap.
 """
 
@@ -157,6 +157,35 @@ def setfit(
     return found, {"training": trained - started, "answering": time.perf_counter() - trained}
 
 
+def hidden(
+    options: argparse.Namespace, arm: list[str], known: list[Example], asked: list[Example], folder: Path
+) -> tuple[list[Prediction], dict[str, float]]:
+    """Logistic regression on the untuned model's last hidden state behind each prompt."""
+    import torch
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    from labeltune.inference.load import base_predictor
+
+    labels = sorted({str(each.label) for each in known})
+    config = config_of(options, arm, folder / "train.jsonl", folder / "run", labels)
+    started = time.perf_counter()
+    vectors = []
+    with base_predictor(config, labels) as predictor, torch.no_grad():
+        model: Any = predictor.model
+        for each in (*known, *asked):
+            ids = torch.tensor([predictor.builder.prompt(each).ids])
+            states = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+            vectors.append(states.hidden_states[-1][0, -1].float().numpy())
+    read = time.perf_counter()
+    scaled = StandardScaler().fit(vectors[: len(known)])
+    head = LogisticRegression(C=0.01, max_iter=1000)
+    head.fit(scaled.transform(vectors[: len(known)]), [str(each.label) for each in known])
+    answers = head.predict(scaled.transform(vectors[len(known) :]))
+    found = [Prediction(each.id, answer, answer) for each, answer in zip(asked, answers, strict=True)]
+    return found, {"training": time.perf_counter() - read, "answering": read - started}
+
+
 def linear(
     _: argparse.Namespace, __: list[str], known: list[Example], asked: list[Example], ___: Path
 ) -> tuple[list[Prediction], dict[str, float]]:
@@ -169,7 +198,7 @@ def linear(
 
 
 Way = Callable[..., "tuple[list[Prediction], dict[str, float]]"]
-WAYS: dict[str, Way] = defaultdict(lambda: tuned, {FLOOR: linear, "setfit": setfit})
+WAYS: dict[str, Way] = defaultdict(lambda: tuned, {FLOOR: linear, "setfit": setfit, "hidden": hidden})
 
 
 def counts_of(asked: list[Example], found: list[Prediction]) -> list[list[int]]:

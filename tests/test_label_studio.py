@@ -274,3 +274,34 @@ def test_a_run_that_does_not_say_how_it_was_trained(model_folder: Path, tmp_path
             f"{PREFIX}/train", {"annotations": rows, "project": PROJECT, "label_config": CHOICES}
         )
         assert found.status_code == 409 and "does not say how it was trained" in found.text
+
+
+RECORDED = json.loads(
+    (Path(__file__).parent / "exports" / "label-studio-requests.json").read_text(encoding="utf-8")
+)
+
+
+def test_what_label_studio_itself_sends(run: Path, label_studio: tuple[str, type[Export]]) -> None:
+    """Every request that Label Studio sent in a session (tests/label_studio) is answered as it was then, with this model's answers."""
+    address, handler = label_studio
+    with serving(run, "--label-studio") as running:
+        for name, each in RECORDED["choices"].items():
+            method, path, *_ = name.split(" ")
+            if method == "GET":
+                found = running.get(PREFIX + path)
+            else:
+                body = dict(each["request"])
+                body |= {"hostname": address} if "hostname" in body else {}
+                found = running.post(PREFIX + path, body)
+            assert found.status_code == each["status"], f"{name}: {found.text}"
+            assert set(found.json()) == set(each["response"]), name
+            if path == "/predict":
+                then, now = each["response"]["results"], found.json()["results"]
+                assert [set(one) for one in now] == [set(one) for one in then]
+                offered = {"Art", "Space", "Sports"}
+                chosen = [result for one in now for result in one["result"]]
+                assert all(set(result["value"]["choices"]) <= offered for result in chosen)
+                assert {result["from_name"] for result in chosen} == {"topic"}
+        assert handler.asked == [("/api/projects/1/export?exportType=JSON", "Token a-token")]
+        refused = running.post(f"{PREFIX}/setup", RECORDED["entities"]["POST /setup"]["request"])
+        assert refused.status_code == 422, "this model gives one label a text"

@@ -66,3 +66,32 @@ def test_spans_of_doccano(capsys: pytest.CaptureFixture[str]) -> None:
 def test_intents_and_slots_of_doccano() -> None:
     assert [spans(row) for row in rows("doccano-slots.jsonl", "ner")] == [[("Oslo", "PLACE")], []]
     assert [row["output"] for row in rows("doccano-slots.jsonl", "classification")] == ["ask", "tell"]
+
+
+@pytest.mark.parametrize(
+    "name", ["label-studio-choices.json", "label-studio-choices-min.json", "label-studio-choices.csv"]
+)
+def test_choices_of_label_studio(name: str) -> None:
+    found = rows(name, "classification")
+    assert [row["output"] for row in found] == ["Space", "Agriculture", "Economy"]
+    assert (
+        found[0]["text"] == "A heat shield of carbon fibre survived 2,000 degrees in the plasma wind tunnel."
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["label-studio-entities.json", "label-studio-entities-min.json", "label-studio-entities.csv"]
+)
+def test_labels_of_label_studio(name: str) -> None:
+    """It counts characters: two emoji, one of five code points, stand before the second name."""
+    first, second, _ = rows(name, "ner", entities="nested")
+    assert first["text"] == "😀 Maria Lopez opened a shop in Madrid 👩‍👩‍👧 and Peter Smith one in Lisbon."
+    # What the model said twice, once with the blank behind it, the annotator has kept.
+    assert spans(first) == [("Maria Lopez", "person"), ("Maria Lopez ", "person"), ("Peter Smith", "person")]
+    assert spans(second) == [("Starfish Aquarium", "organization"), ("Queensland", "city or country")]
+
+
+def test_conll_of_label_studio() -> None:
+    first, second, _ = rows("label-studio-entities.conll", "ner")
+    assert spans(first) == [("Maria Lopez", "person"), ("Peter Smith", "person")]
+    assert spans(second) == [("Starfish Aquarium", "organization"), ("Queensland", "city or country")]

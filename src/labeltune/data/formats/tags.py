@@ -104,8 +104,11 @@ def _aside(line: str) -> bool:
 
 
 def _cells(line: str) -> list[str]:
-    """The word, whatever stands between, and the tag; a type may have blanks where tabs separate."""
+    """The word, whatever stands between, and the tag; a type may have blanks where tabs separate, or behind Label Studio's columns."""
     line = line.rstrip("\r\n")
+    if " -X- _ " in line:
+        word, tag = line.split(" -X- _ ", 1)
+        return [word, "-X-", "_", tag]
     cells = line.split("\t") if "\t" in line else [cell for cell in line.split(" ") if cell]
     if len(cells) == 1 and TAG.fullmatch(cells[0]) and line[:1].isspace():
         return [" ", cells[0]]  # the word is a blank
