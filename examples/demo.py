@@ -7,6 +7,7 @@ Run by `make demo` (classification), `make demo DEMO=ner`, `DEMO=zh` (Chinese ro
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import labeltune
 from labeltune.commands.main import quiet_libraries
 from labeltune.config import RunConfig, load_config
 from labeltune.errors import ConfigError, LabeltuneError
+from labeltune.messages import language, spoken
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = Path("demo-output")
@@ -29,6 +31,17 @@ DEMOS = {
     "all": ("en_classification", "en_ner", "zh_classification", "zh_ner"),
 }
 METRICS = {"classification": "accuracy", "ner": "span_f1"}
+#: The lines of the table: (English, Chinese).
+LINES = {
+    "before": ("before", "微调前"),
+    "after": ("after", "微调后"),
+    "difference": ("difference", "差值"),
+    "majority": ("majority", "多数类"),
+    "uniform_guess": ("guessing", "随机猜测"),
+    "linear": ("linear model", "线性模型"),
+    "crf": ("CRF", "条件随机场"),
+    "dictionary": ("dictionary", "实体词典"),
+}
 #: Predictions that are shown at the end.
 SHOWN = 3
 
@@ -42,7 +55,6 @@ class Outcome:
     comparison: dict[str, Any]
     run: Path
     report: Path
-    seconds: float
     shown: list[tuple[str, str]]
 
 
@@ -84,20 +96,25 @@ def run_task(name: str, license_name: str | None) -> Outcome:
         overrides.append(f"hub.accept_license={license_name}")
     config = load_config(HERE / f"{name}.yaml", overrides)
     test = str(config.data.test)
-    started = time.monotonic()
-    say(name, "checking the data")
+    say(name, told("checking the data", "检查数据"))
     examples = check(config)
-    say(name, "fine-tuning")
+    say(name, told("fine-tuning", "微调"))
     result = labeltune.train(config, overwrite=True)
     with load_predictor(result.best) as predictor:
-        say(name, f"the tuned model answers {len(examples)} test rows")
+        say(
+            name,
+            told(
+                f"the tuned model answers {len(examples)} test rows",
+                f"微调后的模型回答 {len(examples)} 条测试数据",
+            ),
+        )
         predictions = predictor.predict(examples)
         after = labeltune.evaluate(predictor, test, output=report, predictions=predictions)
-        say(name, "the untuned model answers them")
+        say(name, told("the untuned model answers them", "未微调的模型回答同样的数据"))
         comparison = labeltune.compare("base", predictor, test, output=report, predictions=predictions)
     some = range(0, len(examples), len(examples) // SHOWN)[:SHOWN]
     shown = [(examples[i].text, predictions[i].label or predictions[i].answer) for i in some]
-    return Outcome(config.task, after, comparison, run, report, time.monotonic() - started, shown)
+    return Outcome(config.task, after, comparison, run, report, shown)
 
 
 def check(config: RunConfig) -> list[Any]:
@@ -108,9 +125,24 @@ def check(config: RunConfig) -> list[Any]:
     for rows in checked:
         audit = rows.audit
         print(
-            f"{audit.path}: {audit.rows} rows, {audit.errors} errors, {audit.warnings} warnings, {len(audit.labels)} labels"
+            told(
+                f"{audit.path}: {audit.rows} rows, {audit.errors} errors, {audit.warnings} warnings, {len(audit.labels)} labels",
+                f"{audit.path}：{audit.rows} 行，{audit.errors} 处错误，{audit.warnings} 处警告，{len(audit.labels)} 个标签",
+            )
         )
     return [checked[-1].example(i) for i in range(len(checked[-1].dataset))]
+
+
+def told(english: str, chinese: str) -> str:
+    """What is said, in the user's language."""
+    return chinese if language() == "zh" else english
+
+
+def line(name: str, value: str) -> str:
+    """A line of the table; a Chinese character is as wide as two others."""
+    shown = told(*LINES[name])
+    wide = sum(ord(character) > 0x2E80 for character in shown)
+    return f"  {shown}{' ' * (18 - len(shown) - wide)}{value}"
 
 
 def say(name: str, what: str) -> None:
@@ -123,20 +155,28 @@ def print_outcome(outcome: Outcome) -> None:
     metric = METRICS[outcome.task]
     after, found = outcome.after[metric], outcome.comparison["differences"][metric]
     change = found["difference"]
-    print(f"\n{outcome.task}, {outcome.after['rows']} test rows, {metric} with 95 % interval")
-    print(f"  before            {found['first']:.3f}")
-    print(f"  after             {_shown(after)}")
+    rows = outcome.after["rows"]
     print(
-        f"  difference       {change['value']:+.3f}  [{change['low']:+.3f}, {change['high']:+.3f}]  p = {found['p_value']:.2g}"
+        told(
+            f"\n{outcome.task}, {rows} test rows, {metric} with 95 % interval",
+            f"\n{outcome.task}：{rows} 条测试数据，{metric} 及 95% 置信区间",
+        )
     )
+    print(line("before", f"{found['first']:.3f}"))
+    print(line("after", _shown(after)))
+    interval = f"[{change['low']:+.3f}, {change['high']:+.3f}]"
+    print(line("difference", f"{change['value']:+.3f}  {interval}  p = {found['p_value']:.2g}"))
     baselines = outcome.after["baselines"]
     for name, value in baselines.items():
-        print(f"  {name:<17} {_shown(value)}")
+        print(line(name, _shown(value)))
     bar = max(value["value"] for value in baselines.values())
     better = change["low"] > 0 and after["low"] > bar
     print(
-        f"  {'clearly' if better else 'NOT clearly'} better: the difference's lower end {change['low']:+.3f}, to be above 0; "
-        f"after's {after['low']:.3f}, to be above {bar:.3f}; {outcome.seconds:.0f} s"
+        told(
+            f"  {'clearly' if better else 'NOT clearly'} better: the difference's lower end {change['low']:+.3f}, to be above 0; "
+            f"after's {after['low']:.3f}, to be above {bar:.3f}",
+            f"  {'明显' if better else '并未明显'}更好：差值区间的下限为 {change['low']:+.3f}（应大于 0），微调后区间的下限为 {after['low']:.3f}（应大于 {bar:.3f}）",
+        )
     )
     for text, answer in outcome.shown:
         print(f"\n  {text}\n  -> " + answer.replace("\n", "\n     "))
@@ -144,16 +184,23 @@ def print_outcome(outcome: Outcome) -> None:
 
 def print_next(outcomes: Sequence[Outcome], seconds: float) -> None:
     """Where to look, and how to go on with rows of one's own."""
-    command = Path(sys.executable).parent / "labeltune"
+    here = Path(sys.executable).parent / "labeltune"
+    command = "labeltune" if shutil.which("labeltune") == str(here) else here
     last = outcomes[-1]
-    print(f"\nThe demo took {seconds:.0f} s. Where to look:")
+    print(
+        told(f"\nThe demo took {seconds:.0f} s. Where to look:", f"\n演示用时 {seconds:.0f} 秒。查看结果：")
+    )
     for outcome in outcomes:
         print(f"  {outcome.report}/report.html, {outcome.report}/comparison.html")
-    print(f"  {command} board {OUTPUT}/swanlog    # the training in your browser")
-    print("\nNext:")
-    print(f'  {command} predict {last.run} --text "..."    # ask this model')
-    print(f"  {command} init {last.task}    # a config and sample rows, to replace by yours")
-    print(f"  {command} data check FILE.jsonl    # your own rows")
+    print(
+        f"  {command} board {OUTPUT}/swanlog    # {told('the training in your browser', '在浏览器中看训练过程')}"
+    )
+    print(told("\nNext:", "\n接下来："))
+    print(f'  {command} predict {last.run} --text "..."    # {told("ask this model", "用这个模型预测")}')
+    print(
+        f"  {command} init {last.task}    # {told('a config and sample rows, to replace by yours', '配置和示例数据，可换成自己的')}"
+    )
+    print(f"  {command} data check FILE.jsonl    # {told('your own rows', '检查自己的数据')}")
     print(f"  {command} train {last.task}.yaml")
 
 
@@ -171,7 +218,8 @@ def main() -> None:
     license_name = accept_license(given.demo, given.accept_license)
     quiet_libraries()
     started = time.monotonic()
-    outcomes = [run_task(name, license_name) for name in names]
+    with spoken("stderr"):
+        outcomes = [run_task(name, license_name) for name in names]
     for outcome in outcomes:
         print_outcome(outcome)
     print_next(outcomes, time.monotonic() - started)

@@ -108,6 +108,12 @@ def test_entities() -> None:
     assert ("New York", "LOC") in [(e.text, e.label) for e in last.entities or ()], "the outer entity"
 
 
+def test_thousands_of_labels_would_take_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Example(str(n), f"text {n}", label=f"label {n}") for n in range(1100)]
+    assert floor_of(rows, rows[:3]) is None
+    assert "no linear model beside it: with 1,100 labels it would take minutes" in capsys.readouterr().err
+
+
 def test_a_long_file_is_learned_from_evenly() -> None:
     assert evenly(5, 10) == [0, 1, 2, 3, 4] and evenly(10, 3) == [0, 4, 9] and evenly(0, 3) == []
 

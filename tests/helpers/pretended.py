@@ -10,6 +10,7 @@ import contextlib
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
+import labeltune
+
+PACKAGE = Path(labeltune.__file__).parent
 DEVICE = torch.device("cuda", 0)
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 #: Operations that only look at memory in another way, for which no kernel runs.
@@ -118,8 +122,11 @@ class Device(TorchDispatchMode):
 
     def wait(self, what: str) -> None:
         """Python would stand still here."""
-        frames = [f for f in traceback.extract_stack() if "/labeltune/" in f.filename]
-        place = f"{frames[-1].filename.rpartition('/labeltune/')[2]}:{frames[-1].lineno}" if frames else "?"
+        # A clone is called labeltune too, so the name of a folder tells nothing.
+        frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(PACKAGE)]
+        place = "?"
+        if frames:
+            place = f"{Path(frames[-1].filename).relative_to(PACKAGE).as_posix()}:{frames[-1].lineno}"
         self.waits.append(f"{what} in {place}")
 
     def sent(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -432,5 +432,7 @@ def download(
     ] = Path(),
 ) -> None:
     """Fetch the original recipe's data with the hub's own client."""
-    for path in download_original(name, folder):
+    with phase("fetching the data"):
+        paths = download_original(name, folder)
+    for path in paths:
         print(path)

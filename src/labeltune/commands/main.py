@@ -6,6 +6,7 @@ A verb's page is imported when it is called, so that `labeltune --help` loads no
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import importlib
 import io
@@ -215,10 +216,11 @@ def _own_key(option: str, value: str) -> str | None:
 
     wanted = option.lstrip("-").replace("-", "_")
     keys = [key for key, *_ in config_keys()]
-    found = [key for key in keys if key == wanted] or [
-        key for key in keys if key.rpartition(".")[2] == wanted
-    ]
-    return f"{option} is written {found[0]}={value or '...'} here" if found else None
+    last = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    # As `--epoch`: one letter away from a key, and no option of the command.
+    near = difflib.get_close_matches(wanted, last, 1, 0.85)
+    found = wanted if wanted in keys else last.get(wanted) or (last[near[0]] if near else None)
+    return f"{option} is written {found}={value or '...'} here" if found else None
 
 
 class Closed(io.TextIOBase):

@@ -14,7 +14,7 @@ from labeltune.data.check import text_hash
 from labeltune.data.loading import load_rows
 from labeltune.errors import DataError, ModelError
 from labeltune.evaluation.summary import SELECTION, TRAINING
-from labeltune.io.outputs import write_bytes
+from labeltune.io.outputs import is_hub_name, write_bytes
 from labeltune.io.run_folder import SELECTION_FILE, TRAINING_FILE, trained_config
 from labeltune.types import Example
 
@@ -93,8 +93,10 @@ def training_rows(folder: Path) -> list[Example]:
     config, known = trained_config(folder), _read(folder / TRAINING_FILE)
     if config is None or known is None:
         raise DataError("the run does not say what it was trained on")
+    if is_hub_name(config.data.train):
+        raise DataError("its training rows are on a hub")
     path = Path(config.data.train)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{config.data.train} is not there")
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"{config.data.train} is large")

@@ -17,12 +17,15 @@ from labeltune.data.formats.base import is_cjk
 from labeltune.data.label_issues import one_against_the_rest
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.evaluation.summary import SHOWN_FIRST
+from labeltune.io.progress import note
 from labeltune.types import Entity, Example, Prediction
 
 #: Training rows that it learns from at most, spread over all, so that it stays a matter of seconds; of entities, which take longer; and the
 #: characters of a text that are read for its labels.
 MAX_ROWS, MAX_CRF_ROWS = 10_000, 3000
 MAX_CHARACTERS = 2000
+#: Training rows times labels: more would take minutes.
+MAX_WORK = 1_000_000
 #: Longest character n-grams: of texts that are mostly Chinese or Japanese, and of others. On titles, Banking77 and Fudan longer ones were no
 #: better.
 _CJK_NGRAM, _NGRAM = 2, 4
@@ -52,14 +55,18 @@ class Floor:
 
 
 def floor_of(train: Sequence[Example], examples: Sequence[Example]) -> Floor | None:
-    """Train on labelled rows, and answer others of the same task; None where there is nothing to learn from, or, for entities, python-crfsuite
-    is not installed."""
+    """Train on labelled rows, and answer others of the same task; None where there is nothing to learn from, where labels are so many that it
+    would take minutes, which is said, or, for entities, where python-crfsuite is not installed."""
     if not train or not examples:
         return None
     if examples[0].entities is not None:
         known = [train[row] for row in evenly(len(train), MAX_CRF_ROWS)]
         return _crf(known, examples) if _has_crfsuite() else None
     known = [train[row] for row in evenly(len(train), MAX_ROWS)]
+    labels = {name for each in known for name in each.right_names}
+    if len(labels) * len(known) > MAX_WORK:
+        note(f"no linear model beside it: with {len(labels):,} labels it would take minutes")
+        return None
     answers = _label_sets if examples[0].labels is not None else _labels
     return Floor("linear", len(known), tuple(answers(known, examples)))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from labeltune.errors import HubError, ModelError, message_of
-from labeltune.io.progress import tell
+from labeltune.io.progress import during
 
 #: Names of exceptions, of several libraries, that say that a host did not answer, in words; the first that fits is told.
 _NO_ANSWER = {
@@ -89,11 +89,10 @@ def _asking(hub: str, kind: Kind, repo: str, instead: str) -> Iterator[None]:
     """What is done inside asks a hub for a repository; anything that fails in it is a HubError."""
     name, address = hub_address(hub)
     host = address.partition("://")[2]
-    tell(f"fetching {repo} from {name} ({host})")
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), during(f"fetching {repo} from {name} ({host})"):
             warnings.simplefilter("ignore")
             yield
     except Exception as error:

@@ -79,6 +79,17 @@ def begin(phase: str, say: Callable[[str], None] | None = None) -> None:
 
 
 @contextlib.contextmanager
+def during(phase: str) -> Iterator[None]:
+    """A phase within another one, which goes on behind it."""
+    before = _Now.phase
+    begin(phase, tell)
+    try:
+        yield
+    finally:
+        begin(before)
+
+
+@contextlib.contextmanager
 def bar_shown() -> Iterator[None]:
     """A bar moves on the terminal while the context is open, so nothing else has to be said."""
     _Now.bars += 1
