@@ -399,6 +399,11 @@ class CalibrateConfig(Section):
     temperature: bool = Field(
         True, description="fit a temperature on the validation rows after training, saved with the checkpoint"
     )
+    linear: bool = Field(
+        False,
+        description="classification: add the scores of a linear model of the training rows, weighed on the validation rows, where that helps on "
+        "rows that it was not weighed on; labeltune alone does so, other engines answer without it",
+    )
     prior: Literal["none", "batch"] = Field(
         "none",
         description="batch: divide by each label's mean probability over the rows predicted together (arXiv:2309.17249)",

@@ -296,7 +296,7 @@ class _Job:
     def write_model(self, folder: Path, say: Say) -> dict[str, str]:
         """Weights, and what labeltune needs to load them; returns the commands to run next."""
         from labeltune.export import merge, vllm
-        from labeltune.inference.calibration import CALIBRATION_FILE
+        from labeltune.inference.calibration import CALIBRATION_FILE, LINEAR_FILE
 
         info = self.info
         if self.adapter is None:
@@ -313,7 +313,7 @@ class _Job:
             vllm.save_adapter(self.checkpoint, self.template.tokenizer, name, info.hub.revision, folder)
             base = info.model if is_hub_name(info.model) else str(self.base)
             command = vllm.adapter_command(base, info.hub, str(self.target), self.name, self.adapter)
-        for file in (CALIBRATION_FILE, SELECTION_FILE, TRAINING_FILE):
+        for file in (CALIBRATION_FILE, LINEAR_FILE, SELECTION_FILE, TRAINING_FILE):
             if (self.checkpoint / file).is_file():
                 shutil.copyfile(self.checkpoint / file, folder / file)
         write_json(folder / vllm.REQUEST_FILE, self.request)
@@ -393,19 +393,27 @@ def _verified(
     if not rows:
         return None
     from labeltune.export.parity import compare_answers
+    from labeltune.inference.calibration import Calibration
 
     begin(f"verifying {len(rows)} rows with the run and with the export, in {form}", say)
     before = _answers(checkpoint, base, form, rows, progress)
     after = _answers(folder, base, form, rows, progress)
+    if Calibration.load(folder).linear:
+        alone = compare_answers(rows, before, _answers(folder, base, form, rows, progress, linear=False))
+        say(
+            f"warning: the run adds a linear model's scores, which other engines do not: without them {alone}"
+        )
     return compare_answers(rows, before, after)
 
 
 def _answers(
-    folder: Path, base: Path | None, form: Dtype, rows: list[Example], progress: bool
+    folder: Path, base: Path | None, form: Dtype, rows: list[Example], progress: bool, linear: bool = True
 ) -> list[Prediction]:
     from labeltune.inference.load import load_predictor
 
     with load_predictor(folder, precision=form, base_folder=base) as predictor:
+        if not linear:
+            predictor.linear = None
         return list(track(predictor.stream(rows), len(rows), shown=progress))
 
 

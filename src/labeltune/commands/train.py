@@ -502,13 +502,17 @@ def _finish(
         predictor.shares_rows = True
     else:
         restore_adapter(predictor.model, best)
+    train = splits.train.select(evenly(len(splits.train), MAX_ROWS))
+    known = [Example.from_row(row) for row in train]
     if config.task == "multilabel":
         begin("measuring confidence on the validation rows")
         handful = fixed_handful(splits, CALIBRATION_ROWS)
         predictor.calibration, _ = calibrate_labels(predictor, handful, best, metric_of(config), say)
-    elif config.calibrate.temperature and config.task == "classification":
+    elif (config.calibrate.temperature or config.calibrate.linear) and config.task == "classification":
         begin("measuring confidence on the validation rows")
-        calibration, report = calibrate(predictor, fixed_handful(splits, CALIBRATION_ROWS), best, say)
+        handful = fixed_handful(splits, CALIBRATION_ROWS)
+        beside = known if config.calibrate.linear else []
+        calibration, report = calibrate(predictor, handful, best, say, beside)
         predictor.calibration = calibration
         tracker.log(calibration_figures(report), result.steps)
     assert splits.validation is not None
@@ -521,8 +525,6 @@ def _finish(
     about = {"run": str(result.best), "base": False, "decoding": predictor.generation.decoding, "data": where}
     about |= Seen(trained=0, selected=len(selection)).to_dict()
     begin("fitting a linear model on the same rows")
-    train = splits.train.select(evenly(len(splits.train), MAX_ROWS))
-    known = [Example.from_row(row) for row in train]
     metrics = all_metrics(about, selection, predictions, predictor.task.labels, known)
     if (line := floor_line(metrics)) is not None:
         say(f"floor: {line}")

@@ -6,7 +6,7 @@ index of the right one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,10 @@ LOWEST, HIGHEST = 0.05, 20.0
 #: On fewer validation rows than these no temperature is fitted: it would follow chance.
 ENOUGH_ROWS = 50
 FOLDS = 5
+#: On fewer no weight of another model's scores is fitted.
+ENOUGH_FOR_WEIGHT = 20
+#: Of another model's scores.
+MOST_WEIGHT = 10.0
 
 
 def softmax(scores: np.ndarray[Any, Any], temperature: float = 1.0) -> np.ndarray[Any, Any]:
@@ -127,6 +131,63 @@ def calibration_report(rows: Rows, right: Sequence[int]) -> tuple[float, dict[st
     else:
         report["temperature"] = fitted
     return report["temperature"], report
+
+
+def fit_mixture(rows: Rows, others: Rows, right: Sequence[int]) -> tuple[float, float]:
+    """(inverse temperature, weight): what `rows` and `others` are multiplied by so that their sums have the least negative log-likelihood."""
+    from scipy.optimize import minimize
+    from scipy.special import logsumexp
+
+    width = max(map(len, rows))
+    both = np.full((2, len(rows), width), 0.0)
+    missing = np.zeros((len(rows), width))
+    for i, (one, other) in enumerate(zip(rows, others, strict=True)):
+        both[0, i, : len(one)], both[1, i, : len(one)] = one, other
+        missing[i, len(one) :] = -np.inf  # a candidate that a row does not have
+    chosen = both[:, np.arange(len(rows)), right]
+
+    def loss(weights: np.ndarray[Any, Any]) -> float:
+        sums = np.tensordot(weights, both, 1) + missing
+        return float(np.mean(logsumexp(sums, axis=1) - weights @ chosen))
+
+    bounds = [(1 / HIGHEST, 1 / LOWEST), (0.0, MOST_WEIGHT)]
+    found = minimize(loss, np.array([1.0, 0.5]), bounds=bounds, method="L-BFGS-B")
+    return float(found.x[0]), float(found.x[1])
+
+
+def mixture_report(
+    rows: Rows, others: Rows, right: Sequence[int], alone: Mapping[str, float]
+) -> tuple[tuple[float, float] | None, dict[str, Any]]:
+    """What another model's scores bring when they are added: fitted on all rows, and kept where both the negative log-likelihood and the Brier
+    score of cross-fitted probabilities are better than without.
+
+    Args:
+        others: the other model's scores of the same candidates.
+        alone: figures without them (`after` of `calibration_report`).
+
+    Returns:
+        (inverse temperature, weight), or None where it is not kept; `weight`, `refused` (why, or None), and figures `before` and `after`
+        (cross-fitted).
+    """
+    report: dict[str, Any] = {"weight": 0.0, "refused": None, "before": dict(alone), "after": dict(alone)}
+    if len(rows) < ENOUGH_FOR_WEIGHT:
+        return None, report | {"refused": f"at least {ENOUGH_FOR_WEIGHT} rows are needed to weigh it"}
+    sums: list[Any] = [None] * len(rows)
+    for k in range(FOLDS):
+        rest = [i for i in range(len(rows)) if i % FOLDS != k]
+        learned = [rows[i] for i in rest], [others[i] for i in rest], [right[i] for i in rest]
+        inverse, weight = fit_mixture(*learned)
+        for i in range(k, len(rows), FOLDS):
+            sums[i] = inverse * np.asarray(rows[i]) + weight * np.asarray(others[i])
+    after = _figures(sums, right, np.ones(len(rows)))
+    found = fit_mixture(rows, others, right)
+    report |= {"weight": found[1], "after": after}
+    if after["nll"] >= alone["nll"] or after["brier"] > alone["brier"]:
+        return None, report | {
+            "weight": 0.0,
+            "refused": "it does not help on rows that it was not weighed on",
+        }
+    return found, report
 
 
 def _figures(rows: Rows, right: Sequence[int], temperatures: np.ndarray[Any, Any]) -> dict[str, float]:

@@ -16,19 +16,15 @@ import numpy
 from labeltune.data.formats.base import is_cjk
 from labeltune.data.label_issues import one_against_the_rest
 from labeltune.evaluation.compare import compare_predictions
+from labeltune.evaluation.linear import MAX_CHARACTERS, LinearModel, vectorizer_for
 from labeltune.evaluation.summary import SHOWN_FIRST
 from labeltune.io.progress import note
 from labeltune.types import Entity, Example, Prediction
 
-#: Training rows that it learns from at most, spread over all, so that it stays a matter of seconds; of entities, which take longer; and the
-#: characters of a text that are read for its labels.
+#: Training rows that it learns from at most, spread over all, so that it stays a matter of seconds; and of entities, which take longer.
 MAX_ROWS, MAX_CRF_ROWS = 10_000, 3000
-MAX_CHARACTERS = 2000
 #: Training rows times labels: more would take minutes.
 MAX_WORK = 1_000_000
-#: Longest character n-grams: of texts that are mostly Chinese or Japanese, and of others. On titles, Banking77 and Fudan longer ones were no
-#: better.
-_CJK_NGRAM, _NGRAM = 2, 4
 #: Probabilities from which one of several labels may apply, the folds that one is chosen by, and the rows in them.
 _THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 _FOLDS, _JUDGED = 5, 2000
@@ -86,37 +82,13 @@ def floor_figures(
     return {"kind": floor.kind, "rows": floor.rows, "figure": figure, **found}
 
 
-def _vectors(train: Sequence[Example], examples: Sequence[Example]) -> tuple[Any, Any]:
-    """TF-IDF of character n-grams of both; sparse, shape [rows, n-grams of the training rows]."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    texts, asked = ([each.text[:MAX_CHARACTERS] for each in rows] for rows in (train, examples))
-    characters = "".join(texts[:100])
-    longest = _CJK_NGRAM if 2 * sum(map(is_cjk, characters)) > len(characters) else _NGRAM
-    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, longest), sublinear_tf=True)
-    known = vectorizer.fit_transform([text or " " for text in texts])
-    return known, vectorizer.transform(asked)
-
-
 def _labels(train: Sequence[Example], examples: Sequence[Example]) -> Iterator[Prediction]:
     """The most probable of each row's candidates; of candidates that training does not have, the first."""
-    right = [each.label or "" for each in train]
-    names = sorted(set(right))
-    if len(names) == 1:
-        scores = numpy.zeros((len(examples), 1))
-    else:
-        known, asked = _vectors(train, examples)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # not quite converged is good enough
-            model = one_against_the_rest().fit(known, numpy.searchsorted(names, right))
-        scores = model.decision_function(asked).reshape(len(examples), -1)
-        if len(names) == 2:
-            scores = numpy.hstack([-scores, scores])
-    number = {name: at for at, name in enumerate(names)}
+    model = LinearModel.fit([each.text for each in train], [each.label or "" for each in train])
+    scores = model.scores([each.text for each in examples])
     for example, row in zip(examples, scores, strict=True):
-        candidates = example.candidates or names
-        at = [row[number[name]] if name in number else -numpy.inf for name in candidates]
-        label = candidates[int(numpy.argmax(at))]
+        known = dict(zip(model.labels, row, strict=True))
+        label = max(example.candidates or model.labels, key=lambda name: known.get(name, -numpy.inf))
         yield Prediction(example.id, label, label)
 
 
@@ -127,7 +99,9 @@ def _label_sets(train: Sequence[Example], examples: Sequence[Example]) -> Iterat
     told = [at for at in range(len(names)) if not wanted[:, at].all()]
     applies = numpy.ones((len(examples), len(names)), dtype=bool)
     if told:
-        known, asked = _vectors(train, examples)
+        vectorizer = vectorizer_for([each.text for each in train])
+        known = vectorizer.fit_transform([each.text[:MAX_CHARACTERS] or " " for each in train])
+        asked = vectorizer.transform([each.text[:MAX_CHARACTERS] for each in examples])
         model = one_against_the_rest()
         least = _threshold(model, known[:_JUDGED], wanted[:_JUDGED, told])
         applies[:, told] = model.fit(known, wanted[:, told]).predict_proba(asked)[:, -len(told) :] >= least

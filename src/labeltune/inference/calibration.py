@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +14,19 @@ import numpy as np
 
 from labeltune.distributed import rank
 from labeltune.errors import ModelError
-from labeltune.evaluation.confidence import calibration_report, sigmoid, softmax
+from labeltune.evaluation.confidence import calibration_report, mixture_report, sigmoid, softmax
 from labeltune.evaluation.decisions import scales_report, threshold_report
+from labeltune.evaluation.linear import LinearModel
 from labeltune.evaluation.summary import SELECTION
-from labeltune.io.outputs import write_json
+from labeltune.io.outputs import file_hash, write_bytes, write_json
 from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
     from labeltune.inference.predictor import Predictor
 
 CALIBRATION_FILE = "calibration.json"
+#: The linear model whose scores are added, in a checkpoint.
+LINEAR_FILE = "linear.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Calibration:
         scales: of labels that are decided each by itself, (slope, intercept): their log-odds become slope * log-odds + intercept.
         threshold: a label is given from this probability on,
         thresholds: unless it has one of its own.
+        linear: weight of a linear model's scores, which are added to the model's own (`LINEAR_FILE`); 0 without one.
+        linear_hash: SHA-256 of its file.
     """
 
     temperature: float = 1.0
@@ -63,6 +69,8 @@ class Calibration:
     scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     threshold: float = 0.5
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    linear: float = 0.0
+    linear_hash: str = ""
 
     def each(self, odds: Mapping[str, float]) -> dict[str, float]:
         """Probabilities of labels that are decided each by itself.
@@ -81,10 +89,19 @@ class Calibration:
         """The probability from which on a label is given."""
         return self.thresholds.get(label, self.threshold)
 
-    def probabilities(self, row: LabelScores, length_norm: str) -> dict[str, float]:
-        """Probabilities of the candidates; they sum to 1."""
+    def probabilities(
+        self, row: LabelScores, length_norm: str, linear: Sequence[float] | None = None
+    ) -> dict[str, float]:
+        """Probabilities of the candidates; they sum to 1.
+
+        Args:
+            linear: the linear model's scores of the candidates, where there is one and it knows all of them.
+        """
         temperature = self.temperature if length_norm == self.length_norm else 1.0
-        values = softmax(row.comparable(length_norm), temperature)  # type: ignore[arg-type]
+        scores = np.array(row.comparable(length_norm)) / temperature
+        if linear is not None and length_norm == self.length_norm:
+            scores = scores + self.linear * np.array(linear)
+        values = softmax(scores)
         return dict(zip(row.labels, map(float, values), strict=True))
 
     def save(self, folder: Path, report: Mapping[str, Any]) -> None:
@@ -109,6 +126,8 @@ class Calibration:
                 {label: (float(a), float(b)) for label, (a, b) in values.get("scales", {}).items()},
                 float(values.get("threshold", 0.5)),
                 {label: float(at) for label, at in values.get("thresholds", {}).items()},
+                float(values.get("linear", 0.0)),
+                str(values.get("linear_hash", "")),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{file} is damaged: {error}; remove it to predict uncalibrated") from error
@@ -148,10 +167,31 @@ def mean_scores(views: Sequence[LabelScores]) -> LabelScores:
     return LabelScores(views[0].labels, means, views[0].lengths)
 
 
+def linear_of(folder: Path, calibration: Calibration) -> LinearModel | None:
+    """The linear model of a checkpoint, where its calibration gives it a weight.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
+    if not calibration.linear:
+        return None
+    file = folder / LINEAR_FILE
+    if not file.is_file() or file_hash(file) != calibration.linear_hash:
+        raise ModelError(f"{file} is missing or damaged, and {CALIBRATION_FILE} beside it needs it")
+    return LinearModel.load(file)
+
+
 def calibrate(
-    predictor: Predictor, examples: Sequence[Example], folder: Path, say: Callable[[str], None]
+    predictor: Predictor,
+    examples: Sequence[Example],
+    folder: Path,
+    say: Callable[[str], None],
+    train: Sequence[Example] = (),
 ) -> tuple[Calibration, dict[str, Any]]:
     """Fit on labelled examples, save `calibration.json` in a checkpoint, and say what it brought, or why 1 is kept.
+
+    Args:
+        train: rows for a linear model whose scores are added, where that helps; it becomes the predictor's.
 
     Returns:
         The calibration, and the report of `calibration_report`.
@@ -159,10 +199,35 @@ def calibrate(
     rows = predictor.log_probabilities(examples)
     norm = predictor.generation.length_norm
     right = [row.labels.index(example.label or "") for row, example in zip(rows, examples, strict=True)]
-    temperature, report = calibration_report([np.array(row.comparable(norm)) for row in rows], right)
-    calibration = Calibration(temperature, norm)
+    scores = [np.array(row.comparable(norm)) for row in rows]
+    temperature, report = calibration_report(scores, right)
+    if not predictor.calibrate.temperature:
+        temperature, report = 1.0, report | {"temperature": 1.0, "fitted": None, "after": report["before"]}
+    calibration, content = Calibration(temperature, norm), b""
+    if train:
+        model = LinearModel.fit([each.text for each in train], [each.label or "" for each in train])
+        found = model.scores([each.text for each in examples])
+        others = [
+            np.array(model.among(each, row.labels) or np.zeros(len(row.labels)))
+            for each, row in zip(found, rows, strict=True)
+        ]
+        weights, report["linear"] = mixture_report(scores, others, right, report["after"])
+        if weights is not None:
+            predictor.linear, content = model, model.content()
+            digest = hashlib.sha256(content).hexdigest()
+            calibration = Calibration(1 / weights[0], norm, linear=weights[1], linear_hash=digest)
     if rank() == 0:
+        if content:
+            write_bytes(folder / LINEAR_FILE, content)
         calibration.save(folder, report)
+    if predictor.calibrate.temperature:
+        say(_confidence(temperature, report))
+    if train:
+        say(_mixture(report["linear"]))
+    return calibration, report
+
+
+def _confidence(temperature: float, report: Mapping[str, Any]) -> str:
     before, after = report["before"], report["after"]
     figures = f"ECE {before['ece']:.3f}, NLL {before['nll']:.3f}, Brier {before['brier']:.3f}"
     if report["fitted"] is not None:
@@ -171,8 +236,17 @@ def calibrate(
             f"Brier {before['brier']:.3f} -> {after['brier']:.3f} (after: cross-fitted)"
         )
     kept = f" is kept, {report['refused']}" if report["refused"] is not None else ""
-    say(f"confidence: temperature {temperature:.2f}{kept}; {len(rows)} validation rows: {figures}")
-    return calibration, report
+    return f"confidence: temperature {temperature:.2f}{kept}; {report['rows']} validation rows: {figures}"
+
+
+def _mixture(report: Mapping[str, Any]) -> str:
+    before, after = report["before"], report["after"]
+    if report["refused"] is not None:
+        return f"linear model: not added, {report['refused']}"
+    return (
+        f"linear model: added with weight {report['weight']:.2f}; NLL {before['nll']:.3f} -> {after['nll']:.3f}, "
+        f"Brier {before['brier']:.3f} -> {after['brier']:.3f} (after: cross-fitted)"
+    )
 
 
 def calibrate_labels(

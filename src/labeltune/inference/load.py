@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from labeltune.config import HubConfig, RunConfig, changed_generation
-from labeltune.inference.calibration import Calibration
+from labeltune.inference.calibration import Calibration, linear_of
 from labeltune.inference.fingerprint import fingerprint
 from labeltune.inference.predictor import Predictor
 from labeltune.io.outputs import is_hub_name
@@ -73,7 +73,7 @@ def predictor_on(model: PreTrainedModel, folder: Path, trust_remote_code: bool =
     Raises:
         ModelError: the checkpoint is incomplete or damaged.
     """
-    info = RunInfo.load(folder)
+    info, calibration = RunInfo.load(folder), Calibration.load(folder)
     task = make_task(info.task, info.labels, info.prompt, info.entities)
     return Predictor(
         model,
@@ -82,7 +82,8 @@ def predictor_on(model: PreTrainedModel, folder: Path, trust_remote_code: bool =
         info.generation,
         columns=info.columns,
         calibrate=info.calibrate,
-        calibration=Calibration.load(folder),
+        calibration=calibration,
+        linear=linear_of(folder, calibration),
         source=info.model,
         weights=weights_file(folder, info),
         encoding=info.encoding,

@@ -33,6 +33,7 @@ from labeltune.distributed import (
     world_size,
 )
 from labeltune.errors import DataError, ModelError, PromptError
+from labeltune.evaluation.linear import LinearModel
 from labeltune.inference.calibration import (
     Calibration,
     LabelScores,
@@ -84,6 +85,7 @@ class Predictor:
         columns: names of the columns in the run's data files.
         calibrate: prior correction.
         calibration: what was fitted on validation rows.
+        linear: the linear model whose scores it weighs.
         source: names the base model.
         weights: file whose hash stands for the weights, for `fingerprint`.
         encoding: of the text files of the run's data.
@@ -103,6 +105,7 @@ class Predictor:
         columns: ColumnsConfig | None = None,
         calibrate: CalibrateConfig | None = None,
         calibration: Calibration | None = None,
+        linear: LinearModel | None = None,
         source: str = "",
         weights: Path | None = None,
         encoding: str = "utf-8",
@@ -112,7 +115,7 @@ class Predictor:
         self.generation = generation or GenerationConfig()
         self.columns = columns or ColumnsConfig()
         self.calibrate = calibrate or CalibrateConfig()
-        self.calibration = calibration or Calibration()
+        self.calibration, self.linear = calibration or Calibration(), linear
         self.source, self.weights, self.encoding = source, weights, encoding
         self.format_name = format_name
         self.builder = PromptBuilder(task, template)
@@ -150,7 +153,7 @@ class Predictor:
         if isinstance(self.task, MultilabelTask):
             each = self.label_probabilities(examples)
             return [self._with_labels(example.id, row) for example, row in zip(examples, each, strict=True)]
-        rows = self._probabilities(self.log_probabilities(examples))
+        rows = self._probabilities(examples)
         return [ranked(example.id, row) for example, row in zip(examples, rows, strict=True)]
 
     def stream(
@@ -217,7 +220,7 @@ class Predictor:
         if self.task.name == "multilabel":
             rows = self.label_probabilities(examples)
         else:
-            rows = self._probabilities(self.log_probabilities(examples))
+            rows = self._probabilities(examples)
         found = [[row[label] for label in columns] for row in rows]
         return np.array(found, dtype=np.float64).reshape(len(rows), len(columns))
 
@@ -401,8 +404,16 @@ class Predictor:
         answers = [answer for verdict in verdicts for answer in (verdict.yes, verdict.no)]
         return LabelTrie.of(answers, [verdict.asked for verdict in verdicts for _ in range(2)])
 
-    def _probabilities(self, rows: Sequence[LabelScores]) -> list[dict[str, float]]:
-        found = [self.calibration.probabilities(row, self.generation.length_norm) for row in rows]
+    def _probabilities(self, examples: Sequence[Example]) -> list[dict[str, float]]:
+        rows = self.log_probabilities(examples)
+        norm, linear = self.generation.length_norm, self.linear
+        others: list[list[float] | None] = [None] * len(rows)
+        if linear is not None:
+            each = linear.scores([example.text for example in examples])
+            others = [linear.among(scores, row.labels) for scores, row in zip(each, rows, strict=True)]
+        found = [
+            self.calibration.probabilities(row, norm, other) for row, other in zip(rows, others, strict=True)
+        ]
         return remove_prior(found) if self.calibrate.prior == "batch" else found
 
     def _extracted(self, task: NerTask, examples: Sequence[Example]) -> list[Prediction]:
@@ -463,8 +474,7 @@ class Predictor:
         predictions = []
         for example, views in zip(examples, self._marked_views(tokens, examples), strict=True):
             windows = [
-                [_in_document(entity, shown, example.text) for entity in answer.entities]
-                for shown, answer in views
+                [shown.placed(entity, example.text) for entity in answer.entities] for shown, answer in views
             ]
             entities = tuple(windows[0]) if len(windows) == 1 else without_crossing(windows, task.nested)
             if len(views) == 1:
@@ -586,11 +596,3 @@ class Predictor:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _in_document(entity: Entity, shown: Shown, text: str) -> Entity:
-    """An entity of a shown text with its place in the document."""
-    assert entity.start is not None and entity.end is not None
-    start = shown.in_document(entity.start)
-    end = start + entity.end - entity.start
-    return replace(entity, text=text[start:end], start=start, end=end)

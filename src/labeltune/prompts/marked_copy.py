@@ -54,6 +54,13 @@ class Shown:
             if start <= entity.start and entity.end <= end
         ]
 
+    def placed(self, entity: Entity, text: str) -> Entity:
+        """An entity of the shown text with its place in the document."""
+        assert entity.start is not None and entity.end is not None
+        start = self.in_document(entity.start)
+        end = start + entity.end - entity.start
+        return replace(entity, text=text[start:end], start=start, end=end)
+
     def in_document(self, place: int) -> int:
         """A place of the shown text in the document; it lies in a part or at its end."""
         at, start, _ = next(part for part in reversed(self.parts) if part[0] <= place)

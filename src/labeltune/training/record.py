@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "eval.patience",
     "eval.min_delta",
     "generation.batch_size",
+    "calibrate.linear",
     "calibrate.temperature",
     "calibrate.thresholds",
 )
