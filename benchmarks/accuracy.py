@@ -1,7 +1,7 @@
-"""Accuracy by labelled rows: configs of labeltune, SetFit and the linear floor, on the same draws of rows, with paired intervals.
+r"""Accuracy by labelled rows: configs of labeltune, SetFit and the linear floor, on the same draws of rows, with paired intervals.
 
-    python benchmarks/accuracy.py --data cls_titles.jsonl --model pocket-zh --rows 320 --part tune --out FOLDER \\
-        --arm short prompt.system= "prompt.user=标题：{text}\\n类别：" training.epochs=3 --arm recipe
+    python benchmarks/accuracy.py --data cls_titles.jsonl --model pocket-zh --rows 320 --part tune --out FOLDER \
+        --arm short 'prompt.system=""' 'prompt.user="标题：{text}\n类别："' training.epochs=3 --arm recipe
 
 Every text belongs to one part for good, by its hash: half of the file is drawn from for training, a fifth is there to choose by (`--part tune`),
 and the rest to report (`--part test`). `--test FILE` reports on other rows instead, and refuses a file that has a text of `--data`. A draw of
@@ -111,7 +111,6 @@ def config_of(
         f"output_dir={folder}",
         "tracking=none",
     ]
-    changes = [change.replace("\\n", "\n") for change in changes]
     if name.startswith("recipe"):
         return original_config(options.task, [*common, *changes])
     starter = Path(labeltune.__file__).parent / "starter" / f"{options.task}.yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tempfile
 import warnings
@@ -57,7 +58,7 @@ def floor_of(train: Sequence[Example], examples: Sequence[Example]) -> Floor | N
         return None
     if examples[0].entities is not None:
         known = [train[row] for row in evenly(len(train), MAX_CRF_ROWS)]
-        return _crf(known, examples) if _has_crfsuite() else None
+        return _crf(known, examples) if importlib.util.find_spec("pycrfsuite") is not None else None
     known = [train[row] for row in evenly(len(train), MAX_ROWS)]
     labels = {name for each in known for name in each.right_names}
     if len(labels) * len(known) > MAX_WORK:
@@ -126,14 +127,6 @@ def _threshold(model: Any, known: Any, wanted: Any) -> float:
     return max(
         _THRESHOLDS, key=lambda least: f1_score(wanted, chances >= least, average="micro", zero_division=0)
     )
-
-
-def _has_crfsuite() -> bool:
-    try:
-        import pycrfsuite  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def _crf(train: Sequence[Example], examples: Sequence[Example]) -> Floor:

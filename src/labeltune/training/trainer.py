@@ -94,7 +94,8 @@ class LabelTrainer(Trainer):  # type: ignore[misc]
     """Computes a step as the sum over its packs.
 
     The loss is the weighted sum over answer tokens divided by the weights of all answer tokens of the whole step on all processes, or
-    another `objective` of the whole step, so neither the cut into packs nor the number of processes changes it. Gradients are added up over processes once, after the last pack.
+    another `objective` of the whole step, so neither the cut into packs nor the number of processes changes it.
+    Gradients are added up over processes once, after the last pack.
 
     Args:
         say: told when packs become smaller.
