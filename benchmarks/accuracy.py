@@ -261,7 +261,7 @@ def main() -> None:
         for arm in ([FLOOR], *options.arm):
             file = options.out / f"{arm[0]}-{draw}.json"
             if not file.exists():
-                found, seconds = WAYS[arm[0]](options, arm, known, asked, options.out / arm[0])
+                found, seconds = WAYS[arm[0]](options, arm, known, asked, options.out / f"{arm[0]}-{draw}")
                 told = {"arm": arm, "rows": len(known), "counts": counts_of(asked, found), "seconds": seconds}
                 file.write_text(json.dumps(told) + "\n", "utf-8")
                 print(
