@@ -265,7 +265,10 @@ class TrainingConfig(Section):
     method: Literal["lora", "qlora", "full"] = Field(
         "lora", description="adapter, adapter on a 4-bit base model, or all weights"
     )
-    epochs: float = Field(2, gt=0, description="passes over the training rows")
+    epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        2.0,
+        description="passes over the training rows; auto: the fewer rows, the more, from 8 to 2 (docs/accuracy.md)",
+    )
     max_steps: int | None = Field(
         None, ge=1, description="stop after this many optimizer steps, whatever `epochs` says"
     )
@@ -286,7 +289,9 @@ class TrainingConfig(Section):
         description="what is minimized (classification): the loss of the right answer's tokens; of the right one among all complete answers, "
         "which is what prediction computes; or the sum of both",
     )
-    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        1e-4, description="peak learning rate; auto: by the width of the model (docs/accuracy.md)"
+    )
     scheduler: str = Field("linear", description="learning rate schedule, by its transformers name")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
@@ -552,8 +557,7 @@ def build_config(values: dict[str, Any], where: str = "config") -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         known = [name for name, *_ in config_keys()]
-        problems = [describe(problem, known) for problem in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+        raise ConfigError(f"{where}: {describe(error.errors(), known)}") from None
 
 
 def changed_generation(generation: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:

@@ -80,12 +80,30 @@ def unwritable(value: object, key: str = "") -> Iterator[str]:
             yield from unwritable(child, key)
 
 
-def describe(problem: ErrorDetails, known: Sequence[str]) -> str:
-    """What is wrong with one key.
+def describe(problems: Sequence[ErrorDetails], known: Sequence[str]) -> str:
+    """What is wrong with a config.
 
     Args:
         known: all keys that there are.
     """
+    found: dict[tuple[str, str], list[ErrorDetails]] = {}
+    for problem in problems:
+        parts = [str(part) for part in problem["loc"]]
+        ways = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+        own = next((way for way in ways if way in known), ".".join(parts))
+        found.setdefault((own, repr(problem["input"])), []).append(problem)
+    told = []
+    for (key, value), each in found.items():
+        if len(each) == 1:
+            told.append(_described(each[0], known))
+        else:  # of a key that takes values of several kinds, one of each
+            ways = [problem["msg"].removeprefix("Input should be ") for problem in each]
+            told.append(f"{key}: Input should be {', or '.join(ways)} (got {clipped(value, 200)})")
+    return "; ".join(told)
+
+
+def _described(problem: ErrorDetails, known: Sequence[str]) -> str:
+    """What is wrong with one key."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {clipped(key, 200)!r}{_suggestion(key, known, problem['input'])}"

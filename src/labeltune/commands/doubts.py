@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from labeltune.commands.folds import folds_of
 from labeltune.commands.row_hashes import rows_seen
-from labeltune.config import RunConfig, build_config, is_config
-from labeltune.data.formats.write import prediction_of, results, row_of, write_rows
-from labeltune.data.loading import Rows, stratum
-from labeltune.errors import ConfigError, DataError
+from labeltune.config import RunConfig, is_config
+from labeltune.data.formats.write import prediction_of, results, row_of
+from labeltune.data.loading import Rows
+from labeltune.errors import ConfigError
 from labeltune.evaluation.label_doubts import Doubt, Judged
-from labeltune.evaluation.learning_curve import stratified_order
 from labeltune.io.lock import scratch_folder
-from labeltune.io.outputs import check_file, note_replaced, write_json, write_jsonl, write_text
+from labeltune.io.outputs import check_file, note_replaced, write_json, write_jsonl
 from labeltune.io.progress import note, phase, row_progress
 from labeltune.io.run_folder import find_checkpoint
 from labeltune.types import Example
@@ -135,7 +135,7 @@ def judged_by_run(run: str, rows: Rows) -> list[Judged]:
         return list(judge(predictor, examples))
 
 
-def judged_out_of_fold(config: RunConfig, rows: Rows, folds: int) -> list[Judged]:
+def judged_out_of_fold(config: RunConfig, rows: Rows, count: int) -> list[Judged]:
     """All usable rows, each by a model that was trained on the other folds; equal texts stand in one fold.
 
     Raises:
@@ -146,50 +146,16 @@ def judged_out_of_fold(config: RunConfig, rows: Rows, folds: int) -> list[Judged
     from labeltune.inference.load import load_predictor
 
     examples = rows.examples()
-    fold_of = _folds(
-        [stratum(row) for row in rows.dataset.remove_columns("text")], [each.text for each in examples], folds
-    )
     labels = rows.audit.label_set(config.data.labels)
-    folder = scratch_folder() / "folds"
     found: dict[int, Judged] = {}
-    for fold in range(folds):
-        learned = [example for example, own in zip(examples, fold_of, strict=True) if own != fold]
-        numbers = [number for number, own in enumerate(fold_of) if own == fold]
-        if not learned or not numbers:
-            raise DataError(f"{rows.audit.path} has too few texts for {folds} folds; lower --folds")
-        part = _without(config, folder / str(fold), learned, labels)
-        note(f"fold {fold + 1} of {folds}: training on {len(learned)} rows, judging {len(numbers)}")
-        result = train(part, overwrite=True)
+    folds = folds_of(config, rows.dataset, labels, count, scratch_folder() / "folds")
+    for number, fold in enumerate(folds, 1):
+        note(f"fold {number} of {count}: training on {len(fold.learned)} rows, judging {len(fold.asked)}")
+        result = train(fold.config, overwrite=True)
         with load_predictor(result.best) as predictor:
-            judged = judge(predictor, [examples[number] for number in numbers])
-            found |= dict(zip(numbers, judged, strict=True))
+            judged = judge(predictor, [examples[each] for each in fold.asked])
+            found |= dict(zip(fold.asked, judged, strict=True))
     return [found[number] for number in range(len(examples))]
-
-
-def _folds(strata: Sequence[str], texts: Sequence[str], folds: int) -> list[int]:
-    """The fold of each row: strata alike in each, equal texts together."""
-    order = stratified_order(strata, 0)
-    own = [0] * len(texts)
-    for place, number in enumerate(order):
-        own[int(number)] = place % folds
-    first: dict[str, int] = {}
-    return [first.setdefault(text, own[number]) for number, text in enumerate(texts)]
-
-
-def _without(config: RunConfig, folder: Path, learned: Sequence[Example], labels: Sequence[str]) -> RunConfig:
-    """The config of a run on these rows alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "train.jsonl", "".join(write_rows(learned)))
-    values = config.model_dump()
-    values["data"] = {
-        "train": str(folder / "train.jsonl"),
-        "validation_fraction": 0.0,
-        "labels": list(labels),
-        "entities": config.data.entities,
-        "format": "rows",
-    }
-    values["eval"] = {**values["eval"], "metric": "auto", "patience": None}
-    return build_config({**values, "output_dir": str(folder / "run"), "tracking": "none"})
 
 
 def write_losses(path: Path, judged: Sequence[Judged]) -> None:

@@ -34,7 +34,7 @@ from labeltune.data.loading import Rows, load_rows, load_splits
 from labeltune.data.records import without_key
 from labeltune.data.sources import resolve_data
 from labeltune.errors import ConfigError, DataError
-from labeltune.evaluation.floor import floor_figures, floor_of
+from labeltune.evaluation.floor import Floor, floor_figures, floor_of
 from labeltune.evaluation.metrics import classification_metrics
 from labeltune.evaluation.multilabel import multilabel_metrics
 from labeltune.evaluation.report import report_page
@@ -198,11 +198,13 @@ def all_metrics(
     predictions: Sequence[Prediction],
     labels: Sequence[str],
     train: Sequence[Example] = (),
+    floor: Floor | None = None,
 ) -> dict[str, Any]:
     """What is reported of labelled rows and their predictions, behind `about`.
 
     Args:
-        train: the rows that the model was trained on, for a linear model beside it.
+        train: the rows that the model was trained on, for a linear model beside it, unless
+        floor: the answers of one are there already.
     """
     if examples[0].labels is not None:
         found = {"task": "multilabel", **multilabel_metrics(examples, predictions, labels)}
@@ -211,7 +213,9 @@ def all_metrics(
     else:
         dictionary = entity_dictionary(train) if train else None
         found = {"task": "ner", **ner_metrics(examples, predictions, dictionary)}
-    if (floor := floor_of(train, examples)) is not None:
+    if floor is None:
+        floor = floor_of(train, examples)
+    if floor is not None:
         found["floor"] = floor_figures(floor, examples, predictions, found["task"])
         (figure,) = figure_of_rows(examples, floor.predictions, range(len(examples))).values()
         found.setdefault("baselines", {})[floor.kind] = figure

@@ -39,6 +39,7 @@ def plan(config: RunConfig, *, say: Say = tell_on_main) -> CostEstimate:
 
 def _plan(config: RunConfig, say: Say) -> CostEstimate:
     prepared = prepare(config, read_rows(config, say), say)
+    config = prepared.config
     import torch
 
     from labeltune.models.precision import free_memory

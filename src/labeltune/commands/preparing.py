@@ -90,6 +90,7 @@ class Prepared:
     """A run before any weight is loaded.
 
     Attributes:
+        config: the one given, with numbers in place of `auto`.
         base: folder of the base model.
         splits: the rows that fit `prompt.max_length`.
         selection: the validation rows that are predicted again and again, whose figure picks the best checkpoint.
@@ -134,10 +135,11 @@ def prepare(config: RunConfig, all_rows: Splits, say: Say, resume_from: Path | N
         PromptError: a row cannot fit, and `data.on_error` is `stop`.
     """
     base, builder = load_prompts(config, all_rows.labels, resume_from)
-    from labeltune.training.preflight import check_layers
+    from labeltune.training.preflight import check_layers, settled
 
     check_layers(config, base)
     splits = without_too_long(all_rows, builder, config, say)
+    config = settled(config, len(splits.train), base, say)
     selection = validation_rows(splits, config.eval.max_rows)
     warn_of_rows(config, splits, selection, say)
     return Prepared(config, base, builder, splits, selection)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Generic, ParamSpec, TypeVar
 import typer
 
 from labeltune.commands.evaluate import all_metrics, write_evaluation
+from labeltune.commands.folds import train_with_folds
 from labeltune.commands.learning_curve import figures_of, parts_of_run
 from labeltune.commands.options import AsJson, Overrides, OverwriteRun, ResumeTraining
 from labeltune.commands.plan import print_costs
@@ -40,7 +41,7 @@ from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.evaluation.floor import MAX_ROWS, evenly
 from labeltune.evaluation.learning_curve import Point, growth, metric_of, point_of, told
-from labeltune.evaluation.summary import SELECTION, Evaluation, floor_line, headline
+from labeltune.evaluation.summary import OUT_OF_FOLD, Evaluation, floor_line, headline
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import is_hub_name, remove_leftovers
 from labeltune.io.processes import ended_like_ctrl_c
@@ -60,6 +61,7 @@ from labeltune.models.pocket import check_spec
 from labeltune.types import Example
 
 if TYPE_CHECKING:
+    from labeltune.inference.calibration import OutOfFold
     from labeltune.inference.predictor import Predictor
     from labeltune.tracking.base import Tracker
     from labeltune.training.record import TrainResult
@@ -97,6 +99,13 @@ Curve = Annotated[
         help="Train on an eighth, a quarter and a half of the rows first, and say what more rows would bring.",
     ),
 ]
+Folds = Annotated[
+    int | None,
+    typer.Option(
+        help="For few rows: train so many times without a part of them first, measure and calibrate on those, then train on all rows.",
+        min=2,
+    ),
+]
 Task = Annotated[
     str | None,
     typer.Option(help="Shorthand for task=...; guessed from the columns of --data without a config."),
@@ -115,23 +124,29 @@ def train_command(
     task: Task = None,
     accept_license: License = None,
     learning_curve: Curve = False,
+    folds: Folds = None,
 ) -> None:
     """Fine-tune a model; checkpoints go to the config's output_dir."""
     loaded, file, command = _config_of(
         config, overrides, data, model=model, task=task, accept_license=accept_license
     )
-    if learning_curve and dry_run:
-        raise ConfigError("--dry-run is about one run; leave out --learning-curve")
+    if dry_run and (learning_curve or folds):
+        raise ConfigError("--dry-run is about one run; leave out --learning-curve and --folds")
+    if learning_curve and folds:
+        raise ConfigError("--learning-curve and --folds are two things; give one of them")
     if dry_run:
         if resume:
             raise ConfigError("--dry-run is about a whole run; leave out --resume")
         print_costs(loaded, as_json=False)
         return
     check_inputs_kept(loaded, file, overwrite and not resume)
-    if not learning_curve:
+    if learning_curve:
+        train_with_curve(loaded, resume=resume, overwrite=overwrite, command=f"{command} --learning-curve")
+    elif folds:
+        command += f" --folds {folds}"
+        train_with_folds(loaded, folds, resume=resume, overwrite=overwrite, command=command)
+    else:
         train(loaded, resume=resume, overwrite=overwrite, command=command)
-        return
-    train_with_curve(loaded, resume=resume, overwrite=overwrite, command=f"{command} --learning-curve")
 
 
 def plan_command(
@@ -233,6 +248,7 @@ def train(
     say: Say = tell_on_main,
     command: str | None = None,
     parts: Sequence[Point] = (),
+    unseen: OutOfFold | None = None,
 ) -> TrainResult:
     """Fine-tune a model as the config says; checkpoints appear under `config.output_dir`.
 
@@ -242,13 +258,14 @@ def train(
         overwrite: delete the checkpoints of an earlier run, once data and model are known to be usable.
         command: the command line that trains, for messages on how to go on; nothing is said about commands when None.
         parts: figures of runs on parts of the rows, for the learning curve in the report.
+        unseen: the training rows as models answer them that were not trained on them, in place of validation rows.
 
     Raises:
         LabeltuneError: any of its kinds; config, data and output folder are checked before weights are loaded.
         Interrupted: Ctrl-C; the message names the checkpoint that was saved.
     """
     if rank() != 0:
-        return _train(config, resume, overwrite, say, command, parts)
+        return _train(config, resume, overwrite, say, command, parts, unseen)
     folder, writing = Path(config.output_dir), f"another training writes into {config.output_dir}"
     with (
         alone_with(folder / ".lock", writing, "wait for it, or choose another output_dir", tidy=True),
@@ -256,7 +273,7 @@ def train(
         no_long_silence(say),
     ):
         try:
-            return _train(config, resume, overwrite, say, command, parts)
+            return _train(config, resume, overwrite, say, command, parts, unseen)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {how_to_go_on(folder, command)}") from None
 
@@ -292,7 +309,13 @@ def train_with_curve(
 
 
 def _train(
-    config: RunConfig, resume: bool, overwrite: bool, say: Say, command: str | None, parts: Sequence[Point]
+    config: RunConfig,
+    resume: bool,
+    overwrite: bool,
+    say: Say,
+    command: str | None,
+    parts: Sequence[Point],
+    unseen: OutOfFold | None,
 ) -> TrainResult:
     started, folder = time.monotonic(), Path(config.output_dir)
     check_spec(config.model, config.hub.accept_license)
@@ -303,6 +326,7 @@ def _train(
     if resume_from is not None:
         record.check_unchanged(resume_from, config, all_rows, summarize(config, all_rows))
     prepared = prepare(config, all_rows, say, resume_from)
+    given, config = config, prepared.config
     splits, builder, selection = prepared.splits, prepared.builder, prepared.selection
     if resume_from is not None:
         rows = len(splits.train)
@@ -344,15 +368,18 @@ def _train(
             where=prepared.where,
             validate=validate if selection else None,
             files={
-                RECORD_FILE: record.run_record(config, all_rows),
+                RECORD_FILE: record.run_record(given, all_rows),
                 TRAINING_FILE: hashes_file(splits.train_texts),
             },
             command=command,
             show=show if shown else None,
         )
         finishing = time.monotonic()
-        if selection:
-            _finish(predictor, result, config, splits, selection, tracker=tracker, say=say, parts=parts)
+        if selection or unseen is not None:
+            asked = selection if unseen is None else unseen.examples
+            _finish(
+                predictor, result, config, splits, asked, tracker=tracker, say=say, parts=parts, unseen=unseen
+            )
     except BaseException as error:
         tracker.finish(error)
         raise
@@ -483,10 +510,15 @@ def _finish(
     tracker: Tracker,
     say: Say,
     parts: Sequence[Point],
+    unseen: OutOfFold | None,
 ) -> None:
     """With the best checkpoint's weights: fit a temperature, save hashes of the validation rows, and report on them.
 
     `evaluate` tells by the hashes which of its rows were used for selection.
+
+    Args:
+        selection: the validation rows that are reported on, or those of
+        unseen: the rows of all folds.
     """
     from labeltune.inference.calibration import calibrate, calibrate_labels, calibration_figures
     from labeltune.inference.load import load_predictor
@@ -506,26 +538,34 @@ def _finish(
     known = [Example.from_row(row) for row in train]
     if config.task == "multilabel":
         begin("measuring confidence on the validation rows")
-        handful = fixed_handful(splits, CALIBRATION_ROWS)
-        predictor.calibration, _ = calibrate_labels(predictor, handful, best, metric_of(config), say)
+        handful = selection if unseen is not None else fixed_handful(splits, CALIBRATION_ROWS)
+        predictor.calibration, _ = calibrate_labels(predictor, handful, best, metric_of(config), say, unseen)
     elif (config.calibrate.temperature or config.calibrate.linear) and config.task == "classification":
         begin("measuring confidence on the validation rows")
-        handful = fixed_handful(splits, CALIBRATION_ROWS)
+        handful = selection if unseen is not None else fixed_handful(splits, CALIBRATION_ROWS)
         beside = known if config.calibrate.linear else []
-        calibration, report = calibrate(predictor, handful, best, say, beside)
+        calibration, report = calibrate(predictor, handful, best, say, beside, unseen)
         predictor.calibration = calibration
         tracker.log(calibration_figures(report), result.steps)
-    assert splits.validation is not None
-    begin(f"predicting {len(selection)} validation rows with the best checkpoint", say)
-    predictions = predictor.predict(selection)
+    about = {"run": str(result.best), "base": False, "decoding": predictor.generation.decoding}
+    if unseen is not None:
+        predictions, known = unseen.answers(predictor), []
+        about["data"] = (
+            f"training rows, each answered by a model that was not trained on it ({unseen.folds} folds)"
+        )
+        about |= {"rows_are": OUT_OF_FOLD, "training_rows": 0}
+    else:
+        begin(f"predicting {len(selection)} validation rows with the best checkpoint", say)
+        predictions = predictor.predict(selection)
+        about["data"] = "validation rows of the training run"
+        about |= Seen(trained=0, selected=len(selection)).to_dict()
     if rank() != 0:
         return
-    save_selection(best, splits.validation["text"])
-    where = "validation rows of the training run"
-    about = {"run": str(result.best), "base": False, "decoding": predictor.generation.decoding, "data": where}
-    about |= Seen(trained=0, selected=len(selection)).to_dict()
+    if splits.validation is not None:
+        save_selection(best, splits.validation["text"])
     begin("fitting a linear model on the same rows")
-    metrics = all_metrics(about, selection, predictions, predictor.task.labels, known)
+    floor = unseen.floor if unseen is not None else None
+    metrics = all_metrics(about, selection, predictions, predictor.task.labels, known, floor)
     if (line := floor_line(metrics)) is not None:
         say(f"floor: {line}")
     if parts:
@@ -533,5 +573,5 @@ def _finish(
         say(told(metrics["learning_curve"]))
     folder = Path(config.output_dir) / VALIDATION_FOLDER
     write_evaluation(folder, metrics, selection, predictions)
-    say(f"report on {SELECTION} rows: {folder / 'report.html'}")
+    say(f"report on {about['rows_are']} rows: {folder / 'report.html'}")
     tracker.log_charts(Evaluation(metrics, selection, predictions), result.steps)

@@ -31,6 +31,8 @@ from labeltune.types import Example, Prediction
 
 #: What a run's figures on its validation rows are called, wherever they are shown.
 SELECTION = "validation (used for selection)"
+#: And of training rows that models answered which were trained on the others.
+OUT_OF_FOLD = "training, out of fold"
 #: What figures are called as soon as one of their rows was trained on.
 TRAINING = "training (seen by the model)"
 #: The figures to show first, by task.

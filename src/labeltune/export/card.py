@@ -120,7 +120,7 @@ def card(info: RunInfo, facts: Facts) -> str:
     )
     figures: list[tuple[Mapping[str, Any], str, str | None]] = []
     if facts.validation is not None:
-        figures.append((facts.validation, SELECTION, None))
+        figures.append((facts.validation, facts.validation.get("rows_are", SELECTION), None))
     if facts.test is not None:
         # Rows that chose the checkpoint stay that, also in a file that was given as a test.
         source = public_name(str(facts.test.get("data", "")))

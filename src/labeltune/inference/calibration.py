@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from labeltune.distributed import rank
 from labeltune.errors import ModelError
 from labeltune.evaluation.confidence import calibration_report, mixture_report, sigmoid, softmax
 from labeltune.evaluation.decisions import scales_report, threshold_report
+from labeltune.evaluation.floor import Floor, floor_of
 from labeltune.evaluation.linear import LinearModel
 from labeltune.evaluation.summary import SELECTION
 from labeltune.io.outputs import file_hash, write_bytes, write_json
@@ -88,6 +90,12 @@ class Calibration:
     def threshold_of(self, label: str) -> float:
         """The probability from which on a label is given."""
         return self.thresholds.get(label, self.threshold)
+
+    def given(self, number: str, probabilities: Mapping[str, float]) -> Prediction:
+        """The labels of a row that are probable enough, and the whole ranking."""
+        ranking = tuple(sorted(probabilities.items(), key=lambda pair: -pair[1]))
+        labels = tuple(label for label, p in ranking if p >= self.threshold_of(label))
+        return Prediction(number, "\n".join(labels), labels=labels, ranking=ranking)
 
     def probabilities(
         self, row: LabelScores, length_norm: str, linear: Sequence[float] | None = None
@@ -167,6 +175,71 @@ def mean_scores(views: Sequence[LabelScores]) -> LabelScores:
     return LabelScores(views[0].labels, means, views[0].lengths)
 
 
+def linear_scores(
+    model: LinearModel, examples: Sequence[Example], rows: Sequence[LabelScores]
+) -> list[list[float] | None]:
+    """A linear model's log-odds of every row's candidates; None where it does not know all of them."""
+    found = model.scores([each.text for each in examples])
+    return [model.among(each, row.labels) for each, row in zip(found, rows, strict=True)]
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """Rows, each with what a model says that was not trained on it.
+
+    Attributes:
+        scores: of a label a row, before calibration; `odds` of several.
+        linear: log-odds of the row's candidates by a linear model that was not trained on it either, None for candidates it does not know.
+        floors: linear models' answers, of a fold each.
+    """
+
+    folds: int
+    examples: list[Example] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
+    scores: list[LabelScores] = field(default_factory=list)
+    odds: list[dict[str, float]] = field(default_factory=list)
+    linear: list[list[float] | None] = field(default_factory=list)
+    floors: list[Floor | None] = field(default_factory=list)
+
+    def add(self, predictor: Predictor, learned: Sequence[Example], asked: Sequence[Example]) -> None:
+        """What a fold's model says of the rows that it has not seen."""
+        self.examples.extend(asked)
+        self.floors.append(floor_of(learned, asked))
+        if predictor.task.name == "ner":
+            self.predictions.extend(predictor.predict(asked))
+        elif predictor.task.name == "multilabel":
+            self.odds.extend(predictor.log_odds(asked))
+        else:
+            self.scores.extend(rows := predictor.log_probabilities(asked))
+            if predictor.calibrate.linear:
+                texts, right = [each.text for each in learned], [each.label or "" for each in learned]
+                self.linear.extend(linear_scores(LinearModel.fit(texts, right), asked, rows))
+
+    def answers(self, predictor: Predictor) -> list[Prediction]:
+        """What they say, weighed as this predictor weighs its own scores."""
+        numbers = [example.id for example in self.examples]
+        calibration, norm = predictor.calibration, predictor.generation.length_norm
+        if self.odds:
+            return [
+                calibration.given(n, calibration.each(row)) for n, row in zip(numbers, self.odds, strict=True)
+            ]
+        if self.scores:
+            linear = self.linear or [None] * len(numbers)
+            rows = [calibration.probabilities(*pair) for pair in zip(self.scores, repeat(norm), linear)]
+            rows = remove_prior(rows) if predictor.calibrate.prior == "batch" else rows
+            return list(map(ranked, numbers, rows))
+        return self.predictions
+
+    @property
+    def floor(self) -> Floor | None:
+        """The linear models' answers to all rows; None where a fold has none."""
+        known = [floor for floor in self.floors if floor is not None]
+        if len(known) < len(self.floors):
+            return None
+        answers = tuple(answer for floor in known for answer in floor.predictions)
+        return Floor(known[0].kind, min(floor.rows for floor in known), answers)
+
+
 def linear_of(folder: Path, calibration: Calibration) -> LinearModel | None:
     """The linear model of a checkpoint, where its calibration gives it a weight.
 
@@ -187,16 +260,18 @@ def calibrate(
     folder: Path,
     say: Callable[[str], None],
     train: Sequence[Example] = (),
+    unseen: OutOfFold | None = None,
 ) -> tuple[Calibration, dict[str, Any]]:
     """Fit on labelled examples, save `calibration.json` in a checkpoint, and say what it brought, or why 1 is kept.
 
     Args:
         train: rows for a linear model whose scores are added, where that helps; it becomes the predictor's.
+        unseen: what models say of these examples that were not trained on them, where this one was.
 
     Returns:
         The calibration, and the report of `calibration_report`.
     """
-    rows = predictor.log_probabilities(examples)
+    rows = predictor.log_probabilities(examples) if unseen is None else unseen.scores
     norm = predictor.generation.length_norm
     right = [row.labels.index(example.label or "") for row, example in zip(rows, examples, strict=True)]
     scores = [np.array(row.comparable(norm)) for row in rows]
@@ -206,11 +281,8 @@ def calibrate(
     calibration, content = Calibration(temperature, norm), b""
     if train:
         model = LinearModel.fit([each.text for each in train], [each.label or "" for each in train])
-        found = model.scores([each.text for each in examples])
-        others = [
-            np.array(model.among(each, row.labels) or np.zeros(len(row.labels)))
-            for each, row in zip(found, rows, strict=True)
-        ]
+        found = linear_scores(model, examples, rows) if unseen is None else unseen.linear
+        others = [np.array(each or np.zeros(len(row.labels))) for each, row in zip(found, rows, strict=True)]
         weights, report["linear"] = mixture_report(scores, others, right, report["after"])
         if weights is not None:
             predictor.linear, content = model, model.content()
@@ -255,6 +327,7 @@ def calibrate_labels(
     folder: Path,
     objective: str,
     say: Callable[[str], None],
+    unseen: OutOfFold | None = None,
 ) -> tuple[Calibration, dict[str, Any]]:
     """The same for labels that are decided each by itself: scales of their log-odds, and thresholds for `objective`, as far as
     `predictor.calibrate` allows.
@@ -262,7 +335,7 @@ def calibrate_labels(
     Returns:
         The calibration, and the reports of `scales_report` (None when it was not asked for) and `threshold_report`.
     """
-    rows = predictor.log_odds(examples)
+    rows = predictor.log_odds(examples) if unseen is None else unseen.odds
     names = sorted({label for row in rows for label in row})
     odds = np.array([[row.get(label, np.nan) for label in names] for row in rows])
     right = np.array([[label in (example.labels or ()) for label in names] for example in examples])

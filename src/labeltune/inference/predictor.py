@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -37,6 +37,7 @@ from labeltune.evaluation.linear import LinearModel
 from labeltune.inference.calibration import (
     Calibration,
     LabelScores,
+    linear_scores,
     mean_scores,
     ranked,
     remove_prior,
@@ -152,7 +153,9 @@ class Predictor:
             return self._answered(examples, how)
         if isinstance(self.task, MultilabelTask):
             each = self.label_probabilities(examples)
-            return [self._with_labels(example.id, row) for example, row in zip(examples, each, strict=True)]
+            return [
+                self.calibration.given(example.id, row) for example, row in zip(examples, each, strict=True)
+            ]
         rows = self._probabilities(examples)
         return [ranked(example.id, row) for example, row in zip(examples, rows, strict=True)]
 
@@ -368,11 +371,6 @@ class Predictor:
             rows.append(dict(zip(labels, (odds[..., 0] - odds[..., 1]).max(axis=0).tolist(), strict=True)))
         return rows
 
-    def _with_labels(self, number: str, probabilities: Mapping[str, float]) -> Prediction:
-        ranking = tuple(sorted(probabilities.items(), key=lambda pair: -pair[1]))
-        labels = tuple(label for label, p in ranking if p >= self.calibration.threshold_of(label))
-        return Prediction(number, "\n".join(labels), labels=labels, ranking=ranking)
-
     def _tries_of(self, example: Example) -> list[LabelTrie]:
         """The answers that are compared for a row: all labels together, or, where every label is decided by itself, what is answered
         about `VERDICTS` of them each."""
@@ -409,8 +407,7 @@ class Predictor:
         norm, linear = self.generation.length_norm, self.linear
         others: list[list[float] | None] = [None] * len(rows)
         if linear is not None:
-            each = linear.scores([example.text for example in examples])
-            others = [linear.among(scores, row.labels) for scores, row in zip(each, rows, strict=True)]
+            others = linear_scores(linear, examples, rows)
         found = [
             self.calibration.probabilities(row, norm, other) for row, other in zip(rows, others, strict=True)
         ]

@@ -184,7 +184,16 @@ def steps_an_epoch(rows: int, batch_size: int) -> int:
 
 def steps_in_all(rows: int, training: TrainingConfig) -> int:
     """Optimizer steps of a run, as transformers counts them."""
-    return training.max_steps or math.ceil(training.epochs * steps_an_epoch(rows, training.batch_size))
+    return training.max_steps or math.ceil(
+        chosen(training.epochs) * steps_an_epoch(rows, training.batch_size)
+    )
+
+
+def chosen(value: float | str) -> float:
+    """A key's value, once `settled` has put a number in place of `auto`."""
+    if isinstance(value, str):
+        raise TypeError(f"{value} stands for a number that is chosen when rows and model are known")
+    return value
 
 
 def run_order(rows: int, training: TrainingConfig) -> Iterator[list[int]]:

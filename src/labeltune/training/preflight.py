@@ -28,6 +28,7 @@ from labeltune.training.packing import (
     SAMPLED_STEPS,
     Packing,
     Row,
+    chosen,
     pack_step,
     rows_of_steps,
     step_order,
@@ -52,8 +53,33 @@ KEPT_BY_CHECKPOINTING = 0.15
 CALL_WORK = {"cuda": 300_000_000_000, "mps": 30_000_000_000, "cpu": 600_000_000}
 #: No more than these, as a token costs something however few weights it passes.
 MOST_CALL_TOKENS = {"cuda": 1 << 15, "mps": 1 << 12, "cpu": 256}
+#: Passes that `training.epochs: auto` stands for: as many as make about this many examples, within bounds (docs/accuracy.md).
+AUTO_EXAMPLES, FEWEST_EPOCHS, MOST_EPOCHS = 1200, 2, 8
 #: Schedules that watch a figure; Trainer hands it to them.
 WATCHING = ("reduce_lr_on_plateau", "greedy")
+
+
+def settled(config: RunConfig, rows: int, model: Path, say: Say) -> RunConfig:
+    """The config with numbers in place of `auto`, which are said.
+
+    The learning rate follows Thinking Machines' fit over models and data sets (LoRA Without Regret, 2025, and the Tinker cookbook's
+    get_lr): 5e-5 times 10 for an adapter, times (2000 / hidden size) ** 0.781.
+
+    Args:
+        rows: number of training rows.
+        model: the base model's folder.
+    """
+    options = config.training
+    found: dict[str, float] = {}
+    if options.epochs == "auto":
+        found["epochs"] = float(round(min(max(AUTO_EXAMPLES / rows, FEWEST_EPOCHS), MOST_EPOCHS)))
+        say(f"training.epochs: {found['epochs']:g}, for {rows} rows")
+    if options.learning_rate == "auto":
+        width = model_shape(model, config.hub.trust_remote_code)[0].get_text_config().hidden_size
+        rate = 5e-5 * (1 if options.method == "full" else 10) * (2000 / width) ** 0.781
+        found["learning_rate"] = float(f"{rate:.1e}")
+        say(f"training.learning_rate: {found['learning_rate']:.1e}, for a model of width {width}")
+    return config.model_copy(update={"training": options.model_copy(update=found)})
 
 
 def training_arguments(config: RunConfig, precision: Precision, has_validation: bool) -> TrainingArguments:
@@ -73,9 +99,9 @@ def training_arguments(config: RunConfig, precision: Precision, has_validation: 
         arguments = TrainingArguments(
             output_dir=config.output_dir,
             per_device_train_batch_size=options.batch_size,
-            num_train_epochs=options.epochs,
+            num_train_epochs=chosen(options.epochs),
             max_steps=options.max_steps or -1,
-            learning_rate=options.learning_rate,
+            learning_rate=chosen(options.learning_rate),
             lr_scheduler_type=options.scheduler,
             warmup_steps=options.warmup_steps,
             weight_decay=options.weight_decay,

@@ -13,7 +13,7 @@ from labeltune.config import KEPT_AND_SHOWN, RunConfig, is_among, leaves
 from labeltune.errors import ConfigError, ModelError, clipped
 from labeltune.io.outputs import write_json
 from labeltune.io.run_folder import ADAPTER_FILE, RECORD_FILE, SELECTION_FILE, RunInfo, validation_file
-from labeltune.training.packing import steps_in_all
+from labeltune.training.packing import chosen, steps_in_all
 
 if TYPE_CHECKING:
     from labeltune.data.loading import Splits
@@ -323,7 +323,7 @@ def nothing_left(ended: Finished, config: RunConfig, rows: int) -> str:
             f"improvement (eval.patience={config.eval.patience}); to train on, raise it"
         )
     key = "max_steps" if config.training.max_steps else "epochs"
-    now = config.training.max_steps or f"{config.training.epochs:g}"
+    now = config.training.max_steps or f"{chosen(config.training.epochs):g}"
     return (
         f"nothing to do: all {ended.steps} steps are done; to train on, raise training.{key}, which is {now}: "
         f"--resume training.{key}=..."
