@@ -22,9 +22,11 @@ from helpers.commands import command
 from helpers.rows import classification_rows, ner_rows, write_jsonl
 from helpers.tiny_models import MODEL_KINDS, make_model, make_tokenizer
 from helpers.training import adapter_weights, config_for, without_dropout
+from labeltune.config import load_config
 from labeltune.errors import DataError, Interrupted, ModelError, OutputError
 from labeltune.io.run_folder import RunInfo, checkpoints, find_checkpoint
 from labeltune.training.callbacks import StopOnInterrupt
+from labeltune.training.preflight import settled
 from labeltune.types import Example
 
 
@@ -43,6 +45,46 @@ def test_checkpoints_are_peft_folders_with_everything_prediction_needs(
     for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "optimizer.pt"):
         assert (result.last / name).is_file()
     assert find_checkpoint(config.output_dir).resolve() == result.best.resolve()
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "method", "epochs", "rate"),
+    [
+        (40, 576, "lora", 8, 1.3e-3),
+        (160, 640, "lora", 8, 1.2e-3),
+        (320, 1536, "lora", 4, 6.1e-4),
+        (2000, 2000, "lora", 2, 5.0e-4),
+        (2000, 4096, "full", 2, 2.9e-5),
+    ],
+)
+def test_passes_follow_from_the_rows_and_the_rate_from_the_width(
+    rows: int, hidden: int, method: str, epochs: float, rate: float, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "hidden_size": hidden}), encoding="utf-8"
+    )
+    said: list[str] = []
+    asked = ["training.epochs=auto", "training.learning_rate=auto", f"training.method={method}"]
+    found = settled(load_config(None, asked), rows, tmp_path, said.append).training
+    assert (found.epochs, found.learning_rate) == (epochs, rate)
+    assert said == [
+        f"training.epochs: {epochs:g}, for {rows} rows",
+        f"training.learning_rate: {rate:.1e}, for a model of width {hidden}",
+    ]
+    given = load_config(None, ["training.epochs=3", "training.learning_rate=1e-4"])
+    assert settled(given, rows, tmp_path, said.append) == given and len(said) == 2
+
+
+def test_a_run_whose_passes_and_rate_are_chosen(in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder, epochs="auto", learning_rate="auto", batch_size=16)
+    result = labeltune.train(config)
+    log = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open(encoding="utf-8")]
+    width = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    assert result.steps == 24
+    assert log[0]["learning_rate"] == pytest.approx(5e-4 * (2000 / width) ** 0.781, rel=0.04)
+    said: list[str] = []
+    labeltune.train(config, resume=True, say=said.append)
+    assert said[-1].startswith("nothing to do: all 24 steps are done"), said
 
 
 def test_resume_gives_the_weights_of_an_uninterrupted_run(in_folder: Path, model_folder: Path) -> None:
