@@ -6,8 +6,10 @@ r"""Accuracy by labelled rows: configs of labeltune, SetFit and the linear floor
 Every text belongs to one part for good, by its hash: half of the file is drawn from for training, a fifth is there to choose by (`--part tune`),
 and the rest to report (`--part test`). `--test FILE` reports on other rows instead, and refuses a file that has a text of `--data`. A draw of
 rows is the same for all arms. An arm is a name and config keys on top of what `labeltune init` writes; `recipe` starts from the original
-recipe's config instead, `setfit` is SetFit on the encoder of `--encoder`, `hidden` a logistic regression on the untuned model's hidden states. What has been measured in FOLDER is not measured again. FOLDER/result.json
-has mean figures and the difference of every arm to the floor: over draws and rows, both drawn again by the bootstrap.
+recipe's config instead, `setfit` is SetFit on the encoder of `--encoder` with the 20 pairs a row of its paper, `trl` TRL's SFTTrainer on the
+arm's model, prompt, adapter, rate, batch and passes, answering by greedy generation, and `hidden` a logistic regression on the untuned model's
+hidden states. Arms that begin alike with one of these names are of its kind. What has been measured in FOLDER is not measured again.
+FOLDER/result.json has mean figures and the difference of every arm to the floor: over draws and rows, both drawn again by the bootstrap.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 
 import labeltune
 from labeltune.commands.original import original_config
@@ -138,7 +141,7 @@ def tuned(
 def setfit(
     options: argparse.Namespace, _: list[str], known: list[Example], asked: list[Example], folder: Path
 ) -> tuple[list[Prediction], dict[str, float]]:
-    """SetFit with its own defaults."""
+    """SetFit with its own defaults, but for the pairs, of which it would take all."""
     from datasets import Dataset
     from setfit import SetFitModel, Trainer, TrainingArguments
 
@@ -146,7 +149,7 @@ def setfit(
     rows = {"text": [each.text for each in known], "label": [labels.index(str(each.label)) for each in known]}
     started = time.perf_counter()
     model = SetFitModel.from_pretrained(options.encoder, labels=labels)
-    given = TrainingArguments(output_dir=str(folder), report_to="none", seed=0)
+    given = TrainingArguments(output_dir=str(folder), report_to="none", seed=0, num_iterations=20)
     Trainer(model=model, args=given, train_dataset=Dataset.from_dict(rows)).train()
     trained = time.perf_counter()
     answers = model.predict([each.text for each in asked])
@@ -156,11 +159,64 @@ def setfit(
     return found, {"training": trained - started, "answering": time.perf_counter() - trained}
 
 
+def trl(
+    options: argparse.Namespace, arm: list[str], known: list[Example], asked: list[Example], folder: Path
+) -> tuple[list[Prediction], dict[str, float]]:
+    """TRL's SFTTrainer, loss on the answers alone as it is for prompts and completions."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from labeltune.inference.load import base_predictor, predictor_as
+
+    labels = sorted({str(each.label) for each in known})
+    config = config_of(options, arm, folder / "train.jsonl", folder / "run", labels)
+    base, lora, chosen = base_predictor(config, labels), config.lora, config.training
+    rows = [
+        {
+            "prompt": base.task.conversation(each).messages(),
+            "completion": [{"role": "assistant", "content": each.label}],
+        }
+        for each in known
+    ]
+    started = time.perf_counter()
+    given = SFTConfig(
+        output_dir=str(folder),
+        report_to="none",
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        bf16=chosen.precision == "bf16",
+        num_train_epochs=chosen.epochs,
+        per_device_train_batch_size=chosen.batch_size,
+        learning_rate=chosen.learning_rate,
+        lr_scheduler_type=chosen.scheduler,
+        max_length=config.prompt.max_length,
+        gradient_checkpointing=False,
+        seed=chosen.seed,
+    )
+    adapter = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules
+    )
+    trainer = SFTTrainer(
+        model=base.model,
+        args=given,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=base.template.tokenizer,
+        peft_config=adapter,
+    )
+    trainer.train()
+    trained = time.perf_counter()
+    model: Any = trainer.model
+    predictor = predictor_as(config, model.merge_and_unload().eval(), base.builder)
+    predictor.change(decoding="free")
+    found = predictor.predict(asked)
+    return found, {"training": trained - started, "answering": time.perf_counter() - trained}
+
+
 def hidden(
     options: argparse.Namespace, arm: list[str], known: list[Example], asked: list[Example], folder: Path
 ) -> tuple[list[Prediction], dict[str, float]]:
     """Logistic regression on the untuned model's last hidden state behind each prompt."""
-    import torch
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -197,7 +253,12 @@ def linear(
 
 
 Way = Callable[..., "tuple[list[Prediction], dict[str, float]]"]
-WAYS: dict[str, Way] = defaultdict(lambda: tuned, {FLOOR: linear, "setfit": setfit, "hidden": hidden})
+WAYS: dict[str, Way] = {FLOOR: linear, "setfit": setfit, "hidden": hidden, "trl": trl}
+
+
+def way_of(arm: str) -> Way:
+    """How an arm is measured, by the beginning of its name."""
+    return next((way for name, way in WAYS.items() if arm.startswith(name)), tuned)
 
 
 def counts_of(asked: list[Example], found: list[Prediction]) -> list[list[int]]:
@@ -261,7 +322,7 @@ def main() -> None:
         for arm in ([FLOOR], *options.arm):
             file = options.out / f"{arm[0]}-{draw}.json"
             if not file.exists():
-                found, seconds = WAYS[arm[0]](options, arm, known, asked, options.out / f"{arm[0]}-{draw}")
+                found, seconds = way_of(arm[0])(options, arm, known, asked, options.out / f"{arm[0]}-{draw}")
                 told = {"arm": arm, "rows": len(known), "counts": counts_of(asked, found), "seconds": seconds}
                 file.write_text(json.dumps(told) + "\n", "utf-8")
                 print(

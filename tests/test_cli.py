@@ -672,8 +672,9 @@ def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: py
     [
         ({"text": "a goal", "label": "sport"}, (), ENGLISH_PROMPTS["classification"]["user"], "an English prompt"),
         ({"文本": "a goal", "标签": "sport"}, (), ENGLISH_PROMPTS["classification"]["user"], "an English prompt"),
-        ({"text": "进球", "label": "sport"}, (), CLASSIFICATION_USER, "a Chinese prompt"),
-        ({"text": "a goal", "label": "体育"}, (), CLASSIFICATION_USER, "a Chinese prompt"),
+        ({"text": "进球", "label": "sport"}, (), "文本：{text}\n类别：", "a Chinese prompt"),
+        ({"text": "a goal", "label": "体育"}, (), "文本：{text}\n类别：", "a Chinese prompt"),
+        ({"text": "a goal", "label": "sport", "category": ["sport", "art"]}, (), "Text: {text}\nLabel:", "an English prompt"),
         ({"text": "a goal", "label": "sport"}, ("prompt.user={category} {text}",), "{category} {text}", "your own prompt"),
         (
             {"text": "a goal", "label": "sport"},
@@ -698,6 +699,12 @@ def test_without_a_config_the_prompt_is_in_the_language_of_the_rows(
     found = labeltune("train", "--data", "rows.jsonl", *changes)
     assert found.code == 0 and f", {said}, " in found.err
     assert seen[0].prompt.user == prompt
+    assert (seen[0].training.epochs, seen[0].training.learning_rate) == ("auto", "auto")
+    if "category" in row:
+        own = {**row, "category": ["sport", "politics"]}
+        write_jsonl(in_folder / "rows.jsonl", [row, own])
+        assert labeltune("train", "--data", "rows.jsonl").code == 0
+        assert seen.pop().prompt.user == "Labels: {category}\nText: {text}\nLabel:"
     entity = {"start_idx": 0, "end_idx": 3, "entity_text": "Ada", "entity_label": "PER"}
     write_jsonl(in_folder / "people.jsonl", [{"text": "Ada", "entities": [entity]}])
     assert labeltune("train", "--data", "people.jsonl").code == 0

@@ -51,9 +51,9 @@ def test_checkpoints_are_peft_folders_with_everything_prediction_needs(
     ("rows", "hidden", "method", "epochs", "rate"),
     [
         (40, 576, "lora", 8, 1.3e-3),
-        (160, 640, "lora", 8, 1.2e-3),
+        (160, 640, "lora", 6, 1.2e-3),
         (320, 1536, "lora", 4, 6.1e-4),
-        (2000, 2000, "lora", 2, 5.0e-4),
+        (800, 2000, "lora", 3, 5.0e-4),
         (2000, 4096, "full", 2, 2.9e-5),
     ],
 )

@@ -327,7 +327,7 @@ def test_what_will_disappoint_is_said_before_training(in_folder: Path, model_fol
     ]
     assert told(chinese.model_copy(update={"model": "pocket-zh"})) == []
     assert told(load_config(None, [changes[0], "model=pocket-zh"])) == [
-        "note: pocket-zh is small and learns with training.learning_rate=1e-3; the default is for large models"
+        "note: pocket-zh is small and learns with training.learning_rate=auto; the default is for large models"
     ]
 
 

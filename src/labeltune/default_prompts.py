@@ -17,12 +17,11 @@ NER_MARKS_SYSTEM = (
     "文本自身的 [ ] | \\ 前面加上反斜杠。如果文本中一个实体也没有，只输出“{no_entities}”。"
 )
 NER_USER = "文本:{text}"
-#: For English rows; `prompt` of a config has to name them, as the original recipe's are the default.
+#: For English rows; `prompt` of a config has to name them, as the original recipe's are the default. A prompt without instructions and
+#: candidates is as good once the model is trained, and shorter (docs/accuracy.md); `candidates` is for rows that have candidates of their own.
 ENGLISH_PROMPTS: dict[str, dict[str, str]] = {
-    "classification": {
-        "system": "You are an expert in text classification. Choose the right label for the text.",
-        "user": "Labels: {category}\n{text}",
-    },
+    "classification": {"system": "", "user": "Text: {text}\nLabel:"},
+    "candidates": {"system": "", "user": "Labels: {category}\nText: {text}\nLabel:"},
     "multilabel": {
         "system": "Say of every label whether it applies to the text: write the label and {positive} or {negative}.",
         "user": "{text}",
@@ -45,6 +44,11 @@ ENGLISH_PROMPTS: dict[str, dict[str, str]] = {
         "user": "{text}",
         "no_entities": "none",
     },
+}
+#: The same for Chinese rows.
+CHINESE_PROMPTS: dict[str, dict[str, str]] = {
+    "classification": {"system": "", "user": "文本：{text}\n类别："},
+    "candidates": {"system": "", "user": "候选类别：{category}\n文本：{text}\n类别："},
 }
 MULTILABEL_PROMPT = {
     "system": "你是文本分类领域的专家。一段文本可以同时属于多个类别，也可以不属于任何类别。对每个类别，文本属于它就写“{positive}”，不属于就写“{negative}”。",

@@ -322,7 +322,7 @@ def warn_of_rows(config: RunConfig, splits: Splits, selection: Sequence[Example]
     usual = TrainingConfig.model_fields["learning_rate"].default
     if config.model in ("pocket", "pocket-zh") and config.training.learning_rate == usual:
         say(
-            f"note: {config.model} is small and learns with training.learning_rate=1e-3; the default is for large models"
+            f"note: {config.model} is small and learns with training.learning_rate=auto; the default is for large models"
         )
     if config.model != "pocket":
         return

@@ -36,7 +36,7 @@ from labeltune.commands.row_hashes import Seen, hashes_file, save_selection
 from labeltune.config import RunConfig, load_config
 from labeltune.data.columns import tells_task
 from labeltune.data.loading import Splits
-from labeltune.default_prompts import ENGLISH_PROMPTS
+from labeltune.default_prompts import CHINESE_PROMPTS, ENGLISH_PROMPTS
 from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.evaluation.floor import MAX_ROWS, evenly
@@ -225,14 +225,18 @@ def _defaults(data: str, task: str | None, changes: list[str]) -> tuple[list[str
         _change("output_dir", f"output/{name}"),
         "swanlab.project=labeltune",
     ]
+    found += ["training.epochs=auto", "training.learning_rate=auto"]
     if any(re.match(r"\s*prompt\s*[.=]\s*(system|user|no_entities|\{|$)", change) for change in changes):
         return found, "your own prompt", how
-    if any(_CHINESE.search(str([*row.values()])) for row in rows):
-        return found, "a Chinese prompt", how
-    marked = any(re.fullmatch(r"\s*prompt\.answer\s*=\s*marks\s*", change) for change in changes)
-    prompts = ENGLISH_PROMPTS.get("ner_marks" if marked else guessed, {})
+    kind = guessed
+    if guessed == "ner" and any(re.fullmatch(r"\s*prompt\.answer\s*=\s*marks\s*", each) for each in changes):
+        kind = "ner_marks"
+    if guessed == "classification" and len({str(row.get(reading.data.columns.category)) for row in rows}) > 1:
+        kind = "candidates"
+    chinese = any(_CHINESE.search(str([*row.values()])) for row in rows)
+    prompts = (CHINESE_PROMPTS if chinese else ENGLISH_PROMPTS).get(kind, {})
     found += [_change(f"prompt.{key}", text) for key, text in prompts.items()]
-    return found, "an English prompt", how
+    return found, "a Chinese prompt" if chinese else "an English prompt", how
 
 
 def _change(key: str, text: str) -> str:

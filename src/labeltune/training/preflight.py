@@ -53,8 +53,9 @@ KEPT_BY_CHECKPOINTING = 0.15
 CALL_WORK = {"cuda": 300_000_000_000, "mps": 30_000_000_000, "cpu": 600_000_000}
 #: No more than these, as a token costs something however few weights it passes.
 MOST_CALL_TOKENS = {"cuda": 1 << 15, "mps": 1 << 12, "cpu": 256}
-#: Passes that `training.epochs: auto` stands for: as many as make about this many examples, within bounds (docs/accuracy.md).
-AUTO_EXAMPLES, FEWEST_EPOCHS, MOST_EPOCHS = 1200, 2, 8
+#: Passes that `training.epochs: auto` stands for: so many of a single row, falling with the root of their number, within bounds
+#: (docs/accuracy.md).
+EPOCHS_OF_A_ROW, FEWEST_EPOCHS, MOST_EPOCHS = 72, 2, 8
 #: Schedules that watch a figure; Trainer hands it to them.
 WATCHING = ("reduce_lr_on_plateau", "greedy")
 
@@ -72,7 +73,7 @@ def settled(config: RunConfig, rows: int, model: Path, say: Say) -> RunConfig:
     options = config.training
     found: dict[str, float] = {}
     if options.epochs == "auto":
-        found["epochs"] = float(round(min(max(AUTO_EXAMPLES / rows, FEWEST_EPOCHS), MOST_EPOCHS)))
+        found["epochs"] = float(round(min(max(EPOCHS_OF_A_ROW / rows**0.5, FEWEST_EPOCHS), MOST_EPOCHS)))
         say(f"training.epochs: {found['epochs']:g}, for {rows} rows")
     if options.learning_rate == "auto":
         width = model_shape(model, config.hub.trust_remote_code)[0].get_text_config().hidden_size
