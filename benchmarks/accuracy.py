@@ -8,7 +8,7 @@ and the rest to report (`--part test`). `--test FILE` reports on other rows inst
 rows is the same for all arms. An arm is a name and config keys on top of what `labeltune init` writes; `recipe` starts from the original
 recipe's config instead, `setfit` is SetFit on the encoder of `--encoder` with the 20 pairs a row of its paper, `trl` TRL's SFTTrainer on the
 arm's model, prompt, adapter, rate, batch and passes, answering by greedy generation, and `hidden` a logistic regression on the untuned model's
-hidden states. Arms that begin alike with one of these names are of its kind. What has been measured in FOLDER is not measured again.
+hidden states. What follows a hyphen tells arms of one kind apart. What has been measured in FOLDER is not measured again.
 FOLDER/result.json has mean figures and the difference of every arm to the floor: over draws and rows, both drawn again by the bootstrap.
 """
 
@@ -168,9 +168,12 @@ def trl(
     from trl import SFTConfig, SFTTrainer
 
     from labeltune.inference.load import base_predictor, predictor_as
+    from labeltune.models.hub import resolve_model
+    from labeltune.training.preflight import settled
 
     labels = sorted({str(each.label) for each in known})
     config = config_of(options, arm, folder / "train.jsonl", folder / "run", labels)
+    config = settled(config, len(known), resolve_model(config.model, config.hub).folder, print)
     base, lora, chosen = base_predictor(config, labels), config.lora, config.training
     rows = [
         {
@@ -258,7 +261,7 @@ WAYS: dict[str, Way] = {FLOOR: linear, "setfit": setfit, "hidden": hidden, "trl"
 
 def way_of(arm: str) -> Way:
     """How an arm is measured, by the beginning of its name."""
-    return next((way for name, way in WAYS.items() if arm.startswith(name)), tuned)
+    return WAYS.get(arm.partition("-")[0], tuned)
 
 
 def counts_of(asked: list[Example], found: list[Prediction]) -> list[list[int]]:

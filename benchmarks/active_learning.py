@@ -67,7 +67,10 @@ def trained(options: argparse.Namespace, chosen: list[Example], labels: list[str
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.jsonl").write_text("".join(write_rows(chosen)), "utf-8")
     prompts = PROMPTS if options.model == "pocket-zh" else ENGLISH_PROMPTS
-    prompt: dict[str, Any] = {**prompts.get(options.task, {}), "layout": "labels_first"}
+    prompt: dict[str, Any] = {
+        **prompts.get("labels_first" if options.task == "classification" else options.task, {}),
+        "layout": "labels_first",
+    }
     if options.task == "ner":
         prompt = {**prompts["ner_marks"], "layout": "labels_first", "answer": "marks"}
     config = build_config(

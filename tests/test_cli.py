@@ -644,7 +644,7 @@ def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: py
         "output/客服 rows",
         "labeltune",
     )
-    assert config.prompt.user == "Labels: {category}\n{text}"
+    assert config.prompt.user == "Text: {text}\nLabel:"
     assert labeltune("train", "lora.r=4", "--data", "people.jsonl", "output_dir=here").code == 0
     assert seen[1].prompt.no_entities == "没有找到任何实体", "the types are Chinese"
     assert (seen[1].task, seen[1].lora.r, seen[1].output_dir) == ("ner", 4, "here")
@@ -675,6 +675,14 @@ def test_train_without_a_config(labeltune: Any, in_folder: Path, monkeypatch: py
         ({"text": "进球", "label": "sport"}, (), "文本：{text}\n类别：", "a Chinese prompt"),
         ({"text": "a goal", "label": "体育"}, (), "文本：{text}\n类别：", "a Chinese prompt"),
         ({"text": "a goal", "label": "sport", "category": ["sport", "art"]}, (), "Text: {text}\nLabel:", "an English prompt"),
+        (
+            {"text": "a goal", "label": "sport"},
+            ("data.labels={sport: matches, art: paintings}",),
+            "Labels: {category}\nText: {text}\nLabel:",
+            "an English prompt",
+        ),
+        ({"text": "a goal", "label": "sport"}, ("prompt.layout=labels_first",), "Labels: {category}\n{text}", "an English prompt"),
+        ({"text": "进球", "label": "sport"}, ("prompt.layout=labels_first",), CLASSIFICATION_USER, "a Chinese prompt"),
         ({"text": "a goal", "label": "sport"}, ("prompt.user={category} {text}",), "{category} {text}", "your own prompt"),
         (
             {"text": "a goal", "label": "sport"},

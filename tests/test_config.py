@@ -122,6 +122,34 @@ def test_no_suggestion_is_better_than_a_wild_one(key: str) -> None:
     assert f"unknown key {key!r}; `labeltune keys` lists all keys" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            "training.epochs=two",
+            "training.epochs: Input should be a valid number, unable to parse string as a number, or 'auto' (got 'two')",
+        ),
+        ("training.epochs=-1", "training.epochs: Input should be greater than 0, or 'auto' (got -1)"),
+        (
+            "generation.batch_size=0",
+            "generation.batch_size: Input should be greater than or equal to 1, or 'auto' (got 0)",
+        ),
+        (
+            "prompt.descriptions={a: [1], b: [1]}",
+            "prompt.descriptions.a: Input should be a valid string (got [1]); prompt.descriptions.b: Input should be a valid string (got [1])",
+        ),
+        (
+            "data.labels=[[1], [1]]",
+            "data.labels.0: Input should be a valid string (got [1]); data.labels.1: Input should be a valid string (got [1])",
+        ),
+    ],
+)
+def test_a_key_that_takes_a_number_or_a_word_has_one_problem(change: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [change])
+    assert str(caught.value) == f"command line: {told}"
+
+
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as raised:
         build_config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from helpers.rows import classification_rows, ner_rows, read_jsonl, write_jsonl
 from labeltune import load_predictor
 from labeltune.commands.row_hashes import rows_seen
 from labeltune.evaluation.linear import LinearModel
+from labeltune.evaluation.summary import OUT_OF_FOLD, rows_line
 from labeltune.inference.calibration import Calibration
 
 
@@ -66,7 +68,19 @@ def test_every_row_is_answered_by_a_model_that_has_not_seen_it(
                 ranking = {each["label"]: each["probability"] for each in told.get("ranking", ())}
                 assert ranking == pytest.approx(dict(answer.ranking), abs=2e-6)
     again = command(monkeypatch, capsys, *asked, "--resume")
-    assert again.code == 0 and again.err.count("nothing to do: all") == 4, again.err
+    assert again.code == 0 and again.err.count("nothing to do: all") == 1 and "fold 1" not in again.err
+    assert f"24, {OUT_OF_FOLD} (each answered by a model that was not trained on it)" == rows_line(figures)
+    if task == "classification":
+        # As if it had been stopped before the end: after the last step, then while the second fold was trained.
+        for lost in ("finished.json", "validation", "best/calibration.json"):
+            path = Path("run") / lost
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        again = command(monkeypatch, capsys, *asked, "--resume")
+        assert again.code == 0 and again.err.count("nothing to do: all") == 3, again.err
+        assert json.loads(Path("run/validation/metrics.json").read_text("utf-8")) == figures
+        assert Calibration.load(Path("run/best")) == calibration
+        stopped = command(monkeypatch, capsys, *asked, "--overwrite", "training.max_steps=1")
+        assert stopped.code == 0 and not list(Path("run").glob("checkpoint-2"))
 
 
 def test_where_folds_make_no_sense(
@@ -80,5 +94,11 @@ def test_where_folds_make_no_sense(
         (["--folds", "3", "--dry-run"], "--dry-run is about one run"),
         (["--folds", "5"], "too few texts for 5 folds"),
     ):
+        # Nothing was trained to find that out.
         done = command(monkeypatch, capsys, *asked, *changes)
         assert done.code == 2 and "error: " in done.err and problem in done.err, done.err
+        assert not Path("output").exists() or not list(Path("output").rglob("checkpoint-*"))
+    one = [*classification_rows(1), *({"text": f"paint {n}", "output": "Art"} for n in range(6))]
+    write_jsonl(file, [{"text": row["text"], "output": row["output"]} for row in one])
+    done = command(monkeypatch, capsys, *asked, "--folds", "3")
+    assert done.code == 2 and "too few texts for 3 folds" in done.err, done.err

@@ -80,6 +80,8 @@ COMPOSED = {
     "rows: {n} ({seen})",
     "rows: {n}, test ({seen})",
     "rows: {n}, validation (used for selection) ({seen})",
+    "rows: {n}, training, out of fold ({seen})",
+    "report on training, out of fold rows: {file}",
     "skipped: {kinds}",
     "report on validation (used for selection) rows: {file}",
     "step {step}: validation (used for selection): {figures}",

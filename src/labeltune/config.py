@@ -556,7 +556,7 @@ def build_config(values: dict[str, Any], where: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        known = [name for name, *_ in config_keys()]
+        known = {name: kind for name, kind, *_ in config_keys()}
         raise ConfigError(f"{where}: {describe(error.errors(), known)}") from None
 
 

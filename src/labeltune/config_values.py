@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,25 +80,26 @@ def unwritable(value: object, key: str = "") -> Iterator[str]:
             yield from unwritable(child, key)
 
 
-def describe(problems: Sequence[ErrorDetails], known: Sequence[str]) -> str:
+def describe(problems: Sequence[ErrorDetails], known: Mapping[str, str]) -> str:
     """What is wrong with a config.
 
     Args:
-        known: all keys that there are.
+        known: all keys that there are, with their types.
     """
-    found: dict[tuple[str, str], list[ErrorDetails]] = {}
+    found: dict[str, list[ErrorDetails]] = {}
     for problem in problems:
-        parts = [str(part) for part in problem["loc"]]
-        ways = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-        own = next((way for way in ways if way in known), ".".join(parts))
-        found.setdefault((own, repr(problem["input"])), []).append(problem)
+        *parts, last = map(str, problem["loc"] or ("",))
+        key = ".".join(parts)
+        # Of a key that takes a number or a word, pydantic tells what is wrong with either.
+        two_kinds = "Literal" in known.get(key, "") and not isinstance(problem["input"], (dict, list))
+        found.setdefault(key if two_kinds else ".".join([*parts, last]), []).append(problem)
     told = []
-    for (key, value), each in found.items():
+    for key, each in found.items():
         if len(each) == 1:
-            told.append(_described(each[0], known))
-        else:  # of a key that takes values of several kinds, one of each
-            ways = [problem["msg"].removeprefix("Input should be ") for problem in each]
-            told.append(f"{key}: Input should be {', or '.join(ways)} (got {clipped(value, 200)})")
+            told.append(_described(each[0], [*known]))
+        else:
+            ways = ", or ".join(problem["msg"].removeprefix("Input should be ") for problem in each)
+            told.append(f"{key}: Input should be {ways} (got {clipped(repr(each[0]['input']), 200)})")
     return "; ".join(told)
 
 

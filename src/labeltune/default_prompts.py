@@ -18,10 +18,12 @@ NER_MARKS_SYSTEM = (
 )
 NER_USER = "文本:{text}"
 #: For English rows; `prompt` of a config has to name them, as the original recipe's are the default. A prompt without instructions and
-#: candidates is as good once the model is trained, and shorter (docs/accuracy.md); `candidates` is for rows that have candidates of their own.
+#: candidates is as good once the model is trained, and shorter (docs/accuracy.md); `candidates` is for rows that have candidates of their own and
+#: for labels with descriptions, `labels_first` for that layout, which moves all that stands behind the text.
 ENGLISH_PROMPTS: dict[str, dict[str, str]] = {
     "classification": {"system": "", "user": "Text: {text}\nLabel:"},
     "candidates": {"system": "", "user": "Labels: {category}\nText: {text}\nLabel:"},
+    "labels_first": {"system": "", "user": "Labels: {category}\n{text}"},
     "multilabel": {
         "system": "Say of every label whether it applies to the text: write the label and {positive} or {negative}.",
         "user": "{text}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +14,10 @@ from labeltune.data.loading import stratum
 from labeltune.distributed import world_size
 from labeltune.errors import ConfigError, DataError
 from labeltune.evaluation.learning_curve import stratified_order
+from labeltune.io.lock import alone_with
 from labeltune.io.outputs import write_text
-from labeltune.io.progress import Say
-from labeltune.io.run_folder import check_output, checkpoints
+from labeltune.io.progress import Say, begin
+from labeltune.io.run_folder import check_output, checkpoints, remove_checkpoints
 from labeltune.types import Example
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Fold:
 
 def train_with_folds(
     config: RunConfig,
-    folds: int,
+    count: int,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -53,12 +54,14 @@ def train_with_folds(
     report, and is what confidence is fitted on.
 
     Args:
-        config: of the run on all rows; the others are the same but for their rows and their folders.
+        config: of the run on all rows, none of which are held out; the others are the same but for their rows and their folders.
+        count: how many parts there are.
         resume: folds that are finished are kept, and the one that was stopped goes on.
         overwrite, say, command: as of `train`.
 
     Raises:
         ConfigError: there are validation rows already, or several processes train.
+        DataError: there are too few texts.
         LabeltuneError: as `train`.
     """
     if config.data.validation is not None:
@@ -67,29 +70,42 @@ def train_with_folds(
         )
     if world_size() > 1:
         raise ConfigError("--folds trains in one process; start it without torchrun")
-    goes_on = resume and bool(checkpoints(Path(config.output_dir)))
+    output = Path(config.output_dir)
+    goes_on = resume and bool(checkpoints(output))
     check_output(config, goes_on, overwrite, say)
     config = config.model_copy(update={"data": config.data.model_copy(update={"validation_fraction": 0.0})})
-    splits = prepare(config, read_rows(config, say), say).splits
+    prepared = prepare(config, read_rows(config, say), say)
+    splits = prepared.splits
+    folds = folds_of(prepared.config, splits.train, splits.labels, count, output / "folds")
     from labeltune.commands.train import train
     from labeltune.inference.calibration import OutOfFold
     from labeltune.inference.load import load_predictor
+    from labeltune.training.record import FINISHED_FILE, finished_run
 
-    unseen = OutOfFold(folds)
-    runs = folds_of(config, splits.train, splits.labels, folds, Path(config.output_dir) / "folds")
-    for number, fold in enumerate(runs, 1):
-        say(f"fold {number} of {folds}: training on {len(fold.learned)} rows, answering {len(fold.asked)}")
-        part_goes_on = resume and bool(checkpoints(Path(fold.config.output_dir)))
-        part = train(fold.config, resume=part_goes_on, overwrite=overwrite, say=say)
-        with load_predictor(part.best, trust_remote_code=config.hub.trust_remote_code) as predictor:
-            unseen.add(predictor, fold.learned, [Example.from_row(splits.train[each]) for each in fold.asked])
+    if goes_on and finished_run(checkpoints(output)[-1], prepared.config, len(splits.train), True):
+        return train(config, resume=True, say=say, command=command)
+    unseen = OutOfFold(count, config.calibrate.linear)
+    writing = f"another training writes into {config.output_dir}"
+    with alone_with(output / ".lock", writing, "wait for it, or choose another output_dir", tidy=True):
+        if overwrite and not resume:
+            remove_checkpoints(config.output_dir)
+            (output / FINISHED_FILE).unlink(missing_ok=True)
+        for number, fold in enumerate(folds, 1):
+            say(
+                f"fold {number} of {count}: training on {len(fold.learned)} rows, answering {len(fold.asked)}"
+            )
+            part_goes_on = resume and bool(checkpoints(Path(fold.config.output_dir)))
+            part = train(fold.config, resume=part_goes_on, overwrite=overwrite, say=say)
+            begin(f"answering {len(fold.asked)} rows", say)
+            with load_predictor(part.best, trust_remote_code=config.hub.trust_remote_code) as predictor:
+                unseen.add(
+                    predictor, fold.learned, [Example.from_row(splits.train[each]) for each in fold.asked]
+                )
     say(f"all {len(splits.train)} rows")
     return train(config, resume=goes_on, overwrite=overwrite, say=say, command=command, unseen=unseen)
 
 
-def folds_of(
-    config: RunConfig, rows: Dataset, labels: Sequence[str], count: int, folder: Path
-) -> Iterator[Fold]:
+def folds_of(config: RunConfig, rows: Dataset, labels: Sequence[str], count: int, folder: Path) -> list[Fold]:
     """Runs that leave out a part of the rows each; strata are alike in all, and equal texts stand in one.
 
     Args:
@@ -98,16 +114,20 @@ def folds_of(
         folder: for the runs, and the files of their rows.
 
     Raises:
-        DataError: there are too few texts.
+        DataError: there are too few texts, or too few of all labels but one.
     """
     examples = [Example.from_row(row) for row in rows]
     own = _folds([stratum(row) for row in rows.remove_columns("text")], [e.text for e in examples], count)
+    found = []
     for fold in range(count):
         learned = [example for example, number in zip(examples, own, strict=True) if number != fold]
         asked = [number for number, each in enumerate(own) if each == fold]
-        if not learned or not asked:
+        if not asked or len({each.label for each in learned}) < min(
+            2, len({each.label for each in examples})
+        ):
             raise DataError(f"{config.data.train} has too few texts for {count} folds; lower --folds")
-        yield Fold(_part(config, folder / f"fold-{fold + 1}", learned, labels), learned, asked)
+        found.append(Fold(_part(config, folder / f"fold-{fold + 1}", learned, labels), learned, asked))
+    return found
 
 
 def _folds(strata: Sequence[str], texts: Sequence[str], folds: int) -> list[int]:
@@ -131,6 +151,7 @@ def _part(config: RunConfig, folder: Path, learned: Sequence[Example], labels: S
         "labels": list(labels),
         "entities": config.data.entities,
         "format": "rows",
+        "workers": config.data.workers,
     }
     values["eval"] = {**values["eval"], "metric": "auto", "patience": None}
     return build_config({**values, "output_dir": str(folder / "run"), "tracking": "none"})

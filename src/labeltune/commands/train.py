@@ -41,7 +41,7 @@ from labeltune.distributed import is_sharded, rank
 from labeltune.errors import ConfigError, Interrupted
 from labeltune.evaluation.floor import MAX_ROWS, evenly
 from labeltune.evaluation.learning_curve import Point, growth, metric_of, point_of, told
-from labeltune.evaluation.summary import OUT_OF_FOLD, Evaluation, floor_line, headline
+from labeltune.evaluation.summary import OUT_OF_FOLD, SELECTION, Evaluation, floor_line, headline
 from labeltune.io.lock import alone_with
 from labeltune.io.outputs import is_hub_name, remove_leftovers
 from labeltune.io.processes import ended_like_ctrl_c
@@ -226,12 +226,20 @@ def _defaults(data: str, task: str | None, changes: list[str]) -> tuple[list[str
         "swanlab.project=labeltune",
     ]
     found += ["training.epochs=auto", "training.learning_rate=auto"]
-    if any(re.match(r"\s*prompt\s*[.=]\s*(system|user|no_entities|\{|$)", change) for change in changes):
+
+    def asked(pattern: str) -> bool:
+        return any(re.match(rf"\s*{pattern}", change) for change in changes)
+
+    if asked(r"prompt\s*[.=]\s*(system|user|no_entities|\{|$)"):
         return found, "your own prompt", how
-    kind = guessed
-    if guessed == "ner" and any(re.fullmatch(r"\s*prompt\.answer\s*=\s*marks\s*", each) for each in changes):
+    kind: str = guessed
+    if guessed == "ner" and asked(r"prompt\.answer\s*=\s*marks\s*$"):
         kind = "ner_marks"
-    if guessed == "classification" and len({str(row.get(reading.data.columns.category)) for row in rows}) > 1:
+    if guessed == "classification" and asked(r"(prompt\.descriptions|data\.labels\s*=\s*\{)"):
+        kind = "candidates"
+    if guessed == "classification" and asked(r"prompt\.layout\s*=\s*labels_first"):
+        kind = "labels_first"
+    if kind == "classification" and len({str(row.get(reading.data.columns.category)) for row in rows}) > 1:
         kind = "candidates"
     chinese = any(_CHINESE.search(str([*row.values()])) for row in rows)
     prompts = (CHINESE_PROMPTS if chinese else ENGLISH_PROMPTS).get(kind, {})
@@ -334,7 +342,8 @@ def _train(
     splits, builder, selection = prepared.splits, prepared.builder, prepared.selection
     if resume_from is not None:
         rows = len(splits.train)
-        ended = record.finished_run(resume_from, config, rows, splits.validation is not None)
+        reported = splits.validation is not None or unseen is not None
+        ended = record.finished_run(resume_from, config, rows, reported)
         if ended is not None:
             say(record.nothing_left(ended, config, rows))
             return ended.result(folder)
@@ -521,8 +530,8 @@ def _finish(
     `evaluate` tells by the hashes which of its rows were used for selection.
 
     Args:
-        selection: the validation rows that are reported on, or those of
-        unseen: the rows of all folds.
+        selection: the rows that are reported on: the validation rows, or those of `unseen`.
+        unseen: what models say of the training rows that were not trained on them, where there are no validation rows.
     """
     from labeltune.inference.calibration import calibrate, calibrate_labels, calibration_figures
     from labeltune.inference.load import load_predictor
@@ -550,7 +559,8 @@ def _finish(
         beside = known if config.calibrate.linear else []
         calibration, report = calibrate(predictor, handful, best, say, beside, unseen)
         predictor.calibration = calibration
-        tracker.log(calibration_figures(report), result.steps)
+        rows_are = SELECTION if unseen is None else OUT_OF_FOLD
+        tracker.log(calibration_figures(report, rows_are), result.steps)
     about = {"run": str(result.best), "base": False, "decoding": predictor.generation.decoding}
     if unseen is not None:
         predictions, known = unseen.answers(predictor), []

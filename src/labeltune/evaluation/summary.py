@@ -96,6 +96,8 @@ def rows_line(metrics: Mapping[str, Any]) -> str:
     if parts:
         return f"{rows} ({', '.join(parts)}){end}"
     known = "none seen in training" if trained == 0 else "whether training saw them is not known"
+    if metrics.get("rows_are") == OUT_OF_FOLD:
+        known = "each answered by a model that was not trained on it"
     return f"{rows}, {metrics.get('rows_are', 'test')} ({known}){end}"
 
 

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from labeltune.distributed import rank
 from labeltune.errors import ModelError
 from labeltune.evaluation.confidence import calibration_report, mixture_report, sigmoid, softmax
 from labeltune.evaluation.decisions import scales_report, threshold_report
-from labeltune.evaluation.floor import Floor, floor_of
+from labeltune.evaluation.floor import MAX_ROWS, Floor, evenly, floor_of
 from labeltune.evaluation.linear import LinearModel
 from labeltune.evaluation.summary import SELECTION
 from labeltune.io.outputs import file_hash, write_bytes, write_json
@@ -188,12 +187,15 @@ class OutOfFold:
     """Rows, each with what a model says that was not trained on it.
 
     Attributes:
+        add_linear: a linear model's scores are wanted, too.
+        predictions: of entities, and of free generation.
         scores: of a label a row, before calibration; `odds` of several.
         linear: log-odds of the row's candidates by a linear model that was not trained on it either, None for candidates it does not know.
         floors: linear models' answers, of a fold each.
     """
 
     folds: int
+    add_linear: bool = False
     examples: list[Example] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
     scores: list[LabelScores] = field(default_factory=list)
@@ -205,30 +207,32 @@ class OutOfFold:
         """What a fold's model says of the rows that it has not seen."""
         self.examples.extend(asked)
         self.floors.append(floor_of(learned, asked))
-        if predictor.task.name == "ner":
+        if predictor.task.name == "ner" or predictor.generation.decoding == "free":
             self.predictions.extend(predictor.predict(asked))
-        elif predictor.task.name == "multilabel":
+        if predictor.task.name == "multilabel":
             self.odds.extend(predictor.log_odds(asked))
-        else:
+        elif predictor.task.name == "classification":
             self.scores.extend(rows := predictor.log_probabilities(asked))
-            if predictor.calibrate.linear:
-                texts, right = [each.text for each in learned], [each.label or "" for each in learned]
-                self.linear.extend(linear_scores(LinearModel.fit(texts, right), asked, rows))
+            if self.add_linear:
+                known = [learned[row] for row in evenly(len(learned), MAX_ROWS)]
+                model = LinearModel.fit([each.text for each in known], [each.label or "" for each in known])
+                self.linear.extend(linear_scores(model, asked, rows))
 
     def answers(self, predictor: Predictor) -> list[Prediction]:
         """What they say, weighed as this predictor weighs its own scores."""
+        if self.predictions:
+            return self.predictions
         numbers = [example.id for example in self.examples]
         calibration, norm = predictor.calibration, predictor.generation.length_norm
         if self.odds:
-            return [
-                calibration.given(n, calibration.each(row)) for n, row in zip(numbers, self.odds, strict=True)
-            ]
-        if self.scores:
-            linear = self.linear or [None] * len(numbers)
-            rows = [calibration.probabilities(*pair) for pair in zip(self.scores, repeat(norm), linear)]
-            rows = remove_prior(rows) if predictor.calibrate.prior == "batch" else rows
-            return list(map(ranked, numbers, rows))
-        return self.predictions
+            return list(map(calibration.given, numbers, map(calibration.each, self.odds)))
+        linear = self.linear if calibration.linear else [None] * len(numbers)
+        rows = [
+            calibration.probabilities(row, norm, other)
+            for row, other in zip(self.scores, linear, strict=True)
+        ]
+        rows = remove_prior(rows) if predictor.calibrate.prior == "batch" else rows
+        return list(map(ranked, numbers, rows))
 
     @property
     def floor(self) -> Floor | None:
@@ -374,11 +378,15 @@ def calibrate_labels(
     return calibration, {"scales": of_scales, "thresholds": of_thresholds}
 
 
-def calibration_figures(report: Mapping[str, Any]) -> dict[str, float]:
-    """A report as flat numbers for a tracker."""
+def calibration_figures(report: Mapping[str, Any], rows_are: str = SELECTION) -> dict[str, float]:
+    """A report as flat numbers for a tracker.
+
+    Args:
+        rows_are: heads their names.
+    """
     figures = {
-        f"{SELECTION}/calibration_{name}_{when}": float(report[when][name])
+        f"{rows_are}/calibration_{name}_{when}": float(report[when][name])
         for when in (("before", "after") if report["fitted"] is not None else ("before",))
         for name in ("nll", "brier", "ece")
     }
-    return {**figures, f"{SELECTION}/calibration_temperature": float(report["temperature"])}
+    return {**figures, f"{rows_are}/calibration_temperature": float(report["temperature"])}

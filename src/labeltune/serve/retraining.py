@@ -25,6 +25,7 @@ from labeltune.data.formats.write import write_rows
 from labeltune.data.loading import load_rows, load_splits
 from labeltune.errors import LabeltuneError, clipped
 from labeltune.evaluation.learning_curve import metric_of
+from labeltune.evaluation.summary import OUT_OF_FOLD
 from labeltune.io.outputs import write_json, write_text
 from labeltune.io.run_folder import RECORD_FILE, naming_folder, trained_config, validation_file
 from labeltune.serve.guard import frames, log
@@ -353,11 +354,19 @@ def prepare(served: Served, job: Job, folder: Path) -> RunConfig:
     return build_config({**values, "output_dir": str(folder)})
 
 
+def _figures(predictions: Path) -> dict[str, Any]:
+    """The figures beside a file of predictions, where they are there."""
+    file = predictions.with_name("metrics.json")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
 def _rows_of_run(served: Served, config: RunConfig) -> tuple[list[Example], list[Example]]:
     """(training rows, validation rows) of a run; empty where its files have gone."""
     validation: list[Example] = []
     file = validation_file(served.folder, "predictions.jsonl")
-    if file is not None:
+    # Of a run with folds, that file holds the training rows.
+    if file is not None and _figures(file).get("rows_are") != OUT_OF_FOLD:
         rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
         validation = [_validated(row, config.task, served.labels) for row in rows]
     try:

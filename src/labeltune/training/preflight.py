@@ -74,7 +74,8 @@ def settled(config: RunConfig, rows: int, model: Path, say: Say) -> RunConfig:
     found: dict[str, float] = {}
     if options.epochs == "auto":
         found["epochs"] = float(round(min(max(EPOCHS_OF_A_ROW / rows**0.5, FEWEST_EPOCHS), MOST_EPOCHS)))
-        say(f"training.epochs: {found['epochs']:g}, for {rows} rows")
+        if options.max_steps is None:
+            say(f"training.epochs: {found['epochs']:g}, for {rows} rows")
     if options.learning_rate == "auto":
         width = model_shape(model, config.hub.trust_remote_code)[0].get_text_config().hidden_size
         rate = 5e-5 * (1 if options.method == "full" else 10) * (2000 / width) ** 0.781
