@@ -17,7 +17,7 @@ from helpers.tiny_models import make_model, make_tokenizer
 from helpers.training import config_for
 from labeltune import load_predictor
 from labeltune.commands import export as export_page
-from labeltune.config import build_config
+from labeltune.config import build_config, load_config
 from labeltune.errors import ConfigError, DataError, ModelError, OutputError, ParityError
 from labeltune.export.merge import stored_dtype, whole_model
 from labeltune.export.parity import check_parity, compare_answers
@@ -356,3 +356,55 @@ def test_a_pushed_folder_is_whole_and_names_no_path(
     for file in ("README.md", "labeltune.json", "config.json", "export.json", "Modelfile"):
         assert str(model_folder.parent) not in (folder / file).read_text(encoding="utf-8"), file
     assert 'load_predictor("hf:org/name")' in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:prediction uses the model.s own cache")
+@pytest.mark.filterwarnings("ignore:Casting complex values")  # Llama 4's table of image positions, which is not saved
+@pytest.mark.parametrize("family", ["qwen3_5", "llama4"])
+@pytest.mark.parametrize("targets", ["all-linear", "[q_proj, o_proj]"])
+def test_layers_have_the_names_of_the_class_that_is_published(
+    family: str, targets: str, tmp_path: Path
+) -> None:
+    """The text part alone is trained; a server that loads the whole model ignores an adapter whose names it does not know."""
+    import peft
+    import transformers
+
+    from zoo.families import BY_NAME, save_family
+
+    base = save_family(BY_NAME[family], tmp_path / "base")
+    config = config_for(tmp_path, base, max_steps=2)
+    values = {
+        **config.model_dump(exclude_unset=True),
+        "lora": {
+            "dropout": 0.0,
+            "target_modules": load_config(None, [f"lora.target_modules={targets}"]).lora.target_modules,
+        },
+        "output_dir": str(tmp_path / "run"),
+    }
+    labeltune.train(build_config(values), say=lambda _: None)
+    kind = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
+    with load_predictor(tmp_path / "run") as run:
+        prompt = torch.tensor([run.builder.prompt(Example("0", rows_of(family)[0], tuple(LABELS))).ids])
+        with torch.no_grad():
+            wanted = run.model(prompt).logits
+            with run.model.disable_adapter():
+                assert not torch.allclose(wanted, run.model(prompt).logits, atol=1e-4)
+
+    done = quiet_export(tmp_path / "run", tmp_path / "adapter")
+    assert done.parity is not None and not done.parity.differences
+    plain = kind.from_pretrained(base)
+    known = {name for name, _ in plain.named_modules()}
+    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert set(told["target_modules"]) <= known and not any(
+        "vision" in name for name in told["target_modules"]
+    )
+    adapted = peft.PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        assert torch.allclose(adapted(input_ids=prompt).logits, wanted, atol=1e-4)
+
+    done = quiet_export(tmp_path / "run", tmp_path / "merged", merged=True)
+    assert done.parity is not None and not done.parity.differences
+    merged = kind.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.architectures == plain.config.architectures
+    with torch.no_grad():
+        assert torch.allclose(merged(input_ids=prompt).logits, wanted, atol=1e-4)

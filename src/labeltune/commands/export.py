@@ -297,6 +297,7 @@ class _Job:
         """Weights, and what labeltune needs to load them; returns the commands to run next."""
         from labeltune.export import merge, vllm
         from labeltune.inference.calibration import CALIBRATION_FILE, LINEAR_FILE
+        from labeltune.models.hub import published_shell
 
         info = self.info
         if self.adapter is None:
@@ -310,7 +311,10 @@ class _Job:
             command = vllm.merged_command(str(self.target), self.name, info.runs_code())
         else:
             name = vllm.base_name(info.model)
-            vllm.save_adapter(self.checkpoint, self.template.tokenizer, name, info.hub.revision, folder)
+            published = published_shell(self.base, info.runs_code())
+            vllm.save_adapter(
+                self.checkpoint, self.template.tokenizer, name, info.hub.revision, folder, published
+            )
             base = info.model if is_hub_name(info.model) else str(self.base)
             command = vllm.adapter_command(base, info.hub, str(self.target), self.name, self.adapter)
         for file in (CALIBRATION_FILE, LINEAR_FILE, SELECTION_FILE, TRAINING_FILE):

@@ -53,7 +53,7 @@ def whole_model(
 ) -> PreTrainedModel:
     """The base model with the adapter merged into it, on the CPU.
 
-    The base is loaded as it is stored, and every adapted layer is merged in fp32 and then rounded to `dtype`: the result is
+    The base is loaded as it is stored, as the class that it is published as, and every adapted layer is merged in fp32 and then rounded to `dtype`: the result is
     that of a merge in fp32 throughout, without the memory for it.
 
     Args:
@@ -63,7 +63,7 @@ def whole_model(
     Raises:
         ModelError: the weights cannot be loaded, do not fit each other, or do not fit into `dtype`.
     """
-    model = load_model(base, DTYPES[stored_dtype(base)], trust_remote_code=trust_remote_code)
+    model = load_model(base, DTYPES[stored_dtype(base)], trust_remote_code=trust_remote_code, published=True)
     if adapter is not None:
         model = merge_adapter(load_adapter(model, adapter), DTYPES[dtype])
     model.to(DTYPES[dtype])

@@ -14,6 +14,7 @@ from labeltune.config import HubConfig
 from labeltune.errors import ModelError
 from labeltune.io.outputs import is_hub_name, write_json
 from labeltune.io.run_folder import ADAPTER_FILE, ADAPTER_WEIGHTS
+from labeltune.models.lora import layer_names, write_renamed
 from labeltune.prompts import Task
 from labeltune.prompts.marks import OPEN, closing
 from labeltune.prompts.multilabel import MultilabelTask
@@ -22,6 +23,7 @@ from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 #: What `--max-lora-rank` takes (vllm/config/lora.py, `MaxLoRARanks`, v0.11 to v0.26).
@@ -67,15 +69,26 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def save_adapter(
-    source: Path, tokenizer: PreTrainedTokenizerBase, base: str, revision: str | None, folder: Path
+    source: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    base: str,
+    revision: str | None,
+    folder: Path,
+    published: torch.nn.Module | None = None,
 ) -> None:
     """Copy an adapter, with its base named so that others find it, and the run's tokenizer.
 
     Args:
         base: what `adapter_config.json` calls the base model.
+        published: the model as the class that servers load, where its layers have other names (`published_shell`): an adapter whose
+            names a server does not know is ignored there without a word.
     """
-    shutil.copyfile(source / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
-    config = json.loads((source / ADAPTER_FILE).read_text(encoding="utf-8"))
+    names = layer_names(source, published) if published is not None else {}
+    if names:
+        write_renamed(source, folder, names)
+    else:
+        shutil.copyfile(source / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+    config = json.loads(((folder if names else source) / ADAPTER_FILE).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
     write_json(folder / ADAPTER_FILE, config)
     tokenizer.save_pretrained(folder)

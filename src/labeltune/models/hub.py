@@ -150,6 +150,26 @@ def model_shape(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrain
     )
 
 
+def published_shell(folder: Path, trust_remote_code: bool = False) -> torch.nn.Module | None:
+    """The model without weights as the class that it is published as, which reads images too, where its text part alone is loaded here
+    (Qwen3.5, Llama 4); else None. The layers have other names there: those by which servers know them."""
+    config, kind = model_shape(folder, trust_remote_code)
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if (
+        kind is not AutoModelForCausalLM
+        or whole is None
+        or whole is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    ):
+        return None
+    if whole.__name__ not in (config.architectures or ()):
+        return None
+    import torch
+
+    with torch.device("meta"):
+        shell: torch.nn.Module = whole(config)
+    return shell
+
+
 def load_model(
     folder: Path,
     dtype: torch.dtype,
@@ -157,6 +177,7 @@ def load_model(
     device: str | None = None,
     trust_remote_code: bool = False,
     four_bit: bool = False,
+    published: bool = False,
 ) -> Any:
     """The causal language model of a folder.
 
@@ -164,6 +185,7 @@ def load_model(
         dtype: torch dtype of the weights.
         device: where to put it; None leaves it on the CPU.
         four_bit: quantize to NF4 while loading (bitsandbytes; QLoRA, arXiv:2305.14314).
+        published: as the class of `published_shell`, where there is one.
 
     Raises:
         MissingExtraError: `four_bit` without bitsandbytes.
@@ -176,6 +198,8 @@ def load_model(
     if four_bit:
         options["quantization_config"] = _four_bit(dtype)
     kind = model_shape(folder, trust_remote_code)[1]
+    if published and published_shell(folder, trust_remote_code) is not None:
+        kind = AutoModelForImageTextToText
     try:
         model = kind.from_pretrained(
             folder,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import re
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -15,13 +17,15 @@ import peft
 import torch
 from peft import set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from transformers.pytorch_utils import Conv1D
 
 from labeltune.config import LoraConfig
 from labeltune.errors import ModelError, first_line
 from labeltune.io.hubs import PICKLES
-from labeltune.io.run_folder import ADAPTER_WEIGHTS
+from labeltune.io.outputs import write_bytes, write_json
+from labeltune.io.run_folder import ADAPTER_FILE, ADAPTER_WEIGHTS
 
 try:
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
 
 #: The value of `lora.target_modules` that stands for `linear_layers`.
 ALL_LINEAR = "all-linear"
+#: What peft puts in front of the names of a model that it wraps, and what models that read images too have in those of their text part.
+_WRAPPED, _TEXT_PART = "base_model.model.", "language_model."
 #: Where a module reads the weights of a layer of its own without calling it.
 _READS_WEIGHT = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)\b)")
 
@@ -241,13 +247,53 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") ->
         )
         raise ModelError(f"{folder} holds no adapter_model.safetensors: {reason}")
     try:
-        with _without_warnings():
-            if not isinstance(model, peft.PeftModel):
-                return peft.PeftModel.from_pretrained(model, str(folder), name)
-            model.load_adapter(str(folder), name, torch_device=str(model.device))
-            return model
+        names = layer_names(folder, model)
+        if not names:
+            return _load_adapter(model, folder, name)
+        with tempfile.TemporaryDirectory(prefix="labeltune-adapter-") as renamed:
+            write_renamed(folder, Path(renamed), names)
+            return _load_adapter(model, Path(renamed), name)
     except Exception as error:
         raise ModelError(f"the adapter in {folder} does not fit its base model: {error}") from error
+
+
+def _load_adapter(model: PreTrainedModel, folder: Path, name: str) -> Any:
+    with _without_warnings():
+        if not isinstance(model, peft.PeftModel):
+            return peft.PeftModel.from_pretrained(model, str(folder), name)
+        model.load_adapter(str(folder), name, torch_device=str(model.device))
+        return model
+
+
+def layer_names(folder: Path, model: torch.nn.Module) -> dict[str, str]:
+    """The adapted layers of a folder -> what `model` calls them, where that differs because the one is the text part alone and the other
+    the whole model that reads images too; empty where no name differs."""
+    known = {name for name, _ in model.named_modules()}
+    if isinstance(model, peft.PeftModel):
+        known = {name.removeprefix(_WRAPPED) for name in known}
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as opened:
+        layers = {_layer_of(key) for key in opened.keys()}  # noqa: SIM118
+    if layers <= known:
+        return {}
+    by_part = {name.replace(_TEXT_PART, ""): name for name in known}
+    found = {layer: by_part.get(layer.replace(_TEXT_PART, ""), "") for layer in layers}
+    return found if all(found.values()) else {}
+
+
+def _layer_of(key: str) -> str:
+    """The layer that weights of an adapter belong to."""
+    return key.removeprefix(_WRAPPED).rpartition(".lora_")[0]
+
+
+def write_renamed(source: Path, target: Path, names: Mapping[str, str]) -> None:
+    """An adapter's config and weights with other names of its layers."""
+    config = json.loads((source / ADAPTER_FILE).read_text(encoding="utf-8"))
+    write_json(target / ADAPTER_FILE, {**config, "target_modules": sorted(names.values())})
+    weights = {
+        key.replace(_layer_of(key), names[_layer_of(key)]): tensor
+        for key, tensor in load_file(source / ADAPTER_WEIGHTS).items()
+    }
+    write_bytes(target / ADAPTER_WEIGHTS, save(weights, {"format": "pt"}))
 
 
 def restore_adapter(model: PreTrainedModel, folder: Path) -> None:
