@@ -359,7 +359,9 @@ def test_a_pushed_folder_is_whole_and_names_no_path(
 
 
 @pytest.mark.filterwarnings("ignore:prediction uses the model.s own cache")
-@pytest.mark.filterwarnings("ignore:Casting complex values")  # Llama 4's table of image positions, which is not saved
+@pytest.mark.filterwarnings(
+    "ignore:Casting complex values"
+)  # Llama 4's table of image positions, which is not saved
 @pytest.mark.parametrize("family", ["qwen3_5", "llama4"])
 @pytest.mark.parametrize("targets", ["all-linear", "[q_proj, o_proj]"])
 def test_layers_have_the_names_of_the_class_that_is_published(

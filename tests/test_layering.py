@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "labeltune"
 
 #: From low to high; a module may import from its own layer and the ones below it.
 LAYERS = (
-    ("types", "errors", "messages"),
+    ("types", "errors", "messages", "client"),
     ("io.safe_yaml",),
     ("config", "config_table", "config_values", "default_prompts", "other_names"),
     ("io", "distributed"),

@@ -26,7 +26,7 @@ from labeltune.io.run_folder import (
     validation_file,
 )
 from labeltune.messages import localize
-from labeltune.prompts import make_task
+from labeltune.prompts import Task, make_task
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example, Prediction
 
@@ -285,18 +285,22 @@ class _Job:
         """What the folder holds."""
         return "merged model" if self.adapter is None else "adapter"
 
+    @property
+    def task(self) -> Task:
+        """What the run does."""
+        return make_task(self.info.task, self.info.labels, self.info.prompt, self.info.entities)
+
     @cached_property
     def request(self) -> dict[str, Any]:
         """The body of a request to vLLM, with a sample text."""
         from labeltune.export import vllm
 
-        task = make_task(self.info.task, self.info.labels, self.info.prompt, self.info.entities)
-        return vllm.request(task, self.template, self.name, self.info.generation.max_new_tokens)
+        return vllm.request(self.task, self.template, self.name, self.info.generation.max_new_tokens)
 
     def write_model(self, folder: Path, say: Say) -> dict[str, str]:
         """Weights, and what labeltune needs to load them; returns the commands to run next."""
         from labeltune.export import merge, vllm
-        from labeltune.inference.calibration import CALIBRATION_FILE, LINEAR_FILE
+        from labeltune.inference.calibration import CALIBRATION_FILE, LINEAR_FILE, Calibration
         from labeltune.models.hub import published_shell
 
         info = self.info
@@ -321,6 +325,10 @@ class _Job:
             if (self.checkpoint / file).is_file():
                 shutil.copyfile(self.checkpoint / file, folder / file)
         write_json(folder / vllm.REQUEST_FILE, self.request)
+        calibration = Calibration.load(self.checkpoint)
+        told = vllm.client_file(self.task, self.template, self.name, info.prompt, calibration)
+        if told is not None:
+            write_json(folder / vllm.CLIENT_FILE, told)
         _public(info, self.adapter is None, self.push is not None).save(folder)
         return {"Serve with vLLM": command, "Ask it": vllm.request_command(self.target)}
 

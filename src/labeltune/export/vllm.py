@@ -10,25 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labeltune.config import HubConfig
+from labeltune.config import HubConfig, PromptConfig
 from labeltune.errors import ModelError
 from labeltune.io.outputs import is_hub_name, write_json
 from labeltune.io.run_folder import ADAPTER_FILE, ADAPTER_WEIGHTS
 from labeltune.models.lora import layer_names, write_renamed
 from labeltune.prompts import Task
+from labeltune.prompts.classification import ClassificationTask
 from labeltune.prompts.marks import OPEN, closing
 from labeltune.prompts.multilabel import MultilabelTask
 from labeltune.prompts.ner import BEFORE_LABEL, BEFORE_TEXT, END, NerTask, escaped
-from labeltune.prompts.template import ChatTemplate
+from labeltune.prompts.template import ChatTemplate, build_conversation
 from labeltune.types import Example
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from labeltune.inference.calibration import Calibration
+
 #: What `--max-lora-rank` takes (vllm/config/lora.py, `MaxLoRARanks`, v0.11 to v0.26).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 REQUEST_FILE = "vllm_request.json"
+#: For `labeltune.client`, which imports nothing of labeltune.
+CLIENT_FILE = "client.json"
+#: Labels whose tokens are compared with what a tokenizer makes of the whole string.
+_COMPARED = 500
 #: Stands in the request where a document goes.
 SAMPLE_TEXT = "The text to be read goes here."
 
@@ -160,6 +167,58 @@ def request(task: Task, template: ChatTemplate, name: str, max_tokens: int) -> d
     if template.options:
         found["chat_template_kwargs"] = dict(template.options)
     return found
+
+
+def client_file(
+    task: Task, template: ChatTemplate, name: str, prompt: PromptConfig, calibration: Calibration
+) -> dict[str, Any] | None:
+    """What `labeltune.client` has to know of a run that gives labels: plain strings and numbers. None where a tokenizer that is given the
+    whole string reads otherwise than the run, or where the run extracts entities.
+
+    Args:
+        name: what servers call it.
+    """
+    if not isinstance(task, (ClassificationTask, MultilabelTask)):
+        return None
+    words = {
+        name: text for name, text in task.values(task.labels).items() if name not in ("category", "labels")
+    }
+    before, after, strip = template.around(build_conversation(prompt, SAMPLE_TEXT, words))
+    several = isinstance(task, MultilabelTask)
+    end = str(template.tokenizer.decode(template.end_of_turn_ids, skip_special_tokens=False))
+    closing = template.closing_length - (0 if several else len(template.end_of_turn_ids))
+    example = Example("0", SAMPLE_TEXT)
+    rendered_before, rendered_after, _ = template.around(task.conversation(example))
+    for label in task.labels[:_COMPARED]:
+        for answer in task.answers_about(label) if isinstance(task, MultilabelTask) else (label,):
+            whole = f"{rendered_before}{SAMPLE_TEXT}{rendered_after}{template.answer_lead}{answer}{end}"
+            encoded = template.encode(task.conversation(example), answer)
+            wanted = encoded.ids[: encoded.answer_span[1]]
+            if template.tokenizer(whole, add_special_tokens=False).input_ids != wanted:
+                return None
+    bos, ids = template.tokenizer.bos_token, template.tokenizer("x").input_ids
+    adds = bos is not None and ids[:1] == [template.tokenizer.bos_token_id]
+    return {
+        "model": name,
+        "task": task.name,
+        "labels": list(task.labels),
+        "descriptions": dict(prompt.descriptions),
+        "before": before,
+        "after": after,
+        "strip": list(strip),
+        "lead": template.answer_lead,
+        "words": [prompt.positive, prompt.negative] if several else [],
+        "end": end,
+        "closing": closing,
+        "max_length": prompt.max_length,
+        "special_tokens": template.special_tokens,
+        "added_bos": str(bos) if adds else "",
+        "temperature": calibration.temperature,
+        "length_norm": calibration.length_norm,
+        "scales": {label: list(pair) for label, pair in calibration.scales.items()},
+        "threshold": calibration.threshold,
+        "thresholds": dict(calibration.thresholds),
+    }
 
 
 def entity_pattern(labels: tuple[str, ...], no_entities: str) -> str:

@@ -169,6 +169,7 @@ class ChatTemplate:
         options: what the template is told beside the messages, and looks at.
         answer_lead: spaces in front of an answer. Tokenizers make one token of a space and the word behind it, so these are
             the answer's, not the prompt's.
+        special_tokens: what the model takes for its own in a text, longest first.
 
     Raises:
         PromptError: the tokenizer has no offsets, its template changes messages beyond stripping them, or it cannot be told
@@ -199,8 +200,9 @@ class ChatTemplate:
         specials = {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
         specials = {*specials, *map(str, tokenizer.all_special_tokens)} - {""}
         self._unflagged = self._unflagged_marks()
-        longest_first = sorted(specials | self._unflagged, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self.special_tokens = sorted(specials | self._unflagged, key=len, reverse=True)
+        marks = "|".join(map(re.escape, self.special_tokens))
+        self._special = re.compile(marks) if marks else None
         self.end_of_turn_ids, self._tail_ids = self._end_of_turn(self._frames[False].end, specials)
 
     @classmethod
@@ -388,6 +390,14 @@ class ChatTemplate:
             answer_span=(len(prompt.ids), len(ids) - len(self._tail_ids)),
             offsets=prompt.offsets + [(end, end)] * (len(ids) - len(prompt.ids)),
         )
+
+    def around(self, conversation: Conversation) -> tuple[str, str, tuple[Stripped, Stripped]]:
+        """What stands before and behind the text of a conversation in its rendered prompt, and what the text loses at its sides."""
+        rendered, _, (start, end) = self._prompt_string(conversation)
+        left, right = self._frame(conversation).user_strips
+        merged = bool(conversation.system) and self._merges_system
+        strips = "" if conversation.before_text or merged else left, "" if conversation.after_text else right
+        return rendered[:start], rendered[end:], strips
 
     def check(self, conversation: Conversation) -> None:
         """Whether the template renders this conversation as its frame says.

@@ -1,0 +1,232 @@
+"""Probabilities of labels from a server that serves an export, as `labeltune predict` gives them.
+
+This file needs httpx alone, and may be copied to where nothing else of labeltune is:
+
+    client = LabelClient("http://localhost:8000/v1", "exported")     # the folder, or its client.json
+    client.predict("The match ended in the rain.")                   # {"label": "Sports", "confidence": 0.98, "ranking": [...]}
+
+A server tells how probable a text is token by token: by `prompt_logprobs` (vLLM), else by `echo` and `logprobs` (llama-cpp-python). Every
+label's complete answer is asked about behind the prompt of the run, and compared as the run compares them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+CLIENT_FILE = "client.json"
+
+
+class ServerError(Exception):
+    """The server cannot be reached, refuses, or reads the prompt otherwise than the run does."""
+
+
+class LabelClient:
+    """Asks one server about one export.
+
+    Args:
+        url: of the server's OpenAI protocol, with `/v1`.
+        export: the exported folder, or its `client.json`.
+        model: what the server calls it; the export's own name when None.
+        api_key: the server's, if it wants one.
+        timeout: seconds until an answer is given up.
+        transport: for tests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        export: str | os.PathLike[str],
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        file = Path(export)
+        file = file / CLIENT_FILE if file.is_dir() else file
+        self._run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        self._model = model or self._run["model"]
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(
+            base_url=url.rstrip("/") + "/", headers=headers, timeout=timeout, transport=transport
+        )
+        self._echoes: bool | None = None
+
+    def predict(self, text: str, labels: Sequence[str] | None = None) -> dict[str, Any]:
+        """The answer about a text: `label` and `confidence`, or `labels` of a run that gives several, and `ranking`.
+
+        Args:
+            labels: the candidates; those of the run when None.
+
+        Raises:
+            ServerError: see there.
+            ValueError: the text is empty, too long, or holds a special token of the model; a label is not known to a run of several.
+        """
+        found = self.probabilities(text, labels)
+        ranking = sorted(found.items(), key=lambda pair: -pair[1])
+        shown = [{"label": label, "probability": round(value, 6)} for label, value in ranking]
+        if self._run["task"] == "multilabel":
+            own, common = self._run["thresholds"], self._run["threshold"]
+            given = [label for label, value in ranking if value >= own.get(label, common)]
+            return {"labels": given, "ranking": shown}
+        return {"label": ranking[0][0], "confidence": shown[0]["probability"], "ranking": shown}
+
+    def probabilities(self, text: str, labels: Sequence[str] | None = None) -> dict[str, float]:
+        """Of every candidate the probability that it is the right one, or, of a run that gives several, that it applies.
+
+        Raises:
+            ServerError, ValueError: as `predict`.
+        """
+        run = self._run
+        names = list(labels or run["labels"])
+        prompt = self._prompt(text, names)
+        if run["task"] == "multilabel":
+            answers = [f"{run['lead']}{name}{word}" for name in names for word in run["words"]]
+        else:
+            answers = [f"{run['lead']}{name}{run['end']}" for name in names]
+        scores, lengths = self._scores(prompt, answers)
+        if run["task"] == "multilabel":
+            return {
+                name: self._applies(name, yes - no)
+                for name, yes, no in zip(names, scores[::2], scores[1::2], strict=True)
+            }
+        if run["length_norm"] == "tokens":
+            scores = [score / length for score, length in zip(scores, lengths, strict=True)]
+        return dict(zip(names, _softmax([score / run["temperature"] for score in scores]), strict=True))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> LabelClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _applies(self, label: str, odds: float) -> float:
+        slope, intercept = self._run["scales"].get(label, (1 / self._run["temperature"], 0.0))
+        return 1 / (1 + math.exp(-max(min(slope * odds + intercept, 700.0), -700.0)))
+
+    def _prompt(self, text: str, labels: Sequence[str]) -> str:
+        run = self._run
+        left, right = run["strip"]
+        text = text.lstrip(left) if left != "" else text
+        text = text.rstrip(right) if right != "" else text
+        if not text.strip():
+            raise ValueError("the text is empty")
+        special = next((token for token in run["special_tokens"] if token in text), None)
+        if special is not None:
+            raise ValueError(f"the text holds {special}, which the server would read as the model's own")
+        places = _listed(labels, run["descriptions"])
+        before, after = (_filled(part, places) for part in (run["before"], run["after"]))
+        return f"{before}{text}{after}"
+
+    def _scores(self, prompt: str, answers: Sequence[str]) -> tuple[list[float], list[int]]:
+        """Natural logarithms of the probabilities of answers behind a prompt, and their tokens."""
+        asked = [prompt, *(prompt + answer for answer in answers)]
+        first, *others = self._tokens(asked)
+        scores, lengths = [], []
+        for answer, found in zip(answers, others, strict=True):
+            if [token for token, _ in found[: len(first)]] != [token for token, _ in first]:
+                raise ServerError(
+                    f"the server reads the end of the prompt otherwise before {answer!r}; predict with labeltune"
+                )
+            own = found[len(first) :]
+            scores.append(math.fsum(value for _, value in own))
+            lengths.append(len(own))
+        most = len(first) + max(lengths) + self._run["closing"]
+        if most > self._run["max_length"]:
+            raise ValueError(
+                f"the text makes {most} tokens with its longest answer, and the run reads {self._run['max_length']}; shorten it"
+            )
+        return scores, lengths
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[tuple[str, float]]]:
+        """The tokens of texts, each with the natural logarithm of its probability (0 of the first, which nothing stands before)."""
+        if self._echoes is None:
+            found = self._asked(texts[:1], {"prompt_logprobs": 0, "add_special_tokens": False})
+            self._echoes = not found[0].get("prompt_logprobs")
+        if not self._echoes:
+            choices = self._asked(texts, {"prompt_logprobs": 0, "add_special_tokens": False})
+            return [_of_prompt(choice.get("prompt_logprobs")) for choice in choices]
+        # Such a server puts the token that begins every text there itself.
+        bos = self._run["added_bos"]
+        choices = [
+            choice
+            for text in texts
+            for choice in self._asked([text.removeprefix(bos)], {"echo": True, "logprobs": 1})
+        ]
+        return [_of_echo(choice.get("logprobs"), choice.get("text", "")) for choice in choices]
+
+    def _asked(self, texts: Sequence[str], more: Mapping[str, Any]) -> list[dict[str, Any]]:
+        body = {"model": self._model, "prompt": list(texts) if len(texts) > 1 else texts[0]}
+        body |= {"max_tokens": 1, "temperature": 0, **more}
+        try:
+            answer = self._http.post("completions", json=body)
+            answer.raise_for_status()
+            choices: list[dict[str, Any]] = sorted(answer.json()["choices"], key=lambda each: each["index"])
+        except httpx.HTTPStatusError as error:
+            raise ServerError(f"{error.response.status_code}: {error.response.text[:500]}") from None
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise ServerError(
+                f"{self._http.base_url} does not answer as a server of completions does: {error}"
+            ) from error
+        if len(choices) != len(texts):
+            raise ServerError(f"{len(texts)} prompts were asked, {len(choices)} were answered")
+        return choices
+
+
+def _of_prompt(found: Any) -> list[tuple[str, float]]:
+    """vLLM's `prompt_logprobs`: a mapping from token id a place, the token of the prompt first; nothing for the first place."""
+    if not found:
+        raise ServerError("the server gives no prompt_logprobs")
+    tokens = [("", 0.0)]
+    for place in found[1:]:
+        token, told = next(iter(place.items()))
+        tokens.append((str(token), float(told["logprob"])))
+    return tokens
+
+
+def _of_echo(found: Any, text: str) -> list[tuple[str, float]]:
+    """The completions protocol's `logprobs` of an echoed prompt, without the one token that follows it."""
+    if not found or not found.get("tokens"):
+        raise ServerError(
+            f"the server gives no probabilities of a prompt, neither by prompt_logprobs nor by echo (it wrote {text[:80]!r}); "
+            "llama-cpp-python does with logits_all=True"
+        )
+    pairs = zip(found["tokens"][:-1], found["token_logprobs"][:-1], strict=True)
+    return [(str(token), 0.0 if value is None else float(value)) for token, value in pairs]
+
+
+def _listed(labels: Sequence[str], descriptions: Mapping[str, str]) -> dict[str, str]:
+    """What the places of a prompt are filled with, as labeltune.prompts.descriptions has it."""
+    if not any(label in descriptions for label in labels):
+        return {"category": repr(list(labels)), "labels": "; ".join(labels)}
+    lines = "".join(
+        f"\n{name}: {descriptions[name]}" if name in descriptions else f"\n{name}" for name in labels
+    )
+    return {"category": lines, "labels": lines}
+
+
+def _filled(part: str, places: Mapping[str, str]) -> str:
+    """A part of a prompt with its places filled; what is put in is not looked into."""
+    pieces = part.split("{")
+    found = [pieces[0]]
+    for piece in pieces[1:]:
+        name, brace, rest = piece.partition("}")
+        found.append(places[name] + rest if brace and name in places else "{" + piece)
+    return "".join(found)
+
+
+def _softmax(scores: Sequence[float]) -> list[float]:
+    most = max(scores)
+    values = [math.exp(score - most) for score in scores]
+    return [value / math.fsum(values) for value in values]
