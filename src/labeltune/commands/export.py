@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from labeltune import __version__
 from labeltune.commands.evaluate import describe_run, labelled_rows
 from labeltune.errors import ConfigError, DataError
 from labeltune.io.outputs import is_hub_name, write_json, write_text
-from labeltune.io.progress import Say, begin, phase, tell, track
+from labeltune.io.progress import Say, begin, phase, row_progress, tell, track
 from labeltune.io.run_folder import (
     SELECTION_FILE,
     TRAINING_FILE,
@@ -60,6 +61,14 @@ def export_command(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare run and export.")] = False,
     max_rows: Annotated[int | None, typer.Option(help="Only the first rows of --verify.", min=1)] = None,
     tolerance: Annotated[float, typer.Option(help="Share of rows that may be answered otherwise.")] = 0.0,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="vllm: serve the export there, and compare its answers to the same rows, too."),
+    ] = None,
+    engine_python: Annotated[
+        str | None,
+        typer.Option(help="Python of the environment that has the engine; this one when left out."),
+    ] = None,
     metrics: Annotated[
         Path | None, typer.Option(help="metrics.json of `labeltune evaluate`: test figures for the card.")
     ] = None,
@@ -87,6 +96,8 @@ def export_command(
             verify_data=verify,
             max_rows=max_rows,
             tolerance=tolerance,
+            engine=engine,
+            engine_python=engine_python,
             metrics=metrics,
             push=push,
             name=name,
@@ -105,6 +116,7 @@ class Exported:
         kind: `merged model` or `adapter`.
         dtype: number format of the weights; of the base's, for an adapter.
         parity: how its answers compare with the run's; None when that was not checked.
+        engine_parity: the same of the engine that served it; None where none was asked.
         commands: what to run next, by what it is for.
         address: where it was pushed, None when it was not.
     """
@@ -115,6 +127,7 @@ class Exported:
     parity: Parity | None
     commands: dict[str, str]
     address: str | None = None
+    engine_parity: Parity | None = None
 
 
 def export(
@@ -129,6 +142,8 @@ def export(
     verify_data: str | None = None,
     max_rows: int | None = None,
     tolerance: float = 0.0,
+    engine: str | None = None,
+    engine_python: str | None = None,
     metrics: str | os.PathLike[str] | None = None,
     push: str | None = None,
     name: str | None = None,
@@ -147,6 +162,8 @@ def export(
         verify_data: labelled rows for that; the run's validation rows when None.
         max_rows: only the first rows of `verify_data`.
         tolerance: share of rows that may differ.
+        engine: `vllm`, to serve the export there and compare its answers, too.
+        engine_python: of the environment that has it; this one when None.
         metrics: a `metrics.json` of `evaluate`, for the card.
         push: `hf:org/name` or `ms:org/name`.
         name: what servers call it; the folder's name when None.
@@ -162,7 +179,7 @@ def export(
         PromptError: the chat template cannot be written as a Modelfile.
     """
     merged = merged or ollama or onnx
-    _check_options(merged, dtype, tolerance, push, verify, verify_data)
+    _check_options(merged, dtype, tolerance, push, verify, verify_data, engine, engine_python)
     from labeltune.export import onnx as onnx_form
 
     exporter = onnx_form.exporter() if onnx else None  # before what takes seconds to import
@@ -180,28 +197,41 @@ def export(
     with whole_folder(target) as folder:
         commands = job.write_model(folder, say)
         base = job.base if info.adapter else None
-        parity = _verified(checkpoint, folder, base, job.dtype, rows, say=say, progress=progress)
+        parity, before = _verified(checkpoint, folder, base, job.dtype, rows, say=say, progress=progress)
         if parity is not None:
             say(f"parity in {job.dtype}: {parity}")
             check_parity(parity, tolerance, f"the exported {job.kind} ({job.dtype})")
+        served = None
+        if engine is not None:
+            served = job.asked_of_engine(engine_python or sys.executable, folder, rows, before, say, progress)
+            say(f"parity in {engine}: {served}")
+            check_parity(served, tolerance, f"the exported {job.kind} ({job.dtype}) in {engine}")
         if ollama:
             commands |= job.write_for_ollama(folder, say)
         if exporter is not None:
             begin("writing onnx/ (the parity gate has not seen it)", say)
             onnx_form.write_onnx(exporter, folder)
-        job.describe(folder, test_metrics, parity)
+        job.describe(folder, test_metrics, parity, served)
     say(f"exported the {job.kind} to {target}")
     address = None
     if push is not None:
         begin(f"pushing to {push}", say)
         address = push_folder(target, push)
         say(f"pushed to {address}")
-    return Exported(target, job.kind, job.dtype, parity, commands, address)
+    return Exported(target, job.kind, job.dtype, parity, commands, address, served)
 
 
 def _check_options(
-    merged: bool, dtype: str | None, tolerance: float, push: str | None, verify: bool, verify_data: str | None
+    merged: bool,
+    dtype: str | None,
+    tolerance: float,
+    push: str | None,
+    verify: bool,
+    verify_data: str | None,
+    engine: str | None,
+    engine_python: str | None,
 ) -> None:
+    from labeltune.export.engines import ENGINES, client_library
     from labeltune.export.folder import DTYPES, check_repo
 
     if dtype is not None and dtype not in DTYPES:
@@ -210,6 +240,14 @@ def _check_options(
         raise ConfigError(f"--tolerance is a share of rows, from 0 to below 1, not {tolerance:g}")
     if not verify and verify_data is not None:
         raise ConfigError("--verify and --no-verify contradict each other")
+    if engine is not None and engine not in ENGINES:
+        raise ConfigError(f"--engine must be one of {', '.join(ENGINES)}, not {engine!r}")
+    if engine is None and engine_python is not None:
+        raise ConfigError("--engine-python says where an engine is; name it with --engine")
+    if engine is not None and not verify:
+        raise ConfigError("--engine compares answers; leave out --no-verify")
+    if engine is not None:
+        client_library()
     if dtype is not None and not merged:
         raise ConfigError("--dtype is for --merged; an adapter is exported as it was trained")
     if push is not None:
@@ -352,7 +390,61 @@ class _Job:
         commands["Ask Ollama"] = ollama.ask_command(self.name, self.request["messages"][-1]["content"])
         return commands
 
-    def describe(self, folder: Path, test_metrics: dict[str, Any] | None, parity: Parity | None) -> None:
+    def asked_of_engine(
+        self,
+        python: str,
+        folder: Path,
+        rows: Sequence[Example],
+        before: Sequence[Prediction],
+        say: Say,
+        progress: bool,
+    ) -> Parity:
+        """Serve the export with vLLM, and compare its answers with the run's.
+
+        Raises:
+            ConfigError: there is no row to ask about.
+            ModelError: the engine does not start, or cannot be understood.
+            ParityError: it ignores the adapter.
+        """
+        from labeltune.export import engines
+        from labeltune.export.parity import compare_answers
+        from labeltune.prompts.builder import PromptBuilder
+
+        builder = PromptBuilder(self.task, self.template)
+        fitting = engines.rows_that_fit(builder, rows)
+        if not fitting:
+            raise ConfigError(
+                "--engine compares answers, and there are no rows; name some with --verify FILE"
+            )
+        if len(fitting) < len(rows):
+            say(f"{len(rows) - len(fitting)} rows are left out, as a server does not shorten their texts")
+        chosen, known = [rows[number] for number in fitting], [before[number] for number in fitting]
+        extra = self.info.generation.max_new_tokens
+        served = engines.Served(
+            python,
+            folder,
+            None if self.adapter is None else self.base,
+            self.name,
+            self.dtype,
+            1 if self.adapter is None else self.adapter.max_rank,
+            2 * self.info.prompt.max_length + extra,
+            self.info.runs_code(),
+        )
+        begin("starting vLLM with the export", say)
+        with engines.running(served) as url, row_progress(len(chosen), "asking vLLM", progress) as advance:
+            if served.base is not None:
+                ids = builder.prompt(chosen[0]).ids
+                engines.check_heard(url, self.name, str(self.template.tokenizer.decode(ids)))
+            found = engines.answers(url, served, builder, chosen, extra, advance)
+        return compare_answers(chosen, known, found)
+
+    def describe(
+        self,
+        folder: Path,
+        test_metrics: dict[str, Any] | None,
+        parity: Parity | None,
+        served: Parity | None,
+    ) -> None:
         """The model card, and `export.json`."""
         from labeltune.export import card
         from labeltune.export.folder import EXPORT_FILE
@@ -371,7 +463,10 @@ class _Job:
         write_text(folder / card.CARD_FILE, card.card(self.info, facts))
         base = public_name(self.info.model)
         made = {"labeltune": __version__, "kind": self.kind, "dtype": self.dtype, "base": base}
-        write_json(folder / EXPORT_FILE, {**made, "parity": None if parity is None else parity.to_dict()})
+        told = {"parity": parity, "engine_parity": served}
+        write_json(
+            folder / EXPORT_FILE, {**made, **{key: value and value.to_dict() for key, value in told.items()}}
+        )
 
 
 def _found_by_others(model: str) -> bool:
@@ -400,10 +495,10 @@ def _verified(
     *,
     say: Say,
     progress: bool,
-) -> Parity | None:
-    """Run and export on the same rows, one after the other, in the precision of the export."""
+) -> tuple[Parity | None, list[Prediction]]:
+    """Run and export on the same rows, one after the other, in the precision of the export; and what the run answers."""
     if not rows:
-        return None
+        return None, []
     from labeltune.export.parity import compare_answers
     from labeltune.inference.calibration import Calibration
 
@@ -415,7 +510,7 @@ def _verified(
         say(
             f"warning: the run adds a linear model's scores, which other engines do not: without them {alone}"
         )
-    return compare_answers(rows, before, after)
+    return compare_answers(rows, before, after), before
 
 
 def _answers(

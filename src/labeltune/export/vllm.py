@@ -134,8 +134,10 @@ def _serve(model: str, options: list[str], trust_remote_code: bool) -> str:
     return source + shlex.join(["vllm", "serve", base_name(model), *options, *trust])
 
 
-def request(task: Task, template: ChatTemplate, name: str, max_tokens: int) -> dict[str, Any]:
-    """A chat completion request: the run's prompt around a sample text, answers bound to its form.
+def request(
+    task: Task, template: ChatTemplate, name: str, max_tokens: int, example: Example | None = None
+) -> dict[str, Any]:
+    """A chat completion request: the run's prompt around a text, answers bound to its form.
 
     It names what the template is told; a run's own template takes that for granted, one that a server was given may not. Marks in a text
     are bound to their form alone: neither a regular expression nor a grammar of a server knows the document.
@@ -143,12 +145,16 @@ def request(task: Task, template: ChatTemplate, name: str, max_tokens: int) -> d
     Args:
         name: the model or adapter that is asked.
         max_tokens: for entities; a label ends by itself.
+        example: a sample text when None.
     """
     # A row without candidates of its own; a run whose rows all bring theirs still knows the labels it has seen.
-    messages = task.conversation(Example("0", SAMPLE_TEXT)).messages()
+    example = example or Example("0", SAMPLE_TEXT)
+    messages = task.conversation(example).messages()
     found: dict[str, Any] = {"model": name, "messages": messages, "temperature": 0}
     if task.name == "classification":
-        found["structured_outputs"] = {"choice": [template.answer_lead + label for label in task.labels]}
+        found["structured_outputs"] = {
+            "choice": [template.answer_lead + label for label in example.candidates or task.labels]
+        }
     elif isinstance(task, MultilabelTask):
         # One request a label; this one asks about the first. The two answers differ in what stands behind the label.
         answers = [template.answer_lead + answer for answer in task.answers_about(task.labels[0])]
