@@ -76,7 +76,7 @@ def train(path: str) -> None:
     connect(600)
     given = json.loads(Path(path).read_text(encoding="utf-8"))
     config = run_config(given["data"], "original", 384, given["labels"])
-    training = config.training.model_copy(update={"batch_size": given["batch"], "epochs": 1})
+    training = config.training.model_copy(update={"batch_size": given["batch"], "epochs": 1.0})
     config = config.model_copy(
         update={"training": training, "output_dir": given["folder"], "tracking": "none"}
     )

@@ -225,7 +225,9 @@ class Recorded:
 
 def longer(config: RunConfig, epochs: int) -> RunConfig:
     """The config of a run that is trained on."""
-    return config.model_copy(update={"training": config.training.model_copy(update={"epochs": epochs})})
+    return config.model_copy(
+        update={"training": config.training.model_copy(update={"epochs": float(epochs)})}
+    )
 
 
 @pytest.mark.parametrize("mode", ["online", "local", "offline"])
