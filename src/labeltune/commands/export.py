@@ -179,7 +179,8 @@ def export(
         PromptError: the chat template cannot be written as a Modelfile.
     """
     merged = merged or ollama or onnx
-    _check_options(merged, dtype, tolerance, push, verify, verify_data, engine, engine_python)
+    _check_options(merged, dtype, tolerance, push)
+    _check_comparison(verify, verify_data, engine, engine_python)
     from labeltune.export import onnx as onnx_form
 
     exporter = onnx_form.exporter() if onnx else None  # before what takes seconds to import
@@ -203,7 +204,9 @@ def export(
             check_parity(parity, tolerance, f"the exported {job.kind} ({job.dtype})")
         served = None
         if engine is not None:
-            served = job.asked_of_engine(engine_python or sys.executable, folder, rows, before, say, progress)
+            served = job.asked_of_engine(
+                engine_python or sys.executable, folder, rows, before, say=say, progress=progress
+            )
             say(f"parity in {engine}: {served}")
             check_parity(served, tolerance, f"the exported {job.kind} ({job.dtype}) in {engine}")
         if ollama:
@@ -221,23 +224,24 @@ def export(
     return Exported(target, job.kind, job.dtype, parity, commands, address, served)
 
 
-def _check_options(
-    merged: bool,
-    dtype: str | None,
-    tolerance: float,
-    push: str | None,
-    verify: bool,
-    verify_data: str | None,
-    engine: str | None,
-    engine_python: str | None,
-) -> None:
-    from labeltune.export.engines import ENGINES, client_library
+def _check_options(merged: bool, dtype: str | None, tolerance: float, push: str | None) -> None:
     from labeltune.export.folder import DTYPES, check_repo
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if not 0 <= tolerance < 1:
         raise ConfigError(f"--tolerance is a share of rows, from 0 to below 1, not {tolerance:g}")
+    if dtype is not None and not merged:
+        raise ConfigError("--dtype is for --merged; an adapter is exported as it was trained")
+    if push is not None:
+        check_repo(push)
+
+
+def _check_comparison(
+    verify: bool, verify_data: str | None, engine: str | None, engine_python: str | None
+) -> None:
+    from labeltune.export.engines import ENGINES, client_library
+
     if not verify and verify_data is not None:
         raise ConfigError("--verify and --no-verify contradict each other")
     if engine is not None and engine not in ENGINES:
@@ -248,10 +252,6 @@ def _check_options(
         raise ConfigError("--engine compares answers; leave out --no-verify")
     if engine is not None:
         client_library()
-    if dtype is not None and not merged:
-        raise ConfigError("--dtype is for --merged; an adapter is exported as it was trained")
-    if push is not None:
-        check_repo(push)
 
 
 def _prepare(
@@ -396,6 +396,7 @@ class _Job:
         folder: Path,
         rows: Sequence[Example],
         before: Sequence[Prediction],
+        *,
         say: Say,
         progress: bool,
     ) -> Parity:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +44,7 @@ class Fold:
 def train_with_folds(
     config: RunConfig,
     count: int,
+    train: Callable[..., TrainResult],
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -56,6 +57,7 @@ def train_with_folds(
     Args:
         config: of the run on all rows, none of which are held out; the others are the same but for their rows and their folders.
         count: how many parts there are.
+        train: of this package.
         resume: folds that are finished are kept, and the one that was stopped goes on.
         overwrite, say, command: as of `train`.
 
@@ -77,7 +79,6 @@ def train_with_folds(
     prepared = prepare(config, read_rows(config, say), say)
     splits = prepared.splits
     folds = folds_of(prepared.config, splits.train, splits.labels, count, output / "folds")
-    from labeltune.commands.train import train
     from labeltune.inference.calibration import OutOfFold
     from labeltune.inference.load import load_predictor
     from labeltune.training.record import FINISHED_FILE, finished_run

@@ -144,7 +144,7 @@ def train_command(
         train_with_curve(loaded, resume=resume, overwrite=overwrite, command=f"{command} --learning-curve")
     elif folds:
         command += f" --folds {folds}"
-        train_with_folds(loaded, folds, resume=resume, overwrite=overwrite, command=command)
+        train_with_folds(loaded, folds, train, resume=resume, overwrite=overwrite, command=command)
     else:
         train(loaded, resume=resume, overwrite=overwrite, command=command)
 
@@ -277,7 +277,7 @@ def train(
         Interrupted: Ctrl-C; the message names the checkpoint that was saved.
     """
     if rank() != 0:
-        return _train(config, resume, overwrite, say, command, parts, unseen)
+        return _train(config, resume, overwrite, say=say, command=command, parts=parts, unseen=unseen)
     folder, writing = Path(config.output_dir), f"another training writes into {config.output_dir}"
     with (
         alone_with(folder / ".lock", writing, "wait for it, or choose another output_dir", tidy=True),
@@ -285,7 +285,7 @@ def train(
         no_long_silence(say),
     ):
         try:
-            return _train(config, resume, overwrite, say, command, parts, unseen)
+            return _train(config, resume, overwrite, say=say, command=command, parts=parts, unseen=unseen)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {how_to_go_on(folder, command)}") from None
 
@@ -324,6 +324,7 @@ def _train(
     config: RunConfig,
     resume: bool,
     overwrite: bool,
+    *,
     say: Say,
     command: str | None,
     parts: Sequence[Point],

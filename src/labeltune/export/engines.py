@@ -157,11 +157,10 @@ def check_heard(url: str, name: str, prompt: str) -> None:
     Raises:
         ParityError: it is not.
     """
-    httpx = client_library()
 
     def told(model: str) -> Any:
         body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        with _answers(httpx, f"{url}/completions", body) as answer:
+        with _answers(f"{url}/completions", body) as answer:
             places = answer["choices"][0]["prompt_logprobs"]
         return [each["logprob"] for place in places if place for each in place.values()]
 
@@ -173,7 +172,8 @@ def check_heard(url: str, name: str, prompt: str) -> None:
 
 
 @contextlib.contextmanager
-def _answers(httpx: Any, url: str, body: dict[str, Any]) -> Iterator[Any]:
+def _answers(url: str, body: dict[str, Any]) -> Iterator[Any]:
+    httpx = client_library()
     try:
         found = httpx.post(url, json=body, timeout=600)
         found.raise_for_status()
@@ -202,7 +202,6 @@ def answers(
         ModelError: it refuses, or its answers cannot be read.
         ParityError: it reads another prompt than the run.
     """
-    httpx = client_library()
     from labeltune.client import LabelClient, ServerError
 
     file = served.folder / CLIENT_FILE
@@ -211,7 +210,7 @@ def answers(
         client = stack.enter_context(LabelClient(url, file, timeout=600)) if file.is_file() else None
         for row in rows:
             try:
-                found.append(_answer(httpx, url, served, builder, row, max_new_tokens, client))
+                found.append(_answer(url, served, builder, row, max_new_tokens, client))
             except (ServerError, ValueError) as error:
                 raise ModelError(f"{row.where}: {error}") from error
             advance(1)
@@ -219,7 +218,6 @@ def answers(
 
 
 def _answer(
-    httpx: Any,
     url: str,
     served: Served,
     builder: PromptBuilder,
@@ -235,7 +233,7 @@ def _answer(
         if task.name == "multilabel":
             return Prediction(row.id, "", labels=tuple(told["labels"]), ranking=ranking)
     body = {**request(task, builder.template, served.name, max_new_tokens, row), "return_token_ids": True}
-    with _answers(httpx, f"{url}/chat/completions", body) as answer:
+    with _answers(f"{url}/chat/completions", body) as answer:
         text = str(answer["choices"][0]["message"]["content"])
         _check_prompt(builder, row, answer["prompt_token_ids"])
     return replace(task.parse(row, text.removeprefix(builder.template.answer_lead)), ranking=ranking)
