@@ -24,6 +24,7 @@ from zoo.families import BY_NAME
 ROOT = Path(__file__).resolve().parents[1]
 #: Topics that have a page in each language.
 TOPICS = (
+    "accuracy",
     "config",
     "data",
     "evaluate",
