@@ -212,6 +212,7 @@ def test_the_page_speaks_the_browser_s_language_alone(
     )
     view.wait_for_function(all_there, arg=[*result, "rows.jsonl:1"])
     many = view.inner_text("body")
+    assert all(word in one for word in words)
     assert "[object" not in one + many and not any(word in one + many for word in foreign)
     assert '"source": "rows.jsonl:1"' in many, "and not where it lies on the server"
     assert view.evaluate("document.documentElement.scrollWidth") == 390
