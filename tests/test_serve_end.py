@@ -28,7 +28,7 @@ def test_a_full_queue_a_lost_client_and_the_end(tmp_path: Path, model_folder: Pa
             found.append(server.post("/v1/classify", {"text": ["a"] * count}))
 
         def waiting(count: int) -> None:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while server.metric("labeltune_queue_rows") != count:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
