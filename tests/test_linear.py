@@ -73,11 +73,21 @@ def test_weights_have_the_least_loss() -> None:
     inverse, weight = fit_mixture(one, other, right)
 
     def loss(a: float, b: float) -> float:
-        return negative_log_likelihood([a * x + b * y for x, y in zip(one, other, strict=True)], right)
+        sums = [a * x + b * y for x, y in zip(one, other, strict=True)]
+        return len(right) * negative_log_likelihood(sums, right) + ((a - 1) ** 2 + b**2) / 2
 
     least = loss(inverse, weight)
     for step in (-0.05, 0.05):
         assert loss(inverse + step, weight) > least and loss(inverse, weight + step) > least
+
+
+def test_rows_that_are_all_right_have_weights_of_this_world() -> None:
+    """Without the prior a fold without an error takes weights without end, and the rows that it is measured on pay for them."""
+    one, right = scored(100, 4.0)
+    other, _ = scored(100, 0.0)
+    other = [scores + 6.0 * (numpy.arange(3) == answer) for scores, answer in zip(other, right, strict=True)]
+    inverse, weight = fit_mixture(one, other, right)
+    assert 0.3 < inverse < 2 and 0.3 < weight < 2
 
 
 def test_a_weight_is_kept_where_it_helps() -> None:
@@ -88,6 +98,7 @@ def test_a_weight_is_kept_where_it_helps() -> None:
     weights, report = mixture_report(one, knows, right, alone)
     assert weights is not None and report["refused"] is None and weights[1] == report["weight"] > 0.5
     assert report["after"]["nll"] < report["before"]["nll"]
+    drawn = numpy.random.default_rng(0)
     noise = [drawn.normal(size=3) for _ in right]
     weights, report = mixture_report(one, noise, right, alone)
     assert weights is None and report["refused"] == "it does not help on rows that it was not weighed on"

@@ -20,8 +20,8 @@ ENOUGH_ROWS = 50
 FOLDS = 5
 #: On fewer no weight of another model's scores is fitted.
 ENOUGH_FOR_WEIGHT = 20
-#: Of another model's scores.
-MOST_WEIGHT = 10.0
+#: Of another model's scores; less than the least is none.
+LEAST_WEIGHT, MOST_WEIGHT = 0.01, 10.0
 
 
 def softmax(scores: np.ndarray[Any, Any], temperature: float = 1.0) -> np.ndarray[Any, Any]:
@@ -134,7 +134,11 @@ def calibration_report(rows: Rows, right: Sequence[int]) -> tuple[float, dict[st
 
 
 def fit_mixture(rows: Rows, others: Rows, right: Sequence[int]) -> tuple[float, float]:
-    """(inverse temperature, weight): what `rows` and `others` are multiplied by so that their sums have the least negative log-likelihood."""
+    """(inverse temperature, weight): what `rows` and `others` are multiplied by so that their sums have the least negative log-likelihood.
+
+    Rows that are all answered rightly would have weights without end; normal distributions around 1 and around 0, both of deviation 1, hold
+    them (maximum a posteriori).
+    """
     from scipy.optimize import minimize
     from scipy.special import logsumexp
 
@@ -148,7 +152,8 @@ def fit_mixture(rows: Rows, others: Rows, right: Sequence[int]) -> tuple[float, 
 
     def loss(weights: np.ndarray[Any, Any]) -> float:
         sums = np.tensordot(weights, both, 1) + missing
-        return float(np.mean(logsumexp(sums, axis=1) - weights @ chosen))
+        held = ((weights[0] - 1) ** 2 + weights[1] ** 2) / 2
+        return float(np.sum(logsumexp(sums, axis=1) - weights @ chosen) + held)
 
     bounds = [(1 / HIGHEST, 1 / LOWEST), (0.0, MOST_WEIGHT)]
     found = minimize(loss, np.array([1.0, 0.5]), bounds=bounds, method="L-BFGS-B")
@@ -182,7 +187,7 @@ def mixture_report(
     after = _figures(sums, right, np.ones(len(rows)))
     found = fit_mixture(rows, others, right)
     report |= {"weight": found[1], "after": after}
-    if after["nll"] >= alone["nll"] or after["brier"] > alone["brier"]:
+    if found[1] < LEAST_WEIGHT or after["nll"] >= alone["nll"] or after["brier"] > alone["brier"]:
         return None, report | {
             "weight": 0.0,
             "refused": "it does not help on rows that it was not weighed on",
