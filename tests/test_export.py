@@ -19,6 +19,7 @@ from labeltune import load_predictor
 from labeltune.commands import export as export_page
 from labeltune.config import build_config, load_config
 from labeltune.errors import ConfigError, DataError, ModelError, OutputError, ParityError
+from labeltune.export.job import Job
 from labeltune.export.merge import stored_dtype, whole_model
 from labeltune.export.parity import check_parity, compare_answers
 from labeltune.io.run_folder import RunInfo
@@ -146,19 +147,19 @@ def test_a_damaged_export_fails_the_gate(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    verified = export_page._verified
+    verified = Job.verified
 
-    def damaged(checkpoint: Path, folder: Path, *rest: Any, **more: Any) -> Any:
+    def damaged(job: Job, folder: Path, *rest: Any) -> Any:
         (path,) = folder.glob("*model.safetensors")
         weights = load_file(path)
         # One of an adapter's two matrices, every weight of a merged model.
         touched = {n: v * -300 if "lora_B" in n or merged else v for n, v in weights.items()}
         save_file(touched, path, {"format": "pt"})
-        return verified(checkpoint, folder, *rest, **more)
+        return verified(job, folder, *rest)
 
     rows = str(write_jsonl(tmp_path / "rows.jsonl", classification_rows(12)))
     with monkeypatch.context() as patched:
-        patched.setattr(export_page, "_verified", damaged)
+        patched.setattr(Job, "verified", damaged)
         with pytest.raises(ParityError) as raised:
             quiet_export(runs["classification"], tmp_path / "out", merged=merged, verify_data=rows)
     message = str(raised.value)

@@ -18,7 +18,7 @@ from helpers.templates import PECULIAR
 from helpers.tiny_models import CHATML, make_tokenizer
 from labeltune.config import HubConfig, PromptConfig, build_config
 from labeltune.errors import ConfigError, HubError, ModelError, PromptError
-from labeltune.export import card, ollama, onnx, vllm
+from labeltune.export import card, llama_cpp, ollama, onnx, vllm
 from labeltune.export.card import base_license
 from labeltune.export.folder import check_repo, push_folder
 from labeltune.io.run_folder import RunInfo
@@ -205,21 +205,37 @@ def test_a_bos_token_is_not_doubled() -> None:
         ollama.without_bos(ollama.turns_of(ChatTemplate(other)), other)
 
 
-def test_the_converter_of_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tools_of_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     monkeypatch.delenv("LLAMA_CPP", raising=False)
-    assert ollama.find_converter() is None
+    assert llama_cpp.find_tool(llama_cpp.CONVERTER) is None
+    with pytest.raises(
+        ConfigError, match=r"there is no convert_hf_to_gguf\.py on PATH or in the folder LLAMA_CPP"
+    ):
+        llama_cpp.needed(llama_cpp.CONVERTER)
     script = tmp_path / "convert_hf_to_gguf.py"
     script.write_text("import sys; open(sys.argv[3], 'w').write(' '.join(sys.argv))", encoding="utf-8")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
-    assert ollama.find_converter() == script
-    ollama.convert(script, tmp_path, "bf16")
-    assert "--outtype bf16" in (tmp_path / "model.gguf").read_text(encoding="utf-8")
-    (tmp_path / "model.gguf").unlink()
+    assert llama_cpp.find_tool(llama_cpp.CONVERTER) == script
+    model = tmp_path / "model.gguf"
+    llama_cpp.write_model(tmp_path, model, "q8_0", "bf16")
+    assert "--outtype q8_0" in model.read_text(encoding="utf-8")
+    # What the converter does not write, the quantizer makes of what it writes.
+    quantizer = tmp_path / "build" / "bin" / "llama-quantize"
+    quantizer.parent.mkdir(parents=True)
+    quantizer.write_text('#!/bin/sh\nread line < "$1"; echo "$line $3" > "$2"\n', encoding="utf-8")
+    quantizer.chmod(0o755)
+    llama_cpp.write_model(tmp_path, model, "q4_k_m", "bf16")
+    assert "--outtype bf16 q4_k_m" in model.read_text(encoding="utf-8")
+    assert not list(tmp_path.glob("*.whole"))
+    model.unlink()
     script.write_text("raise SystemExit('Model X is not supported')", encoding="utf-8")
-    with pytest.raises(ModelError, match="Model X is not supported"):
-        ollama.convert(script, tmp_path, "fp32")
-    assert "--outtype f32" in ollama.convert_command(tmp_path, "fp32")
+    for form in ("f32", "q4_k_m"):
+        with pytest.raises(
+            ModelError, match=r"convert_hf_to_gguf\.py could not write .*Model X is not supported"
+        ):
+            llama_cpp.write_model(tmp_path, model, form, "fp32")
+    assert "--outtype f32" in llama_cpp.convert_command(str(tmp_path), model, "f32")
 
 
 CONFIG = {"r": 8, "bias": "none", "modules_to_save": None, "use_dora": False}

@@ -5,8 +5,9 @@ This file needs httpx alone, and may be copied to where nothing else of labeltun
     client = LabelClient("http://localhost:8000/v1", "exported")     # the folder, or its client.json
     client.predict("The match ended in the rain.")                   # {"label": "Sports", "confidence": 0.98, "ranking": [...]}
 
-A server tells how probable a text is token by token: by `prompt_logprobs` (vLLM), else by `echo` and `logprobs` (llama-cpp-python). Every
-label's complete answer is asked about behind the prompt of the run, and compared as the run compares them.
+A server tells how probable a text is token by token: by `prompt_logprobs` (vLLM), by `logprobs` of an answer that a grammar holds to its
+tokens (llama.cpp's server), else by `echo` and `logprobs` (llama-cpp-python). Every label's complete answer is asked about behind the prompt
+of the run, and compared as the run compares them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class LabelClient:
         self._http = httpx.Client(
             base_url=url.rstrip("/") + "/", headers=headers, timeout=timeout, transport=transport
         )
-        self._echoes: bool | None = None
+        self._tell: Callable[[Sequence[str]], list[list[tuple[str, float]]]] | None = None
 
     def predict(self, text: str, labels: Sequence[str] | None = None) -> dict[str, Any]:
         """The answer about a text: `label` and `confidence`, or `labels` of a run that gives several, and `ranking`.
@@ -150,13 +151,23 @@ class LabelClient:
         return scores, lengths
 
     def _tokens(self, texts: Sequence[str]) -> list[list[tuple[str, float]]]:
-        """The tokens of texts, each with the natural logarithm of its probability (0 of the first, which nothing stands before)."""
-        if self._echoes is None:
-            found = self._asked(texts[:1], {"prompt_logprobs": 0, "add_special_tokens": False})
-            self._echoes = not found[0].get("prompt_logprobs")
-        if not self._echoes:
-            choices = self._asked(texts, {"prompt_logprobs": 0, "add_special_tokens": False})
-            return [_of_prompt(choice.get("prompt_logprobs")) for choice in choices]
+        """The tokens of texts, each with the natural logarithm of its probability. Of tokens that all texts begin with it may be 0."""
+        if self._tell is None:
+            self._tell = self._way(texts[0])
+        return self._tell(texts)
+
+    def _way(self, text: str) -> Callable[[Sequence[str]], list[list[tuple[str, float]]]]:
+        """How this server tells it."""
+        (found,) = self._asked([text], {"prompt_logprobs": 0, "add_special_tokens": False})
+        if found.get("prompt_logprobs"):
+            return self._by_prompt
+        return self._by_echo if self._ids("a") is None else self._by_grammar
+
+    def _by_prompt(self, texts: Sequence[str]) -> list[list[tuple[str, float]]]:
+        choices = self._asked(texts, {"prompt_logprobs": 0, "add_special_tokens": False})
+        return [_of_prompt(choice.get("prompt_logprobs")) for choice in choices]
+
+    def _by_echo(self, texts: Sequence[str]) -> list[list[tuple[str, float]]]:
         # Such a server puts the token that begins every text there itself.
         bos = self._run["added_bos"]
         choices = [
@@ -166,7 +177,48 @@ class LabelClient:
         ]
         return [_of_echo(choice.get("logprobs"), choice.get("text", "")) for choice in choices]
 
-    def _asked(self, texts: Sequence[str], more: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _by_grammar(self, texts: Sequence[str]) -> list[list[tuple[str, float]]]:
+        """What a text has more than the first one is written again, held to its tokens; the probabilities are those before it was held.
+
+        A grammar holds it to all tokens but the last one, which ends a turn and is no part of a grammar; a bias holds it to that.
+        """
+        first, *others = [self._ids(text) or [] for text in texts]
+        held = {"temperature": 0, "logprobs": 1}
+        logs: list[list[float]] = []
+        for ids in others:
+            words = ids[len(first) : -1]
+            form = "root ::= " + " ".join(f"<[{token}]>" for token in words)
+            asked = self._asked([first], {**held, "grammar": form, "max_tokens": len(words)}) if words else []
+            logs.append(_of_written(asked[0].get("logprobs"), words) if words else [])
+        for last in dict.fromkeys(ids[-1] for ids in others):
+            numbers = [number for number, ids in enumerate(others) if ids[-1] == last]
+            asked = self._asked(
+                [others[number][:-1] for number in numbers], {**held, "logit_bias": [[last, 1000]]}
+            )
+            for number, choice in zip(numbers, asked, strict=True):
+                logs[number] += _of_written(choice.get("logprobs"), [last])
+        known = [0.0] * len(first)
+        told = [known, *([*known, *values] for values in logs)]
+        return [
+            list(zip(map(str, ids), values, strict=True))
+            for ids, values in zip([first, *others], told, strict=True)
+        ]
+
+    def _ids(self, text: str) -> list[int] | None:
+        """A text's tokens as llama.cpp's server reads it; None of another server."""
+        root = str(self._http.base_url).rstrip("/").removesuffix("/v1")
+        try:
+            answer = self._http.post(
+                f"{root}/tokenize", json={"content": text, "add_special": False, "parse_special": True}
+            )
+            return list(answer.json()["tokens"]) if answer.is_success else None
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return None
+
+    def _asked(
+        self, texts: Sequence[str] | Sequence[list[int]], more: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The choices of a completion, one a prompt; prompts are texts or token ids."""
         body = {"model": self._model, "prompt": list(texts) if len(texts) > 1 else texts[0]}
         body |= {"max_tokens": 1, "temperature": 0, **more}
         try:
@@ -204,6 +256,16 @@ def _of_echo(found: Any, text: str) -> list[tuple[str, float]]:
         )
     pairs = zip(found["tokens"][:-1], found["token_logprobs"][:-1], strict=True)
     return [(str(token), 0.0 if value is None else float(value)) for token, value in pairs]
+
+
+def _of_written(found: Any, ids: Sequence[int]) -> list[float]:
+    """The chat protocol's `logprobs` of written tokens, as llama.cpp's server gives them for completions, too."""
+    told = [(int(each["id"]), float(each["logprob"])) for each in (found or {}).get("content", ())]
+    if [token for token, _ in told] != list(ids):
+        raise ServerError(
+            f"the server was held to the tokens {list(ids)} and wrote {[token for token, _ in told]}; it has to know grammars of tokens"
+        )
+    return [value for _, value in told]
 
 
 def _listed(labels: Sequence[str], descriptions: Mapping[str, str]) -> dict[str, str]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: processor_config.json, preprocessor_config.json, video_preprocessor_config.json
 PROCESSOR_FILES = "*processor_config.json"
+#: transformers does not write it any more, and llama.cpp's converter reads nothing else of some families (Gemma).
+SENTENCEPIECE = "tokenizer.model"
 _STORED: dict[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
@@ -82,7 +84,7 @@ def save_whole_model(model: PreTrainedModel, template: ChatTemplate, folder: Pat
 
     Args:
         template: the run's `ChatTemplate`; its tokenizer is saved with its chat template.
-        base: folder of the base model; how one that reads images or sound too prepares them is copied from there.
+        base: folder of the base model; its `tokenizer.model` is copied from there, and how one that reads images or sound prepares them.
     """
     tokenizer = template.tokenizer
     stop = stop_ids(model, template)
@@ -94,6 +96,7 @@ def save_whole_model(model: PreTrainedModel, template: ChatTemplate, folder: Pat
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if model.config.get_text_config() is not model.config:
-        for path in sorted(base.glob(PROCESSOR_FILES)):
+    images = model.config.get_text_config() is not model.config
+    for path in sorted([*base.glob(SENTENCEPIECE), *(base.glob(PROCESSOR_FILES) if images else ())]):
+        if not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)

@@ -1,4 +1,4 @@
-"""For Ollama: the chat template as a Go template, a Modelfile, and GGUF by llama.cpp's converter.
+"""For Ollama: the chat template as a Go template, a Modelfile, and its server.
 
 The chat template is not parsed. It is rendered with marker words in place of the messages, which shows the strings around
 them; the Go template puts the same strings around Ollama's messages. Both are then compared on conversations of several
@@ -11,22 +11,21 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from labeltune.errors import ModelError, PromptError
+from labeltune.errors import ModelError, PromptError, clipped
+from labeltune.export import llama_cpp
+from labeltune.export.engines import Engine, Served, told
 from labeltune.prompts.template import ChatTemplate
+from labeltune.types import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MODELFILE, GGUF_FILE = "Modelfile", "model.gguf"
-CONVERTER = "convert_hf_to_gguf.py"
-_GGUF_TYPES = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
+PROGRAM, MODELFILE = "ollama", "Modelfile"
 _MARKS = [f"LabeltuneMark{number}End" for number in range(6)]
 #: Ollama's default context is larger; a run's own limit counts where it is larger still.
 _SMALLEST_CONTEXT = 4096
@@ -187,7 +186,7 @@ def modelfile(template: ChatTemplate, system: str, max_length: int) -> str:
     """
     turns = without_bos(turns_of(template), template.tokenizer)
     names = [template.tokenizer.convert_ids_to_tokens(number) for number in template.stop_ids]
-    lines = [f"FROM ./{GGUF_FILE}", f"TEMPLATE {_quoted(go_template(turns))}"]
+    lines = [f"FROM ./{llama_cpp.MODEL}", f"TEMPLATE {_quoted(go_template(turns))}"]
     if system:
         lines.append(f"SYSTEM {_quoted(template.system_text(system))}")
     lines += [f"PARAMETER stop {json.dumps(str(name), ensure_ascii=False)}" for name in names]
@@ -203,37 +202,6 @@ def _quoted(text: str) -> str:
     if '"""' in text or text.endswith('"'):
         raise _refused('a Modelfile cannot hold a text with """ in it or " at its end')
     return f'"""{text}"""'
-
-
-def find_converter() -> Path | None:
-    """llama.cpp's converter: on PATH, or in the folder that LLAMA_CPP names."""
-    found = shutil.which(CONVERTER)
-    if found:
-        return Path(found)
-    folder = os.environ.get("LLAMA_CPP")
-    path = Path(folder).expanduser() / CONVERTER if folder else None
-    return path if path is not None and path.is_file() else None
-
-
-def convert(converter: Path, folder: Path, dtype: str) -> None:
-    """Write `model.gguf` into an exported folder.
-
-    Raises:
-        ModelError: the converter fails, e.g. because it does not know the architecture.
-    """
-    target = folder / GGUF_FILE
-    command = [sys.executable, str(converter), str(folder), "--outfile", str(target)]
-    command += ["--outtype", _GGUF_TYPES[dtype]]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode or not target.is_file():
-        reason = (done.stderr or done.stdout).strip()[-1000:]
-        raise ModelError(f"{converter} could not write {GGUF_FILE} (exit code {done.returncode}): {reason}")
-
-
-def convert_command(folder: Path, dtype: str) -> str:
-    """What to run where no converter was found."""
-    paths = shlex.quote(str(folder)), shlex.quote(str(folder / GGUF_FILE))
-    return f"python llama.cpp/{CONVERTER} {paths[0]} --outfile {paths[1]} --outtype {_GGUF_TYPES[dtype]}"
 
 
 def model_name(called: str) -> str:
@@ -254,3 +222,55 @@ def create_command(folder: Path, called: str) -> str:
 def ask_command(called: str, user: str) -> str:
     """One question to it; `user` is the whole user message, since a Modelfile holds only what stands around that."""
     return f"ollama run {model_name(called)} {shlex.quote(user)}"
+
+
+class OllamaServer(Engine):
+    """Ollama, with a folder of models of its own; it bounds no answers, and tells neither probabilities nor tokens.
+
+    Args:
+        models: a folder for it; the Modelfile of the export is added to it.
+    """
+
+    name, health, tells = "Ollama", "/api/version", False
+
+    def __init__(self, served: Served, models: Path) -> None:
+        super().__init__(served)
+        self._models = models
+
+    def command(self, port: int) -> list[str]:
+        """What starts it on this machine."""
+        return [PROGRAM, "serve"]
+
+    def environment(self, port: int) -> dict[str, str]:
+        """Where it listens, and where it keeps its models."""
+        return {"OLLAMA_HOST": f"127.0.0.1:{port}", "OLLAMA_MODELS": str(self._models)}
+
+    def begin(self, port: int) -> None:
+        """Add the export.
+
+        Raises:
+            ModelError: Ollama refuses it.
+        """
+        modelfile = str(self.served.folder / MODELFILE)
+        done = subprocess.run(
+            [PROGRAM, "create", model_name(self.served.name), "-f", modelfile],
+            env={**os.environ, **self.environment(port)},
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode:
+            raise ModelError(
+                f"Ollama does not take the Modelfile: {clipped((done.stderr or done.stdout).strip(), 500)}"
+            )
+
+    def prompt_told(self, url: str, prompt: list[int], adapter: bool) -> Any:
+        """Nothing: it is given whole models alone."""
+        raise NotImplementedError
+
+    def written(self, url: str, row: Example) -> tuple[str, list[int] | int]:
+        """The answer to the row's messages, and the number of tokens of their prompt."""
+        messages = self.served.builder.task.conversation(row).messages()
+        body = {"model": model_name(self.served.name), "messages": messages, "stream": False}
+        with told(f"{url}/api/chat", {**body, "options": {"temperature": 0}}) as answer:
+            return str(answer["message"]["content"]), int(answer["prompt_eval_count"])

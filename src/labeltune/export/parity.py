@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,13 @@ class Parity:
 
     Attributes:
         largest_shift: the largest change of a candidate's probability over all rows; None without probabilities.
+        unparsed: answers of the export that do not have the form that was asked for.
     """
 
     rows: int
     differences: tuple[Difference, ...]
     largest_shift: float | None
+    unparsed: int = 0
 
     @property
     def share(self) -> float:
@@ -53,13 +55,19 @@ class Parity:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready figures, without texts."""
         shift = None if self.largest_shift is None else round(self.largest_shift, 6)
-        return {"rows": self.rows, "differing": len(self.differences), "largest_probability_shift": shift}
+        return {
+            "rows": self.rows,
+            "differing": len(self.differences),
+            "largest_probability_shift": shift,
+            "unparsed": self.unparsed,
+        }
 
     def __str__(self) -> str:
         shift = (
             "" if self.largest_shift is None else f"; largest shift of a probability {self.largest_shift:.2g}"
         )
-        return f"{self.rows - len(self.differences)} of {self.rows} rows are answered the same{shift}"
+        form = f"; {self.unparsed} answers do not have the form that was asked for" if self.unparsed else ""
+        return f"{self.rows - len(self.differences)} of {self.rows} rows are answered the same{shift}{form}"
 
 
 def compare_answers(
@@ -69,7 +77,7 @@ def compare_answers(
     differences, shifts = [], []
     for example, old, new in zip(examples, before, after, strict=True):
         known, given = dict(old.ranking), dict(new.ranking)
-        shifts += [abs(known[label] - given.get(label, 0.0)) for label in known]
+        shifts += [abs(known[label] - given.get(label, 0.0)) for label in known if given]
         if old.entities is not None:
             same = spans(old.entities) == spans(new.entities)
             shown = _entities(old.entities), _entities(new.entities or ())
@@ -85,7 +93,8 @@ def compare_answers(
             margin = known[str(old.label)] - known[str(new.label)] if both else None
         if not same:
             differences.append(Difference(example.where, *shown, margin))
-    return Parity(len(examples), tuple(differences), max(shifts, default=None))
+    unparsed = sum(not each.parsed for each in after)
+    return Parity(len(examples), tuple(differences), max(shifts, default=None), unparsed)
 
 
 def _labels(labels: Sequence[str]) -> str:
@@ -114,3 +123,14 @@ def check_parity(parity: Parity, tolerance: float, what: str) -> None:
         f"(--tolerance {tolerance:g}). Nothing was exported.\n  {listed(parity.differences, count, SHOWN)}\n"
         "Small margins come from rounding: export with --dtype fp32, or allow a share of rows with --tolerance 0.01"
     )
+
+
+def costs_told(costs: Mapping[str, Any]) -> str:
+    """Figures of the run and of an engine, and the interval of their difference (`differences` of `compare_predictions`)."""
+    told = []
+    for figure, found in costs.items():
+        change = found["difference"]
+        told.append(
+            f"{figure} {found['first']:.3f} -> {found['second']:.3f} ({change['value']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}])"
+        )
+    return "; ".join(told)

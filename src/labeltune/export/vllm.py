@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from labeltune.config import HubConfig, PromptConfig
 from labeltune.errors import ModelError
+from labeltune.export.engines import Engine, Served, told
 from labeltune.io.outputs import is_hub_name, write_json
 from labeltune.io.run_folder import ADAPTER_FILE, ADAPTER_WEIGHTS
 from labeltune.models.lora import layer_names, write_renamed
@@ -32,8 +34,12 @@ if TYPE_CHECKING:
 #: What `--max-lora-rank` takes (vllm/config/lora.py, `MaxLoRARanks`, v0.11 to v0.26).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 REQUEST_FILE = "vllm_request.json"
-#: For `labeltune.client`, which imports nothing of labeltune.
-CLIENT_FILE = "client.json"
+#: A character of a document with marks, in a grammar.
+MARKED_CHARACTER = r'character ::= [^\[\]|\\] | "\\" [\[\]|\\]'
+#: What vLLM calls number formats.
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+#: How a server that is started here calls the base that an adapter belongs to.
+_BASE = "labeltune-base"
 #: Labels whose tokens are compared with what a tokenizer makes of the whole string.
 _COMPARED = 500
 #: Stands in the request where a document goes.
@@ -247,19 +253,19 @@ def marks_pattern(task: NerTask, lead: str) -> str:
 
 def marks_grammar(task: NerTask, lead: str) -> str:
     """The same for entities inside entities, as a grammar in the form that xgrammar reads (EBNF of llama.cpp)."""
-    ends = " | ".join(_quoted(closing(label)) for label in task.labels)
-    none = _quoted(lead + task.prompt.no_entities)
+    ends = " | ".join(quoted(closing(label)) for label in task.labels)
+    none = quoted(lead + task.prompt.no_entities)
     return "\n".join(
         [
-            f"root ::= {none} | {_quoted(lead)} part+" if lead else f"root ::= {none} | part+",
-            f"part ::= character | {_quoted(OPEN)} part+ end",
-            r'character ::= [^\[\]|\\] | "\\" [\[\]|\\]',
+            f"root ::= {none} | {quoted(lead)} part+" if lead else f"root ::= {none} | part+",
+            f"part ::= character | {quoted(OPEN)} part+ end",
+            MARKED_CHARACTER,
             f"end ::= {ends}",
         ]
     )
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A string of the grammar."""
     return json.dumps(text, ensure_ascii=False)
 
@@ -268,3 +274,72 @@ def request_command(folder: Path) -> str:
     """The shell command that sends the request to a server on this machine."""
     url = "http://localhost:8000/v1/chat/completions"
     return f"curl {url} -H 'Content-Type: application/json' -d {shlex.quote(f'@{folder / REQUEST_FILE}')}"
+
+
+class VllmServer(Engine):
+    """vLLM in an environment of its own.
+
+    Args:
+        python: of that environment.
+    """
+
+    name, health = "vLLM", "/v1/models"
+    program: tuple[str, ...] = ("-m", "vllm.entrypoints.openai.api_server")
+
+    def __init__(self, served: Served, python: str) -> None:
+        super().__init__(served)
+        if shutil.which(python) is None:
+            raise ModelError(f"--engine-python {python} is no program; name the python that has {self.name}")
+        self._python = python
+
+    def environment(self, port: int) -> dict[str, str]:
+        """On a CPU vLLM would take half of the memory for its cache."""
+        name = "VLLM_CPU_KVCACHE_SPACE"
+        return {name: os.environ.get(name, "1")}
+
+    def command(self, port: int) -> list[str]:
+        """What starts it on this machine."""
+        served = self.served
+        found = [self._python, *self.program, "--host", "127.0.0.1"]
+        found += ["--port", str(port), "--dtype", _DTYPES[served.dtype]]
+        found += ["--max-model-len", str(served.max_tokens)]
+        if served.base is None:
+            found += ["--model", str(served.folder), "--served-model-name", served.name]
+        else:
+            found += ["--model", str(served.base), "--served-model-name", _BASE, "--enable-lora"]
+            found += ["--lora-modules", f"{served.name}={served.folder}"]
+            found += ["--max-lora-rank", str(served.rank)]
+            found += ["--chat-template", str(served.folder / "chat_template.jinja")]
+        return [*found, "--trust-remote-code"] if served.trust_remote_code else found
+
+    def prompt_told(self, url: str, prompt: list[int], adapter: bool) -> Any:
+        """The log-probabilities of a prompt's tokens."""
+        name = self.served.name if adapter else self._base_of(url)
+        body = {"model": name, "prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        with told(f"{url}/v1/completions", body) as answer:
+            places = answer["choices"][0]["prompt_logprobs"]
+            return [each["logprob"] for place in places if place for each in place.values()]
+
+    def _base_of(self, url: str) -> str:
+        """How the server calls the base of the adapter."""
+        with told(f"{url}/v1/models") as answer:
+            bases = {str(each["id"]): each.get("parent") for each in answer["data"]}
+        if bases.get(self.served.name) is None:
+            raise ModelError(
+                f"the server at {url} has no adapter {self.served.name}; it has {', '.join(bases)}"
+            )
+        return str(bases[self.served.name])
+
+    def written(self, url: str, row: Example) -> tuple[str, list[int] | int]:
+        """The answer to the request that the export prints."""
+        served = self.served
+        body = request(served.builder.task, served.builder.template, served.name, served.max_new_tokens, row)
+        with told(f"{url}/v1/chat/completions", {**body, "return_token_ids": True}) as answer:
+            return str(answer["choices"][0]["message"]["content"]), list(answer["prompt_token_ids"])
+
+
+class TransformersServer(VllmServer):
+    """Plain transformers in an environment of its own; it answers as vLLM does (`plain_server`)."""
+
+    name = "transformers"
+    program = (str(Path(__file__).with_name("plain_server.py")),)

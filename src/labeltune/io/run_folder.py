@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from labeltune.config_values import Annotations, FormatName
 from labeltune.errors import ConfigError, ModelError, OutputError, near_it
 from labeltune.io.hubs import PICKLES, may_run_code
 from labeltune.io.outputs import check_folder, file_hash, is_hub_name, local_path, write_json
+from labeltune.types import Entity, Example
 
 RUN_FILE = "labeltune.json"
 #: In a checkpoint: config and rows of the run.
@@ -323,6 +325,22 @@ def validation_file(checkpoint: Path, name: str) -> Path | None:
         if file.is_file():
             return file
     return None
+
+
+def validated_row(row: Mapping[str, Any], task: str, labels: Sequence[str]) -> Example:
+    """A row of a run's `predictions.jsonl` with its right answer. Candidates of its own stand there by probability: they come back in the
+    order of `labels`."""
+    example = Example(str(row["id"]), str(row["text"]), source=str(row.get("source", "")))
+    right = row["right"]
+    if task == "ner":
+        found = [Entity(e["entity_text"], e["entity_label"], e["start_idx"], e["end_idx"]) for e in right]
+        return replace(example, entities=tuple(found))
+    if task == "multilabel":
+        return replace(example, labels=tuple(right))
+    ranked = [entry["label"] for entry in row.get("ranking", ())]
+    order = {label: number for number, label in enumerate(labels)}
+    own = sorted(ranked, key=lambda label: (order.get(label, len(order)), label))
+    return replace(example, candidates=() if set(own) == set(labels) else tuple(own), label=right)
 
 
 def files_read(run: str | os.PathLike[str]) -> list[Path]:

@@ -12,14 +12,14 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
 
-from labeltune.config import DataConfig, RunConfig, TaskName, build_config
+from labeltune.config import DataConfig, RunConfig, build_config
 from labeltune.data.check import text_hash
 from labeltune.data.formats.write import write_rows
 from labeltune.data.loading import load_rows, load_splits
@@ -27,11 +27,11 @@ from labeltune.errors import LabeltuneError, clipped
 from labeltune.evaluation.learning_curve import metric_of
 from labeltune.evaluation.summary import OUT_OF_FOLD
 from labeltune.io.outputs import write_json, write_text
-from labeltune.io.run_folder import RECORD_FILE, naming_folder, trained_config, validation_file
+from labeltune.io.run_folder import RECORD_FILE, naming_folder, trained_config, validated_row, validation_file
 from labeltune.serve.guard import frames, log
 from labeltune.serve.models import Models, Served
 from labeltune.serve.schemas import ApiError
-from labeltune.types import Entity, Example
+from labeltune.types import Example
 
 #: In a run's folder: a folder for each training that was started here.
 FOLDER = "label-studio"
@@ -368,7 +368,7 @@ def _rows_of_run(served: Served, config: RunConfig) -> tuple[list[Example], list
     # Of a run with folds, that file holds the training rows.
     if file is not None and _figures(file).get("rows_are") != OUT_OF_FOLD:
         rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        validation = [_validated(row, config.task, served.labels) for row in rows]
+        validation = [validated_row(row, config.task, served.labels) for row in rows]
     try:
         splits = load_splits(config.task, config.data, config.hub, config.training.seed)
     except LabeltuneError as error:
@@ -378,18 +378,3 @@ def _rows_of_run(served: Served, config: RunConfig) -> tuple[list[Example], list
     if not validation and splits.validation is not None:
         validation = [Example.from_row(row) for row in splits.validation]
     return trained, validation
-
-
-def _validated(row: dict[str, Any], task: TaskName, labels: Sequence[str]) -> Example:
-    """A row of a validation report with its right answer, and its own candidates where they are not all labels."""
-    example = Example(str(row["id"]), str(row["text"]))
-    if task == "ner":
-        found = [
-            Entity(e["entity_text"], e["entity_label"], e["start_idx"], e["end_idx"]) for e in row["right"]
-        ]
-        return replace(example, entities=tuple(found))
-    if task == "multilabel":
-        return replace(example, labels=tuple(row["right"]))
-    ranked = {each["label"] for each in row["ranking"]}
-    candidates = tuple(sorted(ranked)) if ranked != set(labels) else ()
-    return replace(example, candidates=candidates, label=row["right"])
