@@ -143,19 +143,35 @@ def base_of(family: str, folder: Path, python: str, qwen: str) -> Path:
     return folder
 
 
+def trained(base: Path, folder: Path, **changes: Any) -> Path:
+    """A run on the demo's rows."""
+    values = {
+        "model": str(base),
+        "output_dir": str(folder),
+        "tracking": "none",
+        "data": {"train": str(DATA / "en_classification_train.jsonl")},
+        "prompt": {"system": "", "user": "Text: {text}\nLabel:", "max_length": 512},
+        "training": {"batch_size": 8, "precision": "fp32", **changes},
+    }
+    labeltune.train(build_config(values), overwrite=True, say=lambda _: None)
+    return folder
+
+
 def run_of(family: str, folder: Path, python: str, qwen: str) -> Path:
-    """A run of it on the demo's rows."""
+    """A run of an adapter, on a model that has seen its rows: one that knows nothing writes other labels than those that are most probable."""
     if not (folder / "run" / "finished.json").is_file():
-        base = base_of(family, folder / "base", python, qwen)
-        values = {
-            "model": str(base),
-            "output_dir": str(folder / "run"),
-            "tracking": "none",
-            "data": {"train": str(DATA / "en_classification_train.jsonl")},
-            "prompt": {"system": "", "user": "Text: {text}\nLabel:", "max_length": 512},
-            "training": {"epochs": 4, "batch_size": 16, "learning_rate": 1e-2},
-        }
-        labeltune.train(build_config(values), overwrite=True, say=lambda _: None)
+        plain = base_of(family, folder / "plain", python, qwen)
+        whole = trained(plain, folder / "whole", method="full", epochs=12.0, learning_rate=2e-3)
+        export(
+            whole,
+            folder / "base",
+            merged=True,
+            dtype="bf16",
+            verify=False,
+            overwrite=True,
+            say=lambda _: None,
+        )
+        trained(folder / "base", folder / "run", epochs=2.0, learning_rate=1e-3)
     return folder / "run"
 
 

@@ -52,14 +52,13 @@ def needed(*names: str) -> None:
         ConfigError: one is not there.
     """
     for name in names:
-        if find_tool(name) is None:
-            where, how = (
-                "on PATH or in the folder LLAMA_CPP",
-                "build llama.cpp, and set LLAMA_CPP to its folder",
-            )
-            if name == "ollama":
-                where, how = "on PATH", "install it (ollama.com)"
-            raise ConfigError(f"there is no {name} {where}; {how}")
+        if find_tool(name) is not None:
+            continue
+        if name == "ollama":
+            raise ConfigError(f"there is no {name} on PATH; install it (ollama.com)")
+        raise ConfigError(
+            f"there is no {name} on PATH or in the folder LLAMA_CPP; build llama.cpp, and set LLAMA_CPP to its folder"
+        )
 
 
 def tools(form: str, adapter: bool, server: str | None) -> list[str]:
