@@ -136,7 +136,7 @@ def base_of(family: str, folder: Path, python: str, qwen: str) -> Path:
         more = own if family == "Gemma3" else {}
         config = getattr(transformers, f"{name}Config")(**SMALL, **known, **more)
         kind = f"{family}ForCausalLM"
-    getattr(transformers, kind)(config).to(torch.bfloat16).save_pretrained(folder)
+    getattr(transformers, kind)(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if family == "Gemma3":
         subprocess.run([python, "-c", SENTENCEPIECE, str(folder)], check=True)
@@ -166,7 +166,7 @@ def run_of(family: str, folder: Path, python: str, qwen: str) -> Path:
             whole,
             folder / "base",
             merged=True,
-            dtype="bf16",
+            dtype="fp32",
             verify=False,
             overwrite=True,
             say=lambda _: None,
