@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def test_an_engine_that_answers_alike(
     assert file.is_file() == (engine == "llama.cpp")
     assert ("Convert the base" in done.commands) == (engine == "llama.cpp" and not merged)
     assert told.get("gguf") == ("f32" if engine == "llama.cpp" else None)
+    assert (told["engine"], told["engine_form"]) == (engine, "f32" if engine == "llama.cpp" else "fp32")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".labeltune")]
 
 
@@ -195,11 +197,22 @@ def test_options_that_make_no_sense(
         ({"engine_url": "http://x"}, "--engine-url says where an engine runs"),
         ({"engine": "vllm", "verify": False}, "leave out --no-verify"),
         ({"engine": "vllm", "gguf": "f16"}, "export twice"),
+        ({"engine": "transformers", "gguf": "f16"}, "transformers is not served GGUF"),
+        ({"engine": "llama.cpp", "gguf": "f16", "engine_url": "http://127.0.0.1:9"}, "leave out --gguf"),
     ):
         with pytest.raises(ConfigError, match=part):
             export(run, tmp_path / FOLDER, say=lambda _: None, progress=False, **options)
-    with pytest.raises(ModelError, match="is no program"):
-        asked(run, tmp_path / FOLDER, str(tmp_path / "nowhere"))
+    for engine in (*SERVERS, "transformers"):
+        with pytest.raises(ModelError, match="nowhere is no program"):
+            asked(run, tmp_path / FOLDER, str(tmp_path / "nowhere"), engine=engine)
+    for url in ("http://127.0.0.1:9", "http://host:80OO", "http://[::1", "localhost:8000"):
+        with pytest.raises(ModelError, match="does not answer"):
+            asked(run, tmp_path / FOLDER, python, engine_url=url)
+    stopped = tmp_path / "stopped"
+    shutil.copytree(run, stopped, symlinks=True)
+    shutil.rmtree(stopped / "validation")
+    with pytest.raises(ConfigError, match="there are no rows; name some with --verify FILE"):
+        asked(stopped, tmp_path / FOLDER, python)
     (tmp_path / "llama.cpp" / "llama-server").unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="there is no llama-server on PATH"):

@@ -164,7 +164,9 @@ class LabelClient:
         return self._by_echo if self._ids("a") is None else self._by_grammar
 
     def _by_prompt(self, texts: Sequence[str]) -> list[list[tuple[str, float]]]:
-        choices = self._asked(texts, {"prompt_logprobs": 0, "add_special_tokens": False})
+        parts = [texts] if self._run["batched"] else [[text] for text in texts]
+        more = {"prompt_logprobs": 0, "add_special_tokens": False}
+        choices = [choice for part in parts for choice in self._asked(part, more)]
         return [_of_prompt(choice.get("prompt_logprobs")) for choice in choices]
 
     def _by_echo(self, texts: Sequence[str]) -> list[list[tuple[str, float]]]:
@@ -182,7 +184,15 @@ class LabelClient:
 
         A grammar holds it to all tokens but the last one, which ends a turn and is no part of a grammar; a bias holds it to that.
         """
-        first, *others = [self._ids(text) or [] for text in texts]
+        read = [self._ids(text) for text in texts]
+        if any(ids is None for ids in read):
+            raise ServerError(f"{self._http.base_url} does not tokenize as llama.cpp's server does")
+        first, *others = [ids or [] for ids in read]
+        for text, ids in zip(texts[1:], others, strict=True):
+            if ids[: len(first)] != first or len(ids) == len(first):
+                raise ServerError(
+                    f"the server reads the end of the prompt otherwise before {text[len(texts[0]) :]!r}; predict with labeltune"
+                )
         held = {"temperature": 0, "logprobs": 1}
         logs: list[list[float]] = []
         for ids in others:
@@ -227,7 +237,7 @@ class LabelClient:
             choices: list[dict[str, Any]] = sorted(answer.json()["choices"], key=lambda each: each["index"])
         except httpx.HTTPStatusError as error:
             raise ServerError(f"{error.response.status_code}: {error.response.text[:500]}") from None
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise ServerError(
                 f"{self._http.base_url} does not answer as a server of completions does: {error}"
             ) from error
@@ -260,7 +270,10 @@ def _of_echo(found: Any, text: str) -> list[tuple[str, float]]:
 
 def _of_written(found: Any, ids: Sequence[int]) -> list[float]:
     """The chat protocol's `logprobs` of written tokens, as llama.cpp's server gives them for completions, too."""
-    told = [(int(each["id"]), float(each["logprob"])) for each in (found or {}).get("content", ())]
+    try:
+        told = [(int(each["id"]), float(each["logprob"])) for each in (found or {}).get("content", ())]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ServerError(f"the server tells the probabilities of tokens in another form: {error}") from error
     if [token for token, _ in told] != list(ids):
         raise ServerError(
             f"the server was held to the tokens {list(ids)} and wrote {[token for token, _ in told]}; it has to know grammars of tokens"

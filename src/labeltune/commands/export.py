@@ -192,7 +192,7 @@ def export(
     merged = merged or ollama or onnx
     _check_options(merged, dtype, tolerance, push)
     engine = engine or ("llama.cpp" if gguf is not None and verify else None)
-    _check_comparison(verify, verify_data, engine, engine_python, engine_url, gguf)
+    _check_comparison(verify, verify_data, engine, engine_python, engine_url, gguf, ollama)
     from labeltune.export import onnx as onnx_form
 
     exporter = onnx_form.exporter() if onnx else None  # before what takes seconds to import
@@ -209,6 +209,10 @@ def export(
     asked = Asked(merged, dtype, ollama, gguf, engine, engine_python, engine_url, push, name)
     job = prepare(checkpoint, info, target, asked)
     rows = rows_to_verify(checkpoint, info, verify_data, max_rows, say) if verify else []
+    if engine is not None and not rows:
+        raise ConfigError(
+            "--engine and --gguf compare answers, and there are no rows; name some with --verify FILE, or write GGUF unseen with --no-verify"
+        )
     with whole_folder(target) as folder:
         commands = job.write_model(folder, say)
         parity, before = job.verified(folder, rows, say, progress)
@@ -217,6 +221,8 @@ def export(
             check_parity(parity, tolerance, f"the exported {job.kind} ({job.dtype})")
         if job.gguf is not None:
             commands |= job.write_gguf(folder, say)
+            if engine not in ("llama.cpp", "ollama"):
+                say("note: nobody has asked llama.cpp about the GGUF file; --engine llama.cpp or ollama does")
         if ollama:
             commands |= job.write_for_ollama(folder, say)
         served: Parity | None = None
@@ -260,8 +266,9 @@ def _check_comparison(
     engine_python: str | None,
     engine_url: str | None,
     gguf: str | None,
+    ollama: bool,
 ) -> None:
-    from labeltune.export.engines import ENGINES, client_library
+    from labeltune.export.engines import ENGINES, check_address, client_library
     from labeltune.export.llama_cpp import TYPES
 
     if not verify and verify_data is not None:
@@ -270,18 +277,22 @@ def _check_comparison(
         raise ConfigError(f"--gguf must be one of {', '.join(TYPES)}, not {gguf!r}")
     if engine is not None and engine not in ENGINES:
         raise ConfigError(f"--engine must be one of {', '.join(ENGINES)}, not {engine!r}")
-    if engine is None and gguf is None and engine_python is not None:
+    if engine is None and gguf is None and not ollama and engine_python is not None:
         raise ConfigError("--engine-python says where an engine is; name it with --engine")
-    if engine is None and engine_url is not None:
-        raise ConfigError("--engine-url says where an engine runs; name it with --engine")
+    if engine_url is not None and (engine is None or gguf is not None):
+        raise ConfigError(
+            "--engine-url says where an engine runs that serves such an export already; name it with --engine, and leave out --gguf"
+        )
     if engine is not None and not verify:
         raise ConfigError("--engine compares answers; leave out --no-verify")
-    if gguf is not None and engine == "vllm":
+    if gguf is not None and engine in ("vllm", "transformers"):
         raise ConfigError(
-            "--gguf is for llama.cpp, and --engine asks vLLM, which is not served GGUF; export twice"
+            f"--gguf is for llama.cpp and Ollama, and {engine} is not served GGUF; export twice"
         )
     if engine is not None:
         client_library()
+    if engine_url is not None:
+        check_address(engine_url)
 
 
 def rows_to_verify(

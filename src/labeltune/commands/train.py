@@ -50,6 +50,7 @@ from labeltune.io.run_folder import (
     RECORD_FILE,
     TRAINING_FILE,
     VALIDATION_FOLDER,
+    base_files,
     check_inputs_kept,
     check_output,
     checkpoints,
@@ -352,6 +353,7 @@ def _train(
     from labeltune.tracking.base import start_tracker
     from labeltune.training.run import run_training
 
+    whole = config.training.method == "full"
     train_tokens, validation_tokens = tokenize_splits(config, splits, builder, say)
     model, tokenizer = load_for_training(prepared, say), builder.template.tokenizer
     predictor = predictor_as(config, model, builder)
@@ -384,6 +386,7 @@ def _train(
             files={
                 RECORD_FILE: record.run_record(given, all_rows),
                 TRAINING_FILE: hashes_file(splits.train_texts),
+                **({p.name: p.read_bytes() for p in base_files(prepared.base)} if whole else {}),
             },
             command=command,
             show=show if shown else None,

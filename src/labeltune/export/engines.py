@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labeltune.errors import MissingExtraError, ModelError, ParityError, clipped
+from labeltune.errors import MissingExtraError, ModelError, ParityError, clipped, first_line
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.types import Example, Prediction
 
@@ -118,13 +118,16 @@ def running(engine: Engine) -> Iterator[str]:
     httpx = client_library()
     port = _free_port()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            engine.command(port),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **engine.environment(port)},
-        )
+        try:
+            process = subprocess.Popen(
+                engine.command(port),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **engine.environment(port)},
+            )
+        except OSError as error:
+            raise ModelError(f"{engine.name} cannot be started: {error}") from error
 
         def last_words() -> str:
             log.seek(0)
@@ -178,8 +181,23 @@ def told(url: str, body: dict[str, Any] | None = None) -> Iterator[Any]:
         yield found.json()
     except httpx.HTTPStatusError as error:
         raise ModelError(f"the server refuses a request: {clipped(error.response.text, 500)}") from None
-    except (httpx.HTTPError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, KeyError, IndexError, TypeError, ValueError) as error:
         raise ModelError(f"the server's answer cannot be read: {error}") from error
+
+
+def check_address(url: str) -> None:
+    """Whether a server answers there, before any work is done.
+
+    Raises:
+        ModelError: it does not.
+    """
+    httpx = client_library()
+    try:
+        httpx.get(url, timeout=10)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ModelError(
+            f"--engine-url {url} does not answer ({first_line(error)}); write it as http://localhost:8000"
+        ) from error
 
 
 def check_heard(engine: Engine, url: str, prompt: list[int]) -> None:
@@ -230,10 +248,10 @@ def _answer(engine: Engine, url: str, row: Example, client: LabelClient | None) 
     if client is not None:
         given = client.predict(row.text, row.candidates or None)
         ranking = tuple((each["label"], each["probability"]) for each in given["ranking"])
-        if task.name == "multilabel":
-            return Prediction(row.id, "", labels=tuple(given["labels"]), ranking=ranking)
     text, read = engine.written(url, row)
     _check_prompt(builder, row, read)
+    if client is not None and task.name == "multilabel":  # what is written is about one label
+        return Prediction(row.id, "", labels=tuple(given["labels"]), ranking=ranking)
     return replace(task.parse(row, text.removeprefix(builder.template.answer_lead)), ranking=ranking)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from labeltune import __version__
-from labeltune.errors import ConfigError, DataError
+from labeltune.errors import ConfigError, DataError, ModelError
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.export import card, engines, llama_cpp, merge, ollama, vllm
 from labeltune.export.folder import EXPORT_FILE, Dtype
@@ -75,6 +75,15 @@ def prepare(checkpoint: Path, info: RunInfo, target: Path, asked: Asked) -> Job:
         raise ConfigError(
             f"the adapter's base is {info.model}, a folder of this machine that nobody else has; push the whole model "
             "(--merged), or train on a hub's model (ms: or hf:)"
+        )
+    if asked.engine == "ollama" and info.task == "multilabel":
+        raise ConfigError(
+            "Ollama tells no probabilities, and a run of several labels needs them; ask another engine"
+        )
+    python = asked.python or sys.executable
+    if shutil.which(python) is None:
+        raise ModelError(
+            f"--engine-python {python} is no program; name the python of the engine's environment"
         )
     template = run_template(checkpoint, info)
     dtype: Dtype = asked.dtype or merge.stored_dtype(base)  # type: ignore[assignment]
@@ -177,7 +186,9 @@ class Job:
                 shutil.copyfile(self.checkpoint / file, folder / file)
         write_json(folder / vllm.REQUEST_FILE, self.request)
         calibration = Calibration.load(self.checkpoint)
-        told = vllm.client_file(self.task, self.template, self.name, info.prompt, calibration)
+        told = vllm.client_file(
+            self.task, self.template, self.name, info.prompt, calibration, self.adapter is not None
+        )
         if told is not None:
             write_json(folder / engines.CLIENT_FILE, told)
         _public(info, self.adapter is None, self.asked.push is not None).save(folder)
@@ -188,13 +199,17 @@ class Job:
         assert self.gguf is not None
         file = folder / (llama_cpp.MODEL if self.adapter is None else llama_cpp.ADAPTER)
         begin(f"writing {file.name} with llama.cpp", say)
-        commands, base = {}, None
+        commands: dict[str, str] = {}
+        base = None
         if self.adapter is None:
             llama_cpp.write_model(folder, file, self.gguf, self.dtype, self.python)
         else:
             llama_cpp.write_adapter(folder, self.base, file, self.dtype, self.python)
-            base = self.target.with_name(llama_cpp.BASE)
-            commands["Convert the base"] = llama_cpp.convert_command(str(self.base), base, self.gguf)
+            called = Path(public_name(self.info.model)).name
+            base = self.target.resolve().parent / f"{called}-{self.gguf}.gguf"
+            commands["Convert the base"] = llama_cpp.convert_command(
+                str(self.base), base, self.gguf, self.dtype
+            )
         task, extra = self.task, self.info.generation.max_new_tokens
         write_json(folder / llama_cpp.REQUEST_FILE, llama_cpp.request(task, self.template, self.name, extra))
         commands["Serve with llama.cpp"] = llama_cpp.serve_command(self.target, base, self.name)
@@ -211,7 +226,7 @@ class Job:
             )
             file = self.target / llama_cpp.MODEL
             commands["Convert with llama.cpp"] = llama_cpp.convert_command(
-                str(self.target), file, llama_cpp.type_of(self.dtype)
+                str(self.target), file, llama_cpp.type_of(self.dtype), self.dtype
             )
         commands["Add to Ollama"] = ollama.create_command(self.target, self.name)
         commands["Ask Ollama"] = ollama.ask_command(self.name, self.request["messages"][-1]["content"])
@@ -259,7 +274,12 @@ class Job:
         fitting = engines.rows_that_fit(builder, rows)
         if not fitting:
             raise ConfigError(
-                "--engine compares answers, and there are no rows; name some with --verify FILE"
+                "an engine does not shorten texts, and none of the rows fits; name others with --verify FILE"
+            )
+        if self.task.name == "multilabel" and not (folder / engines.CLIENT_FILE).is_file():
+            raise ConfigError(
+                "the labels of this run can be asked about by labeltune.client alone, which does not read this tokenizer's prompts; "
+                "leave out --engine"
             )
         if len(fitting) < len(rows):
             say(f"{len(rows) - len(fitting)} rows are left out, as a server does not shorten their texts")
@@ -281,7 +301,7 @@ class Job:
                 engines.check_heard(engine, url, builder.prompt(chosen[0]).ids)
             with row_progress(len(chosen), f"asking {engine.name}", progress) as advance:
                 found = engines.answers(engine, url, chosen, advance)
-        labelled = all(e.right_names or e.entities is not None or e.labels is not None for e in chosen)
+        labelled = all((e.label, e.entities, e.labels) != (None, None, None) for e in chosen)
         costs = compare_predictions(chosen, known, found)["differences"] if labelled else {}
         return compare_answers(chosen, known, found), costs
 
@@ -334,7 +354,11 @@ class Job:
         base = public_name(self.info.model)
         made = {"labeltune": __version__, "kind": self.kind, "dtype": self.dtype, "base": base}
         if self.gguf is not None:
-            made["gguf"] = self.gguf
+            # An adapter stays in the format of its base; the type is that of the base that it was asked with.
+            own = {"gguf": llama_cpp.type_of(self.dtype), "gguf_base": self.gguf}
+            made |= {"gguf": self.gguf} if self.adapter is None else own
+        if served is not None:
+            made |= {"engine": str(self.asked.engine), "engine_form": self.form}
         told = {"parity": parity, "engine_parity": served}
         costs = {"engine_figures": dict(costs)} if costs else {}
         write_json(

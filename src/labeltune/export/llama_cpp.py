@@ -15,7 +15,6 @@ from labeltune.export import vllm
 from labeltune.export.engines import Engine, Served, told
 from labeltune.export.folder import Dtype
 from labeltune.prompts import Task
-from labeltune.prompts.marks import OPEN, closing
 from labeltune.prompts.ner import BEFORE_LABEL, BEFORE_TEXT, END, NerTask, escaped
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example
@@ -24,6 +23,7 @@ from labeltune.types import Example
 MODEL, ADAPTER, BASE = "model.gguf", "adapter.gguf", "base.gguf"
 CONVERTER, ADAPTER_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 QUANTIZER, SERVER = "llama-quantize", "llama-server"
+TOOLS = (CONVERTER, ADAPTER_CONVERTER, QUANTIZER, SERVER)
 REQUEST_FILE = "llama_cpp_request.json"
 #: What weights can be written as; the converter writes those that it calls so, the quantizer the others.
 TYPES = ("f32", "bf16", "f16", "q8_0", "q4_k_m")
@@ -36,13 +36,14 @@ _PLACES = ("", "bin", "build/bin")
 
 
 def find_tool(name: str) -> Path | None:
-    """A converter or a program of llama.cpp: on PATH, or in the folder that LLAMA_CPP names."""
+    """A converter or a program of llama.cpp: on PATH, or in the folder that LLAMA_CPP names; of others (`ollama`) on PATH alone."""
     found = shutil.which(name)
     if found:
         return Path(found)
-    folder = os.environ.get("LLAMA_CPP")
+    folder = os.environ.get("LLAMA_CPP") if name in TOOLS else None
     paths = [Path(folder).expanduser() / place / name for place in _PLACES] if folder else []
-    return next((path for path in paths if path.is_file()), None)
+    script = name.endswith(".py")
+    return next((path for path in paths if path.is_file() and (script or os.access(path, os.X_OK))), None)
 
 
 def needed(*names: str) -> None:
@@ -54,7 +55,7 @@ def needed(*names: str) -> None:
     for name in names:
         if find_tool(name) is not None:
             continue
-        if name == "ollama":
+        if name not in TOOLS:
             raise ConfigError(f"there is no {name} on PATH; install it (ollama.com)")
         raise ConfigError(
             f"there is no {name} on PATH or in the folder LLAMA_CPP; build llama.cpp, and set LLAMA_CPP to its folder"
@@ -86,13 +87,13 @@ def write_model(source: Path, target: Path, form: str, dtype: Dtype, python: str
         ModelError: llama.cpp fails, e.g. because it does not know the architecture.
     """
     if form in _CONVERTED:
-        _run([python, _path(CONVERTER), str(source), "--outfile", str(target), "--outtype", form], target)
+        _run(CONVERTER, [python], [str(source), "--outfile", str(target), "--outtype", form], target)
         return
     whole = target.with_name(f"{target.name}.whole")
     try:
         outtype = ["--outfile", str(whole), "--outtype", _TYPE_OF[dtype]]
-        _run([python, _path(CONVERTER), str(source), *outtype], whole)
-        _run([_path(QUANTIZER), str(whole), str(target), form], target)
+        _run(CONVERTER, [python], [str(source), *outtype], whole)
+        _run(QUANTIZER, [], [str(whole), str(target), form], target)
     finally:
         whole.unlink(missing_ok=True)
 
@@ -103,8 +104,8 @@ def write_adapter(source: Path, base: Path, target: Path, dtype: Dtype, python: 
     Raises:
         ModelError: llama.cpp fails.
     """
-    command = [python, _path(ADAPTER_CONVERTER), str(source), "--base", str(base)]
-    _run([*command, "--outfile", str(target), "--outtype", _TYPE_OF[dtype]], target)
+    options = [str(source), "--base", str(base), "--outfile", str(target), "--outtype", _TYPE_OF[dtype]]
+    _run(ADAPTER_CONVERTER, [python], options, target)
 
 
 def _path(tool: str) -> str:
@@ -112,18 +113,23 @@ def _path(tool: str) -> str:
     return str(find_tool(tool))
 
 
-def _run(command: list[str], target: Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+def _run(tool: str, by: list[str], options: list[str], target: Path) -> None:
+    try:
+        done = subprocess.run([*by, _path(tool), *options], capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise ModelError(f"{tool} cannot be run: {error}") from error
     if done.returncode or not target.is_file():
-        tool = Path(next(word for word in command if "-" in Path(word).name or "_to_gguf" in word)).name
         reason = "\n".join((done.stderr or done.stdout).strip().splitlines()[-_SHOWN:])
         raise ModelError(f"{tool} could not write {target.name} (exit code {done.returncode}): {reason}")
 
 
-def convert_command(source: str, target: Path, form: str) -> str:
-    """The shell command that converts a model folder."""
-    paths = shlex.quote(source), shlex.quote(str(target))
-    return f"python llama.cpp/{CONVERTER} {paths[0]} --outfile {paths[1]} --outtype {form}"
+def convert_command(source: str, target: Path, form: str, dtype: Dtype) -> str:
+    """The shell command that converts a model folder with weights of a number format."""
+    direct = form in _CONVERTED
+    written = target if direct else target.with_name(f"{target.name}.whole")
+    options = ["--outfile", str(written), "--outtype", form if direct else _TYPE_OF[dtype]]
+    command = shlex.join(["python", f"llama.cpp/{CONVERTER}", source, *options])
+    return command if direct else f"{command} && {shlex.join([QUANTIZER, str(written), str(target), form])}"
 
 
 def serve_command(folder: Path, base: Path | None, name: str) -> str:
@@ -167,14 +173,7 @@ def grammar(task: Task, lead: str, choice: list[str] | None) -> str:
     none = vllm.quoted(lead + task.prompt.no_entities)
     begin = f"{vllm.quoted(lead)} " if lead else ""
     if task.marked:
-        return "\n".join(
-            [
-                f"root ::= {none} | {begin}part+",
-                f"part ::= character | {vllm.quoted(OPEN)} character+ end",
-                vllm.MARKED_CHARACTER,
-                "end ::= " + " | ".join(vllm.quoted(closing(label)) for label in task.labels),
-            ]
-        )
+        return vllm.marks_grammar(task, lead)
     return "\n".join(
         [
             rf'root ::= {none} | {begin}line ("\n" line)*',

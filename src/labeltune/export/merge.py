@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from labeltune.errors import ModelError
 from labeltune.export.folder import Dtype
 from labeltune.inference.generation import stop_ids
+from labeltune.io.run_folder import base_files
 from labeltune.models.hub import load_model
 from labeltune.models.lora import load_adapter, merge_adapter
 from labeltune.models.precision import DTYPES
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 
     from labeltune.prompts.template import ChatTemplate
 
-#: processor_config.json, preprocessor_config.json, video_preprocessor_config.json
-PROCESSOR_FILES = "*processor_config.json"
-#: transformers does not write it any more, and llama.cpp's converter reads nothing else of some families (Gemma).
-SENTENCEPIECE = "tokenizer.model"
 _STORED: dict[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
@@ -97,6 +94,6 @@ def save_whole_model(model: PreTrainedModel, template: ChatTemplate, folder: Pat
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     images = model.config.get_text_config() is not model.config
-    for path in sorted([*base.glob(SENTENCEPIECE), *(base.glob(PROCESSOR_FILES) if images else ())]):
-        if not (folder / path.name).exists():
+    for path in base_files(base):
+        if images or path.name == "tokenizer.model":
             shutil.copyfile(path, folder / path.name)

@@ -236,6 +236,7 @@ class OllamaServer(Engine):
     def __init__(self, served: Served, models: Path) -> None:
         super().__init__(served)
         self._models = models
+        self._strips = turns_of(served.builder.template).strips
 
     def command(self, port: int) -> list[str]:
         """What starts it on this machine."""
@@ -271,6 +272,9 @@ class OllamaServer(Engine):
     def written(self, url: str, row: Example) -> tuple[str, list[int] | int]:
         """The answer to the row's messages, and the number of tokens of their prompt."""
         messages = self.served.builder.task.conversation(row).messages()
+        if self._strips:
+            messages = [{**each, "content": each["content"].strip()} for each in messages]
         body = {"model": model_name(self.served.name), "messages": messages, "stream": False}
-        with told(f"{url}/api/chat", {**body, "options": {"temperature": 0}}) as answer:
+        options = {"temperature": 0, "num_predict": self.served.max_new_tokens}
+        with told(f"{url}/api/chat", {**body, "options": options}) as answer:
             return str(answer["message"]["content"]), int(answer["prompt_eval_count"])

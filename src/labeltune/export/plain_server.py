@@ -5,7 +5,13 @@ It is run by the python of another environment and imports nothing of labeltune,
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # the folder of this file has modules that are called as other libraries are
+
 import argparse
+import contextlib
 import json
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -16,26 +22,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class PlainModels:
-    """Base and adapter, or a whole model, by their names, and how prompts are read."""
+    """A whole model, or an adapter and its base, and how prompts are read; computed on the CPU.
+
+    Attributes:
+        base_name: what the model of `--model` is called.
+        name: what the adapter is called; `base_name` without one.
+        stops: tokens that end an answer.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.base_name, folder = options.served_model_name, options.model
-        self.by_name = {self.base_name: self.loaded(options)}
+        self.base_name = self.name = options.served_model_name
+        self.stops = [int(each) for each in (options.stop_ids or "").split(",") if each]
+        folder, trusted = options.model, options.trust_remote_code
+        dtype = getattr(torch, options.dtype)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusted)
         if options.lora_modules:
             from peft import PeftModel
 
-            name, _, folder = options.lora_modules.partition("=")
-            self.by_name[name] = PeftModel.from_pretrained(self.loaded(options), folder).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.name, _, folder = options.lora_modules.partition("=")
+            self.model = PeftModel.from_pretrained(self.model, folder)
+        self.model.eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
         if options.chat_template:
             self.tokenizer.chat_template = Path(options.chat_template).read_text(encoding="utf-8")
-
-    def loaded(self, options: argparse.Namespace) -> Any:
-        """The model of `--model`."""
-        dtype, trusted = getattr(torch, options.dtype), options.trust_remote_code
-        return AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=dtype, trust_remote_code=trusted
-        ).eval()
 
     def ids(self, text: str, adds: bool) -> list[int]:
         """Tokens of a text, with or without those that the tokenizer puts around every text."""
@@ -52,31 +61,31 @@ class PlainModels:
 
     def logs(self, name: str, ids: list[int]) -> torch.Tensor:
         """Log-probabilities behind every token, shape [tokens, vocabulary]."""
-        with torch.no_grad():
-            return torch.log_softmax(self.by_name[name](torch.tensor([ids])).logits[0].double(), dim=-1)
+        if name not in (self.name, self.base_name):
+            raise KeyError(f"there is no model {name}")
+        bare = name == self.base_name != self.name
+        with torch.no_grad(), self.model.disable_adapter() if bare else contextlib.nullcontext():
+            return torch.log_softmax(self.model(torch.tensor([ids])).logits[0].double(), dim=-1)
 
-    def chosen(self, name: str, ids: list[int], choice: list[str]) -> str:
-        """One of some answers, token by token the most probable that still leads to one."""
-        ways = {answer: self.ids(answer, False) for answer in choice}
-        written: list[int] = []
-        while len(ways) > 1:
-            logs = self.logs(name, [*ids, *written])[-1]
-            going = {way[len(written)] for way in ways.values() if len(way) > len(written)}
-            ended = [answer for answer, way in ways.items() if len(way) == len(written)]
-            best = max(going, key=lambda token: float(logs[token]))
-            if ended and float(logs[self.tokenizer.eos_token_id]) >= float(logs[best]):
-                return ended[0]
-            written.append(best)
-            ways = {answer: way for answer, way in ways.items() if way[: len(written)] == written}
-        return next(iter(ways))
-
-    def written(self, name: str, ids: list[int], most: int) -> str:
-        """What it writes by itself, always the most probable token."""
-        with torch.no_grad():
-            found = self.by_name[name].generate(
-                torch.tensor([ids]), max_new_tokens=most, do_sample=False, pad_token_id=0
-            )
-        return str(self.tokenizer.decode(found[0][len(ids) :], skip_special_tokens=True))
+    def written(self, name: str, ids: list[int], most: int, choice: list[str] | None = None) -> str:
+        """What it writes, always the most probable token; of some answers one of these, by the tokens that still lead to one."""
+        ways = [self.ids(answer, False) for answer in choice] if choice else None
+        found: list[int] = []
+        while len(found) < most:
+            logs = self.logs(name, [*ids, *found])[-1]
+            going: list[int] | None = None
+            if ways is not None:
+                ways = [way for way in ways if way[: len(found)] == found]
+                going = [way[len(found)] for way in ways if len(way) > len(found)]
+                if any(len(way) == len(found) for way in ways):
+                    going += self.stops
+                if not set(going) - set(self.stops):
+                    break
+            best = max(going, key=lambda token: float(logs[token])) if going else int(logs.argmax())
+            if best in self.stops:
+                break
+            found.append(best)
+        return str(self.tokenizer.decode(found, skip_special_tokens=True))
 
 
 class VllmProtocol:
@@ -87,18 +96,19 @@ class VllmProtocol:
 
     def get(self, path: str) -> Any:
         """Its models."""
-        names, base = self.models.by_name, self.models.base_name
-        return {"data": [{"id": name, "parent": base if name != base else None} for name in names]}
+        name, base = self.models.name, self.models.base_name
+        told = [{"id": base, "parent": None}, {"id": name, "parent": base}]
+        return {"data": told if name != base else told[:1]}
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """A chat's answer, or `prompt_logprobs` of prompts."""
         models, name = self.models, body["model"]
         if path.endswith("/chat/completions"):
             ids = models.ids(models.prompt(body), False)
-            choice = body.get("structured_outputs", {}).get("choice")
-            text = (
-                models.chosen(name, ids, choice) if choice else models.written(name, ids, body["max_tokens"])
-            )
+            choice = body.get("structured_outputs", {}).get(
+                "choice"
+            )  # what else bounds an answer is left alone
+            text = models.written(name, ids, body.get("max_tokens", 1000), choice)
             return {"choices": [{"message": {"content": text}}], "prompt_token_ids": ids}
         prompt = body["prompt"]
         prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
@@ -114,7 +124,7 @@ class VllmProtocol:
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     """What vLLM is told; more is left alone."""
     parser = argparse.ArgumentParser()
-    for name in ("model", "served-model-name", "lora-modules", "chat-template", "dtype"):
+    for name in ("model", "served-model-name", "lora-modules", "chat-template", "dtype", "stop-ids"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--port", type=int)
     parser.add_argument("--trust-remote-code", action="store_true")
@@ -125,20 +135,23 @@ def serve(server: Any, port: int) -> None:
     """Answer on this machine until ended."""
 
     class Handler(BaseHTTPRequestHandler):
-        def _tell(self, value: Any) -> None:
+        def _tell(self, answer: Any) -> None:
+            try:
+                code, value = 200, answer()
+            except Exception as error:  # told to who asks, whatever it is
+                code, value = 500, {"error": f"{type(error).__name__}: {error}"}
             content = json.dumps(value).encode()
-            self.send_response(200)
+            self.send_response(code)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 
         def do_GET(self) -> None:
-            self._tell(server.get(self.path))
+            self._tell(lambda: server.get(self.path))
 
         def do_POST(self) -> None:
-            self._tell(
-                server.post(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            )
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self._tell(lambda: server.post(self.path, body))
 
     HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 

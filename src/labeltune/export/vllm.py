@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 #: What `--max-lora-rank` takes (vllm/config/lora.py, `MaxLoRARanks`, v0.11 to v0.26).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 REQUEST_FILE = "vllm_request.json"
-#: A character of a document with marks, in a grammar.
-MARKED_CHARACTER = r'character ::= [^\[\]|\\] | "\\" [\[\]|\\]'
 #: What vLLM calls number formats.
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 #: How a server that is started here calls the base that an adapter belongs to.
@@ -182,13 +180,20 @@ def request(
 
 
 def client_file(
-    task: Task, template: ChatTemplate, name: str, prompt: PromptConfig, calibration: Calibration
+    task: Task,
+    template: ChatTemplate,
+    name: str,
+    prompt: PromptConfig,
+    calibration: Calibration,
+    adapter: bool = False,
 ) -> dict[str, Any] | None:
     """What `labeltune.client` has to know of a run that gives labels: plain strings and numbers. None where a tokenizer that is given the
     whole string reads otherwise than the run, or where the run extracts entities.
 
     Args:
         name: what servers call it.
+        adapter: an adapter is asked about one prompt at a time: vLLM 0.32.0 multiplies an adapter's part of the probabilities of prompts as if
+            there were one token a prompt, and ends where there are several prompts (Qwen3, on a CPU).
     """
     if not isinstance(task, (ClassificationTask, MultilabelTask)):
         return None
@@ -212,6 +217,7 @@ def client_file(
     adds = bos is not None and ids[:1] == [template.tokenizer.bos_token_id]
     return {
         "model": name,
+        "batched": not adapter,
         "task": task.name,
         "labels": list(task.labels),
         "descriptions": dict(prompt.descriptions),
@@ -252,22 +258,23 @@ def marks_pattern(task: NerTask, lead: str) -> str:
 
 
 def marks_grammar(task: NerTask, lead: str) -> str:
-    """The same for entities inside entities, as a grammar in the form that xgrammar reads (EBNF of llama.cpp)."""
+    """The same as a grammar in the form of llama.cpp, which xgrammar reads, too (GBNF); entities may lie inside entities where the run's do."""
     ends = " | ".join(quoted(closing(label)) for label in task.labels)
     none = quoted(lead + task.prompt.no_entities)
     return "\n".join(
         [
             f"root ::= {none} | {quoted(lead)} part+" if lead else f"root ::= {none} | part+",
-            f"part ::= character | {quoted(OPEN)} part+ end",
-            MARKED_CHARACTER,
+            f"part ::= character | {quoted(OPEN)} {'part' if task.nested else 'character'}+ end",
+            r'character ::= [^\[\]|\\] | "\\" [\[\]|\\]',
             f"end ::= {ends}",
         ]
     )
 
 
 def quoted(text: str) -> str:
-    """A string of the grammar."""
-    return json.dumps(text, ensure_ascii=False)
+    """A string of a grammar: as JSON, but for two escapes that grammars do not have."""
+    signs = {"\b": r"\x08", "\f": r"\x0C"}
+    return '"' + "".join(signs.get(sign) or json.dumps(sign, ensure_ascii=False)[1:-1] for sign in text) + '"'
 
 
 def request_command(folder: Path) -> str:
@@ -288,8 +295,6 @@ class VllmServer(Engine):
 
     def __init__(self, served: Served, python: str) -> None:
         super().__init__(served)
-        if shutil.which(python) is None:
-            raise ModelError(f"--engine-python {python} is no program; name the python that has {self.name}")
         self._python = python
 
     def environment(self, port: int) -> dict[str, str]:
@@ -343,3 +348,11 @@ class TransformersServer(VllmServer):
 
     name = "transformers"
     program = (str(Path(__file__).with_name("plain_server.py")),)
+
+    def command(self, port: int) -> list[str]:
+        """The same, and what ends an answer, which is no part of a plain model's own settings."""
+        return [
+            *super().command(port),
+            "--stop-ids",
+            ",".join(map(str, self.served.builder.template.stop_ids)),
+        ]

@@ -312,10 +312,18 @@ UNFINISHED_FILE = ".unfinished"
 #: Hashes of texts in a checkpoint, of those that chose it and those that trained it: 8 bytes each, little-endian, sorted.
 SELECTION_FILE = "selection.u64"
 TRAINING_FILE = "training.u64"
+#: What of a base model other programs read and transformers does not write: llama.cpp converts no Gemma without its `tokenizer.model`, and
+#: models that read images or sound have processors (processor_config.json, preprocessor_config.json, video_preprocessor_config.json).
+BASE_FILES = ("tokenizer.model", "*processor_config.json")
 #: What an evaluation writes into its folder.
 EVALUATION_FILES = ("metrics.json", "predictions.jsonl", "report.html")
 #: Where a training leaves them in its run folder, of its validation rows.
 VALIDATION_FOLDER = "validation"
+
+
+def base_files(base: Path) -> list[Path]:
+    """`BASE_FILES` of a model's folder."""
+    return sorted(path for pattern in BASE_FILES for path in base.glob(pattern))
 
 
 def validation_file(checkpoint: Path, name: str) -> Path | None:
