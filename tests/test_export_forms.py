@@ -235,7 +235,20 @@ def test_the_tools_of_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             ModelError, match=r"convert_hf_to_gguf\.py could not write .*Model X is not supported"
         ):
             llama_cpp.write_model(tmp_path, model, form, "fp32")
-    assert "--outtype f32" in llama_cpp.convert_command(str(tmp_path), model, "f32")
+    assert "--outtype f32" in llama_cpp.convert_command(str(tmp_path), model, "f32", "fp32")
+    assert llama_cpp.convert_command("base", Path("b.gguf"), "q4_k_m", "bf16") == (
+        "python llama.cpp/convert_hf_to_gguf.py base --outfile b.gguf.whole --outtype bf16 && llama-quantize b.gguf.whole b.gguf q4_k_m"
+    )
+    (tmp_path / "config.json").write_text('{"text_config": {"mtp_num_hidden_layers": 1}}', encoding="utf-8")
+    assert " --no-mtp " in llama_cpp.convert_command(str(tmp_path), model, "f32", "fp32")
+    with pytest.raises(ModelError, match=r"convert_hf_to_gguf\.py cannot be run"):
+        llama_cpp.write_model(tmp_path, model, "f32", "fp32", str(tmp_path / "no python"))
+    quantizer.chmod(0o644)
+    assert llama_cpp.find_tool(llama_cpp.QUANTIZER) is None
+
+
+def test_strings_of_a_grammar() -> None:
+    assert vllm.quoted('a "b"\\\n\b\f\x07文') == r'"a \"b\"\\\n\x08\x0C\u0007文"'
 
 
 CONFIG = {"r": 8, "bias": "none", "modules_to_save": None, "use_dora": False}

@@ -156,12 +156,18 @@ def _download(push: str, folder: str) -> str:
 
 
 def usage(
-    info: RunInfo, adapter: Adapter | None, ollama: bool, push: str | None, called: str
+    info: RunInfo,
+    adapter: Adapter | None,
+    ollama: bool,
+    push: str | None,
+    called: str,
+    text_only: bool = False,
 ) -> dict[str, str]:
     """How to load it, by heading; the folder is called by the hub's name or by its own.
 
     Args:
         adapter: None for a merged model.
+        text_only: the model reads images too, and was trained on texts.
     """
     where = push or called
     found = {
@@ -174,9 +180,9 @@ def usage(
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'tokenizer = AutoTokenizer.from_pretrained("{place}")\nmodel = AutoModelForCausalLM.from_pretrained("{place}")'
         )
-        found["With vLLM"] = merged_command(where, called, info.hub.trust_remote_code)
+        found["With vLLM"] = merged_command(where, called, info.hub.trust_remote_code, text_only)
     else:
-        command = adapter_command(public_name(info.model), info.hub, called, called, adapter)
+        command = adapter_command(public_name(info.model), info.hub, called, called, adapter, text_only)
         found["With vLLM"] = command if push is None else f"{_download(push, called)}\n{command}"
     found["Request to vLLM"] = "the body is in vllm_request.json"
     if ollama:

@@ -45,6 +45,7 @@ class Served:
         rank: largest rank of the adapter that the server has to take.
         max_tokens: of a prompt with its answer.
         max_new_tokens: of an answer with entities.
+        text_only: the model reads images too, and was trained on texts.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class Served:
     max_new_tokens: int
     builder: PromptBuilder
     trust_remote_code: bool = False
+    text_only: bool = False
 
 
 class Engine(ABC):

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labeltune import __version__
-from labeltune.errors import ConfigError, DataError, ModelError
+from labeltune.errors import ConfigError, DataError, LabeltuneError, ModelError
 from labeltune.evaluation.compare import compare_predictions
 from labeltune.export import card, engines, llama_cpp, merge, ollama, vllm
 from labeltune.export.folder import EXPORT_FILE, Dtype
@@ -30,6 +30,9 @@ from labeltune.prompts import Task, make_task
 from labeltune.prompts.builder import PromptBuilder
 from labeltune.prompts.template import ChatTemplate
 from labeltune.types import Example, Prediction
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -163,24 +166,26 @@ class Job:
 
     def write_model(self, folder: Path, say: Say) -> dict[str, str]:
         """Weights, and what labeltune needs to load them; returns the commands to run next."""
-        info = self.info
+        info, text_only = self.info, self._published is not None
         if self.adapter is None:
             adapter = self.checkpoint if info.adapter else None
             merging = adapter is not None
             begin(
                 f"{'merging the adapter and ' if merging else ''}writing the whole model in {self.dtype}", say
             )
-            model = merge.whole_model(self.base, adapter, self.dtype, info.runs_code())
+            rest = self._base_folder if adapter is None and self._published is not None else None
+            model = merge.whole_model(self.base, adapter, self.dtype, info.runs_code(), rest)
             merge.save_whole_model(model, self.template, folder, self.base)
-            command = vllm.merged_command(str(self.target), self.name, info.runs_code())
+            command = vllm.merged_command(str(self.target), self.name, info.runs_code(), text_only)
         else:
             name = vllm.base_name(info.model)
-            published = published_shell(self.base, info.runs_code())
             vllm.save_adapter(
-                self.checkpoint, self.template.tokenizer, name, info.hub.revision, folder, published
+                self.checkpoint, self.template.tokenizer, name, info.hub.revision, folder, self._published
             )
             base = info.model if is_hub_name(info.model) else str(self.base)
-            command = vllm.adapter_command(base, info.hub, str(self.target), self.name, self.adapter)
+            command = vllm.adapter_command(
+                base, info.hub, str(self.target), self.name, self.adapter, text_only
+            )
         for file in (CALIBRATION_FILE, LINEAR_FILE, SELECTION_FILE, TRAINING_FILE):
             if (self.checkpoint / file).is_file():
                 shutil.copyfile(self.checkpoint / file, folder / file)
@@ -193,6 +198,20 @@ class Job:
             write_json(folder / engines.CLIENT_FILE, told)
         _public(info, self.adapter is None, self.asked.push is not None).save(folder)
         return {"Serve with vLLM": command, "Ask it": vllm.request_command(self.target)}
+
+    @cached_property
+    def _published(self) -> torch.nn.Module | None:
+        """Of a model whose text part alone was trained, the whole one as servers know it, without weights; None of others."""
+        folder = self._base_folder
+        return None if folder is None else published_shell(folder, self.info.runs_code())
+
+    @cached_property
+    def _base_folder(self) -> Path | None:
+        """Folder of the base model; a run of all weights needs it no more, and it may have gone."""
+        try:
+            return resolve_model(self.info.model, self.info.hub).folder
+        except LabeltuneError:
+            return None
 
     def write_gguf(self, folder: Path, say: Say) -> dict[str, str]:
         """The weights for llama.cpp, and its request; returns the commands to run next."""
@@ -212,7 +231,9 @@ class Job:
             )
         task, extra = self.task, self.info.generation.max_new_tokens
         write_json(folder / llama_cpp.REQUEST_FILE, llama_cpp.request(task, self.template, self.name, extra))
-        commands["Serve with llama.cpp"] = llama_cpp.serve_command(self.target, base, self.name)
+        commands["Serve with llama.cpp"] = llama_cpp.serve_command(
+            self.target, base, self.name, self.template
+        )
         return commands | {"Ask llama.cpp": llama_cpp.request_command(self.target)}
 
     def write_for_ollama(self, folder: Path, say: Say) -> dict[str, str]:
@@ -295,6 +316,7 @@ class Job:
             extra,
             builder,
             self.info.runs_code(),
+            self._published is not None,
         )
         with self._engine(served, say) as (engine, url):
             if served.base is not None:
@@ -348,7 +370,14 @@ class Job:
             test_metrics,
             parity,
             self.request["messages"],
-            card.usage(self.info, self.adapter, self.modelfile is not None, self.asked.push, self.name),
+            card.usage(
+                self.info,
+                self.adapter,
+                self.modelfile is not None,
+                self.asked.push,
+                self.name,
+                self._published is not None,
+            ),
         )
         write_text(folder / card.CARD_FILE, card.card(self.info, facts))
         base = public_name(self.info.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -33,6 +34,9 @@ _TYPE_OF: dict[Dtype, str] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 _SHOWN = 3
 #: Where programs lie in the folder that LLAMA_CPP names.
 _PLACES = ("", "bin", "build/bin")
+#: Models with layers for drafts: by their type, and by keys of their config.
+_DRAFTING = ("qwen3_5", "qwen3_next")
+_DRAFTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 
 
 def find_tool(name: str) -> Path | None:
@@ -86,16 +90,28 @@ def write_model(source: Path, target: Path, form: str, dtype: Dtype, python: str
     Raises:
         ModelError: llama.cpp fails, e.g. because it does not know the architecture.
     """
+    given = [str(source), *_no_drafts(source)]
     if form in _CONVERTED:
-        _run(CONVERTER, [python], [str(source), "--outfile", str(target), "--outtype", form], target)
+        _run(CONVERTER, [python], [*given, "--outfile", str(target), "--outtype", form], target)
         return
     whole = target.with_name(f"{target.name}.whole")
     try:
         outtype = ["--outfile", str(whole), "--outtype", _TYPE_OF[dtype]]
-        _run(CONVERTER, [python], [str(source), *outtype], whole)
+        _run(CONVERTER, [python], [*given, *outtype], whole)
         _run(QUANTIZER, [], [str(whole), str(target), form], target)
     finally:
         whole.unlink(missing_ok=True)
+
+
+def _no_drafts(folder: Path) -> list[str]:
+    """Of models whose layers for drafts (multi-token prediction) transformers does not load, and the converter looks for."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    parts = [config, config.get("text_config") or {}]
+    named = any(str(part.get("model_type", "")).startswith(_DRAFTING) for part in parts)
+    return ["--no-mtp"] if named or any(part.get(key) for part in parts for key in _DRAFTS) else []
 
 
 def write_adapter(source: Path, base: Path, target: Path, dtype: Dtype, python: str = sys.executable) -> None:
@@ -128,19 +144,25 @@ def convert_command(source: str, target: Path, form: str, dtype: Dtype) -> str:
     direct = form in _CONVERTED
     written = target if direct else target.with_name(f"{target.name}.whole")
     options = ["--outfile", str(written), "--outtype", form if direct else _TYPE_OF[dtype]]
-    command = shlex.join(["python", f"llama.cpp/{CONVERTER}", source, *options])
+    given = [source, *_no_drafts(Path(source))]
+    command = shlex.join(["python", f"llama.cpp/{CONVERTER}", *given, *options])
     return command if direct else f"{command} && {shlex.join([QUANTIZER, str(written), str(target), form])}"
 
 
-def serve_command(folder: Path, base: Path | None, name: str) -> str:
+def serve_command(folder: Path, base: Path | None, name: str, template: ChatTemplate) -> str:
     """The shell command that serves an export; `base` is the file of the base that an adapter needs."""
-    return shlex.join([SERVER, *_options(folder, base, name)])
+    return shlex.join([SERVER, *_options(folder, base, name, template)])
 
 
-def _options(folder: Path, base: Path | None, name: str) -> list[str]:
+def _options(folder: Path, base: Path | None, name: str, template: ChatTemplate) -> list[str]:
     model = ["--model", str(folder / MODEL if base is None else base), "--alias", name]
     adapter = [] if base is None else ["--lora", str(folder / ADAPTER)]
-    return [*model, *adapter, "--jinja", "--chat-template-file", str(folder / "chat_template.jinja")]
+    found = [*model, *adapter, "--jinja", "--chat-template-file", str(folder / "chat_template.jinja")]
+    bos = template.tokenizer.bos_token
+    if bos is not None and not template.render([{"role": "user", "content": "x"}]).startswith(str(bos)):
+        # The run was trained without the token that begins texts, which the server would put there.
+        found += ["--override-kv", "tokenizer.ggml.add_bos_token=bool:false"]
+    return found
 
 
 def request_command(folder: Path) -> str:
@@ -200,7 +222,7 @@ class LlamaServer(Engine):
     def command(self, port: int) -> list[str]:
         """What starts it on this machine."""
         served = self.served
-        options = _options(served.folder, self._base, served.name)
+        options = _options(served.folder, self._base, served.name, served.builder.template)
         here = ["--host", "127.0.0.1", "--port", str(port), "--ctx-size", str(served.max_tokens)]
         return [_path(SERVER), *options, *here, "--parallel", "1"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from transformers import GenerationConfig
@@ -15,7 +15,7 @@ from labeltune.export.folder import Dtype
 from labeltune.inference.generation import stop_ids
 from labeltune.io.run_folder import base_files
 from labeltune.models.hub import load_model
-from labeltune.models.lora import load_adapter, merge_adapter
+from labeltune.models.lora import TEXT_PART, load_adapter, merge_adapter
 from labeltune.models.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -48,7 +48,11 @@ def stored_dtype(folder: Path) -> Dtype:
 
 
 def whole_model(
-    base: Path, adapter: Path | None, dtype: Dtype, trust_remote_code: bool = False
+    base: Path,
+    adapter: Path | None,
+    dtype: Dtype,
+    trust_remote_code: bool = False,
+    published: Path | None = None,
 ) -> PreTrainedModel:
     """The base model with the adapter merged into it, on the CPU.
 
@@ -58,11 +62,14 @@ def whole_model(
     Args:
         base: folder of the base model, or of a model whose weights were all trained.
         adapter: checkpoint with the adapter; None when there is none.
+        published: folder of the model whose text part `base` is, all of its weights trained; the rest is taken from there.
 
     Raises:
         ModelError: the weights cannot be loaded, do not fit each other, or do not fit into `dtype`.
     """
     model = load_model(base, DTYPES[stored_dtype(base)], trust_remote_code=trust_remote_code, published=True)
+    if published is not None:
+        model = _with_text_part(published, model, trust_remote_code)
     if adapter is not None:
         model = merge_adapter(load_adapter(model, adapter), DTYPES[dtype])
     model.to(DTYPES[dtype])
@@ -73,6 +80,22 @@ def whole_model(
                 if dtype == "fp16"
                 else f"{name} is not finite: the run's weights are damaged"
             )
+    return model
+
+
+def _with_text_part(published: Path, text: PreTrainedModel, trust_remote_code: bool) -> Any:
+    """A published model with another text part."""
+    model = load_model(
+        published, DTYPES[stored_dtype(published)], trust_remote_code=trust_remote_code, published=True
+    )
+    places = {name.replace(TEXT_PART, ""): name for name in model.state_dict()}
+    weights = text.state_dict()
+    unknown = [name for name in weights if name.replace(TEXT_PART, "") not in places]
+    if unknown:
+        raise ModelError(f"{published} has no place for {unknown[0]} of the run's weights")
+    model.load_state_dict(
+        {places[name.replace(TEXT_PART, "")]: each for name, each in weights.items()}, strict=False
+    )
     return model
 
 

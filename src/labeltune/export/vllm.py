@@ -38,6 +38,8 @@ REQUEST_FILE = "vllm_request.json"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 #: How a server that is started here calls the base that an adapter belongs to.
 _BASE = "labeltune-base"
+#: Of a model that reads images too: what reads them is not loaded.
+_TEXT_ONLY = ("--language-model-only",)
 #: Labels whose tokens are compared with what a tokenizer makes of the whole string.
 _COMPARED = 500
 #: Stands in the request where a document goes.
@@ -110,26 +112,29 @@ def base_name(spec: str) -> str:
     return spec[3:] if is_hub_name(spec) else spec
 
 
-def adapter_command(base: str, hub: HubConfig, folder: str, name: str, adapter: Adapter) -> str:
+def adapter_command(
+    base: str, hub: HubConfig, folder: str, name: str, adapter: Adapter, text_only: bool = False
+) -> str:
     """The shell command that serves base and adapter.
 
     Args:
         base: a hub's model (`ms:org/name`, `hf:org/name`), or a folder.
         folder: of the adapter.
         name: what requests call the adapter.
+        text_only: the base reads images too, and was trained on texts.
     """
     options = ["--enable-lora", "--lora-modules", f"{name}={folder}"]
     options += ["--max-lora-rank", str(adapter.max_rank)]
     if is_hub_name(base) and hub.revision is not None:
         options += ["--revision", hub.revision]
     # The run's own template: the base may have none, or another one by now.
-    options += ["--chat-template", f"{folder}/chat_template.jinja"]
+    options += ["--chat-template", f"{folder}/chat_template.jinja", *_TEXT_ONLY[:text_only]]
     return _serve(base, options, hub.trust_remote_code)
 
 
-def merged_command(model: str, name: str, trust_remote_code: bool = False) -> str:
+def merged_command(model: str, name: str, trust_remote_code: bool = False, text_only: bool = False) -> str:
     """The shell command that serves a merged model: a folder, or one on a hub."""
-    return _serve(model, ["--served-model-name", name], trust_remote_code)
+    return _serve(model, ["--served-model-name", name, *_TEXT_ONLY[:text_only]], trust_remote_code)
 
 
 def _serve(model: str, options: list[str], trust_remote_code: bool) -> str:
@@ -315,6 +320,7 @@ class VllmServer(Engine):
             found += ["--lora-modules", f"{served.name}={served.folder}"]
             found += ["--max-lora-rank", str(served.rank)]
             found += ["--chat-template", str(served.folder / "chat_template.jinja")]
+        found += _TEXT_ONLY[: served.text_only]
         return [*found, "--trust-remote-code"] if served.trust_remote_code else found
 
     def prompt_told(self, url: str, prompt: list[int], adapter: bool) -> Any:

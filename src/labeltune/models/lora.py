@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 #: The value of `lora.target_modules` that stands for `linear_layers`.
 ALL_LINEAR = "all-linear"
 #: What peft puts in front of the names of a model that it wraps, and what models that read images too have in those of their text part.
-_WRAPPED, _TEXT_PART = "base_model.model.", "language_model."
+_WRAPPED, TEXT_PART = "base_model.model.", "language_model."
 #: Where a module reads the weights of a layer of its own without calling it.
 _READS_WEIGHT = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)\b)")
 
@@ -275,8 +275,8 @@ def layer_names(folder: Path, model: torch.nn.Module) -> dict[str, str]:
         layers = {_layer_of(key) for key in opened.keys()}  # noqa: SIM118
     if layers <= known:
         return {}
-    by_part = {name.replace(_TEXT_PART, ""): name for name in known}
-    found = {layer: by_part.get(layer.replace(_TEXT_PART, ""), "") for layer in layers}
+    by_part = {name.replace(TEXT_PART, ""): name for name in known}
+    found = {layer: by_part.get(layer.replace(TEXT_PART, ""), "") for layer in layers}
     return found if all(found.values()) else {}
 
 
