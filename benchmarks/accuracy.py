@@ -173,7 +173,7 @@ def trl(
 
     labels = sorted({str(each.label) for each in known})
     config = config_of(options, arm, folder / "train.jsonl", folder / "run", labels)
-    config = settled(config, len(known), resolve_model(config.model, config.hub).folder, print)
+    config = settled(config, len(known), len(labels), resolve_model(config.model, config.hub).folder, print)
     base, lora, chosen = base_predictor(config, labels), config.lora, config.training
     rows = [
         {

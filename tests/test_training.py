@@ -65,14 +65,20 @@ def test_passes_follow_from_the_rows_and_the_rate_from_the_width(
     )
     said: list[str] = []
     asked = ["training.epochs=auto", "training.learning_rate=auto", f"training.method={method}"]
-    found = settled(load_config(None, asked), rows, tmp_path, said.append).training
+    found = settled(load_config(None, asked), rows, 10, tmp_path, said.append).training
     assert (found.epochs, found.learning_rate) == (epochs, rate)
     assert said == [
         f"training.epochs: {epochs:g}, for {rows} rows",
         f"training.learning_rate: {rate:.1e}, for a model of width {hidden}",
     ]
     given = load_config(None, ["training.epochs=3", "training.learning_rate=1e-4"])
-    assert settled(given, rows, tmp_path, said.append) == given and len(said) == 2
+    assert settled(given, rows, 10, tmp_path, said.append) == given and len(said) == 2
+    # Many labels have few rows each.
+    asked = ["training.epochs=auto"]
+    assert settled(load_config(None, asked), 1232, 77, tmp_path, said.append).training.epochs == 6
+    assert said[-1] == "training.epochs: 6, for 1232 rows of 77 labels"
+    several = load_config(None, [*asked, "task=multilabel"])
+    assert settled(several, 1232, 77, tmp_path, said.append).training.epochs == 2
 
 
 def test_a_run_whose_passes_and_rate_are_chosen(in_folder: Path, model_folder: Path) -> None:

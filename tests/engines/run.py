@@ -28,6 +28,7 @@ import labeltune
 from labeltune.commands.export import export
 from labeltune.config import build_config
 from labeltune.errors import LabeltuneError
+from labeltune.io.outputs import write_json
 from labeltune.models.pocket import pocket_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +141,12 @@ def base_of(family: str, folder: Path, python: str, qwen: str) -> Path:
         kind = f"{family}ForCausalLM"
     getattr(transformers, kind)(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if family == "Qwen3_5":
+        sizes = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+        kinds = {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor"}
+        write_json(folder / "preprocessor_config.json", {**sizes, **kinds})
+        kinds["video_processor_type"] = "Qwen3VLVideoProcessor"
+        write_json(folder / "video_preprocessor_config.json", {**sizes, **kinds})
     if family == "Gemma3":
         subprocess.run([python, "-c", SENTENCEPIECE, str(folder)], check=True)
     return folder
@@ -191,6 +198,8 @@ def measured(
                 run,
                 folder / "exported",
                 merged=merged,
+                # vLLM 0.32.0 computes its linear attention on CPUs in bf16 alone.
+                dtype="bf16" if (model, engine, merged) == ("Qwen3_5", "vllm", True) else None,
                 engine=engine,
                 gguf=gguf,
                 engine_python=python,

@@ -139,7 +139,7 @@ def prepare(config: RunConfig, all_rows: Splits, say: Say, resume_from: Path | N
 
     check_layers(config, base)
     splits = without_too_long(all_rows, builder, config, say)
-    config = settled(config, len(splits.train), base, say)
+    config = settled(config, len(splits.train), len(splits.labels), base, say)
     selection = validation_rows(splits, config.eval.max_rows)
     warn_of_rows(config, splits, selection, say)
     return Prepared(config, base, builder, splits, selection)

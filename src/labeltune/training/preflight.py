@@ -55,27 +55,33 @@ CALL_WORK = {"cuda": 300_000_000_000, "mps": 30_000_000_000, "cpu": 600_000_000}
 MOST_CALL_TOKENS = {"cuda": 1 << 15, "mps": 1 << 12, "cpu": 256}
 #: Passes that `training.epochs: auto` stands for: so many of a single row, falling with the root of their number, within bounds
 #: (docs/accuracy.md).
-EPOCHS_OF_A_ROW, FEWEST_EPOCHS, MOST_EPOCHS = 72, 2, 8
+EPOCHS_OF_A_ROW, FEWEST_EPOCHS, MOST_EPOCHS, USUAL_LABELS = 72, 2, 8, 10
 #: Schedules that watch a figure; Trainer hands it to them.
 WATCHING = ("reduce_lr_on_plateau", "greedy")
 
 
-def settled(config: RunConfig, rows: int, model: Path, say: Say) -> RunConfig:
+def settled(config: RunConfig, rows: int, labels: int, model: Path, say: Say) -> RunConfig:
     """The config with numbers in place of `auto`, which are said.
+
+    Passes were measured with ten labels (docs/accuracy.md); more labels have fewer rows each, and count as fewer rows in all.
 
     The learning rate follows Thinking Machines' fit over models and data sets (LoRA Without Regret, 2025, and the Tinker cookbook's
     get_lr): 5e-5 times 10 for an adapter, times (2000 / hidden size) ** 0.781.
 
     Args:
         rows: number of training rows.
+        labels: number of labels that a row has one of.
         model: the base model's folder.
     """
     options = config.training
     found: dict[str, float] = {}
     if options.epochs == "auto":
-        found["epochs"] = float(round(min(max(EPOCHS_OF_A_ROW / rows**0.5, FEWEST_EPOCHS), MOST_EPOCHS)))
+        many = config.task == "classification" and labels > USUAL_LABELS
+        passes = EPOCHS_OF_A_ROW / (rows * USUAL_LABELS / labels if many else rows) ** 0.5
+        found["epochs"] = float(round(min(max(passes, FEWEST_EPOCHS), MOST_EPOCHS)))
         if options.max_steps is None:
-            say(f"training.epochs: {found['epochs']:g}, for {rows} rows")
+            of = f" of {labels} labels" if many else ""
+            say(f"training.epochs: {found['epochs']:g}, for {rows} rows{of}")
     if options.learning_rate == "auto":
         width = model_shape(model, config.hub.trust_remote_code)[0].get_text_config().hidden_size
         rate = 5e-5 * (1 if options.method == "full" else 10) * (2000 / width) ** 0.781
