@@ -133,7 +133,8 @@ def base_of(family: str, folder: Path, python: str, qwen: str) -> Path:
         own = {
             "query_pre_attn_scalar": 32,
             "sliding_window": 512,
-            "layer_types": ["sliding_attention", "full_attention"],
+            # llama.cpp takes every sixth layer alone for one that sees everything.
+            "layer_types": ["sliding_attention", "sliding_attention"],
         }
         name = "Gemma3Text" if family == "Gemma3" else family
         more = own if family == "Gemma3" else {}
@@ -241,7 +242,7 @@ def main() -> None:
     )
     parser.add_argument("--python", required=True, help="of the environment that has vLLM")
     parser.add_argument("--llama-cpp", required=True, help="folder of llama.cpp, built in build/")
-    parser.add_argument("--models", nargs="+", default=["Qwen2", "Qwen3", "Qwen3_5", "Llama", "Gemma3"])
+    parser.add_argument("--models", nargs="*", default=["Qwen2", "Qwen3", "Qwen3_5", "Llama", "Gemma3"])
     parser.add_argument("--qwen-tokenizer", default="Qwen/Qwen2-1.5B-Instruct", help="a folder, or a name")
     parser.add_argument("--demo", nargs="*", default=[], help="run folders of the demo")
     parser.add_argument("--rows", type=int, default=80)
