@@ -192,7 +192,15 @@ def export(
     merged = merged or ollama or onnx
     _check_options(merged, dtype, tolerance, push)
     engine = engine or ("llama.cpp" if gguf is not None and verify else None)
-    _check_comparison(verify, verify_data, engine, engine_python, engine_url, gguf, ollama)
+    _check_comparison(
+        verify=verify,
+        verify_data=verify_data,
+        engine=engine,
+        engine_python=engine_python,
+        engine_url=engine_url,
+        gguf=gguf,
+        ollama=ollama,
+    )
     from labeltune.export import onnx as onnx_form
 
     exporter = onnx_form.exporter() if onnx else None  # before what takes seconds to import
@@ -260,6 +268,7 @@ def _check_options(merged: bool, dtype: str | None, tolerance: float, push: str 
 
 
 def _check_comparison(
+    *,
     verify: bool,
     verify_data: str | None,
     engine: str | None,

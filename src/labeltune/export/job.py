@@ -207,7 +207,13 @@ class Job:
 
     @cached_property
     def _base_folder(self) -> Path | None:
-        """Folder of the base model; a run of all weights needs it no more, and it may have gone."""
+        """Folder of the base model. A run of all weights needs it no more, and it may have gone: it is looked for, which may be a download,
+        where the run has the text part alone of something larger."""
+        if self.info.adapter:
+            return self.base
+        kind = json.loads((self.checkpoint / "config.json").read_text(encoding="utf-8")).get("model_type", "")
+        if not str(kind).endswith("_text"):
+            return None
         try:
             return resolve_model(self.info.model, self.info.hub).folder
         except LabeltuneError:
