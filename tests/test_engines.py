@@ -14,9 +14,10 @@ import pytest
 import labeltune
 from helpers import fake_engines
 from helpers.training import config_for
-from labeltune.commands.export import Exported, export
+from labeltune.commands.export import export
 from labeltune.config import build_config
 from labeltune.errors import ConfigError, ModelError, ParityError
+from labeltune.export.folder import Exported
 from labeltune.export.llama_cpp import ADAPTER, MODEL
 
 FOLDER = "out"

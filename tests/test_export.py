@@ -19,6 +19,7 @@ from labeltune import load_predictor
 from labeltune.commands import export as export_page
 from labeltune.config import build_config, load_config
 from labeltune.errors import ConfigError, DataError, ModelError, OutputError, ParityError
+from labeltune.export.folder import Exported
 from labeltune.export.job import Job
 from labeltune.export.merge import stored_dtype, whole_model
 from labeltune.export.parity import check_parity, compare_answers
@@ -52,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[s
     return found
 
 
-def quiet_export(run: Path, output: Path, **options: Any) -> export_page.Exported:
+def quiet_export(run: Path, output: Path, **options: Any) -> Exported:
     return export_page.export(run, output, say=lambda _: None, progress=False, **options)
 
 

@@ -115,10 +115,13 @@ def base_of(family: str, folder: Path, python: str, qwen: str) -> Path:
         linear = {
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
+            # vLLM's kernel for CPUs takes the published width alone.
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
         }
         text = {**SMALL, **known, **linear, "layer_types": ["linear_attention", "full_attention"]}
+        # As published; llama.cpp's converter of adapters wants it said.
+        text["mtp_num_hidden_layers"] = 1
         seen = {
             "depth": 1,
             "hidden_size": 64,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,8 +19,7 @@ from labeltune.messages import localize
 from labeltune.types import Example
 
 if TYPE_CHECKING:
-    from labeltune.export.folder import Dtype
-    from labeltune.export.parity import Parity
+    from labeltune.export.folder import Asked, Exported
 
 
 def export_command(
@@ -111,31 +110,6 @@ def export_command(
         print(f"# {localize(purpose)}\n{command}")
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What an export came to.
-
-    Attributes:
-        folder: where it is.
-        kind: `merged model` or `adapter`.
-        dtype: number format of the weights; of the base's, for an adapter.
-        parity: how its answers compare with the run's; None when that was not checked.
-        engine_parity: the same of the engine that served it; None where none was asked.
-        engine_figures: figures of run and engine on rows with right answers, and the intervals of their differences.
-        commands: what to run next, by what it is for.
-        address: where it was pushed, None when it was not.
-    """
-
-    folder: Path
-    kind: str
-    dtype: Dtype
-    parity: Parity | None
-    commands: dict[str, str]
-    address: str | None = None
-    engine_parity: Parity | None = None
-    engine_figures: Mapping[str, Any] = field(default_factory=dict)
-
-
 def export(
     run: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -188,33 +162,23 @@ def export(
         ParityError: the export answers otherwise; nothing was exported.
         PromptError: the chat template cannot be written as a Modelfile.
     """
+    from labeltune.export import card
+    from labeltune.export import onnx as onnx_form
+    from labeltune.export.folder import Asked, check_target, push_folder, whole_folder
+
+    engine = engine or ("llama.cpp" if gguf is not None and verify else None)
     ollama = ollama or engine == "ollama"
     merged = merged or ollama or onnx
-    _check_options(merged, dtype, tolerance, push)
-    engine = engine or ("llama.cpp" if gguf is not None and verify else None)
-    _check_comparison(
-        verify=verify,
-        verify_data=verify_data,
-        engine=engine,
-        engine_python=engine_python,
-        engine_url=engine_url,
-        gguf=gguf,
-        ollama=ollama,
-    )
-    from labeltune.export import onnx as onnx_form
-
+    asked = Asked(merged, dtype, ollama, onnx, gguf, engine, engine_python, engine_url, push, name, tolerance)
+    _check(asked, verify, verify_data)
     exporter = onnx_form.exporter() if onnx else None  # before what takes seconds to import
-    from labeltune.export import card
-    from labeltune.export.folder import check_target, push_folder, whole_folder
-    from labeltune.export.job import Asked, prepare
-    from labeltune.export.parity import check_parity, costs_told
+    from labeltune.export.job import prepare
     from labeltune.inference.load import checkpoint_of
 
     info = RunInfo.load(checkpoint := checkpoint_of(run))
     target = Path(output).expanduser()
     check_target(target, checkpoint, overwrite, [given for given in (verify_data, metrics) if given])
     test_metrics = card.read_metrics(Path(metrics), info.task) if metrics is not None else None
-    asked = Asked(merged, dtype, ollama, gguf, engine, engine_python, engine_url, push, name)
     job = prepare(checkpoint, info, target, asked)
     rows = rows_to_verify(checkpoint, info, verify_data, max_rows, say) if verify else []
     if engine is not None and not rows:
@@ -222,73 +186,44 @@ def export(
             "--engine and --gguf compare answers, and there are no rows; name some with --verify FILE, or write GGUF unseen with --no-verify"
         )
     with whole_folder(target) as folder:
-        commands = job.write_model(folder, say)
-        parity, before = job.verified(folder, rows, say, progress)
-        if parity is not None:
-            say(f"parity in {job.dtype}: {parity}")
-            check_parity(parity, tolerance, f"the exported {job.kind} ({job.dtype})")
-        if job.gguf is not None:
-            commands |= job.write_gguf(folder, say)
-            if engine not in ("llama.cpp", "ollama"):
-                say("note: nobody has asked llama.cpp about the GGUF file; --engine llama.cpp or ollama does")
-        if ollama:
-            commands |= job.write_for_ollama(folder, say)
-        served: Parity | None = None
-        costs: dict[str, Any] = {}
-        if engine is not None:
-            served, costs = job.asked_of_engine(folder, rows, before, say, progress)
-            say(f"parity in {engine} ({job.form}): {served}")
-            if costs:
-                say(f"{engine} ({job.form}) beside the run: {costs_told(costs)}")
-            check_parity(served, tolerance, f"the exported {job.kind} in {engine} ({job.form})")
-        if exporter is not None:
-            begin("writing onnx/ (the parity gate has not seen it)", say)
-            onnx_form.write_onnx(exporter, folder)
-        job.describe(folder, test_metrics, parity, served, costs)
+        done = job.write(folder, rows, test_metrics, exporter, say, progress)
     say(f"exported the {job.kind} to {target}")
-    address = None
-    if push is not None:
-        begin(f"pushing to {push}", say)
-        address = push_folder(target, push)
-        say(f"pushed to {address}")
-    return Exported(target, job.kind, job.dtype, parity, commands, address, served, costs)
+    if push is None:
+        return done
+    begin(f"pushing to {push}", say)
+    address = push_folder(target, push)
+    say(f"pushed to {address}")
+    return replace(done, address=address)
 
 
-def _check_options(merged: bool, dtype: str | None, tolerance: float, push: str | None) -> None:
+def _check(asked: Asked, verify: bool, verify_data: str | None) -> None:
     from labeltune.export.folder import DTYPES, check_repo
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    if not 0 <= tolerance < 1:
-        raise ConfigError(f"--tolerance is a share of rows, from 0 to below 1, not {tolerance:g}")
-    if dtype is not None and not merged:
+    if asked.dtype is not None and asked.dtype not in DTYPES:
+        raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, not {asked.dtype!r}")
+    if not 0 <= asked.tolerance < 1:
+        raise ConfigError(f"--tolerance is a share of rows, from 0 to below 1, not {asked.tolerance:g}")
+    if asked.dtype is not None and not asked.merged:
         raise ConfigError("--dtype is for --merged; an adapter is exported as it was trained")
-    if push is not None:
-        check_repo(push)
+    if asked.push is not None:
+        check_repo(asked.push)
+    if not verify and verify_data is not None:
+        raise ConfigError("--verify and --no-verify contradict each other")
+    _check_engine(asked, verify)
 
 
-def _check_comparison(
-    *,
-    verify: bool,
-    verify_data: str | None,
-    engine: str | None,
-    engine_python: str | None,
-    engine_url: str | None,
-    gguf: str | None,
-    ollama: bool,
-) -> None:
+def _check_engine(asked: Asked, verify: bool) -> None:
     from labeltune.export.engines import ENGINES, check_address, client_library
     from labeltune.export.llama_cpp import TYPES
 
-    if not verify and verify_data is not None:
-        raise ConfigError("--verify and --no-verify contradict each other")
+    engine, gguf = asked.engine, asked.gguf
     if gguf is not None and gguf not in TYPES:
         raise ConfigError(f"--gguf must be one of {', '.join(TYPES)}, not {gguf!r}")
     if engine is not None and engine not in ENGINES:
         raise ConfigError(f"--engine must be one of {', '.join(ENGINES)}, not {engine!r}")
-    if engine is None and gguf is None and not ollama and engine_python is not None:
+    if engine is None and gguf is None and not asked.ollama and asked.python is not None:
         raise ConfigError("--engine-python says where an engine is; name it with --engine")
-    if engine_url is not None and (engine is None or gguf is not None):
+    if asked.url is not None and (engine is None or gguf is not None):
         raise ConfigError(
             "--engine-url says where an engine runs that serves such an export already; name it with --engine, and leave out --gguf"
         )
@@ -300,8 +235,8 @@ def _check_comparison(
         )
     if engine is not None:
         client_library()
-    if engine_url is not None:
-        check_address(engine_url)
+    if asked.url is not None:
+        check_address(asked.url)
 
 
 def rows_to_verify(

@@ -6,9 +6,10 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from huggingface_hub import HfApi
 
@@ -17,11 +18,70 @@ from labeltune.io.hubs import hub_address, repo_page
 from labeltune.io.outputs import check_folder, is_hub_name, link_target, obey_umask, writing
 from labeltune.io.run_folder import files_read
 
+if TYPE_CHECKING:
+    from labeltune.export.parity import Parity
+
 #: Number formats that whole models are exported in.
 Dtype = Literal["bf16", "fp16", "fp32"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 #: Says how an export was made; a folder that has it may be replaced by `--overwrite`.
 EXPORT_FILE = "export.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which forms of a run are wanted, and which engine is asked.
+
+    Attributes:
+        merged: a whole model.
+        dtype: of a whole model; that of the base's weights when None.
+        ollama: a Modelfile, too.
+        onnx: ONNX, too.
+        gguf: a type of GGUF, too; None for none.
+        engine: who is asked the rows; None for nobody.
+        python: of its environment, and of llama.cpp's converters; this one when None.
+        url: where it runs already; it is started when None.
+        push: where the folder goes.
+        name: what servers call it; the folder's name when None.
+        tolerance: share of rows that may be answered otherwise.
+    """
+
+    merged: bool = False
+    dtype: str | None = None
+    ollama: bool = False
+    onnx: bool = False
+    gguf: str | None = None
+    engine: str | None = None
+    python: str | None = None
+    url: str | None = None
+    push: str | None = None
+    name: str | None = None
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export came to.
+
+    Attributes:
+        folder: where it is.
+        kind: `merged model` or `adapter`.
+        dtype: number format of the weights; of the base's, for an adapter.
+        parity: how its answers compare with the run's; None when that was not checked.
+        engine_parity: the same of the engine that served it; None where none was asked.
+        engine_figures: figures of run and engine on rows with right answers, and the intervals of their differences.
+        commands: what to run next, by what it is for.
+        address: where it was pushed, None when it was not.
+    """
+
+    folder: Path
+    kind: str
+    dtype: Dtype
+    parity: Parity | None
+    commands: dict[str, str]
+    address: str | None = None
+    engine_parity: Parity | None = None
+    engine_figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_target(

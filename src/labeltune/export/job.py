@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from labeltune import __version__
 from labeltune.errors import ConfigError, DataError, LabeltuneError, ModelError
 from labeltune.evaluation.compare import compare_predictions
-from labeltune.export import card, engines, llama_cpp, merge, ollama, vllm
-from labeltune.export.folder import EXPORT_FILE, Dtype
-from labeltune.export.parity import Parity, compare_answers
+from labeltune.export import card, engines, llama_cpp, merge, ollama, onnx, vllm
+from labeltune.export.folder import EXPORT_FILE, Asked, Dtype, Exported
+from labeltune.export.parity import Parity, check_parity, compare_answers, costs_told
 from labeltune.inference.calibration import CALIBRATION_FILE, LINEAR_FILE, Calibration
 from labeltune.inference.load import load_predictor, run_template
 from labeltune.io.outputs import is_hub_name, write_json, write_text
@@ -33,33 +33,6 @@ from labeltune.types import Example, Prediction
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Which forms of a run are wanted, and which engine is asked.
-
-    Attributes:
-        merged: a whole model.
-        dtype: of a whole model; that of the base's weights when None.
-        ollama: a Modelfile, too.
-        gguf: a type of GGUF, too; None for none.
-        engine: who is asked the rows; None for nobody.
-        python: of its environment, and of llama.cpp's converters; this one when None.
-        url: where it runs already; it is started when None.
-        push: where the folder goes.
-        name: what servers call it; the folder's name when None.
-    """
-
-    merged: bool = False
-    dtype: str | None = None
-    ollama: bool = False
-    gguf: str | None = None
-    engine: str | None = None
-    python: str | None = None
-    url: str | None = None
-    push: str | None = None
-    name: str | None = None
 
 
 def prepare(checkpoint: Path, info: RunInfo, target: Path, asked: Asked) -> Job:
@@ -163,6 +136,54 @@ class Job:
     def request(self) -> dict[str, Any]:
         """The body of a request to vLLM, with a sample text."""
         return vllm.request(self.task, self.template, self.name, self.info.generation.max_new_tokens)
+
+    def write(
+        self,
+        folder: Path,
+        rows: list[Example],
+        test_metrics: dict[str, Any] | None,
+        exporter: Callable[..., None] | None,
+        say: Say,
+        progress: bool,
+    ) -> Exported:
+        """All forms that are wanted, compared with the run.
+
+        Args:
+            folder: that becomes `target`.
+            rows: to compare on; none for no comparison.
+            exporter: what `onnx.exporter` gave; None for no ONNX.
+
+        Raises:
+            ParityError: more rows than allowed are answered otherwise.
+        """
+        asked = self.asked
+        commands = self.write_model(folder, say)
+        parity, before = self.verified(folder, rows, say, progress)
+        if parity is not None:
+            say(f"parity in {self.dtype}: {parity}")
+            check_parity(parity, asked.tolerance, f"the exported {self.kind} ({self.dtype})")
+        if self.gguf is not None:
+            commands |= self.write_gguf(folder, say)
+            if asked.engine not in ("llama.cpp", "ollama"):
+                say("note: nobody has asked llama.cpp about the GGUF file; --engine llama.cpp or ollama does")
+        if asked.ollama:
+            commands |= self.write_for_ollama(folder, say)
+        served: Parity | None = None
+        costs: dict[str, Any] = {}
+        if asked.engine is not None:
+            served, costs = self.asked_of_engine(folder, rows, before, say, progress)
+            say(f"parity in {asked.engine} ({self.form}): {served}")
+            if costs:
+                say(f"{asked.engine} ({self.form}) beside the run: {costs_told(costs)}")
+            what = f"the exported {self.kind} in {asked.engine} ({self.form})"
+            check_parity(served, asked.tolerance, what)
+        if exporter is not None:
+            begin("writing onnx/ (the parity gate has not seen it)", say)
+            onnx.write_onnx(exporter, folder)
+        self.describe(folder, test_metrics, parity, served, costs)
+        return Exported(
+            self.target, self.kind, self.dtype, parity, commands, engine_parity=served, engine_figures=costs
+        )
 
     def write_model(self, folder: Path, say: Say) -> dict[str, str]:
         """Weights, and what labeltune needs to load them; returns the commands to run next."""
