@@ -194,6 +194,22 @@ def test_servers_that_cannot_be_asked(in_folder: Path, model_folder: Path) -> No
         asking(merges).predict("a")
 
 
+def test_an_export_that_does_not_tell_enough(in_folder: Path, model_folder: Path) -> None:
+    folder = exported(
+        in_folder, model_folder, prompt={"system": "", "user": "Text: {text}\nLabel:", "max_length": 512}
+    )
+    file = folder / client.CLIENT_FILE
+    told = json.loads(file.read_text("utf-8"))
+    assert told.keys() == client._KEYS
+    del told["batched"]
+    file.write_text(json.dumps(told), "utf-8")
+    with pytest.raises(ValueError, match=r"client.json does not tell batched; export the run again"):
+        LabelClient("http://server/v1", folder)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"there is no .*where a run gives labels"):
+        LabelClient("http://server/v1", folder)
+
+
 def test_what_the_copy_says_again_is_the_same() -> None:
     assert client.CLIENT_FILE == engines.CLIENT_FILE
     for descriptions in ({}, {"a": "first {labels}"}):

@@ -22,6 +22,11 @@ from typing import Any
 import httpx
 
 CLIENT_FILE = "client.json"
+#: What it tells: of the server, of prompts and answers, and of probabilities.
+_SERVED = {"model", "batched", "task", "labels", "max_length", "added_bos"}
+_ASKED = {"descriptions", "before", "after", "strip", "lead", "words", "end", "closing", "special_tokens"}
+_WEIGHED = {"temperature", "length_norm", "scales", "threshold", "thresholds"}
+_KEYS = _SERVED | _ASKED | _WEIGHED
 
 
 class ServerError(Exception):
@@ -38,6 +43,9 @@ class LabelClient:
         api_key: the server's, if it wants one.
         timeout: seconds until an answer is given up.
         transport: for tests.
+
+    Raises:
+        ValueError: the export is of a run that gives no labels, or was made by another version.
     """
 
     def __init__(
@@ -52,7 +60,11 @@ class LabelClient:
     ) -> None:
         file = Path(export)
         file = file / CLIENT_FILE if file.is_dir() else file
+        if not file.is_file():
+            raise ValueError(f"there is no {file}; `labeltune export` writes it where a run gives labels")
         self._run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if missing := _KEYS - self._run.keys():
+            raise ValueError(f"{file} does not tell {', '.join(sorted(missing))}; export the run again")
         self._model = model or self._run["model"]
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(
