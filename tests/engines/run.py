@@ -179,7 +179,8 @@ def run_of(family: str, folder: Path, python: str, qwen: str) -> Path:
             whole,
             folder / "base",
             merged=True,
-            dtype="fp32",
+            # vLLM 0.32.0 computes the linear attention on CPUs in bf16 alone.
+            dtype="bf16" if family == "Qwen3_5" else "fp32",
             verify=False,
             overwrite=True,
             say=lambda _: None,
@@ -202,8 +203,6 @@ def measured(
                 run,
                 folder / "exported",
                 merged=merged,
-                # vLLM 0.32.0 computes its linear attention on CPUs in bf16 alone.
-                dtype="bf16" if (model, engine, merged) == ("Qwen3_5", "vllm", True) else None,
                 engine=engine,
                 gguf=gguf,
                 engine_python=python,
@@ -225,7 +224,9 @@ def measured(
         assert parity is not None
         figure, found = next(iter(done.engine_figures.items()))
         change = found["difference"]
-        costs = f"; {figure} {found['first']:.3f} → {found['second']:.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
+        margins = [each.margin for each in parity.differences if each.margin is not None]
+        near = f", margins up to {max(margins):.1g}" if margins else ""
+        costs = f"{near}; {figure} {found['first']:.3f} → {found['second']:.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
         yield Cell(
             model,
             engine,
