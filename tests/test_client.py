@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import labeltune
 from helpers.rows import classification_rows, write_jsonl
+from helpers.tiny_models import make_tokenizer
 from helpers.training import config_for
 from labeltune import client, load_predictor
 from labeltune.client import LabelClient, ServerError, _listed
 from labeltune.commands.export import export
 from labeltune.config import build_config
-from labeltune.export import engines
+from labeltune.export import engines, vllm
+from labeltune.prompts import marks, ner
 from labeltune.prompts.descriptions import listed
+from labeltune.types import Entity
 
 TEXTS = [row["text"] for row in classification_rows(6)]
 
@@ -200,20 +205,201 @@ def test_an_export_that_does_not_tell_enough(in_folder: Path, model_folder: Path
     )
     file = folder / client.CLIENT_FILE
     told = json.loads(file.read_text("utf-8"))
-    assert told.keys() == client._KEYS
+    assert told.keys() == client._ALWAYS | client._OF_LABELS
     del told["batched"]
     file.write_text(json.dumps(told), "utf-8")
     with pytest.raises(ValueError, match=r"client.json does not tell batched; export the run again"):
         LabelClient("http://server/v1", folder)
     file.unlink()
-    with pytest.raises(ValueError, match=r"there is no .*where a run gives labels"):
+    with pytest.raises(ValueError, match=r"there is no .*where a server reads prompts as the run does"):
         LabelClient("http://server/v1", folder)
+
+
+def completions_held(folder: Path, way: str) -> Callable[[httpx.Request], httpx.Response]:
+    """A server that writes the most probable of the tokens that a grammar allows."""
+    from llguidance import LLMatcher, gbnf_to_lark
+    from llguidance.hf import from_tokenizer
+    from llguidance.torch import allocate_token_bitmask, apply_token_bitmask_inplace, fill_next_token_bitmask
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    allowing = from_tokenizer(tokenizer, n_vocab=model.config.vocab_size)
+
+    def written(ids: list[int], grammar: str, most: int) -> tuple[list[int], bool]:
+        matcher = LLMatcher(allowing, LLMatcher.grammar_from_lark(gbnf_to_lark.gbnf_to_lark(grammar)))
+        assert not matcher.is_error(), matcher.get_error()
+        bits, found = allocate_token_bitmask(1, model.config.vocab_size), list[int]()
+        while len(found) < most:
+            fill_next_token_bitmask(matcher, bits)
+            with torch.no_grad():
+                logits = model(torch.tensor([[*ids, *found]])).logits[0, -1:].float()
+            apply_token_bitmask_inplace(logits, bits)
+            token = int(logits.argmax())
+            if token == tokenizer.eos_token_id:
+                return found, False
+            assert matcher.consume_token(token)
+            found.append(token)
+        return found, True
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        if request.url.path == "/tokenize":
+            ids = tokenizer(body["content"], add_special_tokens=False).input_ids
+            return httpx.Response(200, json={"tokens": ids}) if way == "grammar" else httpx.Response(404)
+        if "grammar" not in body:
+            told = {"prompt_logprobs": [None, {"1": {"logprob": -1.0}}]} if way == "prompt" else {}
+            return httpx.Response(200, json={"choices": [{"index": 0, "text": "x", **told}]})
+        assert isinstance(body["prompt"], list) == (way == "grammar")
+        ids = (
+            body["prompt"]
+            if way == "grammar"
+            else tokenizer(body["prompt"], add_special_tokens=False).input_ids
+        )
+        grammar = body["structured_outputs"]["grammar"] if way == "prompt" else body["grammar"]
+        found, cut = written(ids, grammar, body["max_tokens"])
+        choice = {"index": 0, "text": tokenizer.decode(found), "finish_reason": "length" if cut else "stop"}
+        return httpx.Response(200, json={"choices": [choice], "usage": {"prompt_tokens": len(ids)}})
+
+    return answer
+
+
+@pytest.mark.parametrize("way", ["prompt", "grammar"])
+@pytest.mark.parametrize("form", ["json", "unlearned", "marks", "nested"])
+def test_entities_are_those_of_the_run(form: str, way: str, in_folder: Path, model_folder: Path) -> None:
+    config = config_for(in_folder, model_folder, "ner", epochs=1 if form == "unlearned" else 12)
+    values = {
+        **config.model_dump(exclude_unset=True),
+        "lora": {"dropout": 0.0},
+        "prompt": {"max_length": 512, "answer": "marks" if form in ("marks", "nested") else "json"},
+        "generation": {"max_new_tokens": 100},
+    }
+    if form == "nested":
+        values["data"]["entities"] = "nested"
+    labeltune.train(build_config(values), say=lambda _: None)
+    folder = in_folder / "exported"
+    export(in_folder / "out", folder, merged=True, say=lambda _: None, progress=False)
+    learned, others = (
+        ["他在南京 27", "今天下雨 5", "他在南京 1"],
+        ['  "a" [b|c]\\d\n他在南京 é  ', "南京南京", "x"],
+    )
+    # Marks are tokens of labeltune's choice there and of the model's own here; where it is sure, that is the same.
+    texts = learned if form in ("marks", "nested") else learned + others
+    transport = httpx.MockTransport(completions_held(folder, way))
+    with (
+        load_predictor(folder) as run,
+        LabelClient("http://server/v1", folder, transport=transport) as client,
+    ):
+        for text, right in zip(texts, run.predict(texts), strict=True):
+            given = client.predict(text)
+            assert [(e.text, e.label, e.start, e.end) for e in right.entities or ()] == [
+                (e["text"], e["label"], e["start"], e["end"]) for e in given["entities"]
+            ], (text, right.answer)
+        for text in others:
+            given = client.predict(text)
+            assert all(text[e["start"] : e["end"]] == e["text"] for e in given["entities"])
+        with pytest.raises(ValueError, match="and the run reads 512 at once; cut it"):
+            client.predict("南京" * 400)
 
 
 def test_what_the_copy_says_again_is_the_same() -> None:
     assert client.CLIENT_FILE == engines.CLIENT_FILE
     for descriptions in ({}, {"a": "first {labels}"}):
         assert _listed(["a", "b"], descriptions) == listed(["a", "b"], descriptions)
+
+
+@hypothesis.given(st.text('ab[|]\\"\n\b\f é', min_size=1, max_size=12), st.data())
+def test_grammars_and_places_are_those_of_the_run(text: str, data: st.DataObject) -> None:
+    assert client._quoted(text) == vllm.quoted(text)
+    assert client._escaped(text, True) == marks.escape(text) and client._escaped(text, False) == ner.escaped(
+        text
+    )
+    spans = data.draw(st.lists(st.tuples(st.integers(0, len(text) - 1), st.integers(1, 12)), max_size=4))
+    pairs = [(text[start : start + size], "A") for start, size in spans]
+    pairs = [pair for n, pair in enumerate(pairs) if pairs[:n].count(pair) < text.count(pair[0])]
+    assert client._located(text, pairs) == sorted((e.start, e.end, e.label) for e in ner.locate(text, pairs))
+    # Outer ones first, as marks have it.
+    entities = [Entity(part, label, start, start + len(part)) for start, part, label in [(0, text, "A|")]]
+    entities += [Entity(text[at:], "B", at, len(text)) for at in [len(text) - 1] if at]
+    told = {"labels": ["A|", "B"], "none": "none"}
+    answer = marks.write(text, entities)
+    assert client._marked(told, answer, text, cut=False) == [(e.start, e.end, e.label) for e in entities]
+    lines = "\n".join(
+        f"{ner.BEFORE_TEXT}{ner.escaped(e.text)}{ner.BEFORE_LABEL}{ner.escaped(e.label)}{ner.END}"
+        for e in entities
+    )
+    assert client._read_lines(told, lines, text, cut=False) == [(e.text, e.label) for e in entities]
+
+
+@pytest.mark.parametrize("form", ["json", "marks"])
+def test_a_server_that_ignores_the_grammar(form: str) -> None:
+    told = {"labels": ["A"], "none": "none"}
+    reads: Callable[..., Any] = client._read_lines if form == "json" else client._marked
+    wrong = {
+        "json": [
+            "hello",
+            '{"entity_text": "z", "entity_label": "A"}',
+            '{"entity_text": "a", "entity_label": "B"}',
+            "[]",
+        ],
+        "marks": ["ab", "a [b", "[a|A]", "a [b|B]", "a b]"],
+    }
+    for answer in wrong[form]:
+        with pytest.raises(ServerError, match="it has to know grammars"):
+            reads(told, answer, "a b", cut=False)
+    assert reads(told, "none", "a b", cut=False) == []
+    begun = {"json": '{"entity_text": "a", "entity_label": "A"}\n{"entity_te', "marks": "[a|A] [b"}
+    right = {"json": [("a", "A")], "marks": [(0, 1, "A")]}
+    assert reads(told, begun[form], "a b", cut=True) == right[form]
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_what_is_given_too_often_is_asked_again(obeys: bool, tmp_path: Path) -> None:
+    told: dict[str, Any] = dict.fromkeys(client._ALWAYS | client._OF_ENTITIES, "")
+    told |= {"task": "ner", "labels": ["A"], "none": "none", "marks": False, "before": "P:", "after": "|"}
+    told |= {"strip": ["", ""], "special_tokens": [], "descriptions": {}, "max_length": 9, "frame": 1}
+    (tmp_path / "client.json").write_text(json.dumps(told), "utf-8")
+    a, b = client._line("a", "A"), client._line("b", "A")
+    prompts = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        choice: dict[str, Any] = {"index": 0, "prompt_logprobs": [1]}
+        if "grammar" in body:
+            prompts.append(body["prompt"])
+            again = "x0y1" in body["grammar"]
+            assert again == (len(prompts) == 2), "the pieces that are spent have rules of their own"
+            written = f"{a}\n{a}\n{a}\n{b}" if not again else b if obeys else a
+            choice |= {"text": written, "finish_reason": "stop"}
+        return httpx.Response(200, json={"choices": [choice], "usage": {"prompt_tokens": 8}})
+
+    asking = LabelClient("http://server/v1", tmp_path, transport=httpx.MockTransport(answer))
+    if not obeys:
+        with pytest.raises(ServerError, match="it has to know grammars"):
+            asking.predict("aba")
+        return
+    given = asking.predict("aba")["entities"]
+    assert [(e["text"], e["start"], e["end"]) for e in given] == [("a", 0, 1), ("b", 1, 2), ("a", 2, 3)]
+    assert prompts == ["P:aba|", f"P:aba|{a}\n{a}\n"]
+
+
+@pytest.mark.parametrize("spent", [[], ["a"], ["a", "ab"], ["b", "aba"], ["a", "b", "ab", "ba", "aba"]])
+def test_lines_are_pieces_of_the_text_that_are_not_spent(spent: list[str]) -> None:
+    from llguidance import LLMatcher, gbnf_to_lark
+    from llguidance.hf import from_tokenizer
+
+    tokenizer = from_tokenizer(make_tokenizer())
+    run = {"labels": ["A"], "none": "none", "lead": ""}
+    grammar = client._lines_grammar(run, "aba", spent)
+    pieces = {"a", "b", "ab", "ba", "aba"}
+    if not pieces - set(spent):
+        assert not grammar
+        return
+    for part in (*pieces, "aa", "c", ""):
+        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(gbnf_to_lark.gbnf_to_lark(grammar)))
+        ids = tokenizer.tokenize_str(client._line(part, "A"))
+        found = matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+        assert found == (part in pieces and part not in spent), part
 
 
 def test_the_client_is_one_file(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
-"""Probabilities of labels from a server that serves an export, as `labeltune predict` gives them.
+"""Probabilities of labels, and entities with their places, from a server that serves an export, as `labeltune predict` gives them.
 
 This file needs httpx alone, and may be copied to where nothing else of labeltune is:
 
     client = LabelClient("http://localhost:8000/v1", "exported")     # the folder, or its client.json
     client.predict("The match ended in the rain.")                   # {"label": "Sports", "confidence": 0.98, "ranking": [...]}
+    client.predict("Mara left Oslo.")                                # {"entities": [{"text": "Mara", "label": "person", "start": 0, "end": 4}, ...]}
 
 A server tells how probable a text is token by token: by `prompt_logprobs` (vLLM), by `logprobs` of an answer that a grammar holds to its
 tokens (llama.cpp's server), else by `echo` and `logprobs` (llama-cpp-python). Every label's complete answer is asked about behind the prompt
-of the run, and compared as the run compares them.
+of the run, and compared as the run compares them. Answers with entities are written under a grammar of the text they are about, so that an
+entity is a piece of it, wherever the grammar is obeyed; where it is not, that is an error.
 """
 
 from __future__ import annotations
@@ -22,11 +24,35 @@ from typing import Any
 import httpx
 
 CLIENT_FILE = "client.json"
-#: What it tells: of the server, of prompts and answers, and of probabilities.
-_SERVED = {"model", "batched", "task", "labels", "max_length", "added_bos"}
-_ASKED = {"descriptions", "before", "after", "strip", "lead", "words", "end", "closing", "special_tokens"}
-_WEIGHED = {"temperature", "length_norm", "scales", "threshold", "thresholds"}
-_KEYS = _SERVED | _ASKED | _WEIGHED
+#: What it tells: of every run, of runs that give labels, and of those that give entities.
+_ALWAYS = {
+    "model",
+    "task",
+    "labels",
+    "max_length",
+    "added_bos",
+    "descriptions",
+    "before",
+    "after",
+    "strip",
+    "lead",
+    "special_tokens",
+}
+_OF_LABELS = {
+    "batched",
+    "words",
+    "end",
+    "closing",
+    "temperature",
+    "length_norm",
+    "scales",
+    "threshold",
+    "thresholds",
+}
+_OF_ENTITIES = {"none", "marks", "depth", "frame", "max_tokens"}
+#: Answers with entities: one JSON object a line, or the text with marks.
+_BEFORE_TEXT, _BEFORE_LABEL, _LINE_END = '{"entity_text": "', '", "entity_label": "', '"}'
+_OPEN, _SEPARATOR, _CLOSE, _ESCAPE = "[", "|", "]", "\\"
 
 
 class ServerError(Exception):
@@ -45,7 +71,7 @@ class LabelClient:
         transport: for tests.
 
     Raises:
-        ValueError: the export is of a run that gives no labels, or was made by another version.
+        ValueError: the export has no such file, or was made by another version.
     """
 
     def __init__(
@@ -61,9 +87,12 @@ class LabelClient:
         file = Path(export)
         file = file / CLIENT_FILE if file.is_dir() else file
         if not file.is_file():
-            raise ValueError(f"there is no {file}; `labeltune export` writes it where a run gives labels")
+            raise ValueError(
+                f"there is no {file}; `labeltune export` writes it where a server reads prompts as the run does"
+            )
         self._run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if missing := _KEYS - self._run.keys():
+        own = _OF_ENTITIES if self._run.get("task") == "ner" else _OF_LABELS
+        if missing := (_ALWAYS | own) - self._run.keys():
             raise ValueError(f"{file} does not tell {', '.join(sorted(missing))}; export the run again")
         self._model = model or self._run["model"]
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -73,15 +102,17 @@ class LabelClient:
         self._tell: Callable[[Sequence[str]], list[list[tuple[str, float]]]] | None = None
 
     def predict(self, text: str, labels: Sequence[str] | None = None) -> dict[str, Any]:
-        """The answer about a text: `label` and `confidence`, or `labels` of a run that gives several, and `ranking`.
+        """The answer about a text: `label` and `confidence`, or `labels` of a run that gives several, and `ranking`; or `entities` in order.
 
         Args:
-            labels: the candidates; those of the run when None.
+            labels: the candidates; those of the run when None. An extractor always looks for all of its own.
 
         Raises:
             ServerError: see there.
             ValueError: the text is empty, too long, or holds a special token of the model; a label is not known to a run of several.
         """
+        if self._run["task"] == "ner":
+            return self._entities(text)
         found = self.probabilities(text, labels)
         ranking = sorted(found.items(), key=lambda pair: -pair[1])
         shown = [{"label": label, "probability": round(value, 6)} for label, value in ranking]
@@ -99,7 +130,7 @@ class LabelClient:
         """
         run = self._run
         names = list(labels or run["labels"])
-        prompt = self._prompt(text, names)
+        prompt, _ = self._prompt(text, names)
         if run["task"] == "multilabel":
             answers = [f"{run['lead']}{name}{word}" for name in names for word in run["words"]]
         else:
@@ -113,6 +144,67 @@ class LabelClient:
         if run["length_norm"] == "tokens":
             scores = [score / length for score, length in zip(scores, lengths, strict=True)]
         return dict(zip(names, _softmax([score / run["temperature"] for score in scores]), strict=True))
+
+    def _entities(self, text: str) -> dict[str, Any]:
+        run = self._run
+        prompt, shown = self._prompt(text, run["labels"])
+        if run["marks"]:
+            answer, cut = self._written(prompt, _marks_grammar(run, shown))
+            places = _marked(run, answer, shown, cut)
+        else:
+            pairs, cut = self._pairs(prompt, shown)
+            places = _located(shown, pairs)
+        begins = text.find(shown)
+        told = [
+            {"text": shown[a:b], "label": label, "start": begins + a, "end": begins + b}
+            for a, b, label in places
+        ]
+        return {"entities": told, **({"truncated": True} if cut else {})}
+
+    def _pairs(self, prompt: str, text: str) -> tuple[list[tuple[str, str]], bool]:
+        """(entity text, label) of each line of an answer, and whether it was cut off.
+
+        A run gives no entity more often than it occurs, which a grammar of the whole answer cannot say: from the line on that does, the answer
+        is asked for again, without the entities that are spent.
+        """
+        run, kept = self._run, list[tuple[str, str]]()
+        while form := _lines_grammar(
+            run, text, [part for part, _ in kept if _given(kept, part) == text.count(part)]
+        ):
+            lines = "".join(f"{_line(*pair)}\n" for pair in kept)
+            answer, cut = self._written(prompt, form, f"{run['lead']}{lines}" if kept else "")
+            found = kept + _read_lines(run, answer, text, cut)
+            wrong = [
+                n for n, (part, _) in enumerate(found) if _given(found[: n + 1], part) > text.count(part)
+            ]
+            if not wrong:
+                return found, cut
+            if wrong[0] == len(kept):
+                raise _ignored(answer)
+            kept = found[: wrong[0]]
+        return kept, False
+
+    def _written(self, prompt: str, form: str, before: str = "") -> tuple[str, bool]:
+        """What the server writes behind a prompt and the beginning of an answer under a grammar; and whether that was cut off."""
+        run = self._run
+        if self._tell is None:
+            self._tell = self._way(prompt)
+        asked: str | list[int] = prompt + before
+        if self._tell == self._by_grammar:
+            asked = self._ids(prompt + before) or asked
+        elif self._tell == self._by_echo:
+            asked = (prompt + before).removeprefix(run["added_bos"])
+        # Each server looks at its own name for a grammar.
+        held = {"structured_outputs": {"grammar": form}, "grammar": form, "max_tokens": run["max_tokens"]}
+        told = self._told(asked, {**held, "add_special_tokens": False})
+        tokens = told.get("usage", {}).get("prompt_tokens", 0)
+        needed = tokens + max(tokens - run["frame"], 0) * run["marks"]
+        if needed > run["max_length"] and not before:
+            raise ValueError(
+                f"the text makes {needed} tokens, and the run reads {run['max_length']} at once; cut it, or predict with labeltune"
+            )
+        choice = told["choices"][0]
+        return str(choice.get("text")).removeprefix(run["lead"]), choice.get("finish_reason") == "length"
 
     def close(self) -> None:
         """Close the connections."""
@@ -128,7 +220,8 @@ class LabelClient:
         slope, intercept = self._run["scales"].get(label, (1 / self._run["temperature"], 0.0))
         return 1 / (1 + math.exp(-max(min(slope * odds + intercept, 700.0), -700.0)))
 
-    def _prompt(self, text: str, labels: Sequence[str]) -> str:
+    def _prompt(self, text: str, labels: Sequence[str]) -> tuple[str, str]:
+        """The prompt, and the text as it stands in it."""
         run = self._run
         left, right = run["strip"]
         text = text.lstrip(left) if left != "" else text
@@ -140,7 +233,7 @@ class LabelClient:
             raise ValueError(f"the text holds {special}, which the server would read as the model's own")
         places = _listed(labels, run["descriptions"])
         before, after = (_filled(part, places) for part in (run["before"], run["after"]))
-        return f"{before}{text}{after}"
+        return f"{before}{text}{after}", text
 
     def _scores(self, prompt: str, answers: Sequence[str]) -> tuple[list[float], list[int]]:
         """Natural logarithms of the probabilities of answers behind a prompt, and their tokens."""
@@ -241,21 +334,26 @@ class LabelClient:
         self, texts: Sequence[str] | Sequence[list[int]], more: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
         """The choices of a completion, one a prompt; prompts are texts or token ids."""
-        body = {"model": self._model, "prompt": list(texts) if len(texts) > 1 else texts[0]}
-        body |= {"max_tokens": 1, "temperature": 0, **more}
+        answer = self._told(list(texts) if len(texts) > 1 else texts[0], {"max_tokens": 1, **more})
+        choices: list[dict[str, Any]] = sorted(answer["choices"], key=lambda each: each["index"])
+        if len(choices) != len(texts):
+            raise ServerError(f"{len(texts)} prompts were asked, {len(choices)} were answered")
+        return choices
+
+    def _told(self, prompt: Any, more: Mapping[str, Any]) -> dict[str, Any]:
+        body = {"model": self._model, "prompt": prompt, "temperature": 0, **more}
         try:
             answer = self._http.post("completions", json=body)
             answer.raise_for_status()
-            choices: list[dict[str, Any]] = sorted(answer.json()["choices"], key=lambda each: each["index"])
+            found: dict[str, Any] = answer.json()
+            [each["index"] for each in found["choices"]]
         except httpx.HTTPStatusError as error:
             raise ServerError(f"{error.response.status_code}: {error.response.text[:500]}") from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise ServerError(
                 f"{self._http.base_url} does not answer as a server of completions does: {error}"
             ) from error
-        if len(choices) != len(texts):
-            raise ServerError(f"{len(texts)} prompts were asked, {len(choices)} were answered")
-        return choices
+        return found
 
 
 def _of_prompt(found: Any) -> list[tuple[str, float]]:
@@ -291,6 +389,144 @@ def _of_written(found: Any, ids: Sequence[int]) -> list[float]:
             f"the server was held to the tokens {list(ids)} and wrote {[token for token, _ in told]}; it has to know grammars of tokens"
         )
     return [value for _, value in told]
+
+
+def _marks_grammar(run: Mapping[str, Any], text: str) -> str:
+    """The answers that there can be about a text (GBNF, which llama.cpp, xgrammar and llguidance read): the text, with marks."""
+    none, lead = _quoted(run["lead"] + run["none"]), _quoted(run["lead"])
+    ends = [_quoted(f"{_SEPARATOR}{_escaped(label, True)}{_CLOSE}") for label in run["labels"]]
+    rules = [f"root ::= {none} | {lead} p0x0", f"end ::= {' | '.join(ends)}"]
+    units = [_quoted(_escaped(character, True)) for character in text]
+    for depth in range(run["depth"] + 1):
+        for at in range(len(units) + 1):
+            # An entity that has just begun goes on with a character or another one; behind that it may end.
+            on = [f"{units[at]} p{depth}x{at + 1}"] if at < len(units) else []
+            on += [f'"{_OPEN}" b{depth + 1}x{at}'] if on and depth < run["depth"] else []
+            closes = [f"end p{depth - 1}x{at}"] if depth else [] if on else ['""']
+            rules.append(f"p{depth}x{at} ::= {' | '.join([*on, *closes])}")
+            rules += [f"b{depth}x{at} ::= {' | '.join(on)}"] if depth and on else []
+    return "\n".join(rules)
+
+
+def _lines_grammar(run: Mapping[str, Any], text: str, spent: Sequence[str]) -> str:
+    """The same of answers of a line an entity: pieces of the text, but for those that are spent; nothing where no piece is left."""
+    units = [_quoted(_escaped(character, False)) for character in text]
+    rules, starts = [], []
+    for at, unit in enumerate(units):
+        rules.append(f"t{at} ::= {unit}" + (f" t{at + 1}?" if at + 1 < len(units) else ""))
+        # Where a spent piece stands, its characters have rules of their own, which do not end behind it.
+        most = max((len(part) for part in spent if text.startswith(part, at)), default=0)
+        onward = f"t{at + most}" if at + most < len(units) else ""
+        for size in range(most, 0, -1):
+            may_end = text[at : at + size] not in spent
+            if onward or may_end:
+                rules.append(
+                    f"x{at}y{size} ::= {units[at + size - 1]} {onward}{'?' * (may_end and bool(onward))}"
+                )
+                onward = f"x{at}y{size}"
+        starts += [onward] if onward else []
+    if not starts:
+        return ""
+    none = "" if spent else f"{_quoted(run['lead'] + run['none'])} | {_quoted(run['lead'])} "
+    labels = " | ".join(_quoted(_escaped(label, False)) for label in run["labels"])
+    line = f"{_quoted(_BEFORE_TEXT)} text {_quoted(_BEFORE_LABEL)} label {_quoted(_LINE_END)}"
+    head = [f'root ::= {none}line ("\\n" line)*', f"line ::= {line}", f"label ::= {labels}"]
+    return "\n".join([*head, f"text ::= {' | '.join(starts)}", *rules])
+
+
+def _escaped(text: str, marks: bool) -> str:
+    """As it stands in an answer."""
+    if not marks:
+        return json.dumps(text, ensure_ascii=False)[1:-1]
+    return "".join(_ESCAPE * (each in (_OPEN, _SEPARATOR, _CLOSE, _ESCAPE)) + each for each in text)
+
+
+def _quoted(text: str) -> str:
+    """A string of a grammar: as JSON, but for two escapes that grammars do not have."""
+    signs = {"\b": r"\x08", "\f": r"\x0C"}
+    return '"' + "".join(signs.get(sign) or json.dumps(sign, ensure_ascii=False)[1:-1] for sign in text) + '"'
+
+
+def _read_lines(run: Mapping[str, Any], answer: str, text: str, cut: bool) -> list[tuple[str, str]]:
+    """(entity text, label) of each line of an answer; the one that a `cut` one ends in is left out.
+
+    Raises:
+        ServerError: a grammar does not allow it.
+    """
+    if answer.strip() == run["none"]:
+        return []
+    found = []
+    lines = answer.split("\n")
+    for line in lines[:-1] if cut else lines:
+        try:
+            value = json.loads(line)
+            part, label = value["entity_text"], value["entity_label"]
+        except (ValueError, KeyError, TypeError):
+            raise _ignored(answer) from None
+        if not part or part not in text or label not in run["labels"]:
+            raise _ignored(answer)
+        found.append((part, label))
+    return found
+
+
+def _marked(run: Mapping[str, Any], answer: str, text: str, cut: bool) -> list[tuple[int, int, str]]:
+    """The entities of a text with marks, (start, end, label) in characters; what was begun in a `cut` one is left out.
+
+    Raises:
+        ServerError: it is not the text, or a grammar does not allow its marks.
+    """
+    if answer.strip() == run["none"]:
+        return []
+    ends = {f"{_SEPARATOR}{_escaped(label, True)}{_CLOSE}": label for label in run["labels"]}
+    found: list[tuple[int, int, str]] = []
+    opened: list[int] = []
+    at = place = 0
+    while place < len(answer):
+        end = next((end for end in ends if answer.startswith(end, place)), None)
+        unit = _escaped(text[at : at + 1], True)
+        if end is not None and opened and opened[-1] < at:
+            found.append((opened.pop(), at, ends[end]))
+            place += len(end)
+        elif answer[place] == _OPEN:
+            opened.append(at)
+            place += 1
+        elif unit and answer.startswith(unit, place):
+            at, place = at + 1, place + len(unit)
+        else:
+            break
+    if not cut and (place < len(answer) or at < len(text) or opened):
+        raise _ignored(answer)
+    return sorted(found, key=lambda each: (each[0], -each[1]))
+
+
+def _ignored(answer: str) -> ServerError:
+    return ServerError(
+        f"the server was held to a grammar and wrote {answer[:200]!r}; it has to know grammars, as vLLM and llama.cpp do"
+    )
+
+
+def _line(part: str, label: str) -> str:
+    """An entity as it stands in an answer."""
+    return f"{_BEFORE_TEXT}{_escaped(part, False)}{_BEFORE_LABEL}{_escaped(label, False)}{_LINE_END}"
+
+
+def _given(pairs: Sequence[tuple[str, str]], part: str) -> int:
+    return sum(earlier == part for earlier, _ in pairs)
+
+
+def _located(text: str, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int, str]]:
+    """Give entities, none more often than it occurs, their places as labeltune.prompts.ner.locate does."""
+    found: list[tuple[int, int, str]] = []
+    cursor = 0
+    for part, label in pairs:
+        places = [at for at in range(len(text)) if text.startswith(part, at)]
+        taken = [(start, end) for start, end, _ in found]
+        free = [at for at in places if not any(at < end and start < at + len(part) for start, end in taken)]
+        left = [at for at in places if (at, at + len(part)) not in taken]
+        start = next(iter([*(at for at in free if at >= cursor), *free, *left]))
+        cursor = start + len(part)
+        found.append((start, cursor, label))
+    return sorted(found)
 
 
 def _listed(labels: Sequence[str], descriptions: Mapping[str, str]) -> dict[str, str]:

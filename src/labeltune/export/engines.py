@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from labeltune.errors import MissingExtraError, ModelError, ParityError, clipped, first_line
 from labeltune.prompts.builder import PromptBuilder
-from labeltune.types import Example, Prediction
+from labeltune.types import Entity, Example, Prediction
 
 if TYPE_CHECKING:
     from labeltune.client import LabelClient
@@ -68,11 +68,13 @@ class Engine(ABC):
         served: what it serves.
         health: where it answers when it is ready.
         tells: it says how probable tokens are, as `labeltune.client` asks it.
+        holds: its answers can be held to the text they are about, as `labeltune.client` does.
     """
 
     name: str
     health: str
     tells = True
+    holds = True
 
     def __init__(self, served: Served) -> None:
         self.served = served
@@ -218,7 +220,7 @@ def check_heard(engine: Engine, url: str, prompt: list[int]) -> None:
 def answers(
     engine: Engine, url: str, rows: Sequence[Example], advance: Callable[[int], None] = lambda _: None
 ) -> list[Prediction]:
-    """What a server says of rows: the label or the entities that it writes, and probabilities of labels by `labeltune.client`.
+    """What a server says of rows: the label that it writes, and probabilities and entities by `labeltune.client` where that is possible.
 
     Args:
         rows: they fit without being shortened.
@@ -232,7 +234,8 @@ def answers(
     file = engine.served.folder / CLIENT_FILE
     found = []
     with contextlib.ExitStack() as stack:
-        asked = engine.tells and file.is_file()
+        ner = engine.served.builder.task.name == "ner"
+        asked = (engine.holds if ner else engine.tells) and file.is_file()
         client = stack.enter_context(LabelClient(f"{url}/v1", file, timeout=600)) if asked else None
         for row in rows:
             try:
@@ -247,14 +250,18 @@ def _answer(engine: Engine, url: str, row: Example, client: LabelClient | None) 
     builder = engine.served.builder
     task = builder.task
     ranking: tuple[tuple[str, float], ...] = ()
-    if client is not None:
-        given = client.predict(row.text, row.candidates or None)
+    given = {} if client is None else client.predict(row.text, row.candidates or None)
+    if "ranking" in given:
         ranking = tuple((each["label"], each["probability"]) for each in given["ranking"])
     text, read = engine.written(url, row)
     _check_prompt(builder, row, read)
     if client is not None and task.name == "multilabel":  # what is written is about one label
         return Prediction(row.id, "", labels=tuple(given["labels"]), ranking=ranking)
-    return replace(task.parse(row, text.removeprefix(builder.template.answer_lead)), ranking=ranking)
+    found = replace(task.parse(row, text.removeprefix(builder.template.answer_lead)), ranking=ranking)
+    if "entities" in given:  # what is written may not be in the text
+        entities = tuple(Entity(**each) for each in given["entities"])
+        return replace(found, entities=entities, truncated="truncated" in given)
+    return found
 
 
 def _check_prompt(builder: PromptBuilder, row: Example, read: list[int] | int) -> None:

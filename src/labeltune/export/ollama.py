@@ -231,7 +231,7 @@ class OllamaServer(Engine):
         models: a folder for it; the Modelfile of the export is added to it.
     """
 
-    name, health, tells = "Ollama", "/api/version", False
+    name, health, tells, holds = "Ollama", "/api/version", False, False
 
     def __init__(self, served: Served, models: Path) -> None:
         super().__init__(served)

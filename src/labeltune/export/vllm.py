@@ -18,7 +18,6 @@ from labeltune.io.outputs import is_hub_name, write_json
 from labeltune.io.run_folder import ADAPTER_FILE, ADAPTER_WEIGHTS
 from labeltune.models.lora import layer_names, write_renamed
 from labeltune.prompts import Task
-from labeltune.prompts.classification import ClassificationTask
 from labeltune.prompts.marks import OPEN, closing
 from labeltune.prompts.multilabel import MultilabelTask
 from labeltune.prompts.ner import BEFORE_LABEL, BEFORE_TEXT, END, NerTask, escaped
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
     from labeltune.inference.calibration import Calibration
 
+#: How deep entities lie in each other in what a server is held to.
+_NESTED = 3
 #: What `--max-lora-rank` takes (vllm/config/lora.py, `MaxLoRARanks`, v0.11 to v0.26).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 REQUEST_FILE = "vllm_request.json"
@@ -190,39 +191,39 @@ def client_file(
     name: str,
     prompt: PromptConfig,
     calibration: Calibration,
+    max_new_tokens: int,
     adapter: bool = False,
 ) -> dict[str, Any] | None:
-    """What `labeltune.client` has to know of a run that gives labels: plain strings and numbers. None where a tokenizer that is given the
-    whole string reads otherwise than the run, or where the run extracts entities.
+    """What `labeltune.client` has to know of a run: plain strings and numbers. None where a tokenizer that is given the whole string reads
+    otherwise than the run.
 
     Args:
         name: what servers call it.
+        max_new_tokens: of an answer with entities; a copy of the text does not count.
         adapter: an adapter is asked about one prompt at a time: vLLM 0.32.0 multiplies an adapter's part of the probabilities of prompts as if
             there were one token a prompt, and ends where there are several prompts (Qwen3, on a CPU).
     """
-    if not isinstance(task, (ClassificationTask, MultilabelTask)):
-        return None
     words = {
         name: text for name, text in task.values(task.labels).items() if name not in ("category", "labels")
     }
     before, after, strip = template.around(build_conversation(prompt, SAMPLE_TEXT, words))
     several = isinstance(task, MultilabelTask)
     end = str(template.tokenizer.decode(template.end_of_turn_ids, skip_special_tokens=False))
-    closing = template.closing_length - (0 if several else len(template.end_of_turn_ids))
     example = Example("0", SAMPLE_TEXT)
     rendered_before, rendered_after, _ = template.around(task.conversation(example))
-    for label in task.labels[:_COMPARED]:
-        for answer in task.answers_about(label) if isinstance(task, MultilabelTask) else (label,):
-            whole = f"{rendered_before}{SAMPLE_TEXT}{rendered_after}{template.answer_lead}{answer}{end}"
-            encoded = template.encode(task.conversation(example), answer)
-            wanted = encoded.ids[: encoded.answer_span[1]]
-            if template.tokenizer(whole, add_special_tokens=False).input_ids != wanted:
-                return None
-    bos, ids = template.tokenizer.bos_token, template.tokenizer("x").input_ids
-    adds = bos is not None and ids[:1] == [template.tokenizer.bos_token_id]
-    return {
+    prompted = f"{rendered_before}{SAMPLE_TEXT}{rendered_after}"
+    ids: list[int] = []
+    for answer in _compared_answers(task):
+        whole = f"{prompted}{template.answer_lead}{answer}{end}"
+        encoded = template.encode(task.conversation(example), answer)
+        ids = encoded.ids[: encoded.answer_span[0]]
+        wanted = encoded.ids[: encoded.answer_span[1]]
+        if template.tokenizer(whole, add_special_tokens=False).input_ids != wanted:
+            return None
+    bos, alone = template.tokenizer.bos_token, template.tokenizer("x").input_ids
+    adds = bos is not None and alone[:1] == [template.tokenizer.bos_token_id]
+    found = {
         "model": name,
-        "batched": not adapter,
         "task": task.name,
         "labels": list(task.labels),
         "descriptions": dict(prompt.descriptions),
@@ -230,18 +231,39 @@ def client_file(
         "after": after,
         "strip": list(strip),
         "lead": template.answer_lead,
-        "words": [prompt.positive, prompt.negative] if several else [],
-        "end": end,
-        "closing": closing,
         "max_length": prompt.max_length,
         "special_tokens": template.special_tokens,
         "added_bos": str(bos) if adds else "",
+    }
+    if isinstance(task, NerTask):
+        sample = template.tokenizer(SAMPLE_TEXT, add_special_tokens=False).input_ids
+        return found | {
+            "none": prompt.no_entities,
+            "marks": task.marked,
+            "depth": _NESTED if task.nested else 1,
+            "frame": len(ids) - len(sample),
+            "max_tokens": max_new_tokens + (prompt.max_length if task.marked else 0),
+        }
+    return found | {
+        "batched": not adapter,
+        "words": [prompt.positive, prompt.negative] if several else [],
+        "end": end,
+        "closing": template.closing_length - (0 if several else len(template.end_of_turn_ids)),
         "temperature": calibration.temperature,
         "length_norm": calibration.length_norm,
         "scales": {label: list(pair) for label, pair in calibration.scales.items()},
         "threshold": calibration.threshold,
         "thresholds": dict(calibration.thresholds),
     }
+
+
+def _compared_answers(task: Task) -> list[str]:
+    """Answers whose tokens are compared."""
+    if isinstance(task, NerTask):
+        return [task.prompt.no_entities]
+    if isinstance(task, MultilabelTask):
+        return [answer for label in task.labels[:_COMPARED] for answer in task.answers_about(label)]
+    return list(task.labels[:_COMPARED])
 
 
 def entity_pattern(labels: tuple[str, ...], no_entities: str) -> str:
@@ -352,7 +374,7 @@ class VllmServer(Engine):
 class TransformersServer(VllmServer):
     """Plain transformers in an environment of its own; it answers as vLLM does (`plain_server`)."""
 
-    name = "transformers"
+    name, holds = "transformers", False
     program = (str(Path(__file__).with_name("plain_server.py")),)
 
     def command(self, port: int) -> list[str]:
