@@ -212,9 +212,14 @@ class Job:
                 shutil.copyfile(self.checkpoint / file, folder / file)
         write_json(folder / vllm.REQUEST_FILE, self.request)
         calibration = Calibration.load(self.checkpoint)
-        extra = info.generation.max_new_tokens
         told = vllm.client_file(
-            self.task, self.template, self.name, info.prompt, calibration, extra, self.adapter is not None
+            self.task,
+            self.template,
+            self.name,
+            info.prompt,
+            calibration,
+            max_new_tokens=info.generation.max_new_tokens,
+            adapter=self.adapter is not None,
         )
         if told is not None:
             write_json(folder / engines.CLIENT_FILE, told)

@@ -191,6 +191,7 @@ def client_file(
     name: str,
     prompt: PromptConfig,
     calibration: Calibration,
+    *,
     max_new_tokens: int,
     adapter: bool = False,
 ) -> dict[str, Any] | None:
@@ -209,17 +210,9 @@ def client_file(
     before, after, strip = template.around(build_conversation(prompt, SAMPLE_TEXT, words))
     several = isinstance(task, MultilabelTask)
     end = str(template.tokenizer.decode(template.end_of_turn_ids, skip_special_tokens=False))
-    example = Example("0", SAMPLE_TEXT)
-    rendered_before, rendered_after, _ = template.around(task.conversation(example))
-    prompted = f"{rendered_before}{SAMPLE_TEXT}{rendered_after}"
-    ids: list[int] = []
-    for answer in _compared_answers(task):
-        whole = f"{prompted}{template.answer_lead}{answer}{end}"
-        encoded = template.encode(task.conversation(example), answer)
-        ids = encoded.ids[: encoded.answer_span[0]]
-        wanted = encoded.ids[: encoded.answer_span[1]]
-        if template.tokenizer(whole, add_special_tokens=False).input_ids != wanted:
-            return None
+    ids = _sample_prompt(task, template, end)
+    if ids is None:
+        return None
     bos, alone = template.tokenizer.bos_token, template.tokenizer("x").input_ids
     adds = bos is not None and alone[:1] == [template.tokenizer.bos_token_id]
     found = {
@@ -255,6 +248,21 @@ def client_file(
         "threshold": calibration.threshold,
         "thresholds": dict(calibration.thresholds),
     }
+
+
+def _sample_prompt(task: Task, template: ChatTemplate, end: str) -> list[int] | None:
+    """The tokens of the prompt around a sample text; None where a tokenizer that is given it with an answer as one string reads otherwise."""
+    example, ids = Example("0", SAMPLE_TEXT), list[int]()
+    conversation = task.conversation(example)
+    before, after, _ = template.around(conversation)
+    for answer in _compared_answers(task):
+        whole = f"{before}{SAMPLE_TEXT}{after}{template.answer_lead}{answer}{end}"
+        encoded = template.encode(conversation, answer)
+        start, stop = encoded.answer_span
+        if template.tokenizer(whole, add_special_tokens=False).input_ids != encoded.ids[:stop]:
+            return None
+        ids = encoded.ids[:start]
+    return ids
 
 
 def _compared_answers(task: Task) -> list[str]:
