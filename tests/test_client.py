@@ -247,7 +247,8 @@ def completions_held(folder: Path, way: str) -> Callable[[httpx.Request], httpx.
         if request.url.path == "/tokenize":
             ids = tokenizer(body["content"], add_special_tokens=False).input_ids
             return httpx.Response(200, json={"tokens": ids}) if way == "grammar" else httpx.Response(404)
-        if "grammar" not in body:
+        grammar = body.get("structured_outputs", body).get("grammar")
+        if grammar is None:
             told = {"prompt_logprobs": [None, {"1": {"logprob": -1.0}}]} if way == "prompt" else {}
             return httpx.Response(200, json={"choices": [{"index": 0, "text": "x", **told}]})
         assert isinstance(body["prompt"], list) == (way == "grammar")
@@ -256,7 +257,8 @@ def completions_held(folder: Path, way: str) -> Callable[[httpx.Request], httpx.
             if way == "grammar"
             else tokenizer(body["prompt"], add_special_tokens=False).input_ids
         )
-        grammar = body["structured_outputs"]["grammar"] if way == "prompt" else body["grammar"]
+        assert ("structured_outputs" in body) == (way == "prompt")
+        assert body["repetition_penalty"] == 1 and tokenizer.eos_token_id in body["stop_token_ids"]
         found, cut = written(ids, grammar, body["max_tokens"])
         choice = {"index": 0, "text": tokenizer.decode(found), "finish_reason": "length" if cut else "stop"}
         return httpx.Response(200, json={"choices": [choice], "usage": {"prompt_tokens": len(ids)}})
@@ -274,15 +276,18 @@ def test_entities_are_those_of_the_run(form: str, way: str, in_folder: Path, mod
         "prompt": {"max_length": 512, "answer": "marks" if form in ("marks", "nested") else "json"},
         "generation": {"max_new_tokens": 100},
     }
+    learned = ["他在南京 27", "今天下雨 5", "他在南京 1"]
     if form == "nested":
-        values["data"]["entities"] = "nested"
+        places = [(2, 6, "南京大学", "组织"), (2, 4, "南京", "地点")]
+        keys = ("start_idx", "end_idx", "entity_text", "entity_label")
+        found = [dict(zip(keys, place, strict=True)) for place in places]
+        rows = [{"text": f"他在南京大学第 {n} 号", "entities": found} for n in range(48)]
+        values["data"] |= {"entities": "nested", "train": str(write_jsonl(in_folder / "nested.jsonl", rows))}
+        learned = ["他在南京大学第 20 号", "他在南京大学第 31 号"]
     labeltune.train(build_config(values), say=lambda _: None)
     folder = in_folder / "exported"
     export(in_folder / "out", folder, merged=True, say=lambda _: None, progress=False)
-    learned, others = (
-        ["他在南京 27", "今天下雨 5", "他在南京 1"],
-        ['  "a" [b|c]\\d\n他在南京 é  ', "南京南京", "x"],
-    )
+    others = ['  "a" [b|c]\\d\n他在南京 é  ', "南京南京", "x"]
     # Marks are tokens of labeltune's choice there and of the model's own here; where it is sure, that is the same.
     texts = learned if form in ("marks", "nested") else learned + others
     transport = httpx.MockTransport(completions_held(folder, way))
@@ -290,7 +295,9 @@ def test_entities_are_those_of_the_run(form: str, way: str, in_folder: Path, mod
         load_predictor(folder) as run,
         LabelClient("http://server/v1", folder, transport=transport) as client,
     ):
-        for text, right in zip(texts, run.predict(texts), strict=True):
+        rights = run.predict(texts)
+        assert max(len(right.entities or ()) for right in rights) >= (2 if form == "nested" else 1)
+        for text, right in zip(texts, rights, strict=True):
             given = client.predict(text)
             assert [(e.text, e.label, e.start, e.end) for e in right.entities or ()] == [
                 (e["text"], e["label"], e["start"], e["end"]) for e in given["entities"]
@@ -308,7 +315,8 @@ def test_what_the_copy_says_again_is_the_same() -> None:
         assert _listed(["a", "b"], descriptions) == listed(["a", "b"], descriptions)
 
 
-@hypothesis.given(st.text('ab[|]\\"\n\b\f é', min_size=1, max_size=12), st.data())
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.text('ab[|]\\"\n\b\f\x7f é', min_size=1, max_size=12), st.data())
 def test_grammars_and_places_are_those_of_the_run(text: str, data: st.DataObject) -> None:
     assert client._quoted(text) == vllm.quoted(text)
     assert client._escaped(text, True) == marks.escape(text) and client._escaped(text, False) == ner.escaped(
@@ -317,18 +325,42 @@ def test_grammars_and_places_are_those_of_the_run(text: str, data: st.DataObject
     spans = data.draw(st.lists(st.tuples(st.integers(0, len(text) - 1), st.integers(1, 12)), max_size=4))
     pairs = [(text[start : start + size], "A") for start, size in spans]
     pairs = [pair for n, pair in enumerate(pairs) if pairs[:n].count(pair) < text.count(pair[0])]
-    assert client._located(text, pairs) == sorted((e.start, e.end, e.label) for e in ner.locate(text, pairs))
-    # Outer ones first, as marks have it.
+    assert client._located(text, pairs) == [(e.start, e.end, e.label) for e in ner.locate(text, pairs)]
     entities = [Entity(part, label, start, start + len(part)) for start, part, label in [(0, text, "A|")]]
     entities += [Entity(text[at:], "B", at, len(text)) for at in [len(text) - 1] if at]
     told = {"labels": ["A|", "B"], "none": "none"}
     answer = marks.write(text, entities)
     assert client._marked(told, answer, text, cut=False) == [(e.start, e.end, e.label) for e in entities]
+    whole = set(client._marked(told, answer, text, cut=False))
+    assert all(
+        whole.issuperset(client._marked(told, answer[:size], text, cut=True)) for size in range(len(answer))
+    )
     lines = "\n".join(
         f"{ner.BEFORE_TEXT}{ner.escaped(e.text)}{ner.BEFORE_LABEL}{ner.escaped(e.label)}{ner.END}"
         for e in entities
     )
     assert client._read_lines(told, lines, text, cut=False) == [(e.text, e.label) for e in entities]
+    for lead in ("", "<think>\n\n</think>\n\n"):
+        run = {**told, "lead": lead, "depth": 3}
+        assert accepted(client._lines_grammar(run, text, []), lead + lines)
+        assert accepted(client._marks_grammar(run, text), lead + answer)
+        assert not accepted(client._marks_grammar(run, text), lead + answer + "a")
+        for grammar in (client._lines_grammar(run, text, []), client._marks_grammar(run, text)):
+            assert accepted(grammar, f"{lead}none") and not accepted(grammar, lead)
+
+
+def accepted(grammar: str, answer: str) -> bool:
+    """Whether a grammar in the form of llama.cpp allows an answer."""
+    from llguidance import LLMatcher, gbnf_to_lark
+    from llguidance.hf import from_tokenizer
+
+    tokenizer = from_tokenizer(make_tokenizer())
+    matcher = LLMatcher(
+        tokenizer, LLMatcher.grammar_from_lark(gbnf_to_lark.gbnf_to_lark(grammar)), log_level=0
+    )
+    assert not matcher.is_error(), matcher.get_error()
+    ids = tokenizer.tokenize_bytes(answer.encode())
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
 
 
 @pytest.mark.parametrize("form", ["json", "marks"])
@@ -351,13 +383,24 @@ def test_a_server_that_ignores_the_grammar(form: str) -> None:
     begun = {"json": '{"entity_text": "a", "entity_label": "A"}\n{"entity_te', "marks": "[a|A] [b"}
     right = {"json": [("a", "A")], "marks": [(0, 1, "A")]}
     assert reads(told, begun[form], "a b", cut=True) == right[form]
+    assert reads(told, "", "a b", cut=True) == reads(told, "no", "a b", cut=True) == []
+    for answer in ("Sure! Here", f"{begun[form]}!\nSure"):
+        with pytest.raises(ServerError, match="it has to know grammars"):
+            reads(told, answer, "a b", cut=True)
 
 
 @pytest.mark.parametrize("obeys", [True, False])
 def test_what_is_given_too_often_is_asked_again(obeys: bool, tmp_path: Path) -> None:
     told: dict[str, Any] = dict.fromkeys(client._ALWAYS | client._OF_ENTITIES, "")
     told |= {"task": "ner", "labels": ["A"], "none": "none", "marks": False, "before": "P:", "after": "|"}
-    told |= {"strip": ["", ""], "special_tokens": [], "descriptions": {}, "max_length": 9, "frame": 1}
+    told |= {
+        "strip": ["", ""],
+        "special_tokens": [],
+        "descriptions": {},
+        "max_length": 9,
+        "frame": 1,
+        "stop": [1],
+    }
     (tmp_path / "client.json").write_text(json.dumps(told), "utf-8")
     a, b = client._line("a", "A"), client._line("b", "A")
     prompts = []
@@ -365,9 +408,9 @@ def test_what_is_given_too_often_is_asked_again(obeys: bool, tmp_path: Path) -> 
     def answer(request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
         choice: dict[str, Any] = {"index": 0, "prompt_logprobs": [1]}
-        if "grammar" in body:
+        if "structured_outputs" in body:
             prompts.append(body["prompt"])
-            again = "x0y1" in body["grammar"]
+            again = "x0y1" in body["structured_outputs"]["grammar"]
             assert again == (len(prompts) == 2), "the pieces that are spent have rules of their own"
             written = f"{a}\n{a}\n{a}\n{b}" if not again else b if obeys else a
             choice |= {"text": written, "finish_reason": "stop"}
@@ -379,16 +422,16 @@ def test_what_is_given_too_often_is_asked_again(obeys: bool, tmp_path: Path) -> 
             asking.predict("aba")
         return
     given = asking.predict("aba")["entities"]
-    assert [(e["text"], e["start"], e["end"]) for e in given] == [("a", 0, 1), ("b", 1, 2), ("a", 2, 3)]
+    assert [(e["text"], e["start"], e["end"]) for e in given] == [("a", 0, 1), ("a", 2, 3), ("b", 1, 2)]
+    with pytest.raises(ValueError, match="this run extracts entities"):
+        asking.probabilities("aba")
+    with pytest.raises(ValueError, match="half a character at 1"):
+        asking.predict("a\ud800b")
     assert prompts == ["P:aba|", f"P:aba|{a}\n{a}\n"]
 
 
 @pytest.mark.parametrize("spent", [[], ["a"], ["a", "ab"], ["b", "aba"], ["a", "b", "ab", "ba", "aba"]])
 def test_lines_are_pieces_of_the_text_that_are_not_spent(spent: list[str]) -> None:
-    from llguidance import LLMatcher, gbnf_to_lark
-    from llguidance.hf import from_tokenizer
-
-    tokenizer = from_tokenizer(make_tokenizer())
     run = {"labels": ["A"], "none": "none", "lead": ""}
     grammar = client._lines_grammar(run, "aba", spent)
     pieces = {"a", "b", "ab", "ba", "aba"}
@@ -396,10 +439,7 @@ def test_lines_are_pieces_of_the_text_that_are_not_spent(spent: list[str]) -> No
         assert not grammar
         return
     for part in (*pieces, "aa", "c", ""):
-        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(gbnf_to_lark.gbnf_to_lark(grammar)))
-        ids = tokenizer.tokenize_str(client._line(part, "A"))
-        found = matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
-        assert found == (part in pieces and part not in spent), part
+        assert accepted(grammar, client._line(part, "A")) == (part in pieces and part not in spent), part
 
 
 def test_the_client_is_one_file(tmp_path: Path) -> None:

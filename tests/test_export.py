@@ -336,6 +336,9 @@ def test_vllm_gets_an_adapter_folder(runs: dict[str, Path], tmp_path: Path, mode
     with load_predictor(tmp_path / "my-adapter") as predictor:
         example = Example("0", "The text to be read goes here.")
         assert asked["messages"] == predictor.task.conversation(example).messages()
+        # The base's own settings, which Qwen2 has, would punish the labels that stand in the prompt.
+        assert asked["repetition_penalty"] == 1
+        assert asked["stop_token_ids"] == predictor.builder.template.stop_ids
 
 
 def test_a_pushed_folder_is_whole_and_names_no_path(

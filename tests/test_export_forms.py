@@ -173,7 +173,12 @@ def test_templates_that_go_cannot_say_are_refused(template: str, part: str) -> N
 def test_a_modelfile(monkeypatch: pytest.MonkeyPatch) -> None:
     text = ollama.modelfile(ChatTemplate(make_tokenizer()), "Choose.", 384)
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{ if .System }}')
-    for line in ('SYSTEM """Choose."""', 'PARAMETER stop "<|im_end|>"', "PARAMETER temperature 0"):
+    for line in (
+        'SYSTEM """Choose."""',
+        'PARAMETER stop "<|im_end|>"',
+        "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1",
+    ):
         assert line in text.split("\n")
     assert "PARAMETER num_ctx 4096" in text
     assert "PARAMETER num_ctx 9000" in ollama.modelfile(ChatTemplate(make_tokenizer()), "", 9000)
@@ -248,7 +253,7 @@ def test_the_tools_of_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_strings_of_a_grammar() -> None:
-    assert vllm.quoted('a "b"\\\n\b\f\x07文') == r'"a \"b\"\\\n\x08\x0C\u0007文"'
+    assert vllm.quoted('a "b"\\\n\b\f\x07文') == r'"a \"b\"\\\n\x08\x0C\x07文"'
 
 
 CONFIG = {"r": 8, "bias": "none", "modules_to_save": None, "use_dora": False}
@@ -317,7 +322,7 @@ def test_a_request_for_entities_takes_exactly_the_answers_of_training() -> None:
     ):
         assert not re.fullmatch(pattern, wrong)
     request = vllm.request(task, ChatTemplate(make_tokenizer(GEMMA)), "m", 64)
-    assert request["max_tokens"] == 64 and request["chat_template_kwargs"] == {"enable_thinking": False}
+    assert request["max_tokens"] == 65 and request["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 LABELS = ("GPE", 'odd "(x)|]"')
@@ -328,7 +333,7 @@ def test_a_request_for_marks_takes_the_answers_of_training() -> None:
     task = make_task("ner", LABELS, prompt)
     request = vllm.request(task, ChatTemplate(make_tokenizer()), "m", 64)
     pattern = request["structured_outputs"]["regex"]
-    assert request["max_tokens"] == 164, "the copy and its marks"
+    assert request["max_tokens"] == 66 + 64 + 1, "the copy, its marks and its end"
     text = "a [q] \\ |\n南京🎉"
     entities = (Entity("a [q]", "GPE", 0, 5), Entity("南京🎉", LABELS[1], 10, 13))
     for some in ((), entities[:1], entities):

@@ -25,31 +25,10 @@ import httpx
 
 CLIENT_FILE = "client.json"
 #: What it tells: of every run, of runs that give labels, and of those that give entities.
-_ALWAYS = {
-    "model",
-    "task",
-    "labels",
-    "max_length",
-    "added_bos",
-    "descriptions",
-    "before",
-    "after",
-    "strip",
-    "lead",
-    "special_tokens",
-}
-_OF_LABELS = {
-    "batched",
-    "words",
-    "end",
-    "closing",
-    "temperature",
-    "length_norm",
-    "scales",
-    "threshold",
-    "thresholds",
-}
-_OF_ENTITIES = {"none", "marks", "depth", "frame", "max_tokens"}
+_ALWAYS = {"model", "task", "labels", "max_length", "added_bos", "special_tokens"}
+_ALWAYS |= {"descriptions", "before", "after", "strip", "lead", "closing"}
+_OF_LABELS = {"batched", "words", "end", "temperature", "length_norm", "scales", "threshold", "thresholds"}
+_OF_ENTITIES = {"none", "marks", "depth", "frame", "max_tokens", "stop"}
 #: Answers with entities: one JSON object a line, or the text with marks.
 _BEFORE_TEXT, _BEFORE_LABEL, _LINE_END = '{"entity_text": "', '", "entity_label": "', '"}'
 _OPEN, _SEPARATOR, _CLOSE, _ESCAPE = "[", "|", "]", "\\"
@@ -129,6 +108,8 @@ class LabelClient:
             ServerError, ValueError: as `predict`.
         """
         run = self._run
+        if run["task"] == "ner":
+            raise ValueError("this run extracts entities; ask predict")
         names = list(labels or run["labels"])
         prompt, _ = self._prompt(text, names)
         if run["task"] == "multilabel":
@@ -194,17 +175,24 @@ class LabelClient:
             asked = self._ids(prompt + before) or asked
         elif self._tell == self._by_echo:
             asked = (prompt + before).removeprefix(run["added_bos"])
-        # Each server looks at its own name for a grammar.
-        held = {"structured_outputs": {"grammar": form}, "grammar": form, "max_tokens": run["max_tokens"]}
-        told = self._told(asked, {**held, "add_special_tokens": False})
-        tokens = told.get("usage", {}).get("prompt_tokens", 0)
-        needed = tokens + max(tokens - run["frame"], 0) * run["marks"]
-        if needed > run["max_length"] and not before:
+        name = (
+            {"structured_outputs": {"grammar": form}} if self._tell == self._by_prompt else {"grammar": form}
+        )
+        greedy = {"repetition_penalty": 1.0, "stop_token_ids": run["stop"], "add_special_tokens": False}
+        told = self._told(asked, {**name, **greedy, "max_tokens": run["max_tokens"]})
+        try:
+            choice, tokens = told["choices"][0], int(told["usage"]["prompt_tokens"])
+            answer, cut = str(choice["text"]), choice["finish_reason"] == "length"
+        except (KeyError, IndexError, TypeError) as error:
+            raise ServerError(
+                f"the server does not tell its answer, its end and its tokens: {error}"
+            ) from error
+        copy = max(tokens - run["frame"], 0) + run["closing"] if run["marks"] else 0
+        if tokens + copy > run["max_length"] and not before:
             raise ValueError(
-                f"the text makes {needed} tokens, and the run reads {run['max_length']} at once; cut it, or predict with labeltune"
+                f"the text makes {tokens + copy} tokens, and the run reads {run['max_length']} at once; cut it, or predict with labeltune"
             )
-        choice = told["choices"][0]
-        return str(choice.get("text")).removeprefix(run["lead"]), choice.get("finish_reason") == "length"
+        return answer.removeprefix(run["lead"]), cut
 
     def close(self) -> None:
         """Close the connections."""
@@ -228,6 +216,10 @@ class LabelClient:
         text = text.rstrip(right) if right != "" else text
         if not text.strip():
             raise ValueError("the text is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text holds half a character at {error.start}") from None
         special = next((token for token in run["special_tokens"] if token in text), None)
         if special is not None:
             raise ValueError(f"the text holds {special}, which the server would read as the model's own")
@@ -442,9 +434,10 @@ def _escaped(text: str, marks: bool) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of a grammar: as JSON, but for two escapes that grammars do not have."""
-    signs = {"\b": r"\x08", "\f": r"\x0C"}
-    return '"' + "".join(signs.get(sign) or json.dumps(sign, ensure_ascii=False)[1:-1] for sign in text) + '"'
+    """A string of a grammar; llama.cpp, xgrammar and llguidance read control characters in one form alone."""
+    known = {'"': r"\"", "\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"}
+    control = (sign if 32 <= ord(sign) != 127 else rf"\x{ord(sign):02X}" for sign in text)
+    return '"' + "".join(known.get(sign, written) for sign, written in zip(text, control, strict=True)) + '"'
 
 
 def _read_lines(run: Mapping[str, Any], answer: str, text: str, cut: bool) -> list[tuple[str, str]]:
@@ -453,15 +446,19 @@ def _read_lines(run: Mapping[str, Any], answer: str, text: str, cut: bool) -> li
     Raises:
         ServerError: a grammar does not allow it.
     """
-    if answer.strip() == run["none"]:
+    if answer.strip() == run["none"] or (cut and run["none"].startswith(answer)):
         return []
     found = []
-    lines = answer.split("\n")
-    for line in lines[:-1] if cut else lines:
+    *lines, last = answer.split("\n")
+    if not cut:
+        lines.append(last)
+    elif last[: len(_BEFORE_TEXT)] != _BEFORE_TEXT[: len(last)]:
+        raise _ignored(answer)
+    for line in lines:
         try:
             value = json.loads(line)
-            part, label = value["entity_text"], value["entity_label"]
-        except (ValueError, KeyError, TypeError):
+            part, label = str(value["entity_text"]), str(value["entity_label"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise _ignored(answer) from None
         if not part or part not in text or label not in run["labels"]:
             raise _ignored(answer)
@@ -475,12 +472,12 @@ def _marked(run: Mapping[str, Any], answer: str, text: str, cut: bool) -> list[t
     Raises:
         ServerError: it is not the text, or a grammar does not allow its marks.
     """
-    if answer.strip() == run["none"]:
+    if answer.strip() == run["none"] or (cut and run["none"].startswith(answer)):
         return []
     ends = {f"{_SEPARATOR}{_escaped(label, True)}{_CLOSE}": label for label in run["labels"]}
     found: list[tuple[int, int, str]] = []
     opened: list[int] = []
-    at = place = 0
+    at, place, unit = 0, 0, ""
     while place < len(answer):
         end = next((end for end in ends if answer.startswith(end, place)), None)
         unit = _escaped(text[at : at + 1], True)
@@ -494,9 +491,11 @@ def _marked(run: Mapping[str, Any], answer: str, text: str, cut: bool) -> list[t
             at, place = at + 1, place + len(unit)
         else:
             break
-    if not cut and (place < len(answer) or at < len(text) or opened):
+    left = answer[place:].rstrip("\ufffd")  # of a character that was cut
+    begun = any(each.startswith(left) for each in (*ends, unit))
+    if not (begun if cut else not left and at == len(text) and not opened):
         raise _ignored(answer)
-    return sorted(found, key=lambda each: (each[0], -each[1]))
+    return sorted(set(found))
 
 
 def _ignored(answer: str) -> ServerError:
@@ -526,7 +525,7 @@ def _located(text: str, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int
         start = next(iter([*(at for at in free if at >= cursor), *free, *left]))
         cursor = start + len(part)
         found.append((start, cursor, label))
-    return sorted(found)
+    return found
 
 
 def _listed(labels: Sequence[str], descriptions: Mapping[str, str]) -> dict[str, str]:

@@ -169,7 +169,19 @@ def export(
     engine = engine or ("llama.cpp" if gguf is not None and verify else None)
     ollama = ollama or engine == "ollama"
     merged = merged or ollama or onnx
-    asked = Asked(merged, dtype, ollama, onnx, gguf, engine, engine_python, engine_url, push, name, tolerance)
+    asked = Asked(
+        merged=merged,
+        dtype=dtype,
+        ollama=ollama,
+        onnx=onnx,
+        gguf=gguf,
+        engine=engine,
+        python=engine_python,
+        url=engine_url,
+        push=push,
+        name=name,
+        tolerance=tolerance,
+    )
     _check(asked, verify, verify_data)
     exporter = onnx_form.exporter() if onnx else None  # before what takes seconds to import
     from labeltune.export.job import prepare

@@ -176,6 +176,8 @@ def request(
 ) -> dict[str, Any]:
     """A chat completion request as `vllm.request`, its answers bound by a grammar."""
     body = vllm.request(task, template, name, max_tokens, example)
+    # It has no penalties of its own, and knows from the file which tokens end an answer.
+    del body["repetition_penalty"], body["stop_token_ids"]
     bound = body.pop("structured_outputs")
     return body | {
         "grammar": bound.get("grammar") or grammar(task, template.answer_lead, bound.get("choice"))

@@ -190,7 +190,9 @@ def modelfile(template: ChatTemplate, system: str, max_length: int) -> str:
     if system:
         lines.append(f"SYSTEM {_quoted(template.system_text(system))}")
     lines += [f"PARAMETER stop {json.dumps(str(name), ensure_ascii=False)}" for name in names]
-    lines += ["PARAMETER temperature 0", f"PARAMETER num_ctx {max(_SMALLEST_CONTEXT, max_length)}"]
+    # Ollama's own 1.1 makes the labels that a prompt lists less probable.
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
+    lines += [f"PARAMETER num_ctx {max(_SMALLEST_CONTEXT, max_length)}"]
     if turns.strips:
         lines.insert(
             0, "# Trained on messages without white space around them: strip yours, Ollama does not."

@@ -160,7 +160,7 @@ def request(
     # A row without candidates of its own; a run whose rows all bring theirs still knows the labels it has seen.
     example = example or Example("0", SAMPLE_TEXT)
     messages = task.conversation(example).messages()
-    found: dict[str, Any] = {"model": name, "messages": messages, "temperature": 0}
+    found: dict[str, Any] = {"model": name, "messages": messages, **greedy(template)}
     if task.name == "classification":
         found["structured_outputs"] = {
             "choice": [template.answer_lead + label for label in example.candidates or task.labels]
@@ -169,15 +169,17 @@ def request(
         # One request a label; this one asks about the first. The two answers differ in what stands behind the label.
         answers = [template.answer_lead + answer for answer in task.answers_about(task.labels[0])]
         found["structured_outputs"] = {"choice": answers}
-    elif isinstance(task, NerTask) and task.marked:
-        found["max_tokens"] = task.prompt.max_length + max_tokens
+    elif not isinstance(task, NerTask):
+        raise TypeError(task.name)
+    elif task.marked:
+        found["max_tokens"] = most_tokens(task, max_tokens)
         found["structured_outputs"] = (
             {"grammar": marks_grammar(task, template.answer_lead)}
             if task.nested
             else {"regex": marks_pattern(task, template.answer_lead)}
         )
     else:
-        found["max_tokens"] = max_tokens
+        found["max_tokens"] = most_tokens(task, max_tokens)
         pattern = re.escape(template.answer_lead) + entity_pattern(task.labels, task.prompt.no_entities)
         found["structured_outputs"] = {"regex": pattern}
     if template.options:
@@ -227,21 +229,23 @@ def client_file(
         "max_length": prompt.max_length,
         "special_tokens": template.special_tokens,
         "added_bos": str(bos) if adds else "",
+        "closing": template.closing_length - (0 if several else len(template.end_of_turn_ids)),
     }
     if isinstance(task, NerTask):
         sample = template.tokenizer(SAMPLE_TEXT, add_special_tokens=False).input_ids
         return found | {
+            "closing": template.closing_length,
+            "stop": list(template.stop_ids),
             "none": prompt.no_entities,
             "marks": task.marked,
             "depth": _NESTED if task.nested else 1,
             "frame": len(ids) - len(sample),
-            "max_tokens": max_new_tokens + (prompt.max_length if task.marked else 0),
+            "max_tokens": most_tokens(task, max_new_tokens),
         }
     return found | {
         "batched": not adapter,
         "words": [prompt.positive, prompt.negative] if several else [],
         "end": end,
-        "closing": template.closing_length - (0 if several else len(template.end_of_turn_ids)),
         "temperature": calibration.temperature,
         "length_norm": calibration.length_norm,
         "scales": {label: list(pair) for label, pair in calibration.scales.items()},
@@ -307,9 +311,22 @@ def marks_grammar(task: NerTask, lead: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """A string of a grammar: as JSON, but for two escapes that grammars do not have."""
-    signs = {"\b": r"\x08", "\f": r"\x0C"}
-    return '"' + "".join(signs.get(sign) or json.dumps(sign, ensure_ascii=False)[1:-1] for sign in text) + '"'
+    """A string of a grammar; llama.cpp, xgrammar and llguidance read control characters in one form alone."""
+    known = {'"': r"\"", "\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"}
+    control = (sign if 32 <= ord(sign) != 127 else rf"\x{ord(sign):02X}" for sign in text)
+    return '"' + "".join(known.get(sign, written) for sign, written in zip(text, control, strict=True)) + '"'
+
+
+def greedy(template: ChatTemplate) -> dict[str, Any]:
+    """What makes a server write the most probable tokens, and end where the run does. It would take penalties, and the tokens that end an
+    answer, from the base's `generation_config.json` otherwise: Qwen2 has a `repetition_penalty` of 1.1 there."""
+    return {"temperature": 0, "repetition_penalty": 1.0, "stop_token_ids": list(template.stop_ids)}
+
+
+def most_tokens(task: NerTask, max_new_tokens: int) -> int:
+    """Of an answer with entities and its end of turn. Marks stand in a copy of the text, which is with its escapes at most twice as long: the run
+    reads both together."""
+    return max_new_tokens + 1 + (2 * task.prompt.max_length // 3 if task.marked else 0)
 
 
 def request_command(folder: Path) -> str:
