@@ -13,12 +13,20 @@ import pytest
 
 import labeltune
 from helpers import fake_engines
+from helpers.tiny_models import make_tokenizer
 from helpers.training import config_for
+from labeltune.client import LabelClient
 from labeltune.commands.export import export
-from labeltune.config import build_config
+from labeltune.config import PromptConfig, build_config
 from labeltune.errors import ConfigError, ModelError, ParityError
+from labeltune.export.engines import CLIENT_FILE, Served, answers
 from labeltune.export.folder import Exported
 from labeltune.export.llama_cpp import ADAPTER, MODEL
+from labeltune.export.vllm import VllmServer
+from labeltune.prompts import make_task
+from labeltune.prompts.builder import PromptBuilder
+from labeltune.prompts.template import ChatTemplate
+from labeltune.types import Entity, Example
 
 FOLDER = "out"
 
@@ -186,6 +194,36 @@ def test_a_server_that_runs_already(run: Path, python: str, tmp_path: Path) -> N
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_entities_of_an_engine(holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = PromptConfig(user="{text}", system="", max_length=100)
+    builder = PromptBuilder(make_task("ner", ("A",), prompt), ChatTemplate(make_tokenizer()))
+    row = Example("0", "a b", entities=())
+    told = {"entities": [{"text": "b", "label": "A", "start": 2, "end": 3}]}
+    written = '{"entity_text": "a c", "entity_label": "A"}'
+
+    class Asked(LabelClient):
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def predict(self, text: str, labels: Any = None) -> dict[str, Any]:
+            return told
+
+        def close(self) -> None: ...
+
+    class Engine(VllmServer):
+        def written(self, url: str, row: Example) -> tuple[str, list[int] | int]:
+            return written, builder.prompt(row).ids
+
+    monkeypatch.setattr("labeltune.client.LabelClient", Asked)
+    monkeypatch.setattr(Engine, "holds", holds)
+    (tmp_path / CLIENT_FILE).touch()
+    engine = Engine(Served(tmp_path, None, "m", "fp32", 1, 200, 50, builder), sys.executable)
+    (found,) = answers(engine, "http://server", [row])
+    assert found.answer == written and found.parsed and not found.truncated
+    right = Entity("b", "A", 2, 3) if holds else Entity("a c", "A")
+    assert found.entities == (right,), "what is written need not be in the text; what the client gets is"
 
 
 def test_options_that_make_no_sense(
