@@ -327,7 +327,7 @@ class LabelClient:
     ) -> list[dict[str, Any]]:
         """The choices of a completion, one a prompt; prompts are texts or token ids."""
         answer = self._told(list(texts) if len(texts) > 1 else texts[0], {"max_tokens": 1, **more})
-        choices: list[dict[str, Any]] = sorted(answer["choices"], key=lambda each: each["index"])
+        choices: list[dict[str, Any]] = answer["choices"]
         if len(choices) != len(texts):
             raise ServerError(f"{len(texts)} prompts were asked, {len(choices)} were answered")
         return choices
@@ -338,7 +338,7 @@ class LabelClient:
             answer = self._http.post("completions", json=body)
             answer.raise_for_status()
             found: dict[str, Any] = answer.json()
-            [each["index"] for each in found["choices"]]
+            found["choices"] = sorted(found["choices"], key=lambda each: each["index"])
         except httpx.HTTPStatusError as error:
             raise ServerError(f"{error.response.status_code}: {error.response.text[:500]}") from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:

@@ -162,7 +162,6 @@ def export(
         ParityError: the export answers otherwise; nothing was exported.
         PromptError: the chat template cannot be written as a Modelfile.
     """
-    from labeltune.export import card
     from labeltune.export import onnx as onnx_form
     from labeltune.export.folder import Asked, check_target, push_folder, whole_folder
 
@@ -184,6 +183,7 @@ def export(
     )
     _check(asked, verify, verify_data)
     exporter = onnx_form.exporter() if onnx else None  # before what takes seconds to import
+    from labeltune.export import card
     from labeltune.export.job import prepare
     from labeltune.inference.load import checkpoint_of
 

@@ -169,19 +169,16 @@ def request(
         # One request a label; this one asks about the first. The two answers differ in what stands behind the label.
         answers = [template.answer_lead + answer for answer in task.answers_about(task.labels[0])]
         found["structured_outputs"] = {"choice": answers}
-    elif not isinstance(task, NerTask):
-        raise TypeError(task.name)
-    elif task.marked:
-        found["max_tokens"] = most_tokens(task, max_tokens)
-        found["structured_outputs"] = (
-            {"grammar": marks_grammar(task, template.answer_lead)}
-            if task.nested
-            else {"regex": marks_pattern(task, template.answer_lead)}
-        )
     else:
+        assert isinstance(task, NerTask)
         found["max_tokens"] = most_tokens(task, max_tokens)
         pattern = re.escape(template.answer_lead) + entity_pattern(task.labels, task.prompt.no_entities)
-        found["structured_outputs"] = {"regex": pattern}
+        if task.marked:
+            pattern = marks_pattern(task, template.answer_lead)
+        nested = task.marked and task.nested
+        found["structured_outputs"] = (
+            {"grammar": marks_grammar(task, template.answer_lead)} if nested else {"regex": pattern}
+        )
     if template.options:
         found["chat_template_kwargs"] = dict(template.options)
     return found
@@ -229,12 +226,13 @@ def client_file(
         "max_length": prompt.max_length,
         "special_tokens": template.special_tokens,
         "added_bos": str(bos) if adds else "",
-        "closing": template.closing_length - (0 if several else len(template.end_of_turn_ids)),
+        # A label's answer is scored with its end of turn.
+        "closing": template.closing_length
+        - (len(template.end_of_turn_ids) if task.name == "classification" else 0),
     }
     if isinstance(task, NerTask):
         sample = template.tokenizer(SAMPLE_TEXT, add_special_tokens=False).input_ids
         return found | {
-            "closing": template.closing_length,
             "stop": list(template.stop_ids),
             "none": prompt.no_entities,
             "marks": task.marked,
