@@ -164,13 +164,12 @@ def _computed(config: RunConfig, found: Any, steps: list[list[int]]) -> list[int
 
 def test_memory_at_its_peak_is_seen_after_it_was_given_back() -> None:
     gc.collect()  # what earlier tests left would be given back while the watcher looks
-    with run.peak_memory(torch.device("cpu")) as most:
-        # From the system itself: a tensor may lie in memory that an earlier test freed and this process has still.
-        with mmap.mmap(-1, 240_000_000) as held:
-            held[:: mmap.PAGESIZE] = bytes(len(held[:: mmap.PAGESIZE]))
-            until = time.monotonic() + 60  # a busy machine may not let the watcher look for long
-            while most[0] < 200e6 and time.monotonic() < until:
-                time.sleep(run._SECONDS_BETWEEN_LOOKS)
+    # From the system itself: a tensor may lie in memory that an earlier test freed and this process has still.
+    with run.peak_memory(torch.device("cpu")) as most, mmap.mmap(-1, 240_000_000) as held:
+        held[:: mmap.PAGESIZE] = bytes(len(held[:: mmap.PAGESIZE]))
+        until = time.monotonic() + 60  # a busy machine may not let the watcher look for long
+        while most[0] < 200e6 and time.monotonic() < until:
+            time.sleep(run._SECONDS_BETWEEN_LOOKS)
     assert most[0] > 200e6
 
 
