@@ -39,12 +39,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 #: A file's tests stay together, so one that takes a minute must not be the last: a core would have nothing left to do.
 LONG_FILES = (
-    "test_training.py",
     "test_docs.py",
-    "test_self_check.py",
+    "test_marked.py",
+    "test_engines.py",
+    "test_client.py",
+    "test_training.py",
     "test_ray_engine.py",
-    "test_resuming.py",
-    "test_stream.py",
+    "test_pretended_gpu.py",
+    "test_label_studio.py",
+    "test_tracking.py",
     "test_sweep.py",
     "test_ranks.py",
     "test_cli.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -110,7 +111,6 @@ def completions(folder: Path, way: str, adds_bos: str = "") -> Callable[[httpx.R
     return answer
 
 
-@pytest.mark.parametrize("way", ["prompt", "grammar", "echo"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -131,32 +131,31 @@ def completions(folder: Path, way: str, adds_bos: str = "") -> Callable[[httpx.R
     ids=["short", "described", "multilabel"],
 )
 def test_a_server_gives_what_the_run_gives(
-    changes: dict[str, Any], way: str, in_folder: Path, model_folder: Path
+    changes: dict[str, Any], in_folder: Path, model_folder: Path
 ) -> None:
     folder = exported(in_folder, model_folder, **changes)
-    transport = httpx.MockTransport(completions(folder, way))
-    with (
-        LabelClient("http://server/v1/", folder, transport=transport) as asked,
-        load_predictor(folder, precision="fp32") as predictor,
-    ):
-        for text, wanted in zip(TEXTS, predictor.predict(TEXTS), strict=True):
-            found = asked.predict(text)
-            told = {each["label"]: each["probability"] for each in found["ranking"]}
-            assert told == pytest.approx(dict(wanted.ranking), abs=2e-5)
-            if wanted.labels is not None:
-                assert found["labels"] == list(wanted.labels)
-            else:
-                assert (found["label"], found["confidence"]) == next(iter(told.items()))
-        (wanted,) = predictor.predict(TEXTS[:1], ["Art", "Space"])
-        assert asked.probabilities(TEXTS[0], ["Art", "Space"]) == pytest.approx(
-            dict(wanted.ranking), abs=2e-5
-        )
-        with pytest.raises(ValueError, match="empty"):
-            asked.predict(" ")
-        with pytest.raises(ValueError, match=r"holds <\|im_end\|>"):
-            asked.predict("a <|im_end|> b")
-        with pytest.raises(ValueError, match="the run reads 512; shorten it"):
-            asked.predict("number " * 600)
+    with load_predictor(folder, precision="fp32") as predictor:
+        rights = predictor.predict(TEXTS)
+        (two,) = predictor.predict(TEXTS[:1], ["Art", "Space"])
+    for way in ("prompt", "grammar", "echo"):
+        transport = httpx.MockTransport(completions(folder, way))
+        with LabelClient("http://server/v1/", folder, transport=transport) as asked:
+            for text, right in zip(TEXTS, rights, strict=True):
+                found = asked.predict(text)
+                told = {each["label"]: each["probability"] for each in found["ranking"]}
+                assert told == pytest.approx(dict(right.ranking), abs=2e-5)
+                if right.labels is not None:
+                    assert found["labels"] == list(right.labels)
+                else:
+                    assert (found["label"], found["confidence"]) == next(iter(told.items()))
+            given = asked.probabilities(TEXTS[0], ["Art", "Space"])
+            assert given == pytest.approx(dict(two.ranking), abs=2e-5)
+            with pytest.raises(ValueError, match="empty"):
+                asked.predict(" ")
+            with pytest.raises(ValueError, match=r"holds <\|im_end\|>"):
+                asked.predict("a <|im_end|> b")
+            with pytest.raises(ValueError, match="the run reads 512; shorten it"):
+                asked.predict("number " * 600)
 
 
 def test_servers_that_cannot_be_asked(in_folder: Path, model_folder: Path) -> None:
@@ -259,16 +258,16 @@ def completions_held(folder: Path, way: str) -> Callable[[httpx.Request], httpx.
         )
         assert ("structured_outputs" in body) == (way == "prompt")
         assert body["repetition_penalty"] == 1 and tokenizer.eos_token_id in body["stop_token_ids"]
-        found, cut = written(ids, grammar, body["max_tokens"])
+        # Of a text that is too long the answer is not looked at; llguidance takes seconds to read such a grammar.
+        found, cut = written(ids, grammar, body["max_tokens"]) if len(ids) <= 512 else ([], True)
         choice = {"index": 0, "text": tokenizer.decode(found), "finish_reason": "length" if cut else "stop"}
         return httpx.Response(200, json={"choices": [choice], "usage": {"prompt_tokens": len(ids)}})
 
     return answer
 
 
-@pytest.mark.parametrize("way", ["prompt", "grammar"])
 @pytest.mark.parametrize("form", ["json", "unlearned", "marks", "nested"])
-def test_entities_are_those_of_the_run(form: str, way: str, in_folder: Path, model_folder: Path) -> None:
+def test_entities_are_those_of_the_run(form: str, in_folder: Path, model_folder: Path) -> None:
     config = config_for(in_folder, model_folder, "ner", epochs=1 if form == "unlearned" else 12)
     values = {
         **config.model_dump(exclude_unset=True),
@@ -290,23 +289,22 @@ def test_entities_are_those_of_the_run(form: str, way: str, in_folder: Path, mod
     others = ['  "a" [b|c]\\d\n他在南京 é  ', "南京南京", "x"]
     # Marks are tokens of labeltune's choice there and of the model's own here; where it is sure, that is the same.
     texts = learned if form in ("marks", "nested") else learned + others
-    transport = httpx.MockTransport(completions_held(folder, way))
-    with (
-        load_predictor(folder) as run,
-        LabelClient("http://server/v1", folder, transport=transport) as client,
-    ):
+    with load_predictor(folder) as run:
         rights = run.predict(texts)
-        assert max(len(right.entities or ()) for right in rights) >= (2 if form == "nested" else 1)
-        for text, right in zip(texts, rights, strict=True):
-            given = client.predict(text)
-            assert [(e.text, e.label, e.start, e.end) for e in right.entities or ()] == [
-                (e["text"], e["label"], e["start"], e["end"]) for e in given["entities"]
-            ], (text, right.answer)
-        for text in others:
-            given = client.predict(text)
-            assert all(text[e["start"] : e["end"]] == e["text"] for e in given["entities"])
-        with pytest.raises(ValueError, match="and the run reads 512 at once; cut it"):
-            client.predict("南京" * 400)
+    assert max(len(right.entities or ()) for right in rights) >= (2 if form == "nested" else 1)
+    for way in ("prompt", "grammar"):
+        transport = httpx.MockTransport(completions_held(folder, way))
+        with LabelClient("http://server/v1", folder, transport=transport) as client:
+            for text, right in zip(texts, rights, strict=True):
+                given = client.predict(text)
+                assert [(e.text, e.label, e.start, e.end) for e in right.entities or ()] == [
+                    (e["text"], e["label"], e["start"], e["end"]) for e in given["entities"]
+                ], (way, text, right.answer)
+            for text in others:
+                given = client.predict(text)
+                assert all(text[e["start"] : e["end"]] == e["text"] for e in given["entities"])
+            with pytest.raises(ValueError, match="and the run reads 512 at once; cut it"):
+                client.predict("南京" * 400)
 
 
 def test_what_the_copy_says_again_is_the_same() -> None:
@@ -349,12 +347,19 @@ def test_grammars_and_places_are_those_of_the_run(text: str, data: st.DataObject
             assert accepted(grammar, f"{lead}none") and not accepted(grammar, lead)
 
 
+@functools.cache
+def reader() -> Any:
+    """The tiny tokenizer, as llguidance has it."""
+    from llguidance.hf import from_tokenizer
+
+    return from_tokenizer(make_tokenizer())
+
+
 def accepted(grammar: str, answer: str) -> bool:
     """Whether a grammar in the form of llama.cpp allows an answer."""
     from llguidance import LLMatcher, gbnf_to_lark
-    from llguidance.hf import from_tokenizer
 
-    tokenizer = from_tokenizer(make_tokenizer())
+    tokenizer = reader()
     matcher = LLMatcher(
         tokenizer, LLMatcher.grammar_from_lark(gbnf_to_lark.gbnf_to_lark(grammar)), log_level=0
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from labeltune.client import LabelClient
 from labeltune.commands.export import export
 from labeltune.config import PromptConfig, build_config
 from labeltune.errors import ConfigError, ModelError, ParityError
+from labeltune.export import engines
 from labeltune.export.engines import CLIENT_FILE, Served, answers
 from labeltune.export.folder import Exported
 from labeltune.export.llama_cpp import ADAPTER, MODEL
@@ -45,22 +48,18 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
 @pytest.fixture
 def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """What stands for the python of vLLM's environment, and of llama.cpp's converters; LLAMA_CPP names a folder of stand-ins."""
-    folder = tmp_path / "llama.cpp"
-    folder.mkdir()
-    programs = {
-        tmp_path / "python": "",
-        folder / "llama-server": "CALLED=llama-server ",
-        tmp_path / "ollama": "CALLED=ollama ",
-    }
-    for program, called in programs.items():
-        line = f'{called}exec {sys.executable} {fake_engines.__file__} "$@"'
-        program.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
-        program.chmod(0o755)
-    for name in fake_engines.CONVERTERS:
-        (folder / name).touch()
-    monkeypatch.setenv("LLAMA_CPP", str(folder))
+    fake_engines.install(tmp_path)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return str(tmp_path / "python")
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers start at once."""
+    monkeypatch.setattr(engines, "_LOOK", 0.05)
+    real = {name: getattr(subprocess, name) for name in ("STDOUT", "TimeoutExpired")}
+    monkeypatch.setattr(engines, "subprocess", SimpleNamespace(Popen=fake_engines.Forked, **real))
 
 
 def asked(run: Path, output: Path, python: str, **options: Any) -> Exported:
@@ -120,6 +119,7 @@ def test_an_engine_that_does_not(
     run: Path,
     python: str,
     tmp_path: Path,
+    forked: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FAULT", fault)
@@ -130,14 +130,14 @@ def test_an_engine_that_does_not(
 
 
 def test_an_adapter_whose_names_a_server_does_not_know(
-    run: Path, python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, python: str, tmp_path: Path, forked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULT", "renamed")
     with pytest.raises(ParityError, match="the server ignores the adapter"):
         asked(run, tmp_path / FOLDER, python)
 
 
-def test_gguf_asks_llama_cpp(run: Path, python: str, tmp_path: Path) -> None:
+def test_gguf_asks_llama_cpp(run: Path, python: str, tmp_path: Path, forked: None) -> None:
     done = asked(run, tmp_path / FOLDER, python, engine=None, gguf="q8_0", merged=True)
     assert done.engine_parity is not None and "Serve with llama.cpp" in done.commands
     request = json.loads((tmp_path / FOLDER / "llama_cpp_request.json").read_text(encoding="utf-8"))
@@ -156,7 +156,9 @@ def test_plain_transformers(merged: bool, run: Path, tmp_path: Path) -> None:
     assert done.engine_parity.largest_shift == pytest.approx(0, abs=1e-5)
 
 
-def test_ollama(run: Path, python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ollama(
+    run: Path, python: str, tmp_path: Path, forked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = asked(run, tmp_path / FOLDER, python, engine="ollama", name="Mine")
     assert done.engine_parity is not None and done.engine_parity.largest_shift is None, "it tells none"
     assert not done.engine_parity.differences and done.kind == "merged model"
@@ -167,7 +169,6 @@ def test_ollama(run: Path, python: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_server_that_runs_already(run: Path, python: str, tmp_path: Path) -> None:
-    import subprocess
     import time
 
     import httpx

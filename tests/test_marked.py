@@ -128,9 +128,11 @@ def world() -> World:
     return World()
 
 
-@pytest.mark.parametrize("nested", [True, False])
+KINDS = ("qwen2", "qwen3", "llama", "gemma3", *HYBRID_KINDS, "gemma2", "granitemoehybrid")
+
+
 @pytest.mark.parametrize(
-    "kind", ["qwen2", "qwen3", "llama", "gemma3", *HYBRID_KINDS, "gemma2", "granitemoehybrid"]
+    ("kind", "nested"), [*((kind, True) for kind in KINDS), ("qwen2", False), ("lfm2", False)]
 )
 def test_it_is_plain_greedy_decoding(kind: str, nested: bool, world: World) -> None:
     """Rows of different lengths that enter and leave a batch, in every way to run the model."""

@@ -1,5 +1,5 @@
 """Stand-ins for servers, their models computed by transformers: `PYTHON -m vllm.entrypoints.openai.api_server ...` for vLLM, `llama-server
-...` with converters whose GGUF files name the folder that they were made of, and `ollama`.
+...` with converters whose GGUF files name the folder that they were made of, and `ollama`. `install` puts these programs into a folder.
 
 With FAULT in the environment a server is one of those that a gate has to catch.
 """
@@ -10,7 +10,10 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,74 @@ import torch
 
 from labeltune.export.plain_server import PlainModels, VllmProtocol, options_of, serve
 
-FAULT, CALLED = os.environ.get("FAULT", ""), os.environ.get("CALLED", "")
 CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")
+CONVERTER = """import pathlib, sys
+target = pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1])
+target.write_text(str(pathlib.Path(sys.argv[1]).absolute()), encoding="utf-8")
+"""
+
+
+def install(folder: Path) -> None:
+    """The programs `python`, `ollama` and, in the folder `llama.cpp`, llama.cpp's."""
+    (folder / "llama.cpp").mkdir()
+    for name in ("python", "ollama", "llama.cpp/llama-server"):
+        program = folder / name
+        served = f'exec {sys.executable} {__file__} {program.name} "$@"'
+        lines = (
+            [f'case $1 in *.py) exec {sys.executable} "$@" ;; esac', served] if name == "python" else [served]
+        )
+        program.write_text("\n".join(["#!/bin/sh", *lines, ""]), encoding="utf-8")
+        program.chmod(0o755)
+    for name in CONVERTERS:
+        (folder / "llama.cpp" / name).write_text(CONVERTER, encoding="utf-8")
+
+
+class Forked:
+    """As much of subprocess.Popen as a server is started with: one of these programs in a copy of this process, which has imported what a
+    process of its own would import for seconds."""
+
+    def __init__(self, command: list[str], *, stdout: Any, env: dict[str, str], **_: Any) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.setsid()
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115
+            os.environ.update(env)
+            torch.set_num_threads(1)  # the other threads are not copied
+            main([Path(command[0]).name, *command[1:]])
+            code = 0
+        except SystemExit as end:
+            print(end.code, flush=True)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        """The exit code, once it has ended."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float = 60) -> None:
+        """Until it has ended."""
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("server", timeout)
+            time.sleep(0.01)
+
+
+def fault() -> str:
+    """What is wrong with this server."""
+    return os.environ.get("FAULT", "")
 
 
 class Models(PlainModels):
@@ -27,23 +96,23 @@ class Models(PlainModels):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
-        if FAULT == "template":
+        if fault() == "template":
             self.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %} ->"
-        if FAULT == "dtype":
+        if fault() == "dtype":
             with torch.no_grad():
                 for parameter in self.model.parameters():
                     parameter.copy_((parameter * 4).round() / 4)
 
     def logs(self, name: str, ids: list[int]) -> torch.Tensor:
         # Keys that it does not know are nothing to such a server.
-        return super().logs(self.base_name if FAULT in ("ignored", "renamed") else name, ids)
+        return super().logs(self.base_name if fault() in ("ignored", "renamed") else name, ids)
 
     def ids(self, text: str, adds: bool) -> list[int]:
         found = super().ids(text, adds)
-        return [self.tokenizer.eos_token_id, *found] if FAULT == "bos" else found
+        return [self.tokenizer.eos_token_id, *found] if fault() == "bos" else found
 
     def prompt(self, body: dict[str, Any]) -> str:
-        if FAULT != "generation":
+        if fault() != "generation":
             return super().prompt(body)
         found: str = self.tokenizer.apply_chat_template(body["messages"], tokenize=False)
         return found
@@ -156,18 +225,14 @@ def ollama(arguments: list[str]) -> None:
     serve(Later(), int(os.environ["OLLAMA_HOST"].rpartition(":")[2]))
 
 
-def main() -> None:
-    """Convert, or serve until ended."""
-    arguments = sys.argv[1:]
-    if arguments and Path(arguments[0]).name in CONVERTERS:
-        target = Path(arguments[arguments.index("--outfile") + 1])
-        target.write_text(str(Path(arguments[1]).absolute()), encoding="utf-8")
-        return
-    if FAULT == "start":
+def main(arguments: list[str]) -> None:
+    """Serve as a program of a name until ended."""
+    name, *arguments = arguments
+    if fault() == "start":
         raise SystemExit("no CPU of this kind")
-    if CALLED == "ollama":
+    if name == "ollama":
         ollama(arguments)
-    elif CALLED == "llama-server":
+    elif name == "llama-server":
         options = llama_options(arguments)
         serve(Llama(Models(options)), options.port)
     else:
@@ -176,4 +241,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
