@@ -261,7 +261,8 @@ def completions_held(folder: Path, way: str) -> Callable[[httpx.Request], httpx.
         # Of a text that is too long the answer is not looked at; llguidance takes seconds to read such a grammar.
         found, cut = written(ids, grammar, body["max_tokens"]) if len(ids) <= 512 else ([], True)
         choice = {"index": 0, "text": tokenizer.decode(found), "finish_reason": "length" if cut else "stop"}
-        return httpx.Response(200, json={"choices": [choice], "usage": {"prompt_tokens": len(ids)}})
+        usage = {"prompt_tokens": len(ids), "completion_tokens": len(found) + (not cut)}
+        return httpx.Response(200, json={"choices": [choice], "usage": usage})
 
     return answer
 
@@ -394,45 +395,77 @@ def test_a_server_that_ignores_the_grammar(form: str) -> None:
             reads(told, answer, "a b", cut=True)
 
 
-@pytest.mark.parametrize("obeys", [True, False])
-def test_what_is_given_too_often_is_asked_again(obeys: bool, tmp_path: Path) -> None:
+def extracting(folder: Path, marks: bool, answer: Callable[[httpx.Request], httpx.Response]) -> LabelClient:
+    """A client of a run with the label A, that writes 20 tokens beside the text's own and reads 90 at once."""
     told: dict[str, Any] = dict.fromkeys(client._ALWAYS | client._OF_ENTITIES, "")
-    told |= {"task": "ner", "labels": ["A"], "none": "none", "marks": False, "before": "P:", "after": "|"}
-    told |= {
-        "strip": ["", ""],
-        "special_tokens": [],
-        "descriptions": {},
-        "max_length": 9,
-        "frame": 1,
-        "stop": [1],
-    }
-    (tmp_path / "client.json").write_text(json.dumps(told), "utf-8")
+    told |= {"task": "ner", "labels": ["A"], "none": "none", "marks": marks, "before": "P:", "after": "|"}
+    told |= {"strip": ["", ""], "special_tokens": [], "descriptions": {}, "max_length": 90, "max_tokens": 21}
+    told |= {"frame": 5, "stop": [1], "depth": 1, "closing": 2}
+    (folder / "client.json").write_text(json.dumps(told), "utf-8")
+    return LabelClient("http://server/v1", folder, transport=httpx.MockTransport(answer))
+
+
+@pytest.mark.parametrize("server", ["obeys", "goes on", "ignores"])
+def test_what_is_given_too_often_is_asked_again(server: str, tmp_path: Path) -> None:
     a, b = client._line("a", "A"), client._line("b", "A")
-    prompts = []
+    asked = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
-        choice: dict[str, Any] = {"index": 0, "prompt_logprobs": [1]}
+        choice: dict[str, Any] = {"index": 0, "prompt_logprobs": [1], "finish_reason": "stop"}
+        read, written = 8, 20
         if "structured_outputs" in body:
-            prompts.append(body["prompt"])
+            asked.append((body["prompt"], most := body["max_tokens"]))
             again = "x0y1" in body["structured_outputs"]["grammar"]
-            assert again == (len(prompts) == 2), "the pieces that are spent have rules of their own"
-            written = f"{a}\n{a}\n{a}\n{b}" if not again else b if obeys else a
-            choice |= {"text": written, "finish_reason": "stop"}
-        return httpx.Response(200, json={"choices": [choice], "usage": {"prompt_tokens": 8}})
+            assert again == (len(asked) > 1), "the pieces that are spent have rules of their own"
+            choice["text"] = f"{a}\n{a}\n{a}\n{b}"
+            if again:  # what it is given to go on from are 14 tokens, and 7 are left of 21
+                read, written = 22, 7
+                choice["text"] = a if server == "ignores" else b
+                if server == "goes on":
+                    cut, written = most == 7, min(most, 10)
+                    choice |= {"text": b[:-2], "finish_reason": "length"} if cut else {"text": f"{b}\n{b}"}
+        usage = {"prompt_tokens": read, "completion_tokens": written}
+        return httpx.Response(200, json={"choices": [choice], "usage": usage})
 
-    asking = LabelClient("http://server/v1", tmp_path, transport=httpx.MockTransport(answer))
-    if not obeys:
+    asking = extracting(tmp_path, False, answer)
+    if server == "ignores":
         with pytest.raises(ServerError, match="it has to know grammars"):
             asking.predict("aba")
         return
-    given = asking.predict("aba")["entities"]
-    assert [(e["text"], e["start"], e["end"]) for e in given] == [("a", 0, 1), ("a", 2, 3), ("b", 1, 2)]
+    given = asking.predict("aba")
+    found = [(e["text"], e["start"], e["end"]) for e in given["entities"]]
+    first = [("P:aba|", 21), (f"P:aba|{a}\n{a}\n", 21)]
+    if server == "goes on":
+        assert asked == [*first, (first[1][0], 7)], "all lines together are no longer than the run's"
+        assert given["truncated"] and found == [("a", 0, 1), ("a", 2, 3)]
+        return
+    assert asked == first and "truncated" not in given
+    assert found == [("a", 0, 1), ("a", 2, 3), ("b", 1, 2)]
     with pytest.raises(ValueError, match="this run extracts entities"):
         asking.probabilities("aba")
     with pytest.raises(ValueError, match="half a character at 1"):
         asking.predict("a\ud800b")
-    assert prompts == ["P:aba|", f"P:aba|{a}\n{a}\n"]
+
+
+def test_marks_end_where_the_run_would_cut_them(tmp_path: Path) -> None:
+    """The text has 3 tokens of its own, so that its answer may have 24 with its end."""
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        most = json.loads(request.content)["max_tokens"]
+        choice: dict[str, Any] = {"index": 0, "prompt_logprobs": [1]}
+        if most > 1:
+            asked.append(most)
+            cut = most <= 30
+            choice |= {"text": "[a|A][b|A][a" if cut else "[a|A][b|A][a|A]"}
+            choice |= {"finish_reason": "length" if cut else "stop"}
+        usage = {"prompt_tokens": 8, "completion_tokens": min(most, 31)}
+        return httpx.Response(200, json={"choices": [choice], "usage": usage})
+
+    given = extracting(tmp_path, True, answer).predict("aba")
+    assert asked == [81, 24]
+    assert given["truncated"] and [e["start"] for e in given["entities"]] == [0, 1]
 
 
 @pytest.mark.parametrize("spent", [[], ["a"], ["a", "ab"], ["b", "aba"], ["a", "b", "ab", "ba", "aba"]])

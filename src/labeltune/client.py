@@ -130,7 +130,7 @@ class LabelClient:
         run = self._run
         prompt, shown = self._prompt(text, run["labels"])
         if run["marks"]:
-            answer, cut = self._written(prompt, _marks_grammar(run, shown))
+            answer, cut, _ = self._written(prompt, _marks_grammar(run, shown))
             places = _marked(run, answer, shown, cut)
         else:
             pairs, cut = self._pairs(prompt, shown)
@@ -148,12 +148,13 @@ class LabelClient:
         A run gives no entity more often than it occurs, which a grammar of the whole answer cannot say: from the line on that does, the answer
         is asked for again, without the entities that are spent.
         """
-        run, kept = self._run, list[tuple[str, str]]()
+        run, kept, own = self._run, list[tuple[str, str]](), None
         while form := _lines_grammar(
             run, text, [part for part, _ in kept if _given(kept, part) == text.count(part)]
         ):
             lines = "".join(f"{_line(*pair)}\n" for pair in kept)
-            answer, cut = self._written(prompt, form, f"{run['lead']}{lines}" if kept else "")
+            answer, cut, read = self._written(prompt, form, f"{run['lead']}{lines}" if kept else "", own)
+            own = read if own is None else own
             found = kept + _read_lines(run, answer, text, cut)
             wrong = [
                 n for n, (part, _) in enumerate(found) if _given(found[: n + 1], part) > text.count(part)
@@ -165,8 +166,14 @@ class LabelClient:
             kept = found[: wrong[0]]
         return kept, False
 
-    def _written(self, prompt: str, form: str, before: str = "") -> tuple[str, bool]:
-        """What the server writes behind a prompt and the beginning of an answer under a grammar; and whether that was cut off."""
+    def _written(
+        self, prompt: str, form: str, before: str = "", own: int | None = None
+    ) -> tuple[str, bool, int]:
+        """What the server writes behind a prompt and the beginning of an answer under a grammar; whether that was cut off; tokens it read.
+
+        Args:
+            own: tokens of the prompt without that beginning; None where there is none.
+        """
         run = self._run
         if self._tell is None:
             self._tell = self._way(prompt)
@@ -175,24 +182,38 @@ class LabelClient:
             asked = self._ids(prompt + before) or asked
         elif self._tell == self._by_echo:
             asked = (prompt + before).removeprefix(run["added_bos"])
-        name = (
+        greedy: dict[str, Any] = {"repetition_penalty": 1.0, "stop_token_ids": run["stop"]}
+        greedy |= {"add_special_tokens": False}
+        greedy |= (
             {"structured_outputs": {"grammar": form}} if self._tell == self._by_prompt else {"grammar": form}
         )
-        greedy = {"repetition_penalty": 1.0, "stop_token_ids": run["stop"], "add_special_tokens": False}
-        told = self._told(asked, {**name, **greedy, "max_tokens": run["max_tokens"]})
+        # A text is copied with its marks, and how many tokens it has is known from the first answer on.
+        most = run["max_tokens"] + (2 * run["max_length"] // 3 if run["marks"] else 0)
+        answer, cut, read, written = self._completion(asked, {**greedy, "max_tokens": most})
+        copy = max(read - run["frame"], 0) if run["marks"] else 0
+        tokens = read + (copy + run["closing"] if run["marks"] else 0)
+        if tokens > run["max_length"] and not before:
+            raise ValueError(
+                f"the text makes {tokens} tokens, and the run reads {run['max_length']} at once; cut it, or predict with labeltune"
+            )
+        allowed = run["max_tokens"] + copy - (read - own if own is not None else 0)
+        if written > allowed:
+            if allowed < 1:
+                return "", True, read
+            answer, cut, *_ = self._completion(asked, {**greedy, "max_tokens": allowed})
+        return answer.removeprefix(run["lead"]), cut, read
+
+    def _completion(self, prompt: Any, more: Mapping[str, Any]) -> tuple[str, bool, int, int]:
+        """What is written behind a prompt; whether that was cut off; tokens that were read and that were written."""
+        told = self._told(prompt, more)
         try:
-            choice, tokens = told["choices"][0], int(told["usage"]["prompt_tokens"])
-            answer, cut = str(choice["text"]), choice["finish_reason"] == "length"
+            choice, usage = told["choices"][0], told["usage"]
+            read, written = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+            return str(choice["text"]), choice["finish_reason"] == "length", read, written
         except (KeyError, IndexError, TypeError) as error:
             raise ServerError(
                 f"the server does not tell its answer, its end and its tokens: {error}"
             ) from error
-        copy = max(tokens - run["frame"], 0) + run["closing"] if run["marks"] else 0
-        if tokens + copy > run["max_length"] and not before:
-            raise ValueError(
-                f"the text makes {tokens + copy} tokens, and the run reads {run['max_length']} at once; cut it, or predict with labeltune"
-            )
-        return answer.removeprefix(run["lead"]), cut
 
     def close(self) -> None:
         """Close the connections."""

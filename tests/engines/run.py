@@ -69,6 +69,7 @@ CELLS = [
     ("vllm", True, None),
     ("llama.cpp", True, "f16"),
     ("llama.cpp", True, "q8_0"),
+    ("llama.cpp", True, "q4_k_m"),
     ("llama.cpp", False, "f16"),
 ]
 

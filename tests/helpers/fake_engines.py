@@ -7,6 +7,7 @@ With FAULT in the environment a server is one of those that a gate has to catch.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -216,11 +217,15 @@ def ollama(arguments: list[str]) -> None:
         def get(self, path: str) -> Any:
             return {"version": "0"}
 
-        def post(self, path: str, body: dict[str, Any]) -> Any:
+        @functools.cached_property
+        def served(self) -> Ollama:
             options = options_of(["--model", note.read_text(encoding="utf-8"), "--dtype", "float32"])
             models = Models(options)
             models.stops = [models.tokenizer.eos_token_id]
-            return Ollama(models).post(path, body)
+            return Ollama(models)
+
+        def post(self, path: str, body: dict[str, Any]) -> Any:
+            return self.served.post(path, body)
 
     serve(Later(), int(os.environ["OLLAMA_HOST"].rpartition(":")[2]))
 
