@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -56,6 +57,7 @@ class Forked:
         code = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.dup2(stdout.fileno(), 1)
             os.dup2(stdout.fileno(), 2)
             sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115
