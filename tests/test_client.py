@@ -399,7 +399,8 @@ def extracting(folder: Path, marks: bool, answer: Callable[[httpx.Request], http
     """A client of a run with the label A, that writes 20 tokens beside the text's own and reads 90 at once."""
     told: dict[str, Any] = dict.fromkeys(client._ALWAYS | client._OF_ENTITIES, "")
     told |= {"task": "ner", "labels": ["A"], "none": "none", "marks": marks, "before": "P:", "after": "|"}
-    told |= {"strip": ["", ""], "special_tokens": [], "descriptions": {}, "max_length": 90, "max_tokens": 21}
+    told |= {"strip": ["", ""], "special_tokens": [], "descriptions": {}, "max_length": 90}
+    told |= {"max_tokens": 81 if marks else 21, "max_new_tokens": 20}
     told |= {"frame": 5, "stop": [1], "depth": 1, "closing": 2}
     (folder / "client.json").write_text(json.dumps(told), "utf-8")
     return LabelClient("http://server/v1", folder, transport=httpx.MockTransport(answer))

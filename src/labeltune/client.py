@@ -28,7 +28,7 @@ CLIENT_FILE = "client.json"
 _ALWAYS = {"model", "task", "labels", "max_length", "added_bos", "special_tokens"}
 _ALWAYS |= {"descriptions", "before", "after", "strip", "lead", "closing"}
 _OF_LABELS = {"batched", "words", "end", "temperature", "length_norm", "scales", "threshold", "thresholds"}
-_OF_ENTITIES = {"none", "marks", "depth", "frame", "max_tokens", "stop"}
+_OF_ENTITIES = {"none", "marks", "depth", "frame", "max_tokens", "max_new_tokens", "stop"}
 #: Answers with entities: one JSON object a line, or the text with marks.
 _BEFORE_TEXT, _BEFORE_LABEL, _LINE_END = '{"entity_text": "', '", "entity_label": "', '"}'
 _OPEN, _SEPARATOR, _CLOSE, _ESCAPE = "[", "|", "]", "\\"
@@ -182,25 +182,23 @@ class LabelClient:
             asked = self._ids(prompt + before) or asked
         elif self._tell == self._by_echo:
             asked = (prompt + before).removeprefix(run["added_bos"])
-        greedy: dict[str, Any] = {"repetition_penalty": 1.0, "stop_token_ids": run["stop"]}
-        greedy |= {"add_special_tokens": False}
-        greedy |= (
-            {"structured_outputs": {"grammar": form}} if self._tell == self._by_prompt else {"grammar": form}
-        )
+        body: dict[str, Any] = {"repetition_penalty": 1.0, "stop_token_ids": run["stop"]}
+        bound = {"grammar": form}
+        body |= {"structured_outputs": bound} if self._tell == self._by_prompt else bound
+        body |= {"add_special_tokens": False, "max_tokens": run["max_tokens"]}
+        answer, cut, read, written = self._completion(asked, body)
         # A text is copied with its marks, and how many tokens it has is known from the first answer on.
-        most = run["max_tokens"] + (2 * run["max_length"] // 3 if run["marks"] else 0)
-        answer, cut, read, written = self._completion(asked, {**greedy, "max_tokens": most})
         copy = max(read - run["frame"], 0) if run["marks"] else 0
         tokens = read + (copy + run["closing"] if run["marks"] else 0)
         if tokens > run["max_length"] and not before:
             raise ValueError(
                 f"the text makes {tokens} tokens, and the run reads {run['max_length']} at once; cut it, or predict with labeltune"
             )
-        allowed = run["max_tokens"] + copy - (read - own if own is not None else 0)
+        allowed = run["max_new_tokens"] + 1 + copy - (read - own if own is not None else 0)
         if written > allowed:
             if allowed < 1:
                 return "", True, read
-            answer, cut, *_ = self._completion(asked, {**greedy, "max_tokens": allowed})
+            answer, cut, *_ = self._completion(asked, body | {"max_tokens": allowed})
         return answer.removeprefix(run["lead"]), cut, read
 
     def _completion(self, prompt: Any, more: Mapping[str, Any]) -> tuple[str, bool, int, int]:

@@ -35,11 +35,13 @@ def install(folder: Path) -> None:
     (folder / "llama.cpp").mkdir()
     for name in ("python", "ollama", "llama.cpp/llama-server"):
         program = folder / name
-        served = f'exec {sys.executable} {__file__} {program.name} "$@"'
-        lines = (
-            [f'case $1 in *.py) exec {sys.executable} "$@" ;; esac', served] if name == "python" else [served]
-        )
-        program.write_text("\n".join(["#!/bin/sh", *lines, ""]), encoding="utf-8")
+        lines = [
+            "#!/bin/sh",
+            f'case $1 in *.py) exec {sys.executable} "$@" ;; esac',
+            f'exec {sys.executable} {__file__} {program.name} "$@"',
+            "",
+        ]
+        program.write_text("\n".join(lines), encoding="utf-8")
         program.chmod(0o755)
     for name in CONVERTERS:
         (folder / "llama.cpp" / name).write_text(CONVERTER, encoding="utf-8")

@@ -238,7 +238,8 @@ def client_file(
             "marks": task.marked,
             "depth": _NESTED if task.nested else 1,
             "frame": len(ids) - len(sample),
-            "max_tokens": max_new_tokens + 1,
+            "max_tokens": most_tokens(task, max_new_tokens),
+            "max_new_tokens": max_new_tokens,
         }
     return found | {
         "batched": not adapter,
